@@ -1,0 +1,735 @@
+"""Connects a Locust to Load Manager. In any locustfile:
+
+    import loadmanager_hooks
+
+On the master (or a standalone Locust) it tells the control plane when a test starts and ends, pushes
+metrics meanwhile, answers GET /loadmanager/state in Locust's web UI, and stops a test whose time is
+up or whose controller is gone. On workers it sends the last numbers to the master before the test
+ends there, so that the final numbers are complete.
+
+Nothing here ever blocks or breaks a load: listeners only take notes and start greenlets, every call
+has a total time limit, and a control plane that is away costs one warning in the log.
+
+Environment: CONTROL_PLANE_URL, CONTROL_PLANE_TOKEN (without both nothing is called), RUN_ID, TENANT_ID,
+ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 10).
+"""
+from __future__ import annotations
+
+from locust import events  # first: importing locust makes requests, time and threading cooperative
+
+import hashlib
+import hmac
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from datetime import datetime, timezone
+
+import gevent
+import gevent.event
+import requests
+from locust.runners import MasterRunner, WorkerRunner
+
+HOOKS_VERSION = 1  # of the state route and the callbacks
+
+CALL_TIMEOUT_S = 5.0  # one callback: connect, send and read together
+QUIT_TIMEOUT_S = 3.0  # the same when the process is about to end, where it delays the end
+START_ATTEMPTS = 8  # of test-start
+RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attempt; the last one repeats
+FINAL_RETRY_FOR_S = 60.0
+LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
+GUARD_TICK_S = 0.25
+STOP_AGAIN_AFTER_S = 5.0
+MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
+MAX_FINAL_ENDPOINTS = 5000
+
+ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease")  # fields of the /swarm form
+ACTIVE_STATES = ("spawning", "running")
+FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
+
+log = logging.getLogger("loadmanager")
+
+
+# ---- settings and small conversions ----
+
+
+def _seconds(text, default: float = 0.0) -> float:
+    """A positive finite number of seconds, else `default`."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return default
+    return value if math.isfinite(value) and value > 0 else default
+
+
+def _number(value):
+    """The number, or None when it is none that JSON knows (a custom request event may report NaN)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _text(value) -> str:
+    """Text that survives strict JSON readers: no lone surrogates, no NUL."""
+    return str(value or "").encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+
+
+def _utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Settings:
+    """The environment variables, read when Locust is initialised: a locustfile may set them itself."""
+
+    def __init__(self, environ=os.environ) -> None:
+        def variable(name: str) -> str:
+            return (environ.get(name) or "").strip()
+
+        self.url = variable("CONTROL_PLANE_URL").rstrip("/")
+        self.token = variable("CONTROL_PLANE_TOKEN")
+        self.run_id = variable("RUN_ID")
+        self.tenant_id = variable("TENANT_ID")
+        self.env_id = variable("ENV_ID")
+        self.cluster_id = variable("CLUSTER_ID")
+        interval = variable("METRICS_PUSH_INTERVAL")
+        self.push_interval_s = max(0.1, _seconds(interval, 10.0))
+        self.callbacks = bool(self.url and self.token)
+        if interval and not _seconds(interval):
+            log.warning("METRICS_PUSH_INTERVAL=%r is not a number of seconds, using 10", interval)
+        if self.url and not self.url.lower().startswith(("http://", "https://")):
+            log.warning("CONTROL_PLANE_URL=%r is not an http(s) URL, no callbacks", self.url)
+            self.callbacks = False
+        elif not self.callbacks and (self.url or self.token):
+            log.warning("CONTROL_PLANE_URL and CONTROL_PLANE_TOKEN are needed both, no callbacks")
+
+
+# ---- numbers: Locust's own, never derived ----
+
+
+def metrics_of(environment, final: bool = False) -> dict:
+    """Rates are the current ones, in the final numbers the whole run's; all else covers the whole run."""
+    total = environment.stats.total
+    entries = list(environment.stats.entries.values())
+    shown = MAX_FINAL_ENDPOINTS if final else MAX_PUSHED_ENDPOINTS
+    if len(entries) > shown:
+        entries = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:shown]
+    metrics = {
+        "timestamp": _utc_now(),
+        "totalRps": _rate(total, final),
+        "totalRequests": total.num_requests,
+        "totalFailures": total.num_failures,
+        "errorRate": _number(total.fail_ratio * 100) if total.num_requests else None,
+        "avgResponseMs": _average_ms(total),
+        "p50ResponseMs": _percentile_ms(total, 0.5),
+        "p95ResponseMs": _percentile_ms(total, 0.95),
+        "p99ResponseMs": _percentile_ms(total, 0.99),
+        "currentUsers": environment.runner.user_count,
+        "requestStats": {f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final)
+                         for entry in entries},
+    }
+    cut = len(environment.stats.entries) - len(entries)
+    if cut > 0:
+        metrics["endpointsCut"] = cut
+    return metrics
+
+
+def _endpoint_metrics(entry, final: bool) -> dict:
+    return {
+        "method": _text(entry.method),
+        "name": _text(entry.name),
+        "numRequests": entry.num_requests,
+        "numFailures": entry.num_failures,
+        "avgResponseTime": _average_ms(entry),
+        "minResponseTime": _number(entry.min_response_time),
+        "maxResponseTime": _number(entry.max_response_time) if entry.response_times else None,
+        "medianResponseTime": _number(entry.median_response_time) if entry.response_times else None,
+        "requestsPerSec": _rate(entry, final),
+        "p95ResponseTime": _percentile_ms(entry, 0.95),
+        "p99ResponseTime": _percentile_ms(entry, 0.99),
+    }
+
+
+def _rate(entry, final: bool):
+    return _number(entry.total_rps if final else entry.current_rps)
+
+
+def _average_ms(entry):
+    # Locust says 0 without response times; that would be a very fast system.
+    return _number(entry.avg_response_time) if entry.response_times else None
+
+
+def _percentile_ms(entry, ratio: float):
+    return _number(entry.get_response_time_percentile(ratio)) if entry.response_times else None
+
+
+# ---- calls to the control plane ----
+
+
+class Answer:
+    """What a callback came to. `status` 0: no answer."""
+
+    def __init__(self, status: int = 0, body: dict | None = None, problem: str = "") -> None:
+        self.status, self.body, self.problem = status, body or {}, problem
+        self.ok = 200 <= status < 300
+        self.away = not self.ok and (status == 0 or status >= 500 or status in (408, 425, 429))  # worth another try
+
+
+class ControlPlane:
+    def __init__(self, settings: Settings) -> None:
+        self._base = settings.url + "/v1/internal/locust/"
+        self._token = settings.token
+        self._away = False
+
+    def post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+        """Never raises, and never takes longer than `timeout_s`."""
+        answer = self._post(call, body, timeout_s)
+        if answer.away and not self._away:
+            log.warning("control plane: %s: %s; trying again without further warnings", call, answer.problem)
+        elif not answer.away and self._away:
+            log.info("control plane: answers again")
+        self._away = answer.away
+        return answer
+
+    def _post(self, call: str, body: dict, timeout_s: float) -> Answer:
+        limit = gevent.Timeout(timeout_s)  # in all; the timeout of requests is per read
+        limit.start()
+        try:
+            with requests.post(
+                self._base + call,
+                data=json.dumps(body, allow_nan=False).encode(),
+                headers={"Content-Type": "application/json", "X-Locust-Token": self._token},
+                timeout=timeout_s,
+                allow_redirects=False,  # the token is for this address only
+                stream=True,
+            ) as response:
+                text = response.raw.read(65536, decode_content=True)
+                status = response.status_code
+        except gevent.Timeout as exc:
+            if exc is not limit:
+                raise
+            return Answer(problem=f"no answer within {timeout_s:g} s")
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the load goes on
+            return Answer(problem=self._without_token(f"{type(exc).__name__}: {exc}"))
+        finally:
+            limit.close()
+        try:
+            answered = json.loads(text)
+        except ValueError:
+            answered = None
+        shown = text[:300].decode("utf-8", "replace")
+        return Answer(status, answered if isinstance(answered, dict) else {}, f"HTTP {status} {shown}".strip())
+
+    def _without_token(self, text: str) -> str:
+        return text.replace(self._token, "***")[:300]
+
+
+# ---- one test ----
+
+
+class Run:
+    """One test in this Locust, from its test_start until its final numbers are delivered."""
+
+    def __init__(self, hooks: Hooks, arguments: dict) -> None:
+        settings = hooks.settings
+        self._hooks = hooks
+        self._environment = hooks.environment
+        self.id = arguments["run_id"] or settings.run_id  # "": external, until the control plane gave an id
+        self.tenant_id = arguments["tenant_id"] or settings.tenant_id
+        self.env_id = arguments["env_id"] or settings.env_id
+        self.started_at = time.time()
+        self.stopping = False  # test_stopping was seen
+        self.ended = gevent.event.Event()
+        self.final: dict = {}  # metrics
+        self.complete = False  # all workers' last reports are in `final`
+        self.closed = False  # the final numbers are delivered, or given up
+        self._stop_at = math.inf  # monotonic clock, as the lease
+        self._lease_s = 0.0
+        self._renewed_at = time.monotonic()
+        self._warned: set[str] = set()
+        self._reporter = None
+        self.take_limits(arguments)
+
+    def start(self) -> None:
+        gevent.spawn(_logged, self._guard)
+        if self._hooks.settings.callbacks:
+            self._reporter = gevent.spawn(_logged, self._report)
+        else:
+            self.closed = True
+
+    def take_limits(self, arguments: dict) -> None:
+        """From the start, and from a change of users: the newest that was given counts."""
+        if _seconds(arguments["lm_stop_after"]):
+            self._stop_at = time.monotonic() + _seconds(arguments["lm_stop_after"])
+        if _seconds(arguments["lm_lease"]):
+            self._lease_s = _seconds(arguments["lm_lease"])
+            self.renew()
+
+    def renew(self) -> None:
+        self._renewed_at = time.monotonic()
+
+    def end(self, complete: bool) -> None:
+        """Keep the numbers of now: a next test may clear them as soon as the listener returns."""
+        self.keep_final(complete)
+        self.ended.set()
+
+    def keep_final(self, complete: bool) -> None:
+        metrics = metrics_of(self._environment, final=True)
+        if metrics["totalRequests"] >= self.final.get("totalRequests", 0):  # less: they were reset after the end
+            self.final, self.complete = metrics, complete
+
+    # The guard: the test ends in time, whatever becomes of the control plane.
+
+    def _guard(self) -> None:
+        runner = self._environment.runner
+        was_active, idle_since = False, None
+        while not self.ended.wait(GUARD_TICK_S):
+            self._hooks.take_changed_limits(self)
+            now = time.monotonic()
+            if now >= self._stop_at:
+                self._stop(f"run {self.id or '(external)'}: its time is up, stopping the test")
+            elif self._lease_s and now >= self._renewed_at + self._lease_s:
+                self._stop(f"run {self.id or '(external)'}: nothing heard from the control plane for "
+                           f"{self._lease_s:g} s, stopping the test")
+            # A master can be set to stopped without a test_stop; without this the run would never end here.
+            was_active = was_active or runner.state in ACTIVE_STATES
+            idle = was_active and not self.stopping and runner.state not in ACTIVE_STATES and not runner.user_count
+            idle_since = (idle_since or now) if idle else None
+            if idle_since and now - idle_since > 10:
+                self.end(complete=False)
+
+    def _stop(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning(reason)
+        stop_load(self._environment)
+        self.ended.wait(STOP_AGAIN_AFTER_S)
+
+    # The reporter: the only greenlet of this run that calls the control plane.
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        attempts, announce_at = 0, now  # math.inf: done
+        push_at = now + self._hooks.settings.push_interval_s
+        if not self.id:
+            self._wait_for_earlier_runs()
+        while not self.ended.is_set():
+            if time.monotonic() >= announce_at:
+                announced = self._announce()
+                attempts += 1
+                # An external test is offered as long as it runs; the id is needed for all the rest.
+                done = announced or (self.id and attempts >= START_ATTEMPTS)
+                announce_at = math.inf if done else time.monotonic() + _retry_delay_s(attempts)
+            if time.monotonic() >= push_at:
+                self._push()
+                push_at = max(push_at + self._hooks.settings.push_interval_s, time.monotonic())
+            self.ended.wait(max(0.0, min(announce_at, push_at) - time.monotonic()))
+        if not self.complete:
+            self._wait_for_late_reports()
+        self._deliver_final()
+
+    def _wait_for_earlier_runs(self) -> None:
+        """Before their test-stop the control plane could take this test for one of them."""
+        deadline = time.monotonic() + FINAL_RETRY_FOR_S + 2 * CALL_TIMEOUT_S
+        while self._hooks.has_open_run_before(self) and time.monotonic() < deadline:
+            if self.ended.wait(0.1):
+                return
+
+    def _announce(self) -> bool:
+        """Tell of the start; False: another try is worth it."""
+        if self.id:
+            answer = self._post("test-start", {**self._identity(), "hooks": HOOKS_VERSION})
+            return not answer.away
+        answer = self._post("register-external", self._external_identity())
+        run_id = answer.body.get("runId")
+        if answer.ok and isinstance(run_id, str) and run_id:
+            self.id = run_id
+            log.info("control plane: this test is run %s", run_id)
+        return bool(self.id)
+
+    def _push(self) -> None:
+        if self.id:
+            self._post("metrics", {"runId": self.id, "metrics": metrics_of(self._environment)})
+
+    def _wait_for_late_reports(self) -> None:
+        deadline = time.monotonic() + LATE_REPORTS_S
+        while self._hooks.is_newest(self) and not self._hooks.all_workers_flushed() and time.monotonic() < deadline:
+            gevent.sleep(0.1)
+        if self._hooks.is_newest(self):
+            self.keep_final(complete=self._hooks.all_workers_flushed())
+
+    def _deliver_final(self) -> None:
+        deadline = time.monotonic() + FINAL_RETRY_FOR_S
+        attempts = 0
+        while self.id and not self._post_final().ok and time.monotonic() < deadline:
+            attempts += 1
+            gevent.sleep(_retry_delay_s(attempts))
+        self.closed = True
+
+    def deliver_now(self) -> None:
+        """One last attempt while the process ends; greenlets die with it."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._reporter:
+            self._reporter.kill(block=True, timeout=1)
+        if self._hooks.is_newest(self):
+            self.keep_final(complete=self._hooks.all_workers_flushed())
+        if self.id:
+            self._post_final(QUIT_TIMEOUT_S)
+
+    def _post_final(self, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+        body = {**self._identity(), "complete": self.complete}
+        if self.final:
+            body["finalMetrics"] = self.final
+        answer = self._post("test-stop", body, timeout_s)
+        if answer.status == 413 and self.final:  # better the totals than nothing
+            body["finalMetrics"] = {**self.final, "requestStats": {}, "endpointsCut": len(self.final["requestStats"])}
+            answer = self._post("test-stop", body, timeout_s)
+        if not answer.ok and not answer.away:  # refused: asking again changes nothing
+            return Answer(status=200)
+        return answer
+
+    def _identity(self) -> dict:
+        return {"runId": self.id, "tenantId": self.tenant_id, "envId": self.env_id}
+
+    def _external_identity(self) -> dict:
+        runner, options = self._environment.runner, self._environment.parsed_options
+        body = {"tenantId": self.tenant_id, "envId": self.env_id, "scenarioId": "ui-started-test",
+                "targetUsers": getattr(runner, "target_user_count", None) or getattr(options, "num_users", None),
+                "spawnRate": getattr(runner, "spawn_rate", None) or getattr(options, "spawn_rate", None),
+                "clusterId": self._hooks.settings.cluster_id}
+        return {key: value for key, value in body.items() if value or key in ("tenantId", "envId")}
+
+    def _post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+        answer = self._hooks.control_plane.post(call, body, timeout_s)
+        if answer.ok and call == "metrics":
+            self.renew()
+        warning = f"control plane: {call} refused: {answer.problem}"
+        if not answer.ok and not answer.away and f"{call} {answer.status}" not in self._warned:
+            self._warned.add(f"{call} {answer.status}")
+            log.warning(warning)
+        return answer
+
+
+def _retry_delay_s(attempts: int) -> float:
+    return RETRY_AFTER_S[min(attempts, len(RETRY_AFTER_S)) - 1]
+
+
+def _logged(function) -> None:
+    """An exception that leaves a greenlet would change Locust's exit status."""
+    try:
+        function()
+    except Exception:  # noqa: BLE001
+        log.exception("loadmanager_hooks: %s failed; the load is not affected", function.__name__)
+
+
+def stop_load(environment) -> None:
+    """What POST /stop does. Blocks until the users are gone; not for listeners."""
+    runner, web_ui = environment.runner, environment.web_ui
+    if getattr(environment.parsed_options, "headless", False):
+        runner.quit()  # nobody could start another test: end as after --run-time
+        return
+    _end_ramp(web_ui)
+    if runner.state == "stopped" and runner.user_count and hasattr(runner, "update_state"):
+        runner.update_state("running")  # a test started while Locust was stopping: its own stop() would do nothing
+    runner.stop()
+
+
+def _end_ramp(web_ui) -> None:
+    """POST /stop does this too, but run_time does not: a master whose ramp is still under way then
+    goes on sending users to its workers, and ends up running all of them (seen with 2.20 to 2.47)."""
+    ramp = getattr(web_ui, "_swarm_greenlet", None)
+    if ramp is not None and ramp is not gevent.getcurrent():
+        ramp.kill(block=True, timeout=1)
+
+
+# ---- the master's or standalone Locust's side ----
+
+
+class Hooks:
+    def __init__(self, environment) -> None:
+        self.environment = environment
+        self.settings = Settings()
+        self.control_plane = ControlPlane(self.settings)
+        self.boot_id = str(uuid.uuid4())
+        self.distributed = isinstance(environment.runner, MasterRunner)
+        self.locustfile_sha256 = _locustfile_sha256(environment)
+        self.last_run_id = ""
+        self._runs: list[Run] = []  # oldest first: the newest one, and earlier ones not closed yet
+        self._worker_ids: set[str] = set()  # connected when the test began to stop
+        self._flushed_ids: set[str] = set()
+
+    # events
+
+    def on_test_start(self) -> None:
+        # A start while the test before was still stopping: its numbers are gone now, those of test_stopping stay.
+        for earlier in self._runs:
+            if not earlier.ended.is_set() and not earlier.stopping:
+                earlier.ended.set()
+        self._runs = [earlier for earlier in self._runs if not earlier.closed or not earlier.ended.is_set()]
+        self._worker_ids, self._flushed_ids = set(), set()
+        run = Run(self, self._take_arguments())
+        self._runs.append(run)
+        run.start()
+
+    def on_test_stopping(self) -> None:
+        self._worker_ids = {worker.id for worker in self._workers()}
+        self._flushed_ids = set()
+        _end_ramp(self.environment.web_ui)
+        for run in self._runs:
+            if not run.ended.is_set() and not run.stopping:
+                run.stopping = True
+                run.keep_final(complete=False)
+
+    def on_test_stop(self) -> None:
+        run = next((run for run in self._runs if not run.ended.is_set()), None)  # the oldest that did not end
+        if run is None:
+            return
+        self.last_run_id = run.id or self.last_run_id
+        if not run.stopping:  # Locust before 2.6 does not say when it begins to stop
+            self._worker_ids = {worker.id for worker in self._workers()}
+        if self.is_newest(run):
+            run.end(complete=self.all_workers_flushed())
+        else:
+            run.ended.set()
+        self.take_changed_limits(run)  # a change of users just before: its fields must not stay
+
+    def on_worker_report(self, client_id: str, data: dict) -> None:
+        if data.get(FLUSH_MARK):
+            self._flushed_ids.add(client_id)
+
+    def on_quitting(self) -> None:
+        if not self.distributed and self._running() is not None:
+            self.environment.runner.stop()  # Locust does it right after; now the numbers are complete
+        for run in list(self._runs):
+            if not run.ended.is_set():
+                run.end(complete=False)
+            run.deliver_now()
+
+    # runs
+
+    def is_newest(self, run: Run) -> bool:
+        """The statistics are this run's."""
+        return self._runs[-1] is run
+
+    def has_open_run_before(self, run: Run) -> bool:
+        return any(not earlier.closed for earlier in self._runs[:self._runs.index(run)])
+
+    def all_workers_flushed(self) -> bool:
+        return not self.distributed or (bool(self._worker_ids) and self._worker_ids <= self._flushed_ids)
+
+    def _running(self) -> Run | None:
+        return next((run for run in reversed(self._runs) if not run.ended.is_set()), None)
+
+    def _workers(self) -> list:
+        return list(self.environment.runner.clients.values()) if self.distributed else []
+
+    # the fields of the /swarm form: Locust keeps them until they are overwritten
+
+    def _take_arguments(self) -> dict:
+        """The fields, and clear them, so that the next test does not get them too."""
+        options = vars(self.environment.parsed_options) if self.environment.parsed_options else {}
+        arguments = {}
+        for name in ARGUMENTS:
+            arguments[name] = str(options.get(name) or "").strip()
+            if name in options:
+                options[name] = ""
+        return arguments
+
+    def take_changed_limits(self, run: Run) -> None:
+        """A change of users sends the fields again, for the same run."""
+        if run.id and getattr(self.environment.parsed_options, "run_id", "") == run.id:
+            run.take_limits(self._take_arguments())
+
+    # the web UI
+
+    def add_to_web_ui(self, web_ui) -> None:
+        import flask
+
+        base_path = getattr(self.environment.parsed_options, "web_base_path", None) or None
+        routes = flask.Blueprint("loadmanager", __name__, url_prefix=base_path)
+
+        def get_state():
+            run = self._running()
+            if run and self._knows_token(flask.request.headers.get("X-Locust-Token", "")):
+                run.renew()
+            answer = flask.jsonify(self.state())
+            answer.headers["Cache-Control"] = "no-store"
+            return answer
+
+        only_logged_in = getattr(web_ui, "auth_required_if_enabled", lambda view: view)
+        routes.add_url_rule("/loadmanager/state", "state", only_logged_in(get_state), methods=["GET"])
+        web_ui.app.register_blueprint(routes)
+
+        swarm_path = (base_path or "").rstrip("/") + "/swarm"
+
+        @web_ui.app.before_request
+        def forget_stale_arguments():
+            # The UI's form does not have our fields: whatever is left is of a start that never came about.
+            request = flask.request
+            if request.method == "POST" and request.path == swarm_path and "run_id" not in request.form:
+                self._take_arguments()
+
+    def _knows_token(self, given: str) -> bool:
+        wanted = self.settings.token
+        return not wanted or hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+
+    def state(self) -> dict:
+        runner, total, run = self.environment.runner, self.environment.stats.total, self._running()
+        state = runner.state
+        if state == "stopped" and run and run.stopping:
+            state = "stopping"  # a master says stopped up to 1 s too early: a start now would mix two tests
+        return {
+            "hooks": HOOKS_VERSION,
+            "locustVersion": _locust_version(),
+            "bootId": self.boot_id,
+            "state": state,
+            "userCount": runner.user_count,
+            "targetUserCount": getattr(runner, "target_user_count", None),
+            "distributed": self.distributed,
+            "workers": [{"id": worker.id, "state": worker.state,
+                         "userCount": getattr(worker, "user_count", None),
+                         "cpuPercent": _number(getattr(worker, "cpu_usage", None))} for worker in self._workers()],
+            "runId": run.id if run else "",
+            "lastRunId": self.last_run_id,
+            "testStartedAt": run.started_at if run else None,
+            "numRequests": total.num_requests,
+            "numFailures": total.num_failures,
+            "callbacks": self.settings.callbacks,
+            "flush": True,
+            "host": _text(self.environment.host),
+            "userClasses": [user_class.__name__ for user_class in self.environment.user_classes],
+            "locustfileSha256": self.locustfile_sha256,
+        }
+
+
+def _locust_version() -> str:
+    import locust
+
+    return str(getattr(locust, "__version__", "") or getattr(locust, "version", ""))
+
+
+def _locustfile_sha256(environment) -> str:
+    """Of one file: its own SHA-256. Of several: that of their sums in the order of loading. "": not readable."""
+    paths = getattr(environment, "parsed_locustfiles", None)
+    if not paths:
+        paths = str(getattr(environment.parsed_options, "locustfile", "") or "").split(",")
+    try:
+        sums = []
+        for path in paths:
+            with open(str(path).strip(), "rb") as locustfile:
+                sums.append(hashlib.sha256(locustfile.read()).hexdigest())
+    except OSError:
+        return ""
+    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+# ---- the workers' side ----
+
+
+class WorkerFlush:
+    """Sends the last numbers before "stopped": Locust's own last report comes up to 3 s later."""
+
+    def __init__(self, environment) -> None:
+        self._runner = environment.runner
+        self._flushing = False
+
+    def on_test_stop(self) -> None:
+        send_stats = getattr(self._runner, "_send_stats", None)
+        if send_stats is None:
+            return
+        self._flushing = True
+        try:
+            send_stats()
+        except Exception as exc:  # noqa: BLE001 - the master is gone: nobody to tell
+            log.debug("last report not sent: %s", exc)
+        finally:
+            self._flushing = False
+
+    def on_report_to_master(self, data: dict) -> None:
+        if self._flushing:
+            data[FLUSH_MARK] = True
+
+
+# ---- listeners ----
+# At module level: Locust fires `quitting` in reverse order, so this one comes after the master's own,
+# which waits for the workers' last reports.
+
+_hooks: Hooks | None = None
+_worker_flush: WorkerFlush | None = None
+
+
+@events.init_command_line_parser.add_listener
+def _add_arguments(parser, **_kwargs) -> None:
+    for name in ARGUMENTS:
+        option = "--" + name.replace("_", "-")
+        try:
+            # A default of None would make Locust send it otherwise; the UI's form need not show them.
+            parser.add_argument(option, type=str, default="", include_in_web_ui=False,
+                                help="set by Load Manager in the /swarm form")
+        except Exception as exc:  # noqa: BLE001 - the locustfile has one of that name: its value will do
+            log.debug("%s not added: %s", option, exc)
+
+
+@events.init.add_listener
+def _on_init(environment, **_kwargs) -> None:
+    global _hooks, _worker_flush
+    try:
+        if isinstance(environment.runner, WorkerRunner):
+            _worker_flush = WorkerFlush(environment)
+            return
+        _hooks = Hooks(environment)
+        # Here, and so after Locust's own listener: a worker has flushed when its numbers are in the statistics.
+        environment.events.worker_report.add_listener(_on_worker_report)
+        if getattr(environment, "web_ui", None) is not None:
+            _hooks.add_to_web_ui(environment.web_ui)
+    except Exception:  # noqa: BLE001 - an exception in init would end the process
+        log.exception("loadmanager_hooks: not all of it works; the load is not affected")
+
+
+def _quietly(listener, *args, **kwargs) -> None:
+    """An exception that leaves a listener would change Locust's exit status."""
+    try:
+        listener(*args, **kwargs)
+    except Exception:  # noqa: BLE001
+        log.exception("loadmanager_hooks: %s failed; the load is not affected", listener.__name__)
+
+
+@events.test_start.add_listener
+def _on_test_start(**_kwargs) -> None:
+    if _hooks:
+        _quietly(_hooks.on_test_start)
+
+
+@events.test_stop.add_listener
+def _on_test_stop(**_kwargs) -> None:
+    if _worker_flush:
+        _quietly(_worker_flush.on_test_stop)
+    if _hooks:
+        _quietly(_hooks.on_test_stop)
+
+
+if hasattr(events, "test_stopping"):
+    @events.test_stopping.add_listener
+    def _on_test_stopping(**_kwargs) -> None:
+        if _hooks:
+            _quietly(_hooks.on_test_stopping)
+
+
+@events.report_to_master.add_listener
+def _on_report_to_master(data, **_kwargs) -> None:
+    if _worker_flush:
+        _worker_flush.on_report_to_master(data)
+
+
+def _on_worker_report(client_id, data, **_kwargs) -> None:
+    if _hooks:
+        _hooks.on_worker_report(client_id, data)
+
+
+@events.quitting.add_listener
+def _on_quitting(**_kwargs) -> None:
+    if _hooks:
+        _quietly(_hooks.on_quitting)
