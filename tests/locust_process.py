@@ -94,11 +94,7 @@ class LocustCluster:
 
         def ready() -> bool:
             self._check_alive()
-            # Uncached, unlike /stats/requests; only a page of its own base path answers JSON here.
-            if not self._worker_count:
-                return self.get("/stats/requests")["state"] in ("ready", "stopped")
-            listed = self.get("/stats/requests").get("workers", [])
-            return sum(worker["state"] == "ready" for worker in listed) >= wanted
+            return self._connected_workers() >= wanted
 
         eventually(ready, within_s=READY_WITHIN_S, what=f"Locust ready with {wanted} workers")
 
@@ -129,7 +125,7 @@ class LocustCluster:
         if self.master and self.master.poll() is None:
             self.terminate_master()
         self._start_master()
-        eventually(lambda: self._check_alive() or self.get("/stats/requests"), within_s=READY_WITHIN_S,
+        eventually(lambda: self._check_alive() or self.stats(), within_s=READY_WITHIN_S,
                    what="the new master's web UI")
 
     def kill_worker(self, index: int) -> None:
@@ -143,7 +139,7 @@ class LocustCluster:
         self.workers.append(worker)
         if wait:
             alive = sum(process.poll() is None for process in self.workers)
-            eventually(lambda: self.get("/stats/requests")["worker_count"] >= alive, within_s=READY_WITHIN_S)
+            eventually(lambda: self._connected_workers() >= alive, within_s=READY_WITHIN_S)
         return worker
 
     # ---- its web API ----
@@ -207,6 +203,14 @@ class LocustCluster:
             return subprocess.Popen([self._python, "-m", "locust", "-f", str(self._locustfile), *args],
                                     stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                     env=self._env, cwd=self._directory)
+
+    def _connected_workers(self) -> int:
+        try:
+            return self.get("/worker-count")["worker_count"]  # not cached
+        except urllib.error.HTTPError as exc:
+            if exc.code != 404:  # 404: Locust before 2.37
+                raise
+            return len(self.stats().get("workers", []))
 
     def _check_alive(self) -> None:
         """DiedEarly, with the log, when a process that should run has ended."""
