@@ -330,7 +330,11 @@ def number_value(lowest: float, highest: float, whole: bool = False) -> Check:
         except ValueError:
             return text
 
-    return Check(f"{kind} from {lowest:g} to {highest:g}", accept, from_text)
+    return Check(f"{kind} from {_plain(lowest)} to {_plain(highest)}", accept, from_text)
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def _accept_boolean(value: Any) -> bool:
@@ -442,7 +446,7 @@ class OrchestratorConfig:
     """How runs are watched."""
 
     poll_interval_s: float = key(
-        "metricsPollIntervalSeconds", 10.0, number_value(0.5, 3600), "seconds between two readings of a cluster"
+        "metricsPollIntervalSeconds", 10.0, number_value(0.1, 3600), "seconds between two readings of a cluster"
     )
     start_timeout_s: float = key(
         "startTimeoutSeconds", 15.0, number_value(1, 3600), "seconds for Locust to prove that the test started"
@@ -990,7 +994,8 @@ def parse_json(raw: bytes, unique_keys: bool = True) -> Any:
     except RecursionError:
         raise InvalidInput("the body is nested too deeply") from None
     except ValueError as error:
-        raise InvalidInput(f"the body is not valid JSON: {str(error)[:200]}") from None
+        words = "a number has too many digits" if "integer string conversion" in str(error) else str(error)[:200]
+        raise InvalidInput(f"the body is not valid JSON: {words}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2936,8 +2941,10 @@ class Engine:
         elif run.status is RunStatus.STOPPING:
             self._carry_out_stop(run.id, cluster, StopOutcome())
         elif run.deadline_at is not None and run.deadline_at <= time.time():
-            self._arm(run, cluster, 0.0)
-            self._begin_stop(run.id, "duration")
+            self._new_watch(run, cluster, 0.0)
+            outcome = self._begin_stop(run.id, "duration")
+            if outcome:
+                outcome.settled.wait(2)
         else:
             self._adopt(run, cluster)
 
@@ -2949,7 +2956,8 @@ class Engine:
             remaining = min(run.deadline_at - time.time(), float(run.duration_s))
         watch = self._arm(run, cluster, remaining)
         watch.last_requests = self._last_requests(run.id)
-        watch.users_seen = watch.start_seen = watch.last_requests > 0
+        watch.users_seen = watch.last_requests > 0
+        watch.start_seen = watch.users_seen or time.time() - (run.started_at or 0) > 3
         log("run adopted", run=run.id, cluster=cluster.id, remaining_s=remaining)
 
     def _reconcile_pending(self, run: Run, cluster: Cluster) -> None:
@@ -3419,7 +3427,7 @@ class Engine:
         """Stop a run; returns when Locust confirmed. Conflict when it is not running,
         LocustError when Locust did not do it yet: it is tried until it does."""
         run = self.store.get(run_id)
-        if run.status is RunStatus.PENDING and run.queued:
+        if self._leave_queue(run):
             self._fail(run_id, "cancelled while it waited in the queue", stop_reason=reason)
             return
         outcome = self._begin_stop(run_id, reason)
@@ -3429,6 +3437,14 @@ class Engine:
             raise LocustTimeout(f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does")
         if outcome.error:
             raise type(outcome.error)(f"{outcome.error.message}; the stop is tried again until it succeeds")
+
+    def _leave_queue(self, run: Run) -> bool:
+        """Take a waiting run out of the queue, unless a cluster was just given to it."""
+        with self._lock:
+            if run.id not in self._queue or any(cluster.busy_with == run.id for cluster in self.clusters.values()):
+                return False
+            self._queue.remove(run.id)
+            return True
 
     def _not_stoppable(self, run: Run) -> Conflict:
         words = {
@@ -3704,7 +3720,7 @@ class Engine:
         if watch:
             watch.start_seen = True
             watch.cluster.heard_at = steady_s()
-        elif run.status is RunStatus.FAILED and run.cluster_id in self.clusters:
+        elif run.status is RunStatus.FAILED and run.cluster_id in self.clusters and time.time() - (run.finished_at or 0) < 120:
             # The start came after we had given the run up: a load without a run.
             self.store.update(run_id, cleanup=True)
             self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
@@ -3718,7 +3734,7 @@ class Engine:
             watch.start_seen = True
             watch.users_seen = watch.users_seen or bool(snapshot.users or snapshot.requests)
             watch.cluster.heard_at = steady_s()
-            watch.last_requests = max(watch.last_requests, snapshot.requests or 0)
+            watch.last_requests = snapshot.requests or watch.last_requests
 
     def locust_stopped(self, run_id: str, snapshot: Snapshot | None, complete: bool) -> None:
         """The hooks saw the test end. With `complete` numbers (ours flush the workers) the run
@@ -3882,6 +3898,7 @@ IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
 WRITE_STALL_S = 30.0
+LINGER_S = 2.0  # reading on after an answer that closes the connection
 MOST_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
 
 
@@ -4061,7 +4078,7 @@ class Connection:
         self.parts: list[bytes] = []
         self.missing = 0  # bytes of the body still to come
         self.busy = False  # a thread works on its request
-        self.out = b""
+        self.out: Any = b""  # still to be sent: a memoryview, so that 30 MB are not copied for each write
         self.closing = False  # close when `out` is sent
         self.deadline = steady_s() + IDLE_CONNECTION_S
         self.mask = 0
@@ -4085,6 +4102,8 @@ class Connection:
             return
         if not received:
             self.close()
+        elif self.closing:
+            pass  # lingering: what is still sent to us is thrown away
         elif self.request is not None:
             self._take_body(received)
             self.advance()
@@ -4196,7 +4215,7 @@ class Connection:
         if self.sock is None:
             return
         if self.out:
-            self.out += raw
+            self.out = memoryview(bytes(self.out) + raw)
             return
         try:
             sent = self.sock.send(raw)
@@ -4206,7 +4225,7 @@ class Connection:
             self.close()
             return
         if sent < len(raw):
-            self.out = raw[sent:]
+            self.out = memoryview(raw)[sent:]
             self.deadline = steady_s() + WRITE_STALL_S
             self.loop.watch(self, selectors.EVENT_WRITE)
         else:
@@ -4214,14 +4233,13 @@ class Connection:
 
     def _flush(self) -> None:
         try:
-            view = memoryview(self.out)[: 1 << 18]
-            sent = self.sock.send(view)  # type: ignore[union-attr]
+            sent = self.sock.send(self.out[: 1 << 18])  # type: ignore[union-attr]
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self.close()
             return
-        self.out = self.out[sent:] if sent < len(self.out) else b""
+        self.out = self.out[sent:]
         self.deadline = steady_s() + WRITE_STALL_S
         if not self.out:
             self._sent()
@@ -4237,15 +4255,16 @@ class Connection:
         self.loop.watch(self, selectors.EVENT_READ)
 
     def _close_gently(self) -> None:
-        """Say that no more comes, so that the client reads our answer before a reset."""
+        """Say that no more comes, and read on for a moment: a close with unread bytes would
+        reset the connection, and the client might never see our answer."""
         try:
             self.sock.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
-            for _ in range(16):
-                if not self.sock.recv(65536):  # type: ignore[union-attr]
-                    break
         except OSError:
-            pass
-        self.close()
+            self.close()
+            return
+        self.deadline = steady_s() + LINGER_S
+        self.buffer = b""
+        self.loop.watch(self, selectors.EVENT_READ)
 
     def close(self) -> None:
         sock, self.sock = self.sock, None
