@@ -22,8 +22,11 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
 11. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-12. HTTP API        routes, authentication, handlers
-13. COMMAND LINE    serve, check
+12. EVENTS          changes of runs, told to event streams
+13. SESSIONS        browsers that signed in, and what they must prove
+14. HTTP API        routes, authentication, handlers
+15. COMMAND LINE    serve, check
+16. DASHBOARD PAGE  what a browser gets at /
 """
 
 from __future__ import annotations
@@ -32,28 +35,31 @@ import base64
 import bisect
 import csv
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
 import http.client
 import io
+import ipaddress
 import json
 import math
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
 # 1. VOCABULARY - words, units and limits every other section speaks in
@@ -357,7 +363,18 @@ def _accept_base_url(value: Any) -> str:
     return value.rstrip("/")
 
 
+def _accept_host_names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError
+    names = [name.strip().lower() for name in names]
+    if not all(re.fullmatch(r"[a-z0-9._-]{1,253}", name) for name in names):
+        raise ValueError
+    return tuple(names)
+
+
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
+HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
@@ -385,6 +402,12 @@ class ServerConfig:
     port: int = key("port", 8080, number_value(0, 65535, whole=True), "port to listen on; 0 takes a free one")
     max_connections: int = key(
         "maxConnections", 4000, number_value(16, 100_000, whole=True), "open connections; beyond, the idlest is closed"
+    )
+    public_url: str | None = key(
+        "publicUrl", None, BASE_URL, "the address browsers use, when another than host and port (a proxy, a DNS name)"
+    )
+    allowed_hosts: tuple[str, ...] = key(
+        "allowedHosts", (), HOST_NAMES, "more host names under which a browser may sign in"
     )
 
 
@@ -1832,6 +1855,16 @@ class Record:
             head = self.head = dump_json(run_to_wire(self.run)).encode()[:-1]
         return head + b',"lastMetrics":' + metrics + b"}" if metrics else head + b"}"
 
+    def brief(self) -> bytes:
+        """As wire(), without the endpoints' rows, which can be 500."""
+        wire = run_to_wire(self.run)
+        if self.snapshot is not None:
+            wire["lastMetrics"] = snapshot_to_wire(self.snapshot._replace(endpoints=None))
+        elif self.metrics is not None:
+            wire["lastMetrics"] = json.loads(self.metrics)
+            wire["lastMetrics"].pop("requestStats", None)
+        return dump_json(wire).encode()
+
     def row(self) -> tuple[str, int, str, str | None]:
         metrics = self.metrics_json()
         return self.run.id, self.run.seq, run_to_record(self.run), metrics.decode() if metrics else None
@@ -1842,16 +1875,22 @@ class RunFilter(NamedTuple):
 
     tenant_id: str | None = None
     env_id: str | None = None
-    status: str | None = None
+    statuses: frozenset[str] | None = None
     tenants: frozenset[str] | None = None  # those the caller may see
+    search: str | None = None  # lower case; somewhere in the run's id, names or creator
 
     def takes(self, run: Run) -> bool:
         return (
             (self.tenant_id is None or run.tenant_id == self.tenant_id)
             and (self.env_id is None or run.env_id == self.env_id)
-            and (self.status is None or run.status.value == self.status)
+            and (self.statuses is None or run.status.value in self.statuses)
             and (self.tenants is None or run.tenant_id in self.tenants)
+            and (self.search is None or self._finds(run))
         )
+
+    def _finds(self, run: Run) -> bool:
+        words = (run.scenario_id, run.tenant_id, run.env_id, run.cluster_id, run.created_by, run.id)
+        return any(self.search in word.lower() for word in words)  # type: ignore[operator]
 
 
 class Store:
@@ -1901,12 +1940,26 @@ class Store:
                 raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
             return record.wire()
 
+    def brief(self, run_id: str) -> bytes:
+        """As wire(), without the endpoints' rows."""
+        with self._lock:
+            return self._record(run_id).brief()
+
+    def newest_sample(self, run_id: str) -> Sample | None:
+        """The newest numbers of a run that is going on; None when there are none."""
+        with self._lock:
+            record = self._records.get(run_id)
+            snapshot = record.snapshot if record else None
+        return sample_of(run_id, snapshot, "live") if snapshot else None
+
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
         """The runs, newest first."""
         with self._lock:
             return [record.run for record in reversed(self._records.values()) if wanted.takes(record.run)]
 
-    def list_wire(self, wanted: RunFilter, limit: int | None, before_seq: int | None) -> tuple[list[bytes], int | None]:
+    def list_wire(
+        self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
+    ) -> tuple[list[bytes], int | None]:
         """Up to `limit` answers, newest first, from before `before_seq`; and the last one's
         seq if there are more."""
         page: list[bytes] = []
@@ -1918,7 +1971,7 @@ class Store:
                     continue
                 if limit is not None and len(page) == limit:
                     return page, last
-                page.append(record.wire())
+                page.append(record.brief() if brief else record.wire())
                 last = run.seq
         return page, None
 
@@ -2064,8 +2117,10 @@ class Store:
         with self._lock:
             self._keys = {key_: known for key_, known in self._keys.items() if known[1] not in run_ids}
             for run_id in run_ids:
-                self._records.pop(run_id, None)
+                record = self._records.pop(run_id, None)
                 self._journal.forget(run_id)
+                if record:
+                    self._tell(record.run)  # who then does not find the run knows that it is gone
 
     def _tell(self, run: Run) -> None:
         for listener in self.listeners:
@@ -3878,6 +3933,7 @@ REASONS = {
 }  # fmt: skip
 JSON_TYPE = "application/json"
 
+MOST_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
 IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
@@ -3987,22 +4043,29 @@ class Request:
 
 
 class Response:
-    """Status, body and headers of an answer."""
+    """Status, body and headers of an answer.
 
-    __slots__ = ("http_status", "body", "content_type", "headers")
+    opens: makes it a stream without end; called in the loop's thread with the connection,
+    once the head is sent, to keep it and push() to it."""
 
-    def __init__(self, body: bytes = b"", http_status: int = 200, content_type: str = JSON_TYPE, headers: dict[str, str] | None = None):
+    __slots__ = ("http_status", "body", "content_type", "headers", "opens")
+
+    def __init__(
+        self, body: bytes = b"", http_status: int = 200, content_type: str = JSON_TYPE, headers: dict[str, str] | None = None,
+        opens: Callable[[Connection], None] | None = None,
+    ):  # fmt: skip
         self.http_status = http_status
         self.body = body
         self.content_type = content_type
         self.headers = headers
+        self.opens = opens
 
     def to_bytes(self, keep_alive: bool, with_body: bool = True) -> bytes:
         """Head and body in one piece: two writes would stall a client 40 ms."""
         parts = [_head_start(self.http_status, self.content_type, keep_alive), _date_line(int(time.time()))]
         for name, value in (self.headers or {}).items():
             parts.append(f"{name}: {_header_value(value)}\r\n".encode("latin-1"))
-        if self.http_status != 204:
+        if self.http_status != 204 and self.opens is None:
             parts.append(b"Content-Length: %d\r\n" % len(self.body))
         parts.append(b"\r\n")
         if with_body:
@@ -4050,7 +4113,10 @@ def error_response(error: LoadManagerError) -> Response:
 class Connection:
     """One client's connection, owned by the loop's thread."""
 
-    __slots__ = ("loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask", "waiting_since")
+    __slots__ = (
+        "loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask",
+        "waiting_since", "streams", "on_close",
+    )  # fmt: skip
 
     def __init__(self, loop: ConnectionLoop, sock: socket.socket, address: str):
         self.loop = loop
@@ -4066,6 +4132,8 @@ class Connection:
         self.deadline = steady_s() + IDLE_CONNECTION_S
         self.mask = 0
         self.waiting_since = steady_s()  # idle or half-sent since then
+        self.streams = False  # an event stream: nothing more is read, its end is the connection's
+        self.on_close: Callable[[], None] = _nothing
 
     # ---- reading -----------------------------------------------------------
 
@@ -4085,6 +4153,8 @@ class Connection:
             return
         if not received:
             self.close()
+        elif self.streams:
+            return
         elif self.request is not None:
             self._take_body(received)
             self.advance()
@@ -4094,7 +4164,7 @@ class Connection:
 
     def advance(self) -> None:
         """Handle every whole request that has arrived, in order."""
-        while not self.busy and not self.closing and self.sock is not None and not self.out:
+        while not self.busy and not self.closing and not self.streams and self.sock is not None and not self.out:
             if self.request is None and not self._begin_request():
                 return
             if self.request is not None:
@@ -4185,8 +4255,28 @@ class Connection:
     def answer(self, request: Request, response: Response) -> None:
         """Send the response to the request in hand."""
         self.busy = False
+        if response.opens is not None and request.head.method != "HEAD":
+            self._open_stream(response)
+            return
         keep = request.head.keep_alive and not self.loop.draining
         self.send(response.to_bytes(keep, request.head.method != "HEAD"), close=not keep)
+
+    def _open_stream(self, response: Response) -> None:
+        assert response.opens is not None
+        self.streams = True
+        self.buffer = b""
+        self._write(response.to_bytes(False))
+        if self.sock is not None:
+            response.opens(self)
+
+    def push(self, raw: bytes) -> None:
+        """Append to a stream. A client that leaves too much unread is dropped: it can come
+        back and resume, whereas its backlog would grow for ever."""
+        if self.out and len(self.out) + len(raw) > MOST_UNSENT_BYTES:
+            log("slow event stream dropped", address=self.address, unsent=len(self.out))
+            self.close()
+            return
+        self._write(raw)
 
     def send(self, raw: bytes, close: bool = False) -> None:
         self.closing = self.closing or close
@@ -4233,7 +4323,7 @@ class Connection:
             return
         if self.request is None:
             self.waiting_since = steady_s()
-            self.deadline = self.waiting_since + IDLE_CONNECTION_S
+            self.deadline = math.inf if self.streams else self.waiting_since + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
 
     def _close_gently(self) -> None:
@@ -4252,6 +4342,7 @@ class Connection:
         if sock is not None:
             self.loop.forget(self, sock)
             sock.close()
+            self.on_close()
 
 
 class ConnectionLoop(threading.Thread):
@@ -4340,7 +4431,7 @@ class ConnectionLoop(threading.Thread):
 
     def _make_room(self) -> None:
         """Close the connection that has waited longest for its client; the newest is served."""
-        waiting = [connection for connection in self._connections if not connection.busy and not connection.out]
+        waiting = [item for item in self._connections if not item.busy and not item.out and not item.streams]
         if waiting:
             min(waiting, key=lambda connection: connection.waiting_since).close()
 
@@ -4448,8 +4539,224 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 12. HTTP API - routes, authentication, handlers
+# 12. EVENTS - changes of runs, told to event streams
 # ============================================================================
+# The store tells of a change under its lock; note() only writes down which run. A round in
+# the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
+# however often it changed. As an event is a whole state, no events are kept for those who
+# come back: what they missed is the newest state of the runs that changed since.
+
+
+class Stream:
+    """One client's event stream. tenants: those it may see, None: all; is_allowed: False
+    once its sign-in has ended."""
+
+    __slots__ = ("connection", "run_id", "tenants", "resume_id", "is_allowed")
+
+    def __init__(self, run_id: str | None, tenants: frozenset[str] | None, resume_id: str | None, is_allowed: Callable[[], bool]):
+        self.connection: Connection | None = None
+        self.run_id = run_id  # None: all runs
+        self.tenants = tenants
+        self.resume_id = resume_id  # Last-Event-ID
+        self.is_allowed = is_allowed
+
+    def sees(self, tenant_id: str) -> bool:
+        return self.tenants is None or tenant_id in self.tenants
+
+    def push(self, raw: bytes) -> None:
+        if raw and self.connection is not None:
+            self.connection.push(raw)
+
+
+class Change(NamedTuple):
+    """The newest change of one run."""
+
+    seq: int
+    tenant_id: str
+
+
+class EventFeed:
+    """Tells streams of changes. note() comes from any thread, all else runs in the loop's.
+
+    Events: `run` (the run's JSON; in the feed of all runs without requestStats), `sample`
+    (one point of its series; only in the stream of one run), `deleted` {"id"}, and at the
+    start `ready`, or `reset` where a Last-Event-ID cannot be resumed: read all anew."""
+
+    ROUND_S = 0.25
+    HEARTBEAT_S = 15.0
+    MOST_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
+    MOST_REPLAYED = 500
+
+    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int):
+        self._store = store
+        self._loop = loop
+        self._timer = timer
+        self._most_streams = most_streams
+        self._era = secrets.token_hex(4)  # ids of an earlier process are not ours
+        self._lock = threading.Lock()  # guards _noted and _round_is_due
+        self._noted: dict[str, str] = {}  # changed run -> its tenant
+        self._round_is_due = False
+        self._next_round_at = 0.0
+        self._seq = 0
+        self._changes: OrderedDict[str, Change] = OrderedDict()  # by run, the newest last
+        self._forgotten_seq = 0  # changes up to this one are no longer in _changes
+        self._streams: dict[str | None, set[Stream]] = {}  # by run, None: of all runs
+        self._sampled_at: dict[str, float] = {}  # of runs with a stream of their own
+        self._beating = False
+        store.listeners.append(self.note)
+
+    # ---- from any thread ---------------------------------------------------
+
+    def note(self, run: Run) -> None:
+        """A run has changed or is gone; called under the store's lock."""
+        with self._lock:
+            self._noted[run.id] = run.tenant_id
+            if self._round_is_due:
+                return
+            self._round_is_due = True
+        wait_s = self._next_round_at - steady_s()
+        if wait_s <= 0:
+            self._loop.call(self._round)
+        else:
+            self._timer.after(wait_s, functools.partial(self._loop.call, self._round))
+
+    # ---- streams come and go -----------------------------------------------
+
+    def response(self, stream: Stream) -> Response:
+        """The answer that opens a stream; NotReady when there are too many."""
+        if sum(map(len, self._streams.values())) >= self._most_streams:
+            raise NotReady(f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10)
+        headers = {"X-Accel-Buffering": "no"}  # nginx would keep events back
+        return Response(content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream))
+
+    def _join(self, stream: Stream, connection: Connection) -> None:
+        stream.connection = connection
+        connection.on_close = functools.partial(self._leave, stream)
+        self._streams.setdefault(stream.run_id, set()).add(stream)
+        if not self._beating:
+            self._beating = True
+            self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
+        stream.push(b"retry: 1000\n\n" + self._welcome(stream))
+
+    def _leave(self, stream: Stream) -> None:
+        streams = self._streams.get(stream.run_id, set())
+        streams.discard(stream)
+        if not streams:
+            self._streams.pop(stream.run_id, None)
+            self._sampled_at.pop(stream.run_id or "", None)
+
+    def close_refused(self) -> None:
+        """End the streams whose sign-in has ended."""
+        for stream in self._all_streams():
+            if not stream.is_allowed() and stream.connection is not None:
+                stream.connection.close()
+
+    def _all_streams(self) -> list[Stream]:
+        return [stream for streams in self._streams.values() for stream in streams]
+
+    def _welcome(self, stream: Stream) -> bytes:
+        """What a new stream gets first: what it missed, or that it must read all anew; the
+        stream of one run gets the run."""
+        missed = None if stream.resume_id is None else self._missed(stream)
+        if missed is not None:
+            return b"".join(missed)
+        start = b"ready" if stream.resume_id is None else b"reset"
+        first = self._event(start, b"{}", self._seq)
+        return first + self._run_event(stream.run_id, self._seq) if stream.run_id else first
+
+    def _missed(self, stream: Stream) -> list[bytes] | None:
+        """Events since the stream's Last-Event-ID; None when that is too long ago, or
+        nothing of ours."""
+        era, _, number = (stream.resume_id or "").partition("-")
+        if era != self._era or not re.fullmatch("[0-9]{1,15}", number):
+            return None
+        since = int(number)
+        if since < self._forgotten_seq or since > self._seq:
+            return None
+        missed = []
+        for run_id, change in reversed(self._changes.items()):
+            if change.seq <= since:
+                break
+            if stream.run_id in (None, run_id) and stream.sees(change.tenant_id):
+                missed.append((run_id, change.seq))
+            if len(missed) > self.MOST_REPLAYED:
+                return None
+        return [self._run_event(run_id, seq, brief=stream.run_id is None) for run_id, seq in reversed(missed)]
+
+    # ---- rounds ------------------------------------------------------------
+
+    def _round(self) -> None:
+        with self._lock:
+            noted, self._noted = self._noted, {}
+            self._round_is_due = False
+            self._next_round_at = steady_s() + self.ROUND_S
+        changed = [(run_id, self._remember(run_id, tenant_id)) for run_id, tenant_id in noted.items()]
+        self._tell_followers_of_all(changed)
+        for run_id, change in changed:
+            if run_id in self._streams:
+                raw = self._sample_event(run_id) + self._run_event(run_id, change.seq)
+                for stream in list(self._streams[run_id]):
+                    stream.push(raw)
+
+    def _remember(self, run_id: str, tenant_id: str) -> Change:
+        self._seq += 1
+        change = self._changes[run_id] = Change(self._seq, tenant_id)
+        self._changes.move_to_end(run_id)
+        if len(self._changes) > self.MOST_REMEMBERED:
+            self._forgotten_seq = self._changes.popitem(last=False)[1].seq
+        return change
+
+    def _tell_followers_of_all(self, changed: list[tuple[str, Change]]) -> None:
+        streams = self._streams.get(None)
+        if not streams:
+            return
+        events = [(change.tenant_id, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
+        told: dict[frozenset[str] | None, bytes] = {}  # the same bytes for all who see the same tenants
+        for stream in list(streams):
+            if stream.tenants not in told:
+                told[stream.tenants] = b"".join(event for tenant_id, event in events if stream.sees(tenant_id))
+            stream.push(told[stream.tenants])
+
+    def _beat(self) -> None:
+        """A comment to every stream: proxies keep it open, and a dead client is noticed."""
+        self._beating = False
+        self.close_refused()
+        for stream in self._all_streams():
+            self._beating = True
+            stream.push(b": heartbeat\n\n")
+        if self._beating:
+            self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
+
+    # ---- one event's bytes -------------------------------------------------
+
+    def _run_event(self, run_id: str, seq: int, brief: bool = False) -> bytes:
+        try:
+            wire = self._store.brief(run_id) if brief else self._store.wire(run_id)
+        except NotFound:
+            return self._event(b"deleted", dump_json({"id": run_id}).encode(), seq)
+        return self._event(b"run", wire, seq)
+
+    def _sample_event(self, run_id: str) -> bytes:
+        """The run's newest point; empty when it was told before."""
+        sample = self._store.newest_sample(run_id)
+        if sample is None or sample.at <= self._sampled_at.get(run_id, 0.0):
+            return b""
+        self._sampled_at[run_id] = sample.at
+        return b"event: sample\ndata: " + dump_json(sample_to_wire(sample)).encode() + b"\n\n"
+
+    def _event(self, name: bytes, data: bytes, seq: int) -> bytes:
+        return b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._era.encode(), seq, name, data)
+
+
+# ============================================================================
+# 13. SESSIONS - browsers that signed in, and what they must prove
+# ============================================================================
+# A browser sends its cookie with whatever any page makes it send. So a cookie alone only
+# reads, under a host name that is ours (another's name may be made to point here: DNS
+# rebinding), and what changes something must come from our own page: Origin and a CSRF
+# token. A Bearer token needs none of this, as no browser adds it by itself.
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 @dataclass(frozen=True)
@@ -4462,6 +4769,128 @@ class Principal:
 
     def may_touch(self, tenant_id: str) -> bool:
         return self.tenants is None or tenant_id in self.tenants
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sign-in. ends_at: steady seconds."""
+
+    principal: Principal
+    csrf_token: str
+    ends_at: float
+
+
+class Sessions:
+    """The sign-ins of this process, by the hash of their secret; a restart ends them."""
+
+    MOST = 1000
+    KEEP_S = 12 * 3600.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _by_digest
+        self._by_digest: OrderedDict[bytes, Session] = OrderedDict()  # the oldest first
+
+    def begin(self, principal: Principal) -> tuple[Session, str]:
+        """A new session and the secret for its cookie; beyond MOST the oldest ends."""
+        secret = secrets.token_urlsafe(32)
+        session = Session(principal, secrets.token_urlsafe(32), steady_s() + self.KEEP_S)
+        with self._lock:
+            self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
+            while len(self._by_digest) > self.MOST:
+                self._by_digest.popitem(last=False)
+        return session, secret
+
+    def find(self, secret: str | None) -> Session | None:
+        if secret is None:
+            return None
+        session = self._by_digest.get(hashlib.sha256(secret.encode("latin-1")).digest())
+        return session if session and session.ends_at > steady_s() else None
+
+    def is_alive(self, secret: str) -> bool:
+        return self.find(secret) is not None
+
+    def end(self, secret: str | None) -> None:
+        with self._lock:
+            self._by_digest.pop(hashlib.sha256((secret or "").encode("latin-1")).digest(), None)
+
+
+def session_to_wire(session: Session) -> dict[str, Any]:
+    return {
+        "signedIn": True,
+        "name": session.principal.name,
+        "role": session.principal.role,
+        "csrfToken": session.csrf_token,
+        "expiresInSeconds": max(0, math.floor(session.ends_at - steady_s())),
+    }
+
+
+def _cookie_name(server: ServerConfig) -> str:
+    """With the port: cookies do not tell ports apart, and two Load Managers may share a host."""
+    return f"loadmanager_{server.port}"
+
+
+def session_cookie(server: ServerConfig, secret: str) -> str:
+    """The Set-Cookie value; an empty secret removes the cookie."""
+    age_s = int(Sessions.KEEP_S) if secret else 0
+    secure = "; Secure" if (server.public_url or "").startswith("https:") else ""
+    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure}"
+
+
+def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
+    """What the session's cookie says, or None."""
+    wanted = _cookie_name(server) + "="
+    for part in head.headers.get("cookie", "").split(";"):
+        if part.strip().startswith(wanted):
+            return part.strip()[len(wanted) :]
+    return None
+
+
+def check_host(head: RequestHead, server: ServerConfig) -> None:
+    """Forbidden under a host name that is not ours. An address in digits is: nobody can
+    make another's page look as if it came from there."""
+    name = (_url_parts("//" + head.headers.get("host", "")).hostname or "").rstrip(".")
+    ours = {"localhost", server.host.lower(), *server.allowed_hosts}
+    if server.public_url:
+        ours.add(urlsplit(server.public_url).hostname or "")
+    if name in ours or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise Forbidden(f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts may add it") from None
+
+
+def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -> None:
+    """Forbidden for a request that another site's page made. required: also without Origin,
+    which browsers always send with what changes something."""
+    origin = head.headers.get("origin")
+    if origin is None and not required:
+        return
+    check_host(head, server)
+    parts, public = _url_parts(origin or ""), _url_parts(server.public_url or "")
+    is_public = bool(server.public_url) and (parts.scheme, parts.netloc.lower()) == (public.scheme, public.netloc.lower())
+    is_here = parts.scheme in ("http", "https") and parts.netloc.lower() == head.headers.get("host", "").lower()
+    if not is_public and not is_here:
+        raise Forbidden("the header Origin is missing or another site's; only our own pages may do this with a cookie")
+
+
+def _url_parts(url: str) -> SplitResult:
+    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def check_csrf(head: RequestHead, session: Session) -> None:
+    given = head.headers.get("x-csrf-token", "").encode("latin-1")
+    if not hmac.compare_digest(given, session.csrf_token.encode()):
+        raise Forbidden("the header X-CSRF-Token is missing or wrong; GET /session gives it")
+
+
+# ============================================================================
+# 14. HTTP API - routes, authentication, handlers
+# ============================================================================
 
 
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
@@ -4517,9 +4946,10 @@ def post_test(api: Api, request: Request) -> Response:
 
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants)
+    search = query["search"].lower() if "search" in query else None
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants, search)
     limit = query.get("limit")
-    page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"))
+    page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
     if last_seq is not None:
         again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
@@ -4569,6 +4999,71 @@ def get_metrics(api: Api, request: Request) -> Response:
 
 def get_clusters(api: Api, request: Request) -> Response:
     return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id)))
+
+
+def get_events(api: Api, request: Request) -> Response:
+    return api.event_stream(request, None)
+
+
+def get_run_events(api: Api, request: Request) -> Response:
+    return api.event_stream(request, api.visible_run(request).id)
+
+
+def get_session(api: Api, request: Request) -> Response:
+    session = api.session_of(request.head)
+    if session is not None:
+        return json_response({**session_to_wire(session), "anonymous": False})
+    if api.is_open:
+        return json_response({"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role})
+    return json_response({"signedIn": False, "anonymous": False})
+
+
+def post_session(api: Api, request: Request) -> Response:
+    check_same_origin(request.head, api.config.server, required=False)
+    session, secret = api.sign_in(_given_token(request), request.address)
+    log("signed in", name=session.principal.name, address=request.address)
+    return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
+
+
+def _given_token(request: Request) -> str:
+    """The token of a sign-in, as JSON or as a form."""
+    content_type = request.head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
+    if content_type == "application/x-www-form-urlencoded":
+        body: Any = dict(parse_qsl(request.body.decode("utf-8", "replace")))
+    elif content_type == JSON_TYPE:
+        body = parse_json(request.body)
+    else:
+        raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE} or a form")
+    return check_body(body, SIGN_IN_KEYS)["token"]
+
+
+def end_session(api: Api, request: Request) -> Response:
+    api.sign_out(request.head)
+    return Response(http_status=204, headers={"Set-Cookie": session_cookie(api.config.server, "")})
+
+
+def get_dashboard(api: Api, request: Request) -> Response:
+    page, packed, headers = dashboard_page()
+    if "gzip" in request.head.headers.get("accept-encoding", ""):
+        page, headers = packed, {**headers, "Content-Encoding": "gzip"}
+    return Response(page, content_type="text/html; charset=utf-8", headers=headers)
+
+
+@functools.cache
+def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
+    """The page, the page packed by gzip, and its headers. The policy names its one style and
+    its one script by their hashes: nothing else can run, whatever gets into the page."""
+
+    def hashed(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    page = DASHBOARD_PAGE.replace("/*css*/", PAGE_CSS).replace("/*js*/", PAGE_JS).encode()
+    policy = (
+        f"default-src 'none'; script-src {hashed(PAGE_JS)}; style-src {hashed(PAGE_CSS)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Vary": "Accept-Encoding"}
+    return page, gzip.compress(page, 9), {**headers, "Cross-Origin-Opener-Policy": "same-origin"}
 
 
 def locust_test_start(api: Api, request: Request) -> Response:
@@ -4621,10 +5116,19 @@ def _accept_cursor(text: Any) -> int:
     return int(match.group(1))
 
 
+def _accept_statuses(text: Any) -> frozenset[str]:
+    words = frozenset(text.split(","))
+    if not words <= {status.value for status in RunStatus}:
+        raise ValueError
+    return words
+
+
 LIST_QUERY = {
     "tenantId": text_value("a string"),
     "envId": text_value("a string"),
-    "status": one_of(*(status.value for status in RunStatus)),
+    "status": Check("one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus), _accept_statuses),
+    "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT),
+    "brief": BOOLEAN,
     "limit": number_value(1, 1000, whole=True),
     "cursor": Check("the cursor of a Link header", _accept_cursor),
 }
@@ -4636,7 +5140,20 @@ METRICS_QUERY = {
 }
 CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 
+SIGN_IN_KEYS = {"token": BodyKey("token", text_value("an API token"), required=True)}
+SIGN_IN_BYTES = 16 * 1024
+
 ROUTES = (
+    Route("GET", "/", get_dashboard, "anyone", "The dashboard", waits=False),
+    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False),
+    Route(
+        "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
+        most_body_bytes=SIGN_IN_BYTES,
+    ),
+    Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False),
+    Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False),
+    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False),
+    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False),
     Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False),
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY),
@@ -4739,10 +5256,12 @@ ANONYMOUS = Principal("anonymous", "admin")
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
-    def __init__(self, config: Config, store: Store, engine: Engine):
+    def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed):
         self.config = config
         self.store = store
         self.engine = engine
+        self._feed = feed
+        self._sessions = Sessions()
         self._router = Router(ROUTES)
         self._failed = FailedAttempts()
         self._api_digest = _digest(config.security.api_token)
@@ -4773,7 +5292,7 @@ class Api:
             return ANONYMOUS
         if route.access == "locust":
             return self._locust(head, address)
-        principal = self._bearer(head, address)
+        principal = self._caller(head, address)
         if ROLES.index(principal.role) < ROLES.index(route.access):
             raise Forbidden(f"this needs the role {route.access}; the token has {principal.role}")
         return principal
@@ -4784,13 +5303,62 @@ class Api:
             return Principal("locust", "locust")
         raise self._refused(address, "the header X-Locust-Token is missing or wrong")
 
-    def _bearer(self, head: RequestHead, address: str) -> Principal:
-        if self._api_digest is None:
+    def _caller(self, head: RequestHead, address: str) -> Principal:
+        """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
+        given = head.headers.get("authorization")
+        if self.is_open:
+            if head.method not in SAFE_METHODS:
+                check_same_origin(head, self.config.server, required=False)
             return ANONYMOUS
-        scheme, _, token = head.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(_digest(token.strip()) or b"", self._api_digest):
-            return self._api_principal
-        raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
+        if given is None and session_secret(head, self.config.server) is not None:
+            return self._by_cookie(head)
+        scheme, _, token = (given or "").partition(" ")
+        principal = self._owner_of(token.strip()) if scheme.lower() == "bearer" else None
+        if principal is None:
+            raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
+        return principal
+
+    def _owner_of(self, token: str) -> Principal | None:
+        is_right = self._api_digest is not None and hmac.compare_digest(_digest(token) or b"", self._api_digest)
+        return self._api_principal if is_right else None
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody may call: no token is configured."""
+        return self._api_digest is None
+
+    # ---- browsers that signed in -------------------------------------------
+
+    def session_of(self, head: RequestHead) -> Session | None:
+        return self._sessions.find(session_secret(head, self.config.server))
+
+    def _by_cookie(self, head: RequestHead) -> Principal:
+        session = self.session_of(head)
+        if session is None:
+            raise Unauthorized("the sign-in has ended; sign in again")
+        check_host(head, self.config.server)
+        if head.method not in SAFE_METHODS:
+            check_same_origin(head, self.config.server, required=True)
+            check_csrf(head, session)
+        return session.principal
+
+    def sign_in(self, token: str, address: str) -> tuple[Session, str]:
+        """A new session and its secret for the owner of an API token, or Unauthorized."""
+        principal = ANONYMOUS if self.is_open else self._owner_of(token)
+        if principal is None:
+            raise self._refused(address, "this is not a valid API token")
+        return self._sessions.begin(principal)
+
+    def sign_out(self, head: RequestHead) -> None:
+        self._sessions.end(session_secret(head, self.config.server))
+        self._feed.close_refused()
+
+    def event_stream(self, request: Request, run_id: str | None) -> Response:
+        """A stream of events of one run, or of all the caller may see."""
+        headers = request.head.headers
+        secret = None if self.is_open or "authorization" in headers else session_secret(request.head, self.config.server)
+        is_allowed = functools.partial(self._sessions.is_alive, secret) if secret else lambda: True
+        return self._feed.response(Stream(run_id, request.principal.tenants, headers.get("last-event-id"), is_allowed))
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
         wait_s = self._failed.note(address)
@@ -4877,7 +5445,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 13. COMMAND LINE - serve, check
+# 15. COMMAND LINE - serve, check
 # ============================================================================
 
 
@@ -4920,7 +5488,8 @@ class Service:
             raise
         self._timer = Timer()
         self._engine = Engine(config, self._store, self._timer)
-        self._loop.api = Api(config, self._store, self._engine)
+        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2)
+        self._loop.api = Api(config, self._store, self._engine, feed)
         host = config.server.host
         here = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost", "") else f"[{host}]" if ":" in host else host
         self.url = f"http://{here}:{self._server.server_port}"
@@ -5015,6 +5584,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     return {"serve": serve, "check": check}[options.command](options.config)
 
+
+# ============================================================================
+# 16. DASHBOARD PAGE - what a browser gets at /
+# ============================================================================
+# A client like any other: no data inside; it reads the JSON API and the event streams,
+# and writes what it got with textContent only. It loads nothing else, from nowhere.
+
+PAGE_CSS = r"""
+"""
+
+PAGE_JS = r"""
+"""
+
+DASHBOARD_PAGE = r"""
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
