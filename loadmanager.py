@@ -5592,12 +5592,1630 @@ def main(arguments: list[str] | None = None) -> int:
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
 
 PAGE_CSS = r"""
+/* ---- colours ---- */
+:root {
+  color-scheme: light dark;
+  --ground: #f4f6f8; --panel: #ffffff; --raised: #f8fafb; --line: #e0e5eb; --line-strong: #c6ced8;
+  --text: #18202b; --soft: #5b6778; --accent: #0b62d0; --on-accent: #ffffff; --accent-wash: #e8f0fc;
+  --good: #0a7a3d; --good-wash: #e2f5ea; --bad: #c0262d; --bad-wash: #fdeaea; --warn: #8a5a00; --warn-wash: #fdf2dc;
+  --calm: #4a5a70; --calm-wash: #e9edf2; --shadow: 0 1px 2px rgba(20, 30, 45, .05); --shade: rgba(16, 24, 36, .45);
+  --rps: #00ca5a; --failures: #ff6d6d; --p50: #ff9f00; --p95: #9966cc; --p99: #c2185b; --users: #0099ff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0e1319; --panel: #161d26; --raised: #1b232e; --line: #26303d; --line-strong: #3a4757;
+    --text: #e3e8ef; --soft: #93a0b2; --accent: #62a8ff; --on-accent: #08131f; --accent-wash: #17293f;
+    --good: #4ade88; --good-wash: #10301f; --bad: #ff8585; --bad-wash: #3a1b1f; --warn: #f2b84b; --warn-wash: #33270f;
+    --calm: #a9b6c8; --calm-wash: #222c39; --shadow: none; --shade: rgba(0, 0, 0, .6);
+    --p95: #b085e0; --p99: #f06292;
+  }
+}
+
+/* ---- page ---- */
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--ground); color: var(--text);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+[hidden] { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.skip { position: absolute; left: -999px; top: 4px; z-index: 9; background: var(--panel); padding: 6px 10px; }
+.skip:focus { left: 8px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+main { max-width: 1480px; margin: 0 auto; padding: 16px 20px 48px; }
+main:focus { outline: none; }
+#top {
+  display: flex; align-items: center; gap: 10px; padding: 8px 20px; background: var(--panel);
+  border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 5;
+}
+#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; display: flex; gap: 8px; align-items: center; }
+#top .brand svg { display: block; }
+#top .space { flex: 1; }
+#top .who { color: var(--soft); font-size: 13px; }
+.live { display: inline-flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12px; }
+.live::before { content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--line-strong); }
+.live.on::before { background: var(--rps); }
+.live.off::before { background: var(--failures); }
+#lost { background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550; border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4; }
+h1 { font-size: 20px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
+h2 { font-size: 14px; margin: 0; font-weight: 650; }
+h2 .count { color: var(--soft); font-weight: 400; margin-left: 4px; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+section { margin-top: 22px; }
+section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
+section > .head .space { flex: 1; }
+.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
+.soft { color: var(--soft); }
+.empty { padding: 26px 16px; text-align: center; color: var(--soft); }
+.empty p { margin: 0 0 10px; }
+.name { unicode-bidi: isolate; overflow-wrap: anywhere; }
+code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px; }
+
+/* ---- buttons and fields ---- */
+button, .button {
+  font: inherit; font-weight: 550; line-height: 1.3; padding: 5px 12px; border-radius: 6px; cursor: pointer;
+  border: 1px solid var(--line-strong); background: var(--panel); color: var(--text); white-space: nowrap; display: inline-block;
+}
+button:hover, .button:hover { background: var(--raised); text-decoration: none; }
+button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.primary:hover { filter: brightness(1.08); }
+button.danger { color: var(--bad); border-color: currentColor; }
+button.danger.primary { background: var(--bad); border-color: var(--bad); color: var(--panel); }
+button.small { padding: 2px 8px; font-size: 12.5px; }
+button.plain { border-color: transparent; background: none; color: var(--soft); }
+button.plain:hover { color: var(--text); background: var(--raised); }
+input, select, textarea {
+  font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  padding: 5px 9px; min-width: 0; max-width: 100%;
+}
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: .85; }
+input[type=checkbox] { accent-color: var(--accent); width: 16px; height: 16px; margin: 0; }
+label.field { display: block; }
+label.field > span, .field > .label { display: block; font-size: 12.5px; font-weight: 550; color: var(--soft); margin-bottom: 3px; }
+label.field > input, label.field > select, label.field > textarea { width: 100%; }
+label.check { display: flex; align-items: center; gap: 8px; }
+.hint { color: var(--soft); font-size: 12.5px; }
+.wrong { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
+
+/* ---- states ---- */
+.badge {
+  display: inline-flex; align-items: center; gap: 6px; padding: 1px 9px; border-radius: 10px; font-size: 12.5px; font-weight: 600;
+  white-space: nowrap; background: var(--calm-wash); color: var(--calm);
+}
+.badge.good { background: var(--good-wash); color: var(--good); }
+.badge.bad { background: var(--bad-wash); color: var(--bad); }
+.badge.warn { background: var(--warn-wash); color: var(--warn); }
+.badge.busy { background: var(--good-wash); color: var(--good); }
+.badge.busy::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: currentColor; animation: pulse 1.8s infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+@media (prefers-reduced-motion: reduce) { .badge.busy::before { animation: none; } }
+.note { margin: 10px 0 0; padding: 8px 12px; border-radius: 6px; background: var(--calm-wash); color: var(--text); overflow-wrap: anywhere; }
+.note.bad { background: var(--bad-wash); color: var(--bad); }
+.note.warn { background: var(--warn-wash); color: var(--warn); }
+.note ul { margin: 0; padding-left: 18px; }
+.meter { height: 6px; border-radius: 3px; background: var(--calm-wash); overflow: hidden; min-width: 44px; }
+.meter > div { height: 100%; width: 0; background: var(--accent); border-radius: 3px; transition: width .4s linear; }
+.meter.hot > div { background: var(--bad); }
+@media (prefers-reduced-motion: reduce) { .meter > div { transition: none; } }
+
+/* ---- tables ---- */
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+.scroll:focus-visible { outline-offset: -2px; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 6px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: middle; }
+tbody tr:last-child td, tfoot tr:last-child td { border-bottom: 0; }
+thead th { font-size: 12px; font-weight: 600; color: var(--soft); background: var(--raised); position: relative; }
+thead tr:first-child th:first-child { border-top-left-radius: 8px; }
+thead tr:first-child th:last-child { border-top-right-radius: 8px; }
+tbody tr:hover td { background: var(--raised); }
+td.num, th.num { text-align: right; }
+td.wide { white-space: normal; min-width: 160px; max-width: 420px; overflow-wrap: anywhere; }
+td .two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+td.acts { text-align: right; }
+td.acts button + button { margin-left: 4px; }
+td.fails { color: var(--bad); font-weight: 600; }
+tfoot td { font-weight: 650; background: var(--raised); border-top: 1px solid var(--line-strong); }
+tfoot tr td:first-child { border-bottom-left-radius: 8px; } tfoot tr td:last-child { border-bottom-right-radius: 8px; }
+th button { all: unset; cursor: pointer; font: inherit; color: inherit; }
+th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
+th button::after { content: "\2195"; opacity: .35; margin-left: 4px; font-weight: 400; }
+th[aria-sort=ascending] button::after { content: "\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\2193"; opacity: 1; }
+pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.bar input[type=search] { width: 230px; }
+.pages { display: flex; gap: 8px; align-items: center; justify-content: flex-end; padding: 8px 12px; border-top: 1px solid var(--line); color: var(--soft); }
+
+/* ---- clusters ---- */
+.clusters { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
+.cluster { padding: 10px 14px; display: flex; flex-direction: column; gap: 7px; min-width: 0; }
+.cluster .row { display: flex; gap: 8px; align-items: center; justify-content: space-between; min-width: 0; }
+.cluster .row > .name { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.cluster .title { font-weight: 650; }
+.cluster dl { display: grid; grid-template-columns: repeat(3, auto) 1fr; gap: 0 16px; margin: 0; }
+.cluster dt { color: var(--soft); font-size: 12px; grid-row: 1; } .cluster dd { margin: 0; font-weight: 600; grid-row: 2; }
+.cluster dd.cpu { display: flex; align-items: center; gap: 8px; } .cluster dd.cpu .meter { flex: 1; }
+.cluster .problem { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+
+/* ---- a run ---- */
+.run-head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: flex-start; }
+.run-head > .what { flex: 1 1 320px; min-width: 0; }
+.run-head .badges { display: inline-flex; flex-wrap: wrap; gap: 6px; margin-left: 8px; vertical-align: 3px; }
+.facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
+.facts b { font-weight: 550; color: var(--text); }
+.time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; gap: 1px; background: var(--line); }
+.tile { padding: 9px 14px; background: var(--panel); min-width: 0; }
+.tile .label { font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap; }
+.tile .label i { width: 9px; height: 9px; border-radius: 2px; flex: none; }
+.tile .value { font-size: 21px; line-height: 1.3; font-weight: 600; white-space: nowrap; }
+.tile .value small { font-size: 12px; color: var(--soft); font-weight: 400; margin-left: 3px; }
+.charts { display: grid; grid-template-columns: 1fr; gap: 10px; margin-top: 12px; }
+@media (min-width: 1100px) { .charts { grid-template-columns: 1fr 1fr; } .charts > :first-child { grid-column: 1 / -1; } }
+.chart { padding: 8px 10px 4px; position: relative; min-width: 0; }
+.chart .head { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: center; padding: 0 4px 4px; }
+.chart h3 { font-size: 13px; font-weight: 600; margin: 0; }
+.chart .legend { display: flex; flex-wrap: wrap; gap: 2px 4px; margin-left: auto; }
+.legend button { all: unset; cursor: pointer; font-size: 12px; color: var(--soft); display: inline-flex; gap: 5px; align-items: center; padding: 1px 6px; border-radius: 4px; }
+.legend button:hover { background: var(--raised); }
+.legend button:focus-visible { outline: 2px solid var(--accent); }
+.legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
+.legend i { width: 10px; height: 3px; border-radius: 2px; }
+.legend b { color: var(--text); font-weight: 600; min-width: 2.4em; text-align: right; }
+.chart canvas { display: block; width: 100%; height: 190px; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
+.charts > :first-child canvas { height: 220px; }
+.tip {
+  position: absolute; z-index: 3; pointer-events: none; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  padding: 6px 9px; font-size: 12px; box-shadow: 0 4px 14px rgba(0, 0, 0, .16); max-width: 260px;
+}
+.tip div { display: flex; gap: 6px; align-items: center; } .tip div b { margin-left: auto; padding-left: 12px; }
+.tip i { width: 8px; height: 8px; border-radius: 2px; flex: none; } .tip .mark { color: var(--soft); overflow-wrap: anywhere; white-space: normal; }
+.tabs { display: flex; gap: 2px; border-bottom: 1px solid var(--line); overflow-x: auto; margin-top: 22px; }
+.tabs button { border: 0; background: none; border-radius: 6px 6px 0 0; padding: 7px 13px; color: var(--soft); border-bottom: 2px solid transparent; }
+.tabs button[aria-selected=true] { color: var(--text); border-bottom-color: var(--accent); }
+.tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
+.tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
+.tabpanel { margin-top: 10px; }
+.details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
+.details .panel { padding: 12px 16px; min-width: 0; }
+.pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
+.pairs dt { color: var(--soft); max-width: 180px; overflow-wrap: anywhere; } .pairs dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+
+/* ---- dialogs, sign-in, toasts ---- */
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text); padding: 0; width: min(520px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3); }
+dialog::backdrop { background: var(--shade); }
+dialog form { padding: 18px 20px; display: grid; gap: 12px; }
+dialog h2 { font-size: 16px; overflow-wrap: anywhere; }
+dialog p { margin: 0; overflow-wrap: anywhere; }
+dialog .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
+dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4px; }
+.sign-in { max-width: 400px; margin: 12vh auto 0; padding: 24px; display: grid; gap: 14px; }
+.sign-in p { margin: 0; }
+#toasts { position: fixed; right: 16px; bottom: 16px; display: grid; gap: 8px; z-index: 20; width: min(420px, calc(100vw - 32px)); }
+.toast { background: var(--panel); border: 1px solid var(--line-strong); border-left: 4px solid var(--accent); border-radius: 6px; padding: 9px 12px; box-shadow: 0 6px 20px rgba(0, 0, 0, .2); display: flex; gap: 10px; align-items: flex-start; overflow-wrap: anywhere; }
+.toast.bad { border-left-color: var(--bad); }
+.toast span { flex: 1; min-width: 0; }
+
+@media (max-width: 640px) {
+  main { padding: 12px 10px 40px; }
+  #top { padding: 8px 10px; } #top .who { display: none; }
+  .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); }
+  .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
+  dialog .three { grid-template-columns: 1fr 1fr; }
+  th, td { padding: 6px 9px; }
+  .chart .legend { margin-left: 0; }
+}
 """
 
 PAGE_JS = r"""
+"use strict";
+
+// ---- elements: text only ever goes in as text ----
+
+const $ = (id) => document.getElementById(id);
+
+/** An element. `on*` are listeners, the rest attributes; children are nodes or text. */
+function h(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+function setText(element, text) {
+  text = String(text);
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function setClass(element, text) {
+  if (element.className !== text) element.className = text;
+}
+
+let sayTimer = 0;
+function say(text) {  // to screen readers
+  clearTimeout(sayTimer);
+  sayTimer = setTimeout(() => setText($("said"), text), 100);
+}
+
+function toast(text, kind) {
+  const box = h("div", {class: "toast " + (kind || "")}, h("span", {}, text),
+    h("button", {class: "plain small", "aria-label": "Dismiss", onclick: () => box.remove()}, "\u00d7"));
+  $("toasts").append(box);
+  while ($("toasts").children.length > 4) $("toasts").firstChild.remove();
+  setTimeout(() => box.remove(), kind === "bad" ? 15000 : 6000);
+}
+
+// ---- numbers and moments ----
+
+const NONE = "\u2013";
+const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
+
+const isNumber = (value) => typeof value === "number" && isFinite(value);
+const count = (value) => isNumber(value) ? formats[0].format(value) : NONE;
+const rate = (value) => isNumber(value) ? formats[value >= 1000 ? 0 : value >= 100 ? 1 : 2].format(value) : NONE;
+const millis = (value) => isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE;
+const percent = (value) => isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : 2].format(value)) + "%" : NONE;
+
+/** Seconds as 1:02:03 or 2:03. */
+function clock(seconds) {
+  const s = Math.max(0, Math.round(seconds)), pad = (n) => String(n).padStart(2, "0");
+  const hours = Math.floor(s / 3600), rest = pad(s % 60);
+  return hours ? hours + ":" + pad(Math.floor(s / 60) % 60) + ":" + rest : Math.floor(s / 60) + ":" + rest;
+}
+
+/** Seconds as a person writes them: 1h30m. */
+function span(seconds) {
+  const s = Math.round(seconds), parts = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]];
+  let rest = s, text = "";
+  for (const [size, letter] of parts) {
+    if (rest >= size) { text += Math.floor(rest / size) + letter; rest %= size; }
+  }
+  return text || "0s";
+}
+
+/** Seconds of 90, 90s, 5m, 1h30m; NaN for anything else. */
+function parseSpan(text) {
+  text = text.trim().toLowerCase().replace(/\s+/g, "");
+  if (/^\d+$/.test(text)) return Number(text);
+  const match = /^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$/.exec(text);
+  if (!text || !match) return NaN;
+  return [86400, 3600, 60, 1].reduce((sum, size, index) => sum + size * Number(match[index + 1] || 0), 0);
+}
+
+let clockSkew = 0;  // ms that the server's clock is ahead of ours
+const now = () => Date.now() + clockSkew;
+const at = (text) => text ? Date.parse(text) : NaN;  // epoch ms
+
+const dayFormat = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
+const hourFormat = new Intl.DateTimeFormat("en-GB", {hour: "2-digit", minute: "2-digit", second: "2-digit"});
+function moment(text) {
+  const when = new Date(at(text));
+  if (isNaN(when)) return NONE;
+  const today = new Date(now());
+  return when.toDateString() === today.toDateString() ? hourFormat.format(when) : dayFormat.format(when);
+}
+
+// ---- the API ----
+
+let session = null;
+
+class ApiError extends Error {
+  constructor(status, body) {
+    super(body.message || body.error || "HTTP " + status);
+    this.status = status;
+    this.body = body;
+  }
+}
+
+/** Answer of one call as {data, link}; ApiError for an error answer, TypeError when nothing answered. */
+async function api(method, path, body) {
+  const headers = {};
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (method !== "GET" && session && session.csrfToken) headers["X-CSRF-Token"] = session.csrfToken;
+  let response;
+  try {
+    response = await fetch(path, {method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store"});
+  } catch (error) {
+    live.unreachable();
+    throw error;
+  }
+  live.reachable();
+  const skew = Date.parse(response.headers.get("Date")) - Date.now();
+  if (isFinite(skew)) clockSkew = Math.abs(skew) > 2000 ? skew : 0;
+  const text = await response.text();
+  let data = null;
+  try { data = text ? JSON.parse(text) : null; } catch (error) { data = {message: text.slice(0, 300)}; }
+  if (response.status === 401 && path !== "/session") showSignIn(data && data.message);
+  if (!response.ok) throw new ApiError(response.status, data || {});
+  return {data, link: response.headers.get("Link")};
+}
+
+const get = async (path) => (await api("GET", path)).data;
+const runPath = (id, rest) => "/v1/tests/" + encodeURIComponent(id) + (rest || "");
+
+/** Do what a button asks for; a failure is told, not thrown. */
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401) return undefined;
+    toast(error instanceof ApiError ? error.message : "Load Manager did not answer.", "bad");
+    return undefined;
+  }
+}
+
+// ---- live events ----
+
+const live = {
+  source: null, path: "", view: null, timer: 0, tries: 0, isLost: false, dark: 0,
+
+  follow(path, view) {
+    this.stop();
+    this.path = path;
+    this.view = view;
+    this.tries = 0;
+    this.connect();
+  },
+  connect() {
+    clearTimeout(this.timer);
+    if (this.source) this.source.close();
+    const source = this.source = new EventSource(this.path);
+    source.onopen = () => { this.tries = 0; const wasLost = this.isLost; this.reachable(); if (wasLost) this.view.refresh(); };
+    source.onerror = () => { if (this.source === source) this.failed(source); };
+    for (const kind of ["run", "sample", "deleted"]) {
+      source.addEventListener(kind, (event) => this.view.onEvent(kind, JSON.parse(event.data)));
+    }
+    source.addEventListener("ready", () => this.view.onReady && this.view.onReady());
+    source.addEventListener("reset", () => this.view.refresh());
+  },
+  /** A broken stream is opened again: at once by the browser, or, where the server said no, by us. */
+  async failed(source) {
+    this.unreachable();
+    if (source.readyState !== EventSource.CLOSED) return;
+    this.source = null;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.retry(), Math.min(10000, 1000 * 2 ** this.tries++));
+  },
+  async retry() {
+    const view = this.view;
+    try {
+      session = await get("/session");
+      if (!session.signedIn) { showSignIn("Your sign-in has ended."); return; }
+    } catch (error) { /* still away */ }
+    if (this.view === view && view) this.connect();
+  },
+  unreachable() {
+    if (!this.view || this.isLost) return;
+    this.isLost = true;
+    setText($("lost"), "Connection to Load Manager lost. What you see may be old; trying again\u2026");
+    $("lost").hidden = false;
+    this.show();
+  },
+  reachable() {
+    const streaming = this.source && this.source.readyState === EventSource.OPEN;
+    if (this.isLost && streaming) {
+      this.isLost = false;
+      $("lost").hidden = true;
+      say("Connected again.");
+    }
+    this.show();
+  },
+  show() {
+    const mark = $("live");
+    if (!mark) return;
+    setText(mark, this.isLost ? "Offline" : "Live");
+    setClass(mark, "live " + (this.isLost ? "off" : "on"));
+  },
+  stop() {
+    clearTimeout(this.timer);
+    if (this.source) this.source.close();
+    this.source = this.view = null;
+    this.isLost = false;
+    $("lost").hidden = true;
+  },
+};
+
+// A browser has six connections to a server for all its tabs: hidden ones give theirs back.
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(live.dark);
+  if (!live.view) return;
+  if (document.hidden) {
+    live.dark = setTimeout(() => { if (live.source) live.source.close(); live.source = null; }, 20000);
+  } else if (!live.source) {
+    live.connect();
+    live.view.refresh();
+  }
+});
+
+// ---- what a run says ----
+
+const ACTIVE = ["Pending", "Running", "Stopping"];
+const isActive = (run) => ACTIVE.includes(run.status);
+const STATUS_CLASS = {Pending: "warn", Running: "busy", Stopping: "warn", Finished: "", Failed: "bad"};
+
+function showStatus(badge, run) {
+  setText(badge, run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition : run.status);
+  setClass(badge, "badge " + (STATUS_CLASS[run.status] || ""));
+}
+
+function showVerdict(badge, run) {
+  badge.hidden = !run.verdict;
+  setText(badge, run.verdict ? run.verdict[0].toUpperCase() + run.verdict.slice(1) : "");
+  setClass(badge, "badge " + (run.verdict === "passed" ? "good" : run.verdict === "failed" ? "bad" : ""));
+}
+
+/** Seconds since the start (until the end), of how many; NaN when unknown. */
+function timing(run) {
+  const started = at(run.startedAt), ended = run.finishedAt ? at(run.finishedAt) : now();
+  return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN : run.durationSeconds};
+}
+
+function timingText(run) {
+  const {elapsed, total} = timing(run);
+  if (isNaN(elapsed)) return NONE;
+  if (!isActive(run)) return span(elapsed);
+  return clock(elapsed) + (isNaN(total) ? "" : " / " + clock(total));
+}
+
+function meter(label) {
+  const bar = h("div", {}), box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100}, bar);
+  return {box, set(share) {
+    const value = Math.round(1000 * Math.min(1, Math.max(0, share || 0))) / 10;
+    bar.style.width = value + "%";
+    box.setAttribute("aria-valuenow", Math.round(value));
+  }};
+}
+
+// ---- dialogs ----
+
+/** Ask before a dangerous act; resolves to true when it is confirmed. */
+function confirmed(title, text, button, kind) {
+  return new Promise((resolve) => {
+    const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: (event) => { event.preventDefault(); dialog.close("yes"); }},
+      h("h2", {id: "dialog-title"}, title), h("p", {class: "soft"}, text),
+      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close("")}, "Cancel"),
+        h("button", {class: "primary " + (kind || ""), autofocus: true}, button))));
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue === "yes"); });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+const runWords = (run) => "\u201c" + run.scenarioId + "\u201d (" + run.tenantId + " / " + run.envId + ")";
+
+async function stopRun(run) {
+  if (!await confirmed("Stop this test?", runWords(run) + " ends now; its numbers so far are kept.", "Stop test", "danger")) return;
+  if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
+}
+
+async function rerun(run) {
+  if (!await confirmed("Start the same test again?", runWords(run) + " with " + count(run.targetUsers) + " users. It waits in the queue if the cluster is busy.", "Start test")) return;
+  const answer = await attempt(() => api("POST", runPath(run.id, "/rerun"), {queue: true}));
+  if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
+}
+
+async function deleteRun(run) {
+  if (!await confirmed("Delete this run?", runWords(run) + " of " + moment(run.createdAt) + " and all its numbers are removed for good.", "Delete run", "danger")) return;
+  if (await attempt(() => api("DELETE", runPath(run.id)))) {
+    toast("Deleted.");
+    if (location.hash.startsWith("#/runs/")) location.hash = "#/";
+  }
+}
+
+async function annotate(run) {
+  const text = h("input", {required: true, maxlength: 200, autofocus: true, placeholder: "deployed version 2.1"});
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: async (event) => {
+    event.preventDefault();
+    if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
+  }}, h("h2", {id: "dialog-title"}, "Mark this moment"),
+    h("label", {class: "field"}, h("span", {}, "What happened"), text),
+    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Mark"))));
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+/** Lines of key=value as an object; throws for a line without =. */
+function parseMetadata(text) {
+  const metadata = {};
+  for (const line of text.split("\n").map((one) => one.trim()).filter(Boolean)) {
+    const sign = line.indexOf("=");
+    if (sign < 1) throw new Error("each line is key=value; this one is not: " + line);
+    metadata[line.slice(0, sign).trim()] = line.slice(sign + 1).trim();
+  }
+  return Object.keys(metadata).length ? metadata : undefined;
+}
+
+async function startDialog() {
+  const [clusters, recent] = await Promise.all([get("/v1/clusters"), get("/v1/tests?brief=true&limit=100")].map((answer) => answer.catch(() => [])));
+  const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
+  const scenarios = [...new Set(recent.map((run) => run.scenarioId))];
+  const last = recent[0] || {};
+  const fields = {
+    place: h("select", {required: true}, places.map((one, index) => h("option", {value: index}, one.tenantId + " / " + one.envId))),
+    scenarioId: h("input", {required: true, list: "scenarios", maxlength: 256, autocomplete: "off", placeholder: "checkout"}),
+    targetUsers: h("input", {required: true, inputmode: "numeric", value: last.targetUsers || 10, autocomplete: "off"}),
+    spawnRate: h("input", {required: true, inputmode: "decimal", value: last.spawnRate || 1, autocomplete: "off"}),
+    durationSeconds: h("input", {placeholder: "5m", value: "5m", autocomplete: "off"}),
+    metadata: h("textarea", {rows: 2, placeholder: "version=2.1", spellcheck: "false"}),
+    queue: h("input", {type: "checkbox"}),
+  };
+  const problem = h("div", {class: "wrong", role: "alert"});
+  const field = (name, label, hint) => h("label", {class: "field"}, h("span", {}, label), fields[name], hint ? h("span", {class: "hint"}, hint) : null,
+    h("span", {class: "wrong", "data-for": name}));
+
+  function showProblems(problems, message) {
+    for (const slot of dialog.querySelectorAll("[data-for]")) {
+      const name = slot.getAttribute("data-for");
+      setText(slot, problems[name] || "");
+      if (problems[name]) fields[name].setAttribute("aria-invalid", "true"); else fields[name].removeAttribute("aria-invalid");
+    }
+    setText(problem, message || "");
+    const bad = dialog.querySelector("[aria-invalid]");
+    if (bad) bad.focus();
+  }
+
+  function read() {
+    const problems = {}, place = places[fields.place.value] || {}, length = fields.durationSeconds.value.trim();
+    const body = {
+      tenantId: place.tenantId, envId: place.envId, scenarioId: fields.scenarioId.value.trim(),
+      targetUsers: Number(fields.targetUsers.value), spawnRate: Number(fields.spawnRate.value),
+    };
+    if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
+    if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
+    if (length) body.durationSeconds = parseSpan(length);
+    if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
+    if (fields.queue.checked) body.queue = true;
+    try { body.metadata = parseMetadata(fields.metadata.value); } catch (error) { problems.metadata = error.message; }
+    return {body, problems};
+  }
+
+  async function submit(event) {
+    event.preventDefault();
+    const {body, problems} = read();
+    showProblems(problems);
+    if (Object.keys(problems).length) return;
+    start.disabled = true;
+    try {
+      const {data} = await api("POST", "/v1/tests", body);
+      dialog.close();
+      location.hash = "#/runs/" + encodeURIComponent(data.id);
+    } catch (error) {
+      const body_ = error.body || {};
+      showProblems(body_.fields || {}, body_.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      if (body_.activeRunId) problem.append(" ", h("a", {href: "#/runs/" + encodeURIComponent(body_.activeRunId), onclick: () => dialog.close()}, "Open the run that has it"));
+    }
+    start.disabled = false;
+  }
+
+  const start = h("button", {class: "primary"}, "Start test");
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title", id: "start-dialog"}, h("form", {novalidate: true, onsubmit: submit},
+    h("h2", {id: "dialog-title"}, "Start a test"),
+    places.length ? null : h("p", {class: "note warn"}, "There is no cluster you may use: the configuration's locustClusters names them."),
+    field("place", "Tenant / environment"), field("scenarioId", "Scenario"),
+    h("datalist", {id: "scenarios"}, scenarios.map((name) => h("option", {value: name}))),
+    h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
+    field("metadata", "Metadata, key=value on each line"),
+    h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
+    problem,
+    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), start)));
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  fields.scenarioId.focus();
+}
+
+// ---- sign-in ----
+
+function showSignIn(message) {
+  live.stop();
+  if (view && view.close) view.close();
+  view = null;
+  session = null;
+  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+  showTop();
+  document.title = "Sign in \u2013 Load Manager";
+  const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password", autofocus: true, spellcheck: "false"});
+  const problem = h("div", {class: "wrong", role: "alert"}, message && message.includes("Authorization") ? "" : message || "");
+  async function submit(event) {
+    event.preventDefault();
+    setText(problem, "");
+    try {
+      session = (await api("POST", "/session", {token: token.value.trim()})).data;
+      start();
+    } catch (error) {
+      setText(problem, error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      token.select();
+    }
+  }
+  $("main").replaceChildren(h("form", {class: "panel sign-in", onsubmit: submit, novalidate: true},
+    h("h1", {}, "Sign in"), h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: you get a cookie for 12 hours."),
+    h("label", {class: "field"}, h("span", {}, "API token"), token), problem, h("button", {class: "primary"}, "Sign in")));
+  token.focus();
+}
+
+async function signOut() {
+  await attempt(() => api("DELETE", "/session"));
+  showSignIn("");
+}
+
+const mayAct = () => session && session.role !== "viewer";
+
+function showTop() {
+  $("top").replaceChildren(h("a", {class: "brand", href: "#/"}, "Load Manager"), ...(session ? [
+    h("span", {class: "live on", id: "live"}, "Live"), h("span", {class: "space"}),
+    mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+    h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
+    session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
+  ].filter(Boolean) : []));
+}
+
+// ---- tables ----
+
+function scrollBox(label, table) {
+  return h("div", {class: "scroll panel", tabindex: 0, role: "region", "aria-label": label}, table);
+}
+
+/** Rows of a tbody kept by key, so that an update keeps focus and selection. */
+class Rows {
+  constructor(body, make) {
+    this.body = body;
+    this.make = make;
+    this.known = new Map();
+  }
+  show(items, keyOf) {
+    const wanted = new Set(items.map(keyOf));
+    for (const [key, row] of this.known) {
+      if (!wanted.has(key)) { row.element.remove(); this.known.delete(key); }
+    }
+    let place = this.body.firstElementChild;
+    for (const item of items) {
+      let row = this.known.get(keyOf(item));
+      if (!row) this.known.set(keyOf(item), row = this.make(item));
+      row.update(item);
+      if (row.element === place) place = place.nextElementSibling;
+      else this.body.insertBefore(row.element, place);
+    }
+  }
+}
+
+const RUN_COLUMNS = [["Status"], ["Scenario"], ["Tenant / environment"], ["Cluster"], ["Users", "num"], ["RPS", "num"], ["Failures", "num"], ["95%ile (ms)", "num"], ["Time"], ["Started"], ["", "num"]];
+
+function runRow(first) {
+  let run = first;
+  const link = h("a", {href: "#/runs/" + encodeURIComponent(run.id), class: "name two"});
+  const badge = h("span", {class: "badge"}), verdict = h("span", {class: "badge", hidden: true}), bar = meter("Progress");
+  const cells = Array.from({length: 6}, () => h("td", {class: "num"}));
+  const time = h("div"), started = h("td");
+  const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
+  const stop = act("Stop", stopRun), again = act("Run again", rerun), remove = act("Delete", deleteRun, "plain");
+  const place = h("td", {class: "wide name"}), cluster = h("td", {class: "wide name soft"});
+  const element = h("tr", {"data-run": run.id}, h("td", {}, badge, " ", verdict), h("td", {class: "wide"}, link), place, cluster,
+    cells.slice(0, 4), h("td", {}, time, bar.box), started, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
+  return {element, update(newRun) {
+    run = newRun;
+    const numbers = run.lastMetrics || {};
+    showStatus(badge, run);
+    showVerdict(verdict, run);
+    setText(link, run.scenarioId);
+    setText(place, run.tenantId + " / " + run.envId);
+    setText(cluster, run.locustClusterId || NONE);
+    setText(cells[0], isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers));
+    setText(cells[1], rate(numbers.totalRps));
+    setText(cells[2], percent(numbers.errorRate));
+    setClass(cells[2], numbers.errorRate > 0 ? "num fails" : "num");
+    setText(cells[3], millis(numbers.p95ResponseMs));
+    setText(time, timingText(run));
+    const {elapsed, total} = timing(run);
+    bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
+    bar.set(elapsed / total);
+    setText(started, moment(run.startedAt || run.createdAt));
+    started.title = run.startedAt || run.createdAt;
+    stop.hidden = !isActive(run);
+    stop.disabled = run.status === "Stopping";
+    again.hidden = remove.hidden = isActive(run);
+  }};
+}
+
+function runTable(label) {
+  const body = h("tbody");
+  const table = h("table", {}, h("thead", {}, h("tr", {}, RUN_COLUMNS.map(([text, kind]) => h("th", {scope: "col", class: kind}, text || h("span", {class: "unseen"}, "Actions"))))), body);
+  return {box: scrollBox(label, table), rows: new Rows(body, runRow)};
+}
+
+// ---- overview ----
+
+const PAGE_SIZE = 25;
+
+class Overview {
+  constructor() {
+    this.active = new Map();
+    this.recent = [];
+    this.cursors = [""];  // of the pages up to the one shown
+    this.next = null;
+    this.asked = 0;
+    this.filters = {search: "", status: "", place: ""};
+    this.build();
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || this.loadClusters(), 5000)];
+  }
+
+  build() {
+    document.title = "Load Manager";
+    const change = (name) => (event) => { this.filters[name] = event.target.value; this.cursors = [""]; clearTimeout(this.typing); this.typing = setTimeout(() => this.loadRuns(), name === "search" ? 200 : 0); };
+    this.search = h("input", {type: "search", id: "filter", placeholder: "Filter runs  ( / )", "aria-label": "Filter runs by scenario, tenant, cluster or id", oninput: change("search")});
+    this.status = h("select", {"aria-label": "Status", onchange: change("status")}, [["", "All states"], ["Pending,Running,Stopping", "Running"], ["Finished", "Finished"], ["Failed", "Failed"]].map(([value, text]) => h("option", {value}, text)));
+    this.place = h("select", {"aria-label": "Tenant and environment", onchange: change("place")}, h("option", {value: ""}, "All tenants"));
+    this.clear = h("button", {class: "plain", hidden: true, onclick: () => this.clearFilters()}, "Clear");
+    this.clusterBox = h("div", {class: "clusters"});
+    this.clusterRows = new Rows(this.clusterBox, clusterCard);
+    this.running = runTable("Running tests");
+    this.finished = runTable("Recent runs");
+    this.runningEmpty = h("div", {class: "panel empty"}, h("p", {}, "Nothing is running."));
+    this.recentEmpty = h("div", {class: "panel empty", hidden: true});
+    this.runningCount = h("span", {class: "count"});
+    this.newer = h("button", {class: "small", onclick: () => this.turn(-1)}, "Newer");
+    this.older = h("button", {class: "small", onclick: () => this.turn(1)}, "Older");
+    this.pageText = h("span");
+    this.pages = h("div", {class: "pages"}, this.pageText, this.newer, this.older);
+    this.runningSection = h("section", {"aria-labelledby": "h-running"}, h("div", {class: "head"}, h("h2", {id: "h-running"}, "Running", this.runningCount)), this.running.box, this.runningEmpty);
+    this.recentSection = h("section", {"aria-labelledby": "h-recent"}, h("div", {class: "head"}, h("h2", {id: "h-recent"}, "Recent runs")), this.finished.box, this.recentEmpty, this.pages);
+    $("main").replaceChildren(h("h1", {class: "unseen"}, "Load tests"),
+      h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"}, h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
+      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)), this.runningSection, this.recentSection);
+    this.running.box.hidden = true;
+  }
+
+  open() { live.follow("/v1/events", this); this.fallback = setTimeout(() => this.refresh(), 700); }
+  close() { this.timers.forEach(clearInterval); clearTimeout(this.fallback); clearTimeout(this.later); clearTimeout(this.typing); this.closed = true; }
+  onReady() { clearTimeout(this.fallback); this.refresh(); }
+  refresh() { this.loadRuns(); this.loadClusters(); }
+
+  clearFilters() {
+    this.filters = {search: "", status: "", place: ""};
+    this.search.value = this.status.value = this.place.value = "";
+    this.cursors = [""];
+    this.loadRuns();
+  }
+
+  query(statuses, limit) {
+    const wanted = new URLSearchParams({brief: "true", limit, status: statuses});
+    if (this.filters.search.trim()) wanted.set("search", this.filters.search.trim());
+    if (this.filters.place) { const [tenant, env] = JSON.parse(this.filters.place); wanted.set("tenantId", tenant); wanted.set("envId", env); }
+    return wanted;
+  }
+
+  /** Does the run pass the filters? As the server decides, for what events bring. */
+  takes(run) {
+    const word = this.filters.search.trim().toLowerCase();
+    const place = !this.filters.place || this.filters.place === JSON.stringify([run.tenantId, run.envId]);
+    return place && (!word || [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id].some((text) => text.toLowerCase().includes(word)));
+  }
+
+  async loadRuns() {
+    const asked = ++this.asked, wants = this.filters.status;
+    const older = this.query(wants && !wants.includes("Running") ? wants : "Finished,Failed", PAGE_SIZE);
+    if (this.cursors.at(-1)) older.set("cursor", this.cursors.at(-1));
+    try {
+      const [active, recent] = await Promise.all([
+        !wants || wants.includes("Running") ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), 200)) : {data: []},
+        wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older)]);
+      if (asked !== this.asked || this.closed) return;
+      this.active = new Map(active.data.map((run) => [run.id, run]));
+      this.recent = recent.data;
+      const next = /[?&]cursor=([^&>]+)/.exec(recent.link || "");
+      this.next = next && decodeURIComponent(next[1]);
+      this.show();
+    } catch (error) {
+      if (error instanceof ApiError && error.status !== 401) toast(error.message, "bad");
+    }
+  }
+
+  async loadClusters() {
+    try {
+      const clusters = await get("/v1/clusters");
+      if (this.closed) return;
+      this.clusters = clusters;
+      this.clusterRows.show(clusters.length ? clusters : [null], (one) => one ? one.id : "");
+      const places = [...new Set(clusters.map((one) => JSON.stringify([one.tenantId, one.envId])))];
+      for (const place of places.slice(this.place.options.length - 1)) this.place.append(h("option", {value: place}, JSON.parse(place).join(" / ")));
+    } catch (error) { /* the banner says it */ }
+  }
+
+  turn(step) {
+    if (step < 0) this.cursors.pop(); else this.cursors.push(this.next);
+    this.loadRuns();
+  }
+
+  onEvent(kind, data) {
+    if (kind === "deleted") {
+      if (this.active.delete(data.id) || this.recent.some((run) => run.id === data.id)) this.loadLater();
+      return;
+    }
+    if (kind !== "run" || (!this.takes(data) && !this.active.has(data.id))) return;
+    const known = this.active.get(data.id);
+    if (!known || known.status !== data.status) this.loadClustersLater();
+    if (isActive(data) && this.takes(data)) {
+      const wants = this.filters.status;
+      if (wants && !wants.includes("Running")) return;
+      if (!known) this.active = new Map([[data.id, data], ...this.active]); else this.active.set(data.id, data);
+      this.showLater();
+      return;
+    }
+    if (known) say(data.scenarioId + " is " + data.status);
+    this.active.delete(data.id);
+    const index = this.recent.findIndex((run) => run.id === data.id);
+    if (index >= 0) this.recent[index] = data;
+    else this.loadLater();
+    this.showLater();
+  }
+
+  showLater() { if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.show(); }); }
+  loadLater() { clearTimeout(this.later); this.later = setTimeout(() => this.loadRuns(), 150); }
+  loadClustersLater() { clearTimeout(this.laterClusters); this.laterClusters = setTimeout(() => this.loadClusters(), 300); }
+  tick() { if (this.active.size) this.show(); }
+
+  show() {
+    if (this.closed) return;
+    const filtered = this.filters.search.trim() || this.filters.status || this.filters.place, wants = this.filters.status;
+    const active = [...this.active.values()];
+    this.clear.hidden = !filtered;
+    this.running.rows.show(active, (run) => run.id);
+    this.finished.rows.show(this.recent, (run) => run.id);
+    setText(this.runningCount, active.length ? (active.length >= 200 ? "200 or more" : active.length) : "");
+    this.running.box.hidden = !active.length;
+    this.runningEmpty.hidden = active.length > 0;
+    this.runningSection.hidden = wants && !wants.includes("Running");
+    this.recentSection.hidden = wants.includes("Running");
+    this.finished.box.hidden = !this.recent.length;
+    this.recentEmpty.hidden = this.recent.length > 0;
+    setText(this.recentEmpty, filtered ? "No run matches the filters." : "No finished run yet. Start a test, and its numbers stay here.");
+    this.newer.disabled = this.cursors.length < 2;
+    this.older.disabled = !this.next;
+    this.pages.hidden = this.newer.disabled && this.older.disabled;
+    setText(this.pageText, "Page " + this.cursors.length);
+  }
+}
+
+function clusterCard(first) {
+  if (!first) return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
+  const name = h("span", {class: "name title"}), badge = h("span", {class: "badge"}), place = h("span", {class: "name soft"});
+  const workers = h("dd"), users = h("dd"), cpu = h("span"), bar = meter("Highest CPU of a worker"), link = h("a", {class: "name", hidden: true}), idle = h("span", {class: "soft"}, "idle");
+  const problem = h("div", {class: "problem", hidden: true});
+  const element = h("div", {class: "panel cluster"}, h("div", {class: "row"}, name, badge), h("div", {class: "row"}, place),
+    h("dl", {}, h("dt", {}, "Workers"), workers, h("dt", {}, "Users"), users, h("dt", {}, "CPU"), h("dd", {class: "cpu"}, cpu, bar.box), h("dt", {}, ""), h("dd")),
+    h("div", {class: "row"}, link, idle), problem);
+  return {element, update(one) {
+    setText(name, one.id);
+    name.title = one.id;
+    setText(place, one.tenantId + " / " + one.envId);
+    setText(badge, one.state);
+    setClass(badge, "badge " + ({ready: "good", stopped: "good", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"));
+    const alive = one.workers.filter((worker) => worker.state !== "missing");
+    setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
+    setText(users, count(one.userCount));
+    const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
+    setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
+    bar.box.hidden = !isFinite(hottest);
+    setClass(bar.box, hottest > 90 ? "meter hot" : "meter");
+    bar.set(hottest / 100);
+    link.hidden = !one.activeRunId;
+    idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
+    if (one.activeRunId) {
+      const run = view && view.active && view.active.get(one.activeRunId);
+      link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
+      setText(link, run ? run.scenarioId : "run " + one.activeRunId.slice(0, 8));
+    }
+    problem.hidden = !one.problem;
+    setText(problem, one.problem || "");
+  }};
+}
+
+// ---- charts ----
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400];
+
+/** A round step that gives about `most` ticks up to `top`. */
+function niceStep(top, most) {
+  const raw = top / most, power = 10 ** Math.floor(Math.log10(raw));
+  return power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw);
+}
+
+function shortNumber(value) {
+  if (value >= 1e6) return formats[value % 1e6 ? 1 : 0].format(value / 1e6) + "M";
+  if (value >= 1e4) return formats[value % 1e3 ? 1 : 0].format(value / 1e3) + "k";
+  return value % 1 ? String(Math.round(value * 100) / 100) : formats[0].format(value);
+}
+
+/** Charts over one time axis (seconds since the start): same zoom, same hover. */
+class ChartGroup {
+  constructor(onZoom) {
+    this.onZoom = onZoom;
+    this.charts = [];
+    this.points = [];  // {t, ...values}, by time
+    this.marks = [];   // {t, text, kind}
+    this.end = 1;
+    this.zoom = null;  // [from, to]
+    this.hover = null;
+    this.resize = new ResizeObserver(() => this.draw());
+    this.theme = matchMedia("(prefers-color-scheme: dark)");
+    this.onTheme = () => this.draw();
+    this.theme.addEventListener("change", this.onTheme);
+    this.reset = h("button", {class: "small", hidden: true, onclick: () => this.setZoom(null)}, "Reset zoom");
+  }
+  add(chart) { this.charts.push(chart); this.resize.observe(chart.canvas); return chart; }
+  close() { this.resize.disconnect(); this.theme.removeEventListener("change", this.onTheme); }
+  range() { return this.zoom || [0, Math.max(1, this.end)]; }
+  setZoom(zoom) {
+    this.zoom = zoom;
+    this.reset.hidden = !zoom;
+    say(zoom ? "Zoomed to " + clock(zoom[0]) + " to " + clock(zoom[1]) : "Whole run");
+    this.onZoom(zoom);
+    this.draw();
+  }
+  setHover(t, from) {
+    this.hover = t;
+    this.hoverFrom = from;
+    this.draw();
+  }
+  draw() {
+    if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.charts.forEach((chart) => chart.draw()); });
+  }
+  /** The point nearest to t. */
+  nearest(t) {
+    const points = this.points;
+    let low = 0, high = points.length - 1;
+    while (low < high) { const middle = (low + high) >> 1; if (points[middle].t < t) low = middle + 1; else high = middle; }
+    if (low > 0 && t - points[low - 1].t < points[low].t - t) low--;
+    return low;
+  }
+}
+
+class Chart {
+  /** series: [{key, label, color (a CSS variable), dash}]; format: of one value. */
+  constructor(group, title, unit, series, format) {
+    Object.assign(this, {group, title, unit, series: series.map((one) => ({...one, on: true})), format});
+    this.canvas = h("canvas", {tabindex: 0, role: "img", onkeydown: (event) => this.onKey(event), onpointerdown: (event) => this.onDown(event), onpointermove: (event) => this.onMove(event),
+      onpointerup: (event) => this.onUp(event), onpointercancel: () => { this.drag = null; }, onpointerleave: () => { if (!this.drag) group.setHover(null); }, ondblclick: () => group.setZoom(null), onblur: () => group.setHover(null)});
+    this.tip = h("div", {class: "tip", hidden: true, "aria-hidden": true});
+    this.values = this.series.map(() => h("b"));
+    const legend = this.series.map((one, index) => {
+      const swatch = h("i");
+      swatch.style.background = "var(" + one.color + ")";
+      const button = h("button", {"aria-pressed": true, title: "Show or hide", onclick: () => { one.on = !one.on; button.setAttribute("aria-pressed", one.on); this.draw(); }}, swatch, one.label, this.values[index]);
+      return button;
+    });
+    this.box = h("div", {class: "panel chart"}, h("div", {class: "head"}, h("h3", {}, title), h("div", {class: "legend"}, legend)), this.canvas, this.tip);
+    group.add(this);
+  }
+
+  // The plot's place inside the canvas, in CSS pixels.
+  area() { return {left: 46, right: this.canvas.clientWidth - 10, top: 8, bottom: this.canvas.clientHeight - 20}; }
+  xOf(t) { const {left, right} = this.area(), [from, to] = this.group.range(); return left + (t - from) / (to - from) * (right - left); }
+  tOf(x) { const {left, right} = this.area(), [from, to] = this.group.range(); return from + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (to - from); }
+
+  onDown(event) {
+    if (event.button !== 0) return;
+    this.canvas.setPointerCapture(event.pointerId);
+    this.drag = [event.offsetX, event.offsetX];
+  }
+  onMove(event) {
+    if (this.drag) this.drag[1] = event.offsetX;
+    this.group.setHover(this.tOf(event.offsetX), this);
+  }
+  onUp() {
+    const drag = this.drag;
+    this.drag = null;
+    if (drag && Math.abs(drag[0] - drag[1]) > 6) {
+      const range = drag.map((x) => this.tOf(x)).sort((a, b) => a - b);
+      if (range[1] - range[0] >= 1) this.group.setZoom(range);
+    }
+    this.draw();
+  }
+  onKey(event) {
+    const group = this.group, [from, to] = group.range(), points = group.points;
+    if ((event.key === "ArrowLeft" || event.key === "ArrowRight") && points.length) {
+      const index = group.hover === null ? points.length - 1 : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
+      const point = points[Math.min(points.length - 1, Math.max(0, index))];
+      group.setHover(Math.min(to, Math.max(from, point.t)), this);
+      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(point[one.key])).join(", "));
+    } else if (event.key === "+" || event.key === "-") {
+      const centre = group.hover === null ? (from + to) / 2 : group.hover, half = (to - from) * (event.key === "+" ? 0.25 : 1);
+      const range = [Math.max(0, centre - half), Math.min(group.end, centre + half)];
+      group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range : group.zoom);
+    } else if (event.key === "Escape" || event.key === "0") {
+      group.setHover(null);
+      if (group.zoom) group.setZoom(null);
+    } else return;
+    event.preventDefault();
+  }
+
+  draw() {
+    const canvas = this.canvas, width = canvas.clientWidth, height = canvas.clientHeight, ratio = devicePixelRatio || 1;
+    if (!width) return;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+    }
+    const pen = canvas.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.font = "11px system-ui, sans-serif";
+    this.drawGrid(pen);
+    this.drawMarks(pen);
+    this.drawLines(pen);
+    this.drawHover(pen);
+    this.showValues();
+  }
+
+  shown() {
+    const [from, to] = this.group.range(), points = this.group.points;
+    const first = points.findIndex((point) => point.t >= from);
+    let last = points.length;
+    while (last > 0 && points[last - 1].t > to) last--;
+    return first < 0 ? [] : points.slice(Math.max(0, first - 1), last + 1);
+  }
+
+  drawGrid(pen) {
+    const {left, right, top, bottom} = this.area(), [from, to] = this.group.range();
+    this.visible = this.shown();
+    let most = 0;
+    for (const one of this.series) if (one.on) for (const point of this.visible) if (point[one.key] > most) most = point[one.key];
+    const step = niceStep(most || 1, 4), high = Math.max(step, Math.ceil(most * 1.02 / step) * step);
+    this.yOf = (value) => bottom - value / high * (bottom - top);
+    pen.strokeStyle = css("--line");
+    pen.fillStyle = css("--soft");
+    pen.lineWidth = 1;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    pen.beginPath();
+    for (let value = 0; value <= high + step / 2; value += step) {
+      const y = Math.round(this.yOf(value)) + 0.5;
+      pen.moveTo(left, y);
+      pen.lineTo(right, y);
+      pen.fillText(shortNumber(Math.round(value * 1000) / 1000), left - 6, y);
+    }
+    pen.stroke();
+    pen.textBaseline = "top";
+    const every = TIME_STEPS.find((one) => (to - from) / one <= (right - left) / 74) || 86400;
+    for (let t = Math.ceil(from / every) * every; t <= to; t += every) {
+      const x = this.xOf(t);
+      pen.textAlign = x < left + 14 ? "left" : x > right - 16 ? "right" : "center";
+      pen.fillText(clock(t), x, bottom + 5);
+    }
+  }
+
+  drawMarks(pen) {
+    const {left, right, top, bottom} = this.area();
+    for (const mark of this.group.marks) {
+      const x = Math.round(this.xOf(mark.t)) + 0.5;
+      if (x < left || x > right) continue;
+      pen.strokeStyle = pen.fillStyle = css(mark.kind === "warn" ? "--warn" : "--accent");
+      pen.setLineDash([3, 3]);
+      pen.beginPath();
+      pen.moveTo(x, top);
+      pen.lineTo(x, bottom);
+      pen.stroke();
+      pen.setLineDash([]);
+      pen.beginPath();
+      pen.moveTo(x - 4, top - 6);
+      pen.lineTo(x + 4, top - 6);
+      pen.lineTo(x, top + 1);
+      pen.fill();
+    }
+  }
+
+  drawLines(pen) {
+    const {left, right, top, bottom} = this.area(), points = this.visible;
+    // A hole in the samples stays a hole: longer than several times the usual distance.
+    const gaps = points.slice(1).map((point, index) => point.t - points[index].t).sort((a, b) => a - b);
+    const hole = Math.max(35, 6 * (gaps[gaps.length >> 1] || 0), 1.5 * (gaps[Math.floor(gaps.length * 0.98)] || 0));
+    pen.save();
+    pen.beginPath();
+    pen.rect(left, top - 2, right - left, bottom - top + 4);
+    pen.clip();
+    pen.lineWidth = 1.75;
+    pen.lineJoin = "round";
+    for (const one of this.series) {
+      if (!one.on) continue;
+      pen.strokeStyle = pen.fillStyle = css(one.color);
+      pen.setLineDash(one.dash || []);
+      pen.beginPath();
+      let before = null, alone = 0;
+      for (const point of points) {
+        if (!isNumber(point[one.key])) continue;
+        const x = this.xOf(point.t), y = this.yOf(point[one.key]);
+        if (before !== null && point.t - before <= hole) pen.lineTo(x, y); else { pen.moveTo(x, y); alone++; }
+        before = point.t;
+      }
+      pen.stroke();
+      if (alone && points.length < 4) for (const point of points) if (isNumber(point[one.key])) pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
+    }
+    pen.setLineDash([]);
+    pen.restore();
+  }
+
+  drawHover(pen) {
+    const {left, right, top, bottom} = this.area(), group = this.group;
+    if (this.drag && Math.abs(this.drag[0] - this.drag[1]) > 3) {
+      const [a, b] = this.drag.map((x) => Math.min(right, Math.max(left, x))).sort((p, q) => p - q);
+      pen.globalAlpha = 0.16;
+      pen.fillStyle = css("--accent");
+      pen.fillRect(a, top, b - a, bottom - top);
+      pen.globalAlpha = 1;
+    }
+    this.point = group.hover === null || !group.points.length ? null : group.points[group.nearest(group.hover)];
+    const point = this.point;
+    this.tip.hidden = !point || group.hoverFrom !== this;
+    if (!point) return;
+    const x = Math.min(right, Math.max(left, this.xOf(point.t)));
+    pen.strokeStyle = css("--line-strong");
+    pen.beginPath();
+    pen.moveTo(Math.round(x) + 0.5, top);
+    pen.lineTo(Math.round(x) + 0.5, bottom);
+    pen.stroke();
+    for (const one of this.series) {
+      if (!one.on || !isNumber(point[one.key])) continue;
+      pen.fillStyle = css(one.color);
+      pen.beginPath();
+      pen.arc(x, this.yOf(point[one.key]), 3.5, 0, 7);
+      pen.fill();
+    }
+    if (!this.tip.hidden) this.showTip(point, x);
+  }
+
+  showTip(point, x) {
+    const near = (this.group.range()[1] - this.group.range()[0]) / 80;
+    const rows = this.series.filter((one) => one.on).map((one) => {
+      const swatch = h("i");
+      swatch.style.background = "var(" + one.color + ")";
+      return h("div", {}, swatch, one.label, h("b", {}, this.format(point[one.key]) + (isNumber(point[one.key]) ? this.unit : "")));
+    });
+    const marks = this.group.marks.filter((mark) => Math.abs(mark.t - this.group.hover) <= near).slice(0, 3).map((mark) => h("div", {class: "mark"}, "\u25be " + mark.text));
+    this.tip.replaceChildren(h("div", {class: "soft"}, clock(point.t)), ...rows, ...marks);
+    const box = this.canvas.offsetLeft, width = this.tip.offsetWidth;
+    this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14) : box + x + 14) + "px";
+    this.tip.style.top = this.canvas.offsetTop + 12 + "px";
+  }
+
+  showValues() {
+    const newest = (key) => { const points = this.group.points; for (let i = points.length - 1; i >= 0 && i > points.length - 20; i--) if (isNumber(points[i][key])) return points[i][key]; return null; };
+    const said = this.series.map((one, index) => {
+      const text = this.format(this.point ? this.point[one.key] : newest(one.key));
+      setText(this.values[index], text);
+      return one.label + " " + text;
+    });
+    if (!this.point) this.canvas.setAttribute("aria-label", this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.");
+  }
+}
+
+// ---- the page of a run ----
+
+// Locust's own columns in Locust's order.
+const ENDPOINT_COLUMNS = [
+  ["Type", "method", String], ["Name", "name", String], ["# Requests", "numRequests", count], ["# Fails", "numFailures", count], ["Median (ms)", "medianResponseTime", millis],
+  ["95%ile (ms)", "p95ResponseTime", millis], ["99%ile (ms)", "p99ResponseTime", millis], ["Average (ms)", "avgResponseTime", millis], ["Min (ms)", "minResponseTime", millis],
+  ["Max (ms)", "maxResponseTime", millis], ["RPS", "requestsPerSec", rate]];
+const FEW_ENDPOINTS = 100;
+const MOST_LIVE_POINTS = 2000;
+
+class RunView {
+  constructor(id) {
+    this.id = id;
+    this.run = null;
+    this.whole = [];  // the points of the whole run
+    this.tab = "endpoints";
+    this.sort = {column: 1, up: true};
+    this.all = false;
+    this.failures = this.exceptions = this.workers = null;
+    $("main").replaceChildren(h("p", {class: "empty"}, "Loading\u2026"));
+  }
+
+  open() {
+    live.follow(runPath(this.id, "/events"), this);
+    this.refresh();
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || (this.run && isActive(this.run) && this.loadSides()), 5000)];
+  }
+  close() {
+    (this.timers || []).forEach(clearInterval);
+    if (this.group) this.group.close();
+    this.closed = true;
+  }
+
+  async refresh() {
+    const series = this.loadSeries();
+    try {
+      const run = await get(runPath(this.id));
+      if (!this.closed) this.show(run);
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 404 && !this.closed) this.gone("There is no such run. It may have been deleted.");
+    }
+    await series;
+    this.loadSides();
+  }
+
+  gone(text) {
+    live.stop();
+    this.close();
+    document.title = "Load Manager";
+    $("main").replaceChildren(h("div", {class: "empty"}, h("p", {}, text), h("a", {href: "#/"}, "All runs")));
+  }
+
+  onEvent(kind, data) {
+    if (this.closed) return;
+    if (kind === "deleted") this.gone("This run was deleted.");
+    else if (kind === "sample") this.addSample(data);
+    else this.show(data);
+  }
+
+  // ---- series ----
+
+  async loadSeries(zoom) {
+    const query = new URLSearchParams({maxPoints: 500});
+    if (zoom) { query.set("from", (this.start + zoom[0] * 1000) / 1000 - 1); query.set("to", (this.start + zoom[1] * 1000) / 1000 + 1); }
+    for (const name of zoom ? ["from", "to"] : []) query.set(name, Number(query.get(name)).toFixed(3));
+    let answer;
+    try { answer = await get(runPath(this.id, "/metrics?" + query)); } catch (error) { return; }
+    if (this.closed) return;
+    if (zoom) { if (this.group.zoom === zoom) this.detail = answer.points; }
+    else {
+      const last = answer.points.length ? at(answer.points.at(-1).timestamp) : 0;
+      this.whole = answer.points.concat(this.whole.filter((point) => point.live && at(point.timestamp) > last));
+    }
+    this.plot();
+  }
+
+  addSample(point) {
+    const last = this.whole.at(-1);
+    if (last && at(point.timestamp) <= at(last.timestamp)) return;
+    this.whole.push({...point, live: true});
+    if (this.whole.length > MOST_LIVE_POINTS && !this.thinning) {
+      this.thinning = true;
+      this.whole = this.whole.map((one) => ({...one, live: false}));
+      this.loadSeries().then(() => { this.thinning = false; });
+    }
+    this.plot();
+  }
+
+  plot() {
+    const run = this.run;
+    if (!run || !this.group) return;
+    const source = this.group.zoom && this.detail ? this.detail : this.whole;
+    // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
+    const windowed = source.some((point) => isNumber(point.currentP95Ms));
+    this.group.points = source.map((point) => ({
+      t: (at(point.timestamp) - this.start) / 1000, rps: point.totalRps, failures: point.failuresPerSec, users: point.currentUsers, p99: point.p99ResponseMs,
+      p50: windowed ? point.currentP50Ms : point.p50ResponseMs, p95: windowed ? point.currentP95Ms : point.p95ResponseMs,
+    })).filter((point) => point.t > -5);
+    const final = source.at(-1);
+    if (final && final.source === "final" && this.group.points.length > 1) this.group.points.at(-1).rps = this.group.points.at(-1).users = null;  // the average of the whole run, and nobody left
+    this.setEnd();
+    this.group.draw();
+  }
+
+  setEnd() {
+    const last = this.group.points.at(-1), ended = at(this.run.finishedAt);
+    const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
+    this.group.end = Math.max(1, until, last ? last.t : 0);
+  }
+
+  // ---- what is beside the charts ----
+
+  async loadSides() {
+    if (this.closed || !this.run) return;
+    const quiet = (path) => get(path).catch(() => null);
+    const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")), isActive(this.run) ? quiet("/v1/clusters") : null]);
+    if (this.closed) return;
+    this.failures = failures && failures.failures || null;
+    this.exceptions = failures && failures.exceptions || null;
+    const cluster = (clusters || []).find((one) => one.id === this.run.locustClusterId);
+    this.workers = cluster ? cluster.workers : isActive(this.run) ? this.workers : null;
+    this.showTabs();
+  }
+
+  // ---- building ----
+
+  build(run) {
+    this.start = at(run.startedAt || run.createdAt);
+    const parts = this.parts = {};
+    const make = (name, tag, attributes, ...children) => parts[name] = h(tag, attributes, ...children);
+    const act = (name, label, work, kind) => make(name, "button", {class: kind || "", onclick: () => work(this.run)}, label);
+    this.group = new ChartGroup((zoom) => { this.detail = null; this.plot(); if (zoom) this.loadSeries(zoom); });
+    this.bar = meter("Time");
+    const tiles = [["Users", "--users", "users"], ["RPS", "--rps", "rps"], ["Failures", "--failures", "errors"], ["Median", "--p50", "p50", "ms"], ["95%ile", "--p95", "p95", "ms"], ["99%ile", "--p99", "p99", "ms"], ["Average", null, "avg", "ms"], ["# Requests", null, "requests"], ["# Fails", null, "fails"]];
+    const tile = ([label, color, name, unit]) => {
+      const swatch = color ? h("i") : null;
+      if (swatch) swatch.style.background = "var(" + color + ")";
+      return h("div", {class: "tile"}, h("div", {class: "label"}, swatch, label), h("div", {class: "value"}, make(name, "span", {}, NONE), unit ? h("small", {}, unit) : null));
+    };
+    const charts = [
+      new Chart(this.group, "Total Requests per Second", "", [{key: "rps", label: "RPS", color: "--rps"}, {key: "failures", label: "Failures/s", color: "--failures"}], rate),
+      new Chart(this.group, "Response Times (ms)", " ms", [{key: "p50", label: "50th percentile", color: "--p50"}, {key: "p95", label: "95th percentile", color: "--p95"}, {key: "p99", label: "99th, whole run", color: "--p99", dash: [4, 3]}], millis),
+      new Chart(this.group, "Number of Users", "", [{key: "users", label: "Users", color: "--users"}], count)];
+    const tabs = [["endpoints", "Endpoints"], ["failures", "Failures"], ["exceptions", "Exceptions"], ["workers", "Workers"], ["details", "Details"]];
+    this.tabButtons = new Map(tabs.map(([name, label]) => [name, h("button", {role: "tab", id: "tab-" + name, "aria-controls": "tabpanel", onclick: () => this.choose(name)}, label, h("span", {class: "n", hidden: true}))]));
+    $("main").replaceChildren(
+      h("p", {class: "soft"}, h("a", {href: "#/"}, "\u2190 All runs")),
+      h("div", {class: "run-head"}, h("div", {class: "what"},
+        h("h1", {}, make("title", "span", {class: "name"}), h("span", {class: "badges"}, make("status", "span", {class: "badge"}), make("verdict", "span", {class: "badge", hidden: true}), make("trust", "span", {class: "badge", hidden: true}))),
+        make("facts", "div", {class: "facts"})),
+        h("div", {class: "bar"}, mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+          make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"), target: "_blank", rel: "noopener"}, "Report"),
+          mayAct() ? act("remove", "Delete", deleteRun, "plain") : null)),
+      make("reason", "div", {class: "note bad", hidden: true}), make("warnings", "div", {class: "note warn", hidden: true}), make("queued", "div", {class: "note", hidden: true}),
+      make("time", "div", {class: "time"}, make("elapsed", "span"), this.bar.box, make("left", "span")),
+      h("div", {class: "panel tiles"}, tiles.map(tile)), make("thresholds", "section", {hidden: true}),
+      h("section", {"aria-label": "Charts"}, h("div", {class: "head"}, h("h2", {}, "Charts"), h("span", {class: "hint"}, "drag to zoom"), this.group.reset), h("div", {class: "charts"}, charts.map((chart) => chart.box))),
+      h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values()),
+      make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}));
+    this.buildEndpoints();
+    this.choose("endpoints");
+  }
+
+  buildEndpoints() {
+    const body = h("tbody"), heads = ENDPOINT_COLUMNS.map(([label], index) => h("th", {scope: "col", class: index > 1 ? "num" : ""}, h("button", {onclick: () => this.sortBy(index)}, label)));
+    this.total = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : ""}));
+    this.heads = heads;
+    this.endpointRows = new Rows(body, () => {
+      const cells = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
+      return {element: h("tr", {}, cells), update(row) {
+        ENDPOINT_COLUMNS.forEach(([, key, format], index) => setText(cells[index], format(row[key])));
+        setClass(cells[3], row.numFailures > 0 ? "num fails" : "num");
+      }};
+    });
+    this.more = h("button", {class: "small", hidden: true, onclick: () => { this.all = true; this.showEndpoints(); }});
+    this.wordField = h("input", {type: "search", id: "endpoint-filter", placeholder: "Filter endpoints  ( / )", "aria-label": "Filter endpoints by name", oninput: () => this.showEndpoints()});
+    this.endpointBox = h("div", {}, h("div", {class: "bar", hidden: true}, this.wordField), scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))), h("div", {class: "pages"}, this.more));
+    this.noEndpoints = h("div", {class: "panel empty"}, "No requests yet.");
+  }
+
+  sortBy(column) {
+    this.sort = {column, up: this.sort.column === column ? !this.sort.up : column < 2};
+    this.showEndpoints();
+  }
+
+  onTabKey(event) {
+    const names = [...this.tabButtons.keys()], step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!step) return;
+    const name = names[(names.indexOf(this.tab) + step + names.length) % names.length];
+    this.choose(name);
+    this.tabButtons.get(name).focus();
+  }
+
+  choose(name) {
+    this.tab = name;
+    for (const [one, button] of this.tabButtons) { button.setAttribute("aria-selected", one === name); button.tabIndex = one === name ? 0 : -1; }
+    this.parts.panel.setAttribute("aria-labelledby", "tab-" + name);
+    this.parts.panel.replaceChildren();
+    this.showTabs();
+  }
+
+  // ---- showing ----
+
+  show(run) {
+    const before = this.run;
+    if (before && before.status !== run.status) say(run.scenarioId + " is now " + run.status);
+    this.run = run;
+    if (!this.parts) this.build(run);
+    const started = at(run.startedAt || run.createdAt);
+    const ended = before && isActive(before) && !isActive(run);
+    document.title = run.scenarioId + " \u2013 " + run.status + " \u2013 Load Manager";
+    this.showHead(run);
+    this.showNumbers(run.lastMetrics || {});
+    this.showThresholds(run);
+    this.group.marks = [
+      ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
+      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"}))];
+    if (started !== this.start) { this.start = started; this.plot(); }
+    if (!before) this.plot();
+    if (ended) { this.loadSeries(); this.loadSides(); }
+    this.showTabs();
+    this.tick();
+  }
+
+  showHead(run) {
+    const parts = this.parts;
+    setText(parts.title, run.scenarioId);
+    showStatus(parts.status, run);
+    showVerdict(parts.verdict, run);
+    const trust = typeof run.trust === "object" && run.trust ? run.trust.level || run.trust.value : run.trust;
+    parts.trust.hidden = !trust;
+    setText(parts.trust, trust === "ok" ? "Trustworthy" : trust === "doubtful" ? "Doubtful" : trust || "");
+    setClass(parts.trust, "badge " + (trust === "ok" ? "good" : "warn"));
+    const fact = (label, value) => h("span", {}, label + " ", h("b", {class: "name"}, value));
+    const facts = [fact("Tenant", run.tenantId), fact("Environment", run.envId), run.locustClusterId ? fact("Cluster", run.locustClusterId) : null, fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.00$/, "") + "/s"),
+      fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)), run.createdBy ? fact("By", run.createdBy) : null, run.stopReason ? fact("Stopped by", run.stopReason) : null].filter(Boolean);
+    if (JSON.stringify(facts.map((one) => one.textContent)) !== this.factText) { this.factText = JSON.stringify(facts.map((one) => one.textContent)); parts.facts.replaceChildren(...facts); }
+    parts.reason.hidden = !run.failureReason;
+    setText(parts.reason, run.failureReason || "");
+    const warnings = run.warnings || [];
+    parts.warnings.hidden = !warnings.length;
+    if (parts.warnings.childElementCount !== 1 || parts.warnings.firstChild.childElementCount !== warnings.length) {
+      parts.warnings.replaceChildren(h("ul", {}, warnings.map((one) => h("li", {}, h("span", {class: "soft"}, moment(one.at) + "  "), one.message))));
+    }
+    parts.queued.hidden = !(run.status === "Pending" && run.queuePosition);
+    setText(parts.queued, "Waiting for a free cluster; number " + (run.queuePosition || "") + " in the queue.");
+    if (!parts.stop) return;
+    parts.stop.hidden = !isActive(run);
+    parts.stop.disabled = run.status === "Stopping";
+    setText(parts.stop, run.status === "Stopping" ? "Stopping\u2026" : run.queuePosition ? "Cancel" : "Stop");
+    parts.mark.hidden = !["Running", "Stopping"].includes(run.status);
+    parts.again.hidden = parts.remove.hidden = isActive(run);
+  }
+
+  showNumbers(numbers) {
+    const parts = this.parts, live_ = this.run.status === "Running" || this.run.status === "Stopping";
+    setText(parts.users, live_ ? count(numbers.currentUsers) : count(this.run.targetUsers));
+    setText(parts.rps, rate(numbers.totalRps));
+    setText(parts.errors, percent(numbers.errorRate));
+    for (const [name, key] of [["p50", "p50ResponseMs"], ["p95", "p95ResponseMs"], ["p99", "p99ResponseMs"], ["avg", "avgResponseMs"]]) setText(parts[name], millis(numbers[key]));
+    setText(parts.requests, count(numbers.totalRequests));
+    setText(parts.fails, count(numbers.totalFailures));
+  }
+
+  showThresholds(run) {
+    const box = this.parts.thresholds, list = run.thresholds || [];
+    box.hidden = !list.length;
+    const text = JSON.stringify([list, run.verdict]);
+    if (text === this.thresholdText) return;
+    this.thresholdText = text;
+    const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
+    const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"}[word(one)] || "");
+    const value = (one) => isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value);
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), scrollBox("Thresholds", h("table", {}, h("thead", {}, h("tr", {}, ["Result", "Threshold", "Value", "First failed", "Why"].map((label, index) => h("th", {scope: "col", class: index === 2 ? "num" : ""}, label)))),
+      h("tbody", {}, list.map((one) => h("tr", {}, h("td", {}, h("span", {class: "badge " + kind(one)}, word(one))), h("td", {class: "wide name mono"}, String(one.expr)), h("td", {class: "num"}, value(one)),
+        h("td", {}, one.firstFailedAt ? moment(one.firstFailedAt) : NONE), h("td", {class: "wide soft"}, String(one.message || one.reason || ""))))))));
+  }
+
+  showTabs() {
+    if (!this.parts) return;
+    const rows = Object.keys((this.run.lastMetrics || {}).requestStats || {}).length;
+    const numbers = {endpoints: rows, failures: this.failures && this.failures.length, exceptions: this.exceptions && this.exceptions.length, workers: this.workers && this.workers.length};
+    for (const [name, button] of this.tabButtons) {
+      const mark = button.querySelector(".n");
+      mark.hidden = !isNumber(numbers[name]) || numbers[name] === 0;
+      setText(mark, numbers[name] || 0);
+      setClass(mark, name === "failures" || name === "exceptions" ? "n bad" : "n");
+    }
+    if (this.tab === "endpoints") this.showEndpoints();
+    else if (this.tab === "details") this.showDetails();
+    else this.showSimple();
+  }
+
+  showEndpoints() {
+    if (this.tab !== "endpoints") return;
+    const numbers = this.run.lastMetrics || {}, rows = Object.values(numbers.requestStats || {}), {column, up} = this.sort;
+    const box = rows.length ? this.endpointBox : this.noEndpoints;
+    if (this.parts.panel.firstChild !== box) this.parts.panel.replaceChildren(box);
+    const key = ENDPOINT_COLUMNS[column][1], word = this.wordField.value.trim().toLowerCase();
+    const order = (a, b) => column < 2 ? String(a[key]).localeCompare(String(b[key])) : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
+    const wanted = rows.filter((row) => !word || (row.method + " " + row.name).toLowerCase().includes(word));
+    wanted.sort((a, b) => (up ? order(a, b) : order(b, a)) || String(a.name).localeCompare(String(b.name)));
+    this.heads.forEach((head, index) => { if (index === column) head.setAttribute("aria-sort", up ? "ascending" : "descending"); else head.removeAttribute("aria-sort"); });
+    this.wordField.parentNode.hidden = rows.length < 8;
+    this.more.parentNode.hidden = this.more.hidden = this.all || wanted.length <= FEW_ENDPOINTS;
+    setText(this.more, "Show all " + wanted.length);
+    this.endpointRows.show(this.all ? wanted : wanted.slice(0, FEW_ENDPOINTS), (row) => row.method + " " + row.name);
+    const bound = (choose, name) => { const values = rows.map((row) => row[name]).filter(isNumber); return values.length ? choose(...values) : null; };
+    const total = {method: "", name: "Aggregated", numRequests: numbers.totalRequests, numFailures: numbers.totalFailures, medianResponseTime: numbers.p50ResponseMs, p95ResponseTime: numbers.p95ResponseMs, p99ResponseTime: numbers.p99ResponseMs,
+      avgResponseTime: numbers.avgResponseMs, minResponseTime: bound(Math.min, "minResponseTime"), maxResponseTime: bound(Math.max, "maxResponseTime"), requestsPerSec: numbers.totalRps};
+    ENDPOINT_COLUMNS.forEach(([, name, format], index) => setText(this.total[index], format(total[name])));
+  }
+
+  showSimple() {
+    const what = {
+      failures: [this.failures, ["# Failures", "Method", "Name", "Message", "First", "Last"], (one) => [[count(one.occurrences), "num fails"], [one.method], [one.name, "wide name"], [one.error, "wide name"], [moment(one.firstSeen)], [moment(one.lastSeen)]],
+        "No request has failed.", "What failed is not known here."],
+      exceptions: [this.exceptions, ["# Occurrences", "Message", "Traceback", "Nodes"], (one) => [[count(one.count), "num"], [one.message, "wide name"], [h("pre", {}, String(one.traceback || "")), "wide"], [[].concat(one.nodes || []).join(", "), "wide"]],
+        "No exception in the locustfile.", "Exceptions are not known here."],
+      workers: [this.workers, ["Worker", "State", "# users", "CPU usage"], (one) => [[one.id, "wide name"], [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad", spawning: "good"}[one.state] || "")}, one.state)], [count(one.userCount), "num"], [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE, one.cpuPercent > 90 ? "num fails" : "num"]],
+        "This Locust runs without workers.", isActive(this.run) ? "Waiting for the cluster to answer." : "Workers are shown while a test runs."],
+    }[this.tab];
+    const [list, labels, cellsOf, none, unknown] = what, text = this.tab + JSON.stringify(list);
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    if (!list || !list.length) { this.parts.panel.replaceChildren(h("div", {class: "panel empty"}, list ? none : unknown)); return; }
+    const isNum = (label) => label.startsWith("#") || label === "CPU usage";
+    const shown = list.slice(0, 500);
+    this.parts.panel.replaceChildren(scrollBox(this.tab, h("table", {}, h("thead", {}, h("tr", {}, labels.map((label) => h("th", {scope: "col", class: isNum(label) ? "num" : ""}, label)))),
+      h("tbody", {}, shown.map((one) => h("tr", {}, cellsOf(one).map(([content, kind]) => h("td", {class: kind || ""}, content instanceof Node ? content : String(content)))))))));
+  }
+
+  showDetails() {
+    const run = this.run, text = "details" + JSON.stringify({...run, lastMetrics: null});
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    const pairs = (list) => h("dl", {class: "pairs"}, list.filter(([, value]) => value !== undefined && value !== "").map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]));
+    const plain = (value) => typeof value === "string" ? value : JSON.stringify(value);
+    const metadata = Object.entries(run.metadata || {});
+    const annotations = run.annotations || [];
+    this.parts.panel.replaceChildren(h("div", {class: "details"},
+      h("div", {class: "panel"}, h("h2", {}, "Run"), pairs([["Id", run.id], ["Source", run.source], ["Created", run.createdAt], ["Started", run.startedAt], ["Finished", run.finishedAt], ["Duration asked for", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)], ["Stop reason", run.stopReason]])),
+      h("div", {class: "panel"}, h("h2", {}, "Metadata"), metadata.length ? pairs(metadata.map(([key, value]) => [key, plain(value)])) : h("p", {class: "soft"}, "None.")),
+      annotations.length ? h("div", {class: "panel"}, h("h2", {}, "Marked moments"), pairs(annotations.map((one) => [clock((at(one.at) - this.start) / 1000), one.text]))) : null));
+  }
+
+  tick() {
+    const run = this.run;
+    if (!run || !this.parts || this.closed) return;
+    const {elapsed, total} = timing(run), parts = this.parts;
+    parts.time.hidden = isNaN(elapsed);
+    setText(parts.elapsed, isActive(run) ? clock(elapsed) : "Ran " + span(elapsed));
+    this.bar.box.hidden = isNaN(total);
+    this.bar.set(elapsed / total);
+    setText(parts.left, isNaN(total) ? (isActive(run) ? "no deadline: runs until it is stopped" : "") : isActive(run) ? clock(Math.max(0, total - elapsed)) + " left of " + span(total) : "of " + span(total));
+    if (isActive(run) && !this.group.zoom) { this.setEnd(); this.group.draw(); }
+  }
+}
+
+// ---- start ----
+
+let view = null;
+
+function route() {
+  if (!session) return;
+  if (view && view.close) view.close();
+  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+  const match = /^#\/runs\/([^/]+)$/.exec(location.hash);
+  let id = null;
+  try { id = match && decodeURIComponent(match[1]); } catch (error) { /* not one of ours */ }
+  view = id ? new RunView(id) : new Overview();
+  view.open();
+  scrollTo(0, 0);
+}
+
+async function start() {
+  try {
+    const known = await get("/session");
+    session = known.signedIn ? known : null;
+  } catch (error) {
+    $("main").replaceChildren(h("p", {class: "empty"}, "Load Manager did not answer. Trying again\u2026"));
+    setTimeout(start, 2000);
+    return;
+  }
+  showTop();
+  if (session) route(); else showSignIn("");
+}
+
+addEventListener("hashchange", route);
+addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || document.querySelector("dialog[open]")) return;
+  const filter = $("filter") || $("endpoint-filter");
+  if (filter) { event.preventDefault(); filter.focus(); }
+});
+start();
 """
 
-DASHBOARD_PAGE = r"""
+DASHBOARD_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Load Manager</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 13h3V8H1zm5.5 0h3V3h-3zM12 13h3V6h-3z' fill='%2300b052'/%3E%3C/svg%3E">
+<style>/*css*/</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to content</a>
+<header id="top"></header>
+<div id="lost" role="status" hidden></div>
+<main id="main" tabindex="-1"><noscript><p class="note bad">This page needs JavaScript. The API works without it.</p></noscript></main>
+<div id="toasts" role="alert"></div>
+<div id="said" class="unseen" role="status" aria-live="polite"></div>
+<script>/*js*/</script>
+</body>
+</html>
 """
 
 if __name__ == "__main__":
