@@ -22,8 +22,11 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
 11. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-12. HTTP API        routes, authentication, handlers
-13. COMMAND LINE    serve, check
+12. EVENTS          changes of runs, told to event streams
+13. SESSIONS        browsers that signed in, and what they must prove
+14. HTTP API        routes, authentication, handlers
+15. COMMAND LINE    serve, check
+16. DASHBOARD PAGE  what a browser gets at /
 """
 
 from __future__ import annotations
@@ -32,28 +35,31 @@ import base64
 import bisect
 import csv
 import functools
+import gzip
 import hashlib
 import heapq
 import hmac
 import http.client
 import io
+import ipaddress
 import json
 import math
 import os
 import re
+import secrets
 import selectors
 import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
 # 1. VOCABULARY - words, units and limits every other section speaks in
@@ -361,7 +367,18 @@ def _accept_base_url(value: Any) -> str:
     return value.rstrip("/")
 
 
+def _accept_host_names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError
+    names = [name.strip().lower() for name in names]
+    if not all(re.fullmatch(r"[a-z0-9._-]{1,253}", name) for name in names):
+        raise ValueError
+    return tuple(names)
+
+
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
+HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
@@ -389,6 +406,12 @@ class ServerConfig:
     port: int = key("port", 8080, number_value(0, 65535, whole=True), "port to listen on; 0 takes a free one")
     max_connections: int = key(
         "maxConnections", 4000, number_value(16, 100_000, whole=True), "open connections; beyond, the idlest is closed"
+    )
+    public_url: str | None = key(
+        "publicUrl", None, BASE_URL, "the address browsers use, when another than host and port (a proxy, a DNS name)"
+    )
+    allowed_hosts: tuple[str, ...] = key(
+        "allowedHosts", (), HOST_NAMES, "more host names under which a browser may sign in"
     )
 
 
@@ -1837,6 +1860,16 @@ class Record:
             head = self.head = dump_json(run_to_wire(self.run)).encode()[:-1]
         return head + b',"lastMetrics":' + metrics + b"}" if metrics else head + b"}"
 
+    def brief(self) -> bytes:
+        """As wire(), without the endpoints' rows, which can be 500."""
+        wire = run_to_wire(self.run)
+        if self.snapshot is not None:
+            wire["lastMetrics"] = snapshot_to_wire(self.snapshot._replace(endpoints=None))
+        elif self.metrics is not None:
+            wire["lastMetrics"] = json.loads(self.metrics)
+            wire["lastMetrics"].pop("requestStats", None)
+        return dump_json(wire).encode()
+
     def row(self) -> tuple[str, int, str, str | None]:
         metrics = self.metrics_json()
         return self.run.id, self.run.seq, run_to_record(self.run), metrics.decode() if metrics else None
@@ -1847,16 +1880,22 @@ class RunFilter(NamedTuple):
 
     tenant_id: str | None = None
     env_id: str | None = None
-    status: str | None = None
+    statuses: frozenset[str] | None = None
     tenants: frozenset[str] | None = None  # those the caller may see
+    search: str | None = None  # lower case; somewhere in the run's id, names or creator
 
     def takes(self, run: Run) -> bool:
         return (
             (self.tenant_id is None or run.tenant_id == self.tenant_id)
             and (self.env_id is None or run.env_id == self.env_id)
-            and (self.status is None or run.status.value == self.status)
+            and (self.statuses is None or run.status.value in self.statuses)
             and (self.tenants is None or run.tenant_id in self.tenants)
+            and (self.search is None or self._finds(run))
         )
+
+    def _finds(self, run: Run) -> bool:
+        words = (run.scenario_id, run.tenant_id, run.env_id, run.cluster_id, run.created_by, run.id)
+        return any(self.search in word.lower() for word in words)  # type: ignore[operator]
 
 
 class Store:
@@ -1906,12 +1945,26 @@ class Store:
                 raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
             return record.wire()
 
+    def brief(self, run_id: str) -> bytes:
+        """As wire(), without the endpoints' rows."""
+        with self._lock:
+            return self._record(run_id).brief()
+
+    def newest_sample(self, run_id: str) -> Sample | None:
+        """The newest numbers of a run that is going on; None when there are none."""
+        with self._lock:
+            record = self._records.get(run_id)
+            snapshot = record.snapshot if record else None
+        return sample_of(run_id, snapshot, "live") if snapshot else None
+
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
         """The runs, newest first."""
         with self._lock:
             return [record.run for record in reversed(self._records.values()) if wanted.takes(record.run)]
 
-    def list_wire(self, wanted: RunFilter, limit: int | None, before_seq: int | None) -> tuple[list[bytes], int | None]:
+    def list_wire(
+        self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
+    ) -> tuple[list[bytes], int | None]:
         """Up to `limit` answers, newest first, from before `before_seq`; and the last one's
         seq if there are more."""
         page: list[bytes] = []
@@ -1923,7 +1976,7 @@ class Store:
                     continue
                 if limit is not None and len(page) == limit:
                     return page, last
-                page.append(record.wire())
+                page.append(record.brief() if brief else record.wire())
                 last = run.seq
         return page, None
 
@@ -2069,8 +2122,10 @@ class Store:
         with self._lock:
             self._keys = {key_: known for key_, known in self._keys.items() if known[1] not in run_ids}
             for run_id in run_ids:
-                self._records.pop(run_id, None)
+                record = self._records.pop(run_id, None)
                 self._journal.forget(run_id)
+                if record:
+                    self._tell(record.run)  # who then does not find the run knows that it is gone
 
     def _tell(self, run: Run) -> None:
         for listener in self.listeners:
@@ -3894,6 +3949,7 @@ REASONS = {
 }  # fmt: skip
 JSON_TYPE = "application/json"
 
+MOST_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
 IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
@@ -4004,22 +4060,29 @@ class Request:
 
 
 class Response:
-    """Status, body and headers of an answer."""
+    """Status, body and headers of an answer.
 
-    __slots__ = ("http_status", "body", "content_type", "headers")
+    opens: makes it a stream without end; called in the loop's thread with the connection,
+    once the head is sent, to keep it and push() to it."""
 
-    def __init__(self, body: bytes = b"", http_status: int = 200, content_type: str = JSON_TYPE, headers: dict[str, str] | None = None):
+    __slots__ = ("http_status", "body", "content_type", "headers", "opens")
+
+    def __init__(
+        self, body: bytes = b"", http_status: int = 200, content_type: str = JSON_TYPE, headers: dict[str, str] | None = None,
+        opens: Callable[[Connection], None] | None = None,
+    ):  # fmt: skip
         self.http_status = http_status
         self.body = body
         self.content_type = content_type
         self.headers = headers
+        self.opens = opens
 
     def to_bytes(self, keep_alive: bool, with_body: bool = True) -> bytes:
         """Head and body in one piece: two writes would stall a client 40 ms."""
         parts = [_head_start(self.http_status, self.content_type, keep_alive), _date_line(int(time.time()))]
         for name, value in (self.headers or {}).items():
             parts.append(f"{name}: {_header_value(value)}\r\n".encode("latin-1"))
-        if self.http_status != 204:
+        if self.http_status != 204 and self.opens is None:
             parts.append(b"Content-Length: %d\r\n" % len(self.body))
         parts.append(b"\r\n")
         if with_body:
@@ -4067,7 +4130,10 @@ def error_response(error: LoadManagerError) -> Response:
 class Connection:
     """One client's connection, owned by the loop's thread."""
 
-    __slots__ = ("loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask", "waiting_since")
+    __slots__ = (
+        "loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask",
+        "waiting_since", "streams", "on_close",
+    )  # fmt: skip
 
     def __init__(self, loop: ConnectionLoop, sock: socket.socket, address: str):
         self.loop = loop
@@ -4083,6 +4149,8 @@ class Connection:
         self.deadline = steady_s() + IDLE_CONNECTION_S
         self.mask = 0
         self.waiting_since = steady_s()  # idle or half-sent since then
+        self.streams = False  # an event stream: nothing more is read, its end is the connection's
+        self.on_close: Callable[[], None] = _nothing
 
     # ---- reading -----------------------------------------------------------
 
@@ -4102,8 +4170,8 @@ class Connection:
             return
         if not received:
             self.close()
-        elif self.closing:
-            pass  # lingering: what is still sent to us is thrown away
+        elif self.closing or self.streams:
+            pass  # lingering, or a stream: what is still sent to us is thrown away
         elif self.request is not None:
             self._take_body(received)
             self.advance()
@@ -4113,7 +4181,7 @@ class Connection:
 
     def advance(self) -> None:
         """Handle every whole request that has arrived, in order."""
-        while not self.busy and not self.closing and self.sock is not None and not self.out:
+        while not self.busy and not self.closing and not self.streams and self.sock is not None and not self.out:
             if self.request is None and not self._begin_request():
                 return
             if self.request is not None:
@@ -4204,8 +4272,28 @@ class Connection:
     def answer(self, request: Request, response: Response) -> None:
         """Send the response to the request in hand."""
         self.busy = False
+        if response.opens is not None and request.head.method != "HEAD":
+            self._open_stream(response)
+            return
         keep = request.head.keep_alive and not self.loop.draining
         self.send(response.to_bytes(keep, request.head.method != "HEAD"), close=not keep)
+
+    def _open_stream(self, response: Response) -> None:
+        assert response.opens is not None
+        self.streams = True
+        self.buffer = b""
+        self._write(response.to_bytes(False))
+        if self.sock is not None:
+            response.opens(self)
+
+    def push(self, raw: bytes) -> None:
+        """Append to a stream. A client that leaves too much unread is dropped: it can come
+        back and resume, whereas its backlog would grow for ever."""
+        if self.out and len(self.out) + len(raw) > MOST_UNSENT_BYTES:
+            log("slow event stream dropped", address=self.address, unsent=len(self.out))
+            self.close()
+            return
+        self._write(raw)
 
     def send(self, raw: bytes, close: bool = False) -> None:
         self.closing = self.closing or close
@@ -4251,7 +4339,7 @@ class Connection:
             return
         if self.request is None:
             self.waiting_since = steady_s()
-            self.deadline = self.waiting_since + IDLE_CONNECTION_S
+            self.deadline = math.inf if self.streams else self.waiting_since + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
 
     def _close_gently(self) -> None:
@@ -4271,6 +4359,7 @@ class Connection:
         if sock is not None:
             self.loop.forget(self, sock)
             sock.close()
+            self.on_close()
 
 
 class ConnectionLoop(threading.Thread):
@@ -4359,7 +4448,7 @@ class ConnectionLoop(threading.Thread):
 
     def _make_room(self) -> None:
         """Close the connection that has waited longest for its client; the newest is served."""
-        waiting = [connection for connection in self._connections if not connection.busy and not connection.out]
+        waiting = [item for item in self._connections if not item.busy and not item.out and not item.streams]
         if waiting:
             min(waiting, key=lambda connection: connection.waiting_since).close()
 
@@ -4467,8 +4556,224 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 12. HTTP API - routes, authentication, handlers
+# 12. EVENTS - changes of runs, told to event streams
 # ============================================================================
+# The store tells of a change under its lock; note() only writes down which run. A round in
+# the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
+# however often it changed. As an event is a whole state, no events are kept for those who
+# come back: what they missed is the newest state of the runs that changed since.
+
+
+class Stream:
+    """One client's event stream. tenants: those it may see, None: all; is_allowed: False
+    once its sign-in has ended."""
+
+    __slots__ = ("connection", "run_id", "tenants", "resume_id", "is_allowed")
+
+    def __init__(self, run_id: str | None, tenants: frozenset[str] | None, resume_id: str | None, is_allowed: Callable[[], bool]):
+        self.connection: Connection | None = None
+        self.run_id = run_id  # None: all runs
+        self.tenants = tenants
+        self.resume_id = resume_id  # Last-Event-ID
+        self.is_allowed = is_allowed
+
+    def sees(self, tenant_id: str) -> bool:
+        return self.tenants is None or tenant_id in self.tenants
+
+    def push(self, raw: bytes) -> None:
+        if raw and self.connection is not None:
+            self.connection.push(raw)
+
+
+class Change(NamedTuple):
+    """The newest change of one run."""
+
+    seq: int
+    tenant_id: str
+
+
+class EventFeed:
+    """Tells streams of changes. note() comes from any thread, all else runs in the loop's.
+
+    Events: `run` (the run's JSON; in the feed of all runs without requestStats), `sample`
+    (one point of its series; only in the stream of one run), `deleted` {"id"}, and at the
+    start `ready`, or `reset` where a Last-Event-ID cannot be resumed: read all anew."""
+
+    ROUND_S = 0.25
+    HEARTBEAT_S = 15.0
+    MOST_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
+    MOST_REPLAYED = 500
+
+    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int):
+        self._store = store
+        self._loop = loop
+        self._timer = timer
+        self._most_streams = most_streams
+        self._era = secrets.token_hex(4)  # ids of an earlier process are not ours
+        self._lock = threading.Lock()  # guards _noted and _round_is_due
+        self._noted: dict[str, str] = {}  # changed run -> its tenant
+        self._round_is_due = False
+        self._next_round_at = 0.0
+        self._seq = 0
+        self._changes: OrderedDict[str, Change] = OrderedDict()  # by run, the newest last
+        self._forgotten_seq = 0  # changes up to this one are no longer in _changes
+        self._streams: dict[str | None, set[Stream]] = {}  # by run, None: of all runs
+        self._sampled_at: dict[str, float] = {}  # of runs with a stream of their own
+        self._beating = False
+        store.listeners.append(self.note)
+
+    # ---- from any thread ---------------------------------------------------
+
+    def note(self, run: Run) -> None:
+        """A run has changed or is gone; called under the store's lock."""
+        with self._lock:
+            self._noted[run.id] = run.tenant_id
+            if self._round_is_due:
+                return
+            self._round_is_due = True
+        wait_s = self._next_round_at - steady_s()
+        if wait_s <= 0:
+            self._loop.call(self._round)
+        else:
+            self._timer.after(wait_s, functools.partial(self._loop.call, self._round))
+
+    # ---- streams come and go -----------------------------------------------
+
+    def response(self, stream: Stream) -> Response:
+        """The answer that opens a stream; NotReady when there are too many."""
+        if sum(map(len, self._streams.values())) >= self._most_streams:
+            raise NotReady(f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10)
+        headers = {"X-Accel-Buffering": "no"}  # nginx would keep events back
+        return Response(content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream))
+
+    def _join(self, stream: Stream, connection: Connection) -> None:
+        stream.connection = connection
+        connection.on_close = functools.partial(self._leave, stream)
+        self._streams.setdefault(stream.run_id, set()).add(stream)
+        if not self._beating:
+            self._beating = True
+            self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
+        stream.push(b"retry: 1000\n\n" + self._welcome(stream))
+
+    def _leave(self, stream: Stream) -> None:
+        streams = self._streams.get(stream.run_id, set())
+        streams.discard(stream)
+        if not streams:
+            self._streams.pop(stream.run_id, None)
+            self._sampled_at.pop(stream.run_id or "", None)
+
+    def close_refused(self) -> None:
+        """End the streams whose sign-in has ended."""
+        for stream in self._all_streams():
+            if not stream.is_allowed() and stream.connection is not None:
+                stream.connection.close()
+
+    def _all_streams(self) -> list[Stream]:
+        return [stream for streams in self._streams.values() for stream in streams]
+
+    def _welcome(self, stream: Stream) -> bytes:
+        """What a new stream gets first: what it missed, or that it must read all anew; the
+        stream of one run gets the run."""
+        missed = None if stream.resume_id is None else self._missed(stream)
+        if missed is not None:
+            return b"".join(missed)
+        start = b"ready" if stream.resume_id is None else b"reset"
+        first = self._event(start, b"{}", self._seq)
+        return first + self._run_event(stream.run_id, self._seq) if stream.run_id else first
+
+    def _missed(self, stream: Stream) -> list[bytes] | None:
+        """Events since the stream's Last-Event-ID; None when that is too long ago, or
+        nothing of ours."""
+        era, _, number = (stream.resume_id or "").partition("-")
+        if era != self._era or not re.fullmatch("[0-9]{1,15}", number):
+            return None
+        since = int(number)
+        if since < self._forgotten_seq or since > self._seq:
+            return None
+        missed = []
+        for run_id, change in reversed(self._changes.items()):
+            if change.seq <= since:
+                break
+            if stream.run_id in (None, run_id) and stream.sees(change.tenant_id):
+                missed.append((run_id, change.seq))
+            if len(missed) > self.MOST_REPLAYED:
+                return None
+        return [self._run_event(run_id, seq, brief=stream.run_id is None) for run_id, seq in reversed(missed)]
+
+    # ---- rounds ------------------------------------------------------------
+
+    def _round(self) -> None:
+        with self._lock:
+            noted, self._noted = self._noted, {}
+            self._round_is_due = False
+            self._next_round_at = steady_s() + self.ROUND_S
+        changed = [(run_id, self._remember(run_id, tenant_id)) for run_id, tenant_id in noted.items()]
+        self._tell_followers_of_all(changed)
+        for run_id, change in changed:
+            if run_id in self._streams:
+                raw = self._sample_event(run_id) + self._run_event(run_id, change.seq)
+                for stream in list(self._streams[run_id]):
+                    stream.push(raw)
+
+    def _remember(self, run_id: str, tenant_id: str) -> Change:
+        self._seq += 1
+        change = self._changes[run_id] = Change(self._seq, tenant_id)
+        self._changes.move_to_end(run_id)
+        if len(self._changes) > self.MOST_REMEMBERED:
+            self._forgotten_seq = self._changes.popitem(last=False)[1].seq
+        return change
+
+    def _tell_followers_of_all(self, changed: list[tuple[str, Change]]) -> None:
+        streams = self._streams.get(None)
+        if not streams:
+            return
+        events = [(change.tenant_id, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
+        told: dict[frozenset[str] | None, bytes] = {}  # the same bytes for all who see the same tenants
+        for stream in list(streams):
+            if stream.tenants not in told:
+                told[stream.tenants] = b"".join(event for tenant_id, event in events if stream.sees(tenant_id))
+            stream.push(told[stream.tenants])
+
+    def _beat(self) -> None:
+        """A comment to every stream: proxies keep it open, and a dead client is noticed."""
+        self._beating = False
+        self.close_refused()
+        for stream in self._all_streams():
+            self._beating = True
+            stream.push(b": heartbeat\n\n")
+        if self._beating:
+            self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
+
+    # ---- one event's bytes -------------------------------------------------
+
+    def _run_event(self, run_id: str, seq: int, brief: bool = False) -> bytes:
+        try:
+            wire = self._store.brief(run_id) if brief else self._store.wire(run_id)
+        except NotFound:
+            return self._event(b"deleted", dump_json({"id": run_id}).encode(), seq)
+        return self._event(b"run", wire, seq)
+
+    def _sample_event(self, run_id: str) -> bytes:
+        """The run's newest point; empty when it was told before."""
+        sample = self._store.newest_sample(run_id)
+        if sample is None or sample.at <= self._sampled_at.get(run_id, 0.0):
+            return b""
+        self._sampled_at[run_id] = sample.at
+        return b"event: sample\ndata: " + dump_json(sample_to_wire(sample)).encode() + b"\n\n"
+
+    def _event(self, name: bytes, data: bytes, seq: int) -> bytes:
+        return b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._era.encode(), seq, name, data)
+
+
+# ============================================================================
+# 13. SESSIONS - browsers that signed in, and what they must prove
+# ============================================================================
+# A browser sends its cookie with whatever any page makes it send. So a cookie alone only
+# reads, under a host name that is ours (another's name may be made to point here: DNS
+# rebinding), and what changes something must come from our own page: Origin and a CSRF
+# token. A Bearer token needs none of this, as no browser adds it by itself.
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 @dataclass(frozen=True)
@@ -4481,6 +4786,128 @@ class Principal:
 
     def may_touch(self, tenant_id: str) -> bool:
         return self.tenants is None or tenant_id in self.tenants
+
+
+@dataclass(frozen=True)
+class Session:
+    """One sign-in. ends_at: steady seconds."""
+
+    principal: Principal
+    csrf_token: str
+    ends_at: float
+
+
+class Sessions:
+    """The sign-ins of this process, by the hash of their secret; a restart ends them."""
+
+    MOST = 1000
+    KEEP_S = 12 * 3600.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _by_digest
+        self._by_digest: OrderedDict[bytes, Session] = OrderedDict()  # the oldest first
+
+    def begin(self, principal: Principal) -> tuple[Session, str]:
+        """A new session and the secret for its cookie; beyond MOST the oldest ends."""
+        secret = secrets.token_urlsafe(32)
+        session = Session(principal, secrets.token_urlsafe(32), steady_s() + self.KEEP_S)
+        with self._lock:
+            self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
+            while len(self._by_digest) > self.MOST:
+                self._by_digest.popitem(last=False)
+        return session, secret
+
+    def find(self, secret: str | None) -> Session | None:
+        if secret is None:
+            return None
+        session = self._by_digest.get(hashlib.sha256(secret.encode("latin-1")).digest())
+        return session if session and session.ends_at > steady_s() else None
+
+    def is_alive(self, secret: str) -> bool:
+        return self.find(secret) is not None
+
+    def end(self, secret: str | None) -> None:
+        with self._lock:
+            self._by_digest.pop(hashlib.sha256((secret or "").encode("latin-1")).digest(), None)
+
+
+def session_to_wire(session: Session) -> dict[str, Any]:
+    return {
+        "signedIn": True,
+        "name": session.principal.name,
+        "role": session.principal.role,
+        "csrfToken": session.csrf_token,
+        "expiresInSeconds": max(0, math.floor(session.ends_at - steady_s())),
+    }
+
+
+def _cookie_name(server: ServerConfig) -> str:
+    """With the port: cookies do not tell ports apart, and two Load Managers may share a host."""
+    return f"loadmanager_{server.port}"
+
+
+def session_cookie(server: ServerConfig, secret: str) -> str:
+    """The Set-Cookie value; an empty secret removes the cookie."""
+    age_s = int(Sessions.KEEP_S) if secret else 0
+    secure = "; Secure" if (server.public_url or "").startswith("https:") else ""
+    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure}"
+
+
+def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
+    """What the session's cookie says, or None."""
+    wanted = _cookie_name(server) + "="
+    for part in head.headers.get("cookie", "").split(";"):
+        if part.strip().startswith(wanted):
+            return part.strip()[len(wanted) :]
+    return None
+
+
+def check_host(head: RequestHead, server: ServerConfig) -> None:
+    """Forbidden under a host name that is not ours. An address in digits is: nobody can
+    make another's page look as if it came from there."""
+    name = (_url_parts("//" + head.headers.get("host", "")).hostname or "").rstrip(".")
+    ours = {"localhost", server.host.lower(), *server.allowed_hosts}
+    if server.public_url:
+        ours.add(urlsplit(server.public_url).hostname or "")
+    if name in ours or name.endswith(".localhost"):
+        return
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        raise Forbidden(f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts may add it") from None
+
+
+def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -> None:
+    """Forbidden for a request that another site's page made. required: also without Origin,
+    which browsers always send with what changes something."""
+    origin = head.headers.get("origin")
+    if origin is None and not required:
+        return
+    check_host(head, server)
+    parts, public = _url_parts(origin or ""), _url_parts(server.public_url or "")
+    is_public = bool(server.public_url) and (parts.scheme, parts.netloc.lower()) == (public.scheme, public.netloc.lower())
+    is_here = parts.scheme in ("http", "https") and parts.netloc.lower() == head.headers.get("host", "").lower()
+    if not is_public and not is_here:
+        raise Forbidden("the header Origin is missing or another site's; only our own pages may do this with a cookie")
+
+
+def _url_parts(url: str) -> SplitResult:
+    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def check_csrf(head: RequestHead, session: Session) -> None:
+    given = head.headers.get("x-csrf-token", "").encode("latin-1")
+    if not hmac.compare_digest(given, session.csrf_token.encode()):
+        raise Forbidden("the header X-CSRF-Token is missing or wrong; GET /session gives it")
+
+
+# ============================================================================
+# 14. HTTP API - routes, authentication, handlers
+# ============================================================================
 
 
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
@@ -4536,9 +4963,10 @@ def post_test(api: Api, request: Request) -> Response:
 
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants)
+    search = query["search"].lower() if "search" in query else None
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants, search)
     limit = query.get("limit")
-    page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"))
+    page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
     if last_seq is not None:
         again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
@@ -4588,6 +5016,71 @@ def get_metrics(api: Api, request: Request) -> Response:
 
 def get_clusters(api: Api, request: Request) -> Response:
     return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id)))
+
+
+def get_events(api: Api, request: Request) -> Response:
+    return api.event_stream(request, None)
+
+
+def get_run_events(api: Api, request: Request) -> Response:
+    return api.event_stream(request, api.visible_run(request).id)
+
+
+def get_session(api: Api, request: Request) -> Response:
+    session = api.session_of(request.head)
+    if session is not None:
+        return json_response({**session_to_wire(session), "anonymous": False})
+    if api.is_open:
+        return json_response({"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role})
+    return json_response({"signedIn": False, "anonymous": False})
+
+
+def post_session(api: Api, request: Request) -> Response:
+    check_same_origin(request.head, api.config.server, required=False)
+    session, secret = api.sign_in(_given_token(request), request.address)
+    log("signed in", name=session.principal.name, address=request.address)
+    return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
+
+
+def _given_token(request: Request) -> str:
+    """The token of a sign-in, as JSON or as a form."""
+    content_type = request.head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
+    if content_type == "application/x-www-form-urlencoded":
+        body: Any = dict(parse_qsl(request.body.decode("utf-8", "replace")))
+    elif content_type == JSON_TYPE:
+        body = parse_json(request.body)
+    else:
+        raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE} or a form")
+    return check_body(body, SIGN_IN_KEYS)["token"]
+
+
+def end_session(api: Api, request: Request) -> Response:
+    api.sign_out(request.head)
+    return Response(http_status=204, headers={"Set-Cookie": session_cookie(api.config.server, "")})
+
+
+def get_dashboard(api: Api, request: Request) -> Response:
+    page, packed, headers = dashboard_page()
+    if "gzip" in request.head.headers.get("accept-encoding", ""):
+        page, headers = packed, {**headers, "Content-Encoding": "gzip"}
+    return Response(page, content_type="text/html; charset=utf-8", headers=headers)
+
+
+@functools.cache
+def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
+    """The page, the page packed by gzip, and its headers. The policy names its one style and
+    its one script by their hashes: nothing else can run, whatever gets into the page."""
+
+    def hashed(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    page = DASHBOARD_PAGE.replace("/*css*/", PAGE_CSS).replace("/*js*/", PAGE_JS).encode()
+    policy = (
+        f"default-src 'none'; script-src {hashed(PAGE_JS)}; style-src {hashed(PAGE_CSS)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Vary": "Accept-Encoding"}
+    return page, gzip.compress(page, 9), {**headers, "Cross-Origin-Opener-Policy": "same-origin"}
 
 
 def locust_test_start(api: Api, request: Request) -> Response:
@@ -4640,10 +5133,19 @@ def _accept_cursor(text: Any) -> int:
     return int(match.group(1))
 
 
+def _accept_statuses(text: Any) -> frozenset[str]:
+    words = frozenset(text.split(","))
+    if not words <= {status.value for status in RunStatus}:
+        raise ValueError
+    return words
+
+
 LIST_QUERY = {
     "tenantId": text_value("a string"),
     "envId": text_value("a string"),
-    "status": one_of(*(status.value for status in RunStatus)),
+    "status": Check("one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus), _accept_statuses),
+    "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT),
+    "brief": BOOLEAN,
     "limit": number_value(1, 1000, whole=True),
     "cursor": Check("the cursor of a Link header", _accept_cursor),
 }
@@ -4655,7 +5157,20 @@ METRICS_QUERY = {
 }
 CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 
+SIGN_IN_KEYS = {"token": BodyKey("token", text_value("an API token"), required=True)}
+SIGN_IN_BYTES = 16 * 1024
+
 ROUTES = (
+    Route("GET", "/", get_dashboard, "anyone", "The dashboard", waits=False),
+    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False),
+    Route(
+        "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
+        most_body_bytes=SIGN_IN_BYTES,
+    ),
+    Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False),
+    Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False),
+    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False),
+    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False),
     Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False),
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY),
@@ -4758,10 +5273,12 @@ ANONYMOUS = Principal("anonymous", "admin")
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
-    def __init__(self, config: Config, store: Store, engine: Engine):
+    def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed):
         self.config = config
         self.store = store
         self.engine = engine
+        self._feed = feed
+        self._sessions = Sessions()
         self._router = Router(ROUTES)
         self._failed = FailedAttempts()
         self._api_digest = _digest(config.security.api_token)
@@ -4792,7 +5309,7 @@ class Api:
             return ANONYMOUS
         if route.access == "locust":
             return self._locust(head, address)
-        principal = self._bearer(head, address)
+        principal = self._caller(head, address)
         if ROLES.index(principal.role) < ROLES.index(route.access):
             raise Forbidden(f"this needs the role {route.access}; the token has {principal.role}")
         return principal
@@ -4803,13 +5320,62 @@ class Api:
             return Principal("locust", "locust")
         raise self._refused(address, "the header X-Locust-Token is missing or wrong")
 
-    def _bearer(self, head: RequestHead, address: str) -> Principal:
-        if self._api_digest is None:
+    def _caller(self, head: RequestHead, address: str) -> Principal:
+        """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
+        given = head.headers.get("authorization")
+        if self.is_open:
+            if head.method not in SAFE_METHODS:
+                check_same_origin(head, self.config.server, required=False)
             return ANONYMOUS
-        scheme, _, token = head.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(_digest(token.strip()) or b"", self._api_digest):
-            return self._api_principal
-        raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
+        if given is None and session_secret(head, self.config.server) is not None:
+            return self._by_cookie(head)
+        scheme, _, token = (given or "").partition(" ")
+        principal = self._owner_of(token.strip()) if scheme.lower() == "bearer" else None
+        if principal is None:
+            raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
+        return principal
+
+    def _owner_of(self, token: str) -> Principal | None:
+        is_right = self._api_digest is not None and hmac.compare_digest(_digest(token) or b"", self._api_digest)
+        return self._api_principal if is_right else None
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody may call: no token is configured."""
+        return self._api_digest is None
+
+    # ---- browsers that signed in -------------------------------------------
+
+    def session_of(self, head: RequestHead) -> Session | None:
+        return self._sessions.find(session_secret(head, self.config.server))
+
+    def _by_cookie(self, head: RequestHead) -> Principal:
+        session = self.session_of(head)
+        if session is None:
+            raise Unauthorized("the sign-in has ended; sign in again")
+        check_host(head, self.config.server)
+        if head.method not in SAFE_METHODS:
+            check_same_origin(head, self.config.server, required=True)
+            check_csrf(head, session)
+        return session.principal
+
+    def sign_in(self, token: str, address: str) -> tuple[Session, str]:
+        """A new session and its secret for the owner of an API token, or Unauthorized."""
+        principal = ANONYMOUS if self.is_open else self._owner_of(token)
+        if principal is None:
+            raise self._refused(address, "this is not a valid API token")
+        return self._sessions.begin(principal)
+
+    def sign_out(self, head: RequestHead) -> None:
+        self._sessions.end(session_secret(head, self.config.server))
+        self._feed.close_refused()
+
+    def event_stream(self, request: Request, run_id: str | None) -> Response:
+        """A stream of events of one run, or of all the caller may see."""
+        headers = request.head.headers
+        secret = None if self.is_open or "authorization" in headers else session_secret(request.head, self.config.server)
+        is_allowed = functools.partial(self._sessions.is_alive, secret) if secret else lambda: True
+        return self._feed.response(Stream(run_id, request.principal.tenants, headers.get("last-event-id"), is_allowed))
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
         wait_s = self._failed.note(address)
@@ -4896,7 +5462,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 13. COMMAND LINE - serve, check
+# 15. COMMAND LINE - serve, check
 # ============================================================================
 
 
@@ -4939,7 +5505,8 @@ class Service:
             raise
         self._timer = Timer()
         self._engine = Engine(config, self._store, self._timer)
-        self._loop.api = Api(config, self._store, self._engine)
+        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2)
+        self._loop.api = Api(config, self._store, self._engine, feed)
         host = config.server.host
         here = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost", "") else f"[{host}]" if ":" in host else host
         self.url = f"http://{here}:{self._server.server_port}"
@@ -5034,6 +5601,1639 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     return {"serve": serve, "check": check}[options.command](options.config)
 
+
+# ============================================================================
+# 16. DASHBOARD PAGE - what a browser gets at /
+# ============================================================================
+# A client like any other: no data inside; it reads the JSON API and the event streams,
+# and writes what it got with textContent only. It loads nothing else, from nowhere.
+
+PAGE_CSS = r"""
+/* ---- colours ---- */
+:root {
+  color-scheme: light dark;
+  --ground: #f4f6f8; --panel: #ffffff; --raised: #f8fafb; --line: #e0e5eb; --line-strong: #c6ced8;
+  --text: #18202b; --soft: #5b6778; --accent: #0b62d0; --on-accent: #ffffff; --accent-wash: #e8f0fc;
+  --good: #0a7a3d; --good-wash: #e2f5ea; --bad: #c0262d; --bad-wash: #fdeaea; --warn: #8a5a00; --warn-wash: #fdf2dc;
+  --calm: #4a5a70; --calm-wash: #e9edf2; --shadow: 0 1px 2px rgba(20, 30, 45, .05); --shade: rgba(16, 24, 36, .45);
+  --rps: #00ca5a; --failures: #ff6d6d; --p50: #ff9f00; --p95: #9966cc; --p99: #c2185b; --users: #0099ff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #0e1319; --panel: #161d26; --raised: #1b232e; --line: #26303d; --line-strong: #3a4757;
+    --text: #e3e8ef; --soft: #93a0b2; --accent: #62a8ff; --on-accent: #08131f; --accent-wash: #17293f;
+    --good: #4ade88; --good-wash: #10301f; --bad: #ff8585; --bad-wash: #3a1b1f; --warn: #f2b84b; --warn-wash: #33270f;
+    --calm: #a9b6c8; --calm-wash: #222c39; --shadow: none; --shade: rgba(0, 0, 0, .6);
+    --p95: #b085e0; --p99: #f06292;
+  }
+}
+
+/* ---- page ---- */
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0; background: var(--ground); color: var(--text);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+[hidden] { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.skip { position: absolute; left: -999px; top: 4px; z-index: 9; background: var(--panel); padding: 6px 10px; }
+.skip:focus { left: 8px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
+main { max-width: 1480px; margin: 0 auto; padding: 16px 20px 48px; }
+main:focus { outline: none; }
+#top {
+  display: flex; align-items: center; gap: 10px; padding: 8px 20px; background: var(--panel);
+  border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 5;
+}
+#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; display: flex; gap: 8px; align-items: center; }
+#top .brand svg { display: block; }
+#top .space { flex: 1; }
+#top .who { color: var(--soft); font-size: 13px; }
+.live { display: inline-flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12px; }
+.live::before { content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--line-strong); }
+.live.on::before { background: var(--rps); }
+.live.off::before { background: var(--failures); }
+#lost { background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550; border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4; }
+h1 { font-size: 20px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
+h2 { font-size: 14px; margin: 0; font-weight: 650; }
+h2 .count { color: var(--soft); font-weight: 400; margin-left: 4px; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+section { margin-top: 22px; }
+section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
+section > .head .space { flex: 1; }
+.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
+.soft { color: var(--soft); }
+.empty { padding: 26px 16px; text-align: center; color: var(--soft); }
+.empty p { margin: 0 0 10px; }
+.name { unicode-bidi: isolate; overflow-wrap: anywhere; }
+code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px; }
+
+/* ---- buttons and fields ---- */
+button, .button {
+  font: inherit; font-weight: 550; line-height: 1.3; padding: 5px 12px; border-radius: 6px; cursor: pointer;
+  border: 1px solid var(--line-strong); background: var(--panel); color: var(--text); white-space: nowrap; display: inline-block;
+}
+button:hover, .button:hover { background: var(--raised); text-decoration: none; }
+button:disabled { opacity: .5; cursor: default; }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.primary:hover { filter: brightness(1.08); }
+button.danger { color: var(--bad); border-color: currentColor; }
+button.danger.primary { background: var(--bad); border-color: var(--bad); color: var(--panel); }
+button.small { padding: 2px 8px; font-size: 12.5px; }
+button.plain { border-color: transparent; background: none; color: var(--soft); }
+button.plain:hover { color: var(--text); background: var(--raised); }
+input, select, textarea {
+  font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  padding: 5px 9px; min-width: 0; max-width: 100%;
+}
+input::placeholder, textarea::placeholder { color: var(--soft); opacity: .85; }
+input[type=checkbox] { accent-color: var(--accent); width: 16px; height: 16px; margin: 0; }
+label.field { display: block; }
+label.field > span, .field > .label { display: block; font-size: 12.5px; font-weight: 550; color: var(--soft); margin-bottom: 3px; }
+label.field > input, label.field > select, label.field > textarea { width: 100%; }
+label.check { display: flex; align-items: center; gap: 8px; }
+.hint { color: var(--soft); font-size: 12.5px; }
+.wrong { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
+
+/* ---- states ---- */
+.badge {
+  display: inline-flex; align-items: center; gap: 6px; padding: 1px 9px; border-radius: 10px; font-size: 12.5px; font-weight: 600;
+  white-space: nowrap; background: var(--calm-wash); color: var(--calm);
+}
+.badge.good { background: var(--good-wash); color: var(--good); }
+.badge.bad { background: var(--bad-wash); color: var(--bad); }
+.badge.warn { background: var(--warn-wash); color: var(--warn); }
+.badge.busy { background: var(--good-wash); color: var(--good); }
+.badge.busy::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: currentColor; animation: pulse 1.8s infinite; }
+@keyframes pulse { 50% { opacity: .3; } }
+@media (prefers-reduced-motion: reduce) { .badge.busy::before { animation: none; } }
+.note { margin: 10px 0 0; padding: 8px 12px; border-radius: 6px; background: var(--calm-wash); color: var(--text); overflow-wrap: anywhere; }
+.note.bad { background: var(--bad-wash); color: var(--bad); }
+.note.warn { background: var(--warn-wash); color: var(--warn); }
+.note ul { margin: 0; padding-left: 18px; }
+.meter { height: 6px; border-radius: 3px; background: var(--calm-wash); overflow: hidden; min-width: 44px; }
+.meter > div { height: 100%; width: 0; background: var(--accent); border-radius: 3px; transition: width .4s linear; }
+.meter.hot > div { background: var(--bad); }
+@media (prefers-reduced-motion: reduce) { .meter > div { transition: none; } }
+
+/* ---- tables ---- */
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+.scroll:focus-visible { outline-offset: -2px; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 6px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: middle; }
+tbody tr:last-child td, tfoot tr:last-child td { border-bottom: 0; }
+thead th { font-size: 12px; font-weight: 600; color: var(--soft); background: var(--raised); position: relative; }
+thead tr:first-child th:first-child { border-top-left-radius: 8px; }
+thead tr:first-child th:last-child { border-top-right-radius: 8px; }
+tbody tr:hover td { background: var(--raised); }
+td.num, th.num { text-align: right; }
+td.wide { white-space: normal; min-width: 160px; max-width: 420px; overflow-wrap: anywhere; }
+td .two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+td.acts { text-align: right; }
+td.acts button + button { margin-left: 4px; }
+td.fails { color: var(--bad); font-weight: 600; }
+tfoot td { font-weight: 650; background: var(--raised); border-top: 1px solid var(--line-strong); }
+tfoot tr td:first-child { border-bottom-left-radius: 8px; } tfoot tr td:last-child { border-bottom-right-radius: 8px; }
+th button { all: unset; cursor: pointer; font: inherit; color: inherit; }
+th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
+th button::after { content: "\2195"; opacity: .35; margin-left: 4px; font-weight: 400; }
+th[aria-sort=ascending] button::after { content: "\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\2193"; opacity: 1; }
+pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
+.bar input[type=search] { width: 230px; }
+.pages { display: flex; gap: 8px; align-items: center; justify-content: flex-end; padding: 8px 12px; border-top: 1px solid var(--line); color: var(--soft); }
+
+/* ---- clusters ---- */
+.clusters { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
+.cluster { padding: 10px 14px; display: flex; flex-direction: column; gap: 7px; min-width: 0; }
+.cluster .row { display: flex; gap: 8px; align-items: center; justify-content: space-between; min-width: 0; }
+.cluster .row > .name { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.cluster .title { font-weight: 650; }
+.cluster dl { display: grid; grid-template-columns: repeat(3, auto) 1fr; gap: 0 16px; margin: 0; }
+.cluster dt { color: var(--soft); font-size: 12px; grid-row: 1; } .cluster dd { margin: 0; font-weight: 600; grid-row: 2; }
+.cluster dd.cpu { display: flex; align-items: center; gap: 8px; } .cluster dd.cpu .meter { flex: 1; }
+.cluster .problem { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+
+/* ---- a run ---- */
+.run-head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: flex-start; }
+.run-head > .what { flex: 1 1 320px; min-width: 0; }
+.run-head .badges { display: inline-flex; flex-wrap: wrap; gap: 6px; margin-left: 8px; vertical-align: 3px; }
+.facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
+.facts b { font-weight: 550; color: var(--text); }
+.time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; gap: 1px; background: var(--line); }
+.tile { padding: 9px 14px; background: var(--panel); min-width: 0; }
+.tile .label { font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap; }
+.tile .label i { width: 9px; height: 9px; border-radius: 2px; flex: none; }
+.tile .value { font-size: 21px; line-height: 1.3; font-weight: 600; white-space: nowrap; }
+.tile .value small { font-size: 12px; color: var(--soft); font-weight: 400; margin-left: 3px; }
+.charts { display: grid; grid-template-columns: 1fr; gap: 10px; margin-top: 12px; }
+@media (min-width: 1100px) { .charts { grid-template-columns: 1fr 1fr; } .charts > :first-child { grid-column: 1 / -1; } }
+.chart { padding: 8px 10px 4px; position: relative; min-width: 0; }
+.chart .head { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: center; padding: 0 4px 4px; }
+.chart h3 { font-size: 13px; font-weight: 600; margin: 0; }
+.chart .legend { display: flex; flex-wrap: wrap; gap: 2px 4px; margin-left: auto; }
+.legend button { all: unset; cursor: pointer; font-size: 12px; color: var(--soft); display: inline-flex; gap: 5px; align-items: center; padding: 1px 6px; border-radius: 4px; }
+.legend button:hover { background: var(--raised); }
+.legend button:focus-visible { outline: 2px solid var(--accent); }
+.legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
+.legend i { width: 10px; height: 3px; border-radius: 2px; }
+.legend b { color: var(--text); font-weight: 600; min-width: 2.4em; text-align: right; }
+.chart canvas { display: block; width: 100%; height: 190px; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
+.charts > :first-child canvas { height: 220px; }
+.tip {
+  position: absolute; z-index: 3; pointer-events: none; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  padding: 6px 9px; font-size: 12px; box-shadow: 0 4px 14px rgba(0, 0, 0, .16); max-width: 260px;
+}
+.tip div { display: flex; gap: 6px; align-items: center; } .tip div b { margin-left: auto; padding-left: 12px; }
+.tip i { width: 8px; height: 8px; border-radius: 2px; flex: none; } .tip .mark { color: var(--soft); overflow-wrap: anywhere; white-space: normal; }
+.tabs { display: flex; gap: 2px; border-bottom: 1px solid var(--line); overflow-x: auto; margin-top: 22px; }
+.tabs button { border: 0; background: none; border-radius: 6px 6px 0 0; padding: 7px 13px; color: var(--soft); border-bottom: 2px solid transparent; }
+.tabs button[aria-selected=true] { color: var(--text); border-bottom-color: var(--accent); }
+.tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
+.tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
+.tabpanel { margin-top: 10px; }
+.details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
+.details .panel { padding: 12px 16px; min-width: 0; }
+.pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
+.pairs dt { color: var(--soft); max-width: 180px; overflow-wrap: anywhere; } .pairs dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+
+/* ---- dialogs, sign-in, toasts ---- */
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text); padding: 0; width: min(520px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3); }
+dialog::backdrop { background: var(--shade); }
+dialog form { padding: 18px 20px; display: grid; gap: 12px; }
+dialog h2 { font-size: 16px; overflow-wrap: anywhere; }
+dialog p { margin: 0; overflow-wrap: anywhere; }
+dialog .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
+dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4px; }
+.sign-in { max-width: 400px; margin: 12vh auto 0; padding: 24px; display: grid; gap: 14px; }
+.sign-in p { margin: 0; }
+#toasts { position: fixed; right: 16px; bottom: 16px; display: grid; gap: 8px; z-index: 20; width: min(420px, calc(100vw - 32px)); }
+.toast { background: var(--panel); border: 1px solid var(--line-strong); border-left: 4px solid var(--accent); border-radius: 6px; padding: 9px 12px; box-shadow: 0 6px 20px rgba(0, 0, 0, .2); display: flex; gap: 10px; align-items: flex-start; overflow-wrap: anywhere; }
+.toast.bad { border-left-color: var(--bad); }
+.toast span { flex: 1; min-width: 0; }
+
+@media (max-width: 640px) {
+  main { padding: 12px 10px 40px; }
+  #top { padding: 8px 10px; } #top .who { display: none; }
+  .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); }
+  .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
+  dialog .three { grid-template-columns: 1fr 1fr; }
+  th, td { padding: 6px 9px; }
+  .chart .legend { margin-left: 0; }
+}
+"""
+
+PAGE_JS = r"""
+"use strict";
+
+// ---- elements: text only ever goes in as text ----
+
+const $ = (id) => document.getElementById(id);
+
+/** An element. `on*` are listeners, the rest attributes; children are nodes or text. */
+function h(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+function setText(element, text) {
+  text = String(text);
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function setClass(element, text) {
+  if (element.className !== text) element.className = text;
+}
+
+let sayTimer = 0;
+function say(text) {  // to screen readers
+  clearTimeout(sayTimer);
+  sayTimer = setTimeout(() => setText($("said"), text), 100);
+}
+
+function toast(text, kind) {
+  const box = h("div", {class: "toast " + (kind || "")}, h("span", {}, text),
+    h("button", {class: "plain small", "aria-label": "Dismiss", onclick: () => box.remove()}, "\u00d7"));
+  $("toasts").append(box);
+  while ($("toasts").children.length > 4) $("toasts").firstChild.remove();
+  setTimeout(() => box.remove(), kind === "bad" ? 15000 : 6000);
+}
+
+// ---- numbers and moments ----
+
+const NONE = "\u2013";
+const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
+
+const isNumber = (value) => typeof value === "number" && isFinite(value);
+const count = (value) => isNumber(value) ? formats[0].format(value) : NONE;
+const rate = (value) => isNumber(value) ? formats[value >= 1000 ? 0 : value >= 100 ? 1 : 2].format(value) : NONE;
+const millis = (value) => isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE;
+const percent = (value) => isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : 2].format(value)) + "%" : NONE;
+
+/** Seconds as 1:02:03 or 2:03. */
+function clock(seconds) {
+  const s = Math.max(0, Math.round(seconds)), pad = (n) => String(n).padStart(2, "0");
+  const hours = Math.floor(s / 3600), rest = pad(s % 60);
+  return hours ? hours + ":" + pad(Math.floor(s / 60) % 60) + ":" + rest : Math.floor(s / 60) + ":" + rest;
+}
+
+/** Seconds as a person writes them: 1h30m. */
+function span(seconds) {
+  const s = Math.round(seconds), parts = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]];
+  let rest = s, text = "";
+  for (const [size, letter] of parts) {
+    if (rest >= size) { text += Math.floor(rest / size) + letter; rest %= size; }
+  }
+  return text || "0s";
+}
+
+/** Seconds of 90, 90s, 5m, 1h30m; NaN for anything else. */
+function parseSpan(text) {
+  text = text.trim().toLowerCase().replace(/\s+/g, "");
+  if (/^\d+$/.test(text)) return Number(text);
+  const match = /^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$/.exec(text);
+  if (!text || !match) return NaN;
+  return [86400, 3600, 60, 1].reduce((sum, size, index) => sum + size * Number(match[index + 1] || 0), 0);
+}
+
+let clockSkew = 0;  // ms that the server's clock is ahead of ours
+const now = () => Date.now() + clockSkew;
+const at = (text) => text ? Date.parse(text) : NaN;  // epoch ms
+
+const dayFormat = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
+const hourFormat = new Intl.DateTimeFormat("en-GB", {hour: "2-digit", minute: "2-digit", second: "2-digit"});
+function moment(text) {
+  const when = new Date(at(text));
+  if (isNaN(when)) return NONE;
+  const today = new Date(now());
+  return when.toDateString() === today.toDateString() ? hourFormat.format(when) : dayFormat.format(when);
+}
+
+// ---- the API ----
+
+let session = null;
+
+class ApiError extends Error {
+  constructor(status, body) {
+    super(body.message || body.error || "HTTP " + status);
+    this.status = status;
+    this.body = body;
+  }
+}
+
+/** Answer of one call as {data, link}; ApiError for an error answer, TypeError when nothing answered. */
+async function api(method, path, body) {
+  const headers = {};
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  if (method !== "GET" && session && session.csrfToken) headers["X-CSRF-Token"] = session.csrfToken;
+  let response;
+  try {
+    response = await fetch(path, {method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store"});
+  } catch (error) {
+    live.unreachable();
+    throw error;
+  }
+  live.reachable();
+  const skew = Date.parse(response.headers.get("Date")) - Date.now();
+  if (isFinite(skew)) clockSkew = Math.abs(skew) > 2000 ? skew : 0;
+  const text = await response.text();
+  let data = null;
+  try { data = text ? JSON.parse(text) : null; } catch (error) { data = {message: text.slice(0, 300)}; }
+  if (response.status === 401 && path !== "/session") showSignIn(data && data.message);
+  if (!response.ok) throw new ApiError(response.status, data || {});
+  return {data, link: response.headers.get("Link")};
+}
+
+const get = async (path) => (await api("GET", path)).data;
+const runPath = (id, rest) => "/v1/tests/" + encodeURIComponent(id) + (rest || "");
+
+/** Do what a button asks for; a failure is told, not thrown. */
+async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401) return undefined;
+    toast(error instanceof ApiError ? error.message : "Load Manager did not answer.", "bad");
+    return undefined;
+  }
+}
+
+// ---- live events ----
+
+const live = {
+  source: null, path: "", view: null, timer: 0, tries: 0, isLost: false, dark: 0,
+
+  follow(path, view) {
+    this.stop();
+    this.path = path;
+    this.view = view;
+    this.tries = 0;
+    this.connect();
+  },
+  connect() {
+    clearTimeout(this.timer);
+    if (this.source) this.source.close();
+    const source = this.source = new EventSource(this.path);
+    source.onopen = () => { this.tries = 0; const wasLost = this.isLost; this.reachable(); if (wasLost) this.view.refresh(); };
+    source.onerror = () => { if (this.source === source) this.failed(source); };
+    for (const kind of ["run", "sample", "deleted"]) {
+      source.addEventListener(kind, (event) => this.view.onEvent(kind, JSON.parse(event.data)));
+    }
+    source.addEventListener("ready", () => this.view.onReady && this.view.onReady());
+    source.addEventListener("reset", () => this.view.refresh());
+  },
+  /** A broken stream is opened again: at once by the browser, or, where the server said no, by us. */
+  async failed(source) {
+    this.unreachable();
+    if (source.readyState !== EventSource.CLOSED) return;
+    this.source = null;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.retry(), Math.min(10000, 1000 * 2 ** this.tries++));
+  },
+  async retry() {
+    const view = this.view;
+    try {
+      session = await get("/session");
+      if (!session.signedIn) { showSignIn("Your sign-in has ended."); return; }
+    } catch (error) { /* still away */ }
+    if (this.view === view && view) this.connect();
+  },
+  unreachable() {
+    if (!this.view || this.isLost) return;
+    this.isLost = true;
+    setText($("lost"), "Connection to Load Manager lost. What you see may be old; trying again\u2026");
+    $("lost").hidden = false;
+    this.show();
+  },
+  reachable() {
+    const streaming = this.source && this.source.readyState === EventSource.OPEN;
+    if (this.isLost && streaming) {
+      this.isLost = false;
+      $("lost").hidden = true;
+      say("Connected again.");
+    }
+    this.show();
+  },
+  show() {
+    const mark = $("live");
+    if (!mark) return;
+    setText(mark, this.isLost ? "Offline" : "Live");
+    setClass(mark, "live " + (this.isLost ? "off" : "on"));
+  },
+  stop() {
+    clearTimeout(this.timer);
+    if (this.source) this.source.close();
+    this.source = this.view = null;
+    this.isLost = false;
+    $("lost").hidden = true;
+  },
+};
+
+// A browser has six connections to a server for all its tabs: hidden ones give theirs back.
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(live.dark);
+  if (!live.view) return;
+  if (document.hidden) {
+    live.dark = setTimeout(() => { if (live.source) live.source.close(); live.source = null; }, 20000);
+  } else if (!live.source) {
+    live.connect();
+    live.view.refresh();
+  }
+});
+
+// ---- what a run says ----
+
+const ACTIVE = ["Pending", "Running", "Stopping"];
+const isActive = (run) => ACTIVE.includes(run.status);
+const STATUS_CLASS = {Pending: "warn", Running: "busy", Stopping: "warn", Finished: "", Failed: "bad"};
+
+function showStatus(badge, run) {
+  setText(badge, run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition : run.status);
+  setClass(badge, "badge " + (STATUS_CLASS[run.status] || ""));
+}
+
+function showVerdict(badge, run) {
+  badge.hidden = !run.verdict;
+  setText(badge, run.verdict ? run.verdict[0].toUpperCase() + run.verdict.slice(1) : "");
+  setClass(badge, "badge " + (run.verdict === "passed" ? "good" : run.verdict === "failed" ? "bad" : ""));
+}
+
+/** Seconds since the start (until the end), of how many; NaN when unknown. */
+function timing(run) {
+  const started = at(run.startedAt), ended = run.finishedAt ? at(run.finishedAt) : now();
+  return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN : run.durationSeconds};
+}
+
+function timingText(run) {
+  const {elapsed, total} = timing(run);
+  if (isNaN(elapsed)) return NONE;
+  if (!isActive(run)) return span(elapsed);
+  return clock(elapsed) + (isNaN(total) ? "" : " / " + clock(total));
+}
+
+function meter(label) {
+  const bar = h("div", {}), box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100}, bar);
+  return {box, set(share) {
+    const value = Math.round(1000 * Math.min(1, Math.max(0, share || 0))) / 10;
+    bar.style.width = value + "%";
+    box.setAttribute("aria-valuenow", Math.round(value));
+  }};
+}
+
+// ---- dialogs ----
+
+/** Ask before a dangerous act; resolves to true when it is confirmed. */
+function confirmed(title, text, button, kind) {
+  return new Promise((resolve) => {
+    const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: (event) => { event.preventDefault(); dialog.close("yes"); }},
+      h("h2", {id: "dialog-title"}, title), h("p", {class: "soft"}, text),
+      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close("")}, "Cancel"),
+        h("button", {class: "primary " + (kind || ""), autofocus: true}, button))));
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue === "yes"); });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+const runWords = (run) => "\u201c" + run.scenarioId + "\u201d (" + run.tenantId + " / " + run.envId + ")";
+
+async function stopRun(run) {
+  if (!await confirmed("Stop this test?", runWords(run) + " ends now; its numbers so far are kept.", "Stop test", "danger")) return;
+  if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
+}
+
+async function rerun(run) {
+  if (!await confirmed("Start the same test again?", runWords(run) + " with " + count(run.targetUsers) + " users. It waits in the queue if the cluster is busy.", "Start test")) return;
+  const answer = await attempt(() => api("POST", runPath(run.id, "/rerun"), {queue: true}));
+  if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
+}
+
+async function deleteRun(run) {
+  if (!await confirmed("Delete this run?", runWords(run) + " of " + moment(run.createdAt) + " and all its numbers are removed for good.", "Delete run", "danger")) return;
+  if (await attempt(() => api("DELETE", runPath(run.id)))) {
+    toast("Deleted.");
+    if (location.hash.startsWith("#/runs/")) location.hash = "#/";
+  }
+}
+
+async function annotate(run) {
+  const text = h("input", {required: true, maxlength: 200, autofocus: true, placeholder: "deployed version 2.1"});
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: async (event) => {
+    event.preventDefault();
+    if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
+  }}, h("h2", {id: "dialog-title"}, "Mark this moment"),
+    h("label", {class: "field"}, h("span", {}, "What happened"), text),
+    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Mark"))));
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+/** Lines of key=value as an object; throws for a line without =. */
+function parseMetadata(text) {
+  const metadata = {};
+  for (const line of text.split("\n").map((one) => one.trim()).filter(Boolean)) {
+    const sign = line.indexOf("=");
+    if (sign < 1) throw new Error("each line is key=value; this one is not: " + line);
+    metadata[line.slice(0, sign).trim()] = line.slice(sign + 1).trim();
+  }
+  return Object.keys(metadata).length ? metadata : undefined;
+}
+
+async function startDialog() {
+  const [clusters, recent] = await Promise.all([get("/v1/clusters"), get("/v1/tests?brief=true&limit=100")].map((answer) => answer.catch(() => [])));
+  const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
+  const scenarios = [...new Set(recent.map((run) => run.scenarioId))];
+  const last = recent[0] || {};
+  const fields = {
+    place: h("select", {required: true}, places.map((one, index) => h("option", {value: index}, one.tenantId + " / " + one.envId))),
+    scenarioId: h("input", {required: true, list: "scenarios", maxlength: 256, autocomplete: "off", placeholder: "checkout"}),
+    targetUsers: h("input", {required: true, inputmode: "numeric", value: last.targetUsers || 10, autocomplete: "off"}),
+    spawnRate: h("input", {required: true, inputmode: "decimal", value: last.spawnRate || 1, autocomplete: "off"}),
+    durationSeconds: h("input", {placeholder: "5m", value: "5m", autocomplete: "off"}),
+    metadata: h("textarea", {rows: 2, placeholder: "version=2.1", spellcheck: "false"}),
+    queue: h("input", {type: "checkbox"}),
+  };
+  const problem = h("div", {class: "wrong", role: "alert"});
+  const field = (name, label, hint) => h("label", {class: "field"}, h("span", {}, label), fields[name], hint ? h("span", {class: "hint"}, hint) : null,
+    h("span", {class: "wrong", "data-for": name}));
+
+  function showProblems(problems, message) {
+    for (const slot of dialog.querySelectorAll("[data-for]")) {
+      const name = slot.getAttribute("data-for");
+      setText(slot, problems[name] || "");
+      if (problems[name]) fields[name].setAttribute("aria-invalid", "true"); else fields[name].removeAttribute("aria-invalid");
+    }
+    setText(problem, message || "");
+    const bad = dialog.querySelector("[aria-invalid]");
+    if (bad) bad.focus();
+  }
+
+  function read() {
+    const problems = {}, place = places[fields.place.value] || {}, length = fields.durationSeconds.value.trim();
+    const body = {
+      tenantId: place.tenantId, envId: place.envId, scenarioId: fields.scenarioId.value.trim(),
+      targetUsers: Number(fields.targetUsers.value), spawnRate: Number(fields.spawnRate.value),
+    };
+    if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
+    if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
+    if (length) body.durationSeconds = parseSpan(length);
+    if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
+    if (fields.queue.checked) body.queue = true;
+    try { body.metadata = parseMetadata(fields.metadata.value); } catch (error) { problems.metadata = error.message; }
+    return {body, problems};
+  }
+
+  async function submit(event) {
+    event.preventDefault();
+    const {body, problems} = read();
+    showProblems(problems);
+    if (Object.keys(problems).length) return;
+    start.disabled = true;
+    try {
+      const {data} = await api("POST", "/v1/tests", body);
+      dialog.close();
+      location.hash = "#/runs/" + encodeURIComponent(data.id);
+    } catch (error) {
+      const body_ = error.body || {};
+      showProblems(body_.fields || {}, body_.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      if (body_.activeRunId) problem.append(" ", h("a", {href: "#/runs/" + encodeURIComponent(body_.activeRunId), onclick: () => dialog.close()}, "Open the run that has it"));
+    }
+    start.disabled = false;
+  }
+
+  const start = h("button", {class: "primary"}, "Start test");
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title", id: "start-dialog"}, h("form", {novalidate: true, onsubmit: submit},
+    h("h2", {id: "dialog-title"}, "Start a test"),
+    places.length ? null : h("p", {class: "note warn"}, "There is no cluster you may use: the configuration's locustClusters names them."),
+    field("place", "Tenant / environment"), field("scenarioId", "Scenario"),
+    h("datalist", {id: "scenarios"}, scenarios.map((name) => h("option", {value: name}))),
+    h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
+    field("metadata", "Metadata, key=value on each line"),
+    h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
+    problem,
+    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), start)));
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  fields.scenarioId.focus();
+}
+
+// ---- sign-in ----
+
+function showSignIn(message) {
+  live.stop();
+  if (view && view.close) view.close();
+  view = null;
+  session = null;
+  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+  showTop();
+  document.title = "Sign in \u2013 Load Manager";
+  const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password", autofocus: true, spellcheck: "false"});
+  const problem = h("div", {class: "wrong", role: "alert"}, message && message.includes("Authorization") ? "" : message || "");
+  async function submit(event) {
+    event.preventDefault();
+    setText(problem, "");
+    try {
+      session = (await api("POST", "/session", {token: token.value.trim()})).data;
+      start();
+    } catch (error) {
+      setText(problem, error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      token.select();
+    }
+  }
+  $("main").replaceChildren(h("form", {class: "panel sign-in", onsubmit: submit, novalidate: true},
+    h("h1", {}, "Sign in"), h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: you get a cookie for 12 hours."),
+    h("label", {class: "field"}, h("span", {}, "API token"), token), problem, h("button", {class: "primary"}, "Sign in")));
+  token.focus();
+}
+
+async function signOut() {
+  await attempt(() => api("DELETE", "/session"));
+  showSignIn("");
+}
+
+const mayAct = () => session && session.role !== "viewer";
+
+function showTop() {
+  $("top").replaceChildren(h("a", {class: "brand", href: "#/"}, "Load Manager"), ...(session ? [
+    h("span", {class: "live on", id: "live"}, "Live"), h("span", {class: "space"}),
+    mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+    h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
+    session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
+  ].filter(Boolean) : []));
+}
+
+// ---- tables ----
+
+function scrollBox(label, table) {
+  return h("div", {class: "scroll panel", tabindex: 0, role: "region", "aria-label": label}, table);
+}
+
+/** Rows of a tbody kept by key, so that an update keeps focus and selection. */
+class Rows {
+  constructor(body, make) {
+    this.body = body;
+    this.make = make;
+    this.known = new Map();
+  }
+  show(items, keyOf) {
+    const wanted = new Set(items.map(keyOf));
+    for (const [key, row] of this.known) {
+      if (!wanted.has(key)) { row.element.remove(); this.known.delete(key); }
+    }
+    let place = this.body.firstElementChild;
+    for (const item of items) {
+      let row = this.known.get(keyOf(item));
+      if (!row) this.known.set(keyOf(item), row = this.make(item));
+      row.update(item);
+      if (row.element === place) place = place.nextElementSibling;
+      else this.body.insertBefore(row.element, place);
+    }
+  }
+}
+
+const RUN_COLUMNS = [["Status"], ["Scenario"], ["Tenant / environment"], ["Cluster"], ["Users", "num"], ["RPS", "num"], ["Failures", "num"], ["95%ile (ms)", "num"], ["Time"], ["Started"], ["", "num"]];
+
+function runRow(first) {
+  let run = first;
+  const link = h("a", {href: "#/runs/" + encodeURIComponent(run.id), class: "name two"});
+  const badge = h("span", {class: "badge"}), verdict = h("span", {class: "badge", hidden: true}), bar = meter("Progress");
+  const cells = Array.from({length: 6}, () => h("td", {class: "num"}));
+  const time = h("div"), started = h("td");
+  const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
+  const stop = act("Stop", stopRun), again = act("Run again", rerun), remove = act("Delete", deleteRun, "plain");
+  const place = h("td", {class: "wide name"}), cluster = h("td", {class: "wide name soft"});
+  const element = h("tr", {"data-run": run.id}, h("td", {}, badge, " ", verdict), h("td", {class: "wide"}, link), place, cluster,
+    cells.slice(0, 4), h("td", {}, time, bar.box), started, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
+  return {element, update(newRun) {
+    run = newRun;
+    const numbers = run.lastMetrics || {};
+    showStatus(badge, run);
+    showVerdict(verdict, run);
+    setText(link, run.scenarioId);
+    setText(place, run.tenantId + " / " + run.envId);
+    setText(cluster, run.locustClusterId || NONE);
+    setText(cells[0], isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers));
+    setText(cells[1], rate(numbers.totalRps));
+    setText(cells[2], percent(numbers.errorRate));
+    setClass(cells[2], numbers.errorRate > 0 ? "num fails" : "num");
+    setText(cells[3], millis(numbers.p95ResponseMs));
+    setText(time, timingText(run));
+    const {elapsed, total} = timing(run);
+    bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
+    bar.set(elapsed / total);
+    setText(started, moment(run.startedAt || run.createdAt));
+    started.title = run.startedAt || run.createdAt;
+    stop.hidden = !isActive(run);
+    stop.disabled = run.status === "Stopping";
+    again.hidden = remove.hidden = isActive(run);
+  }};
+}
+
+function runTable(label) {
+  const body = h("tbody");
+  const table = h("table", {}, h("thead", {}, h("tr", {}, RUN_COLUMNS.map(([text, kind]) => h("th", {scope: "col", class: kind}, text || h("span", {class: "unseen"}, "Actions"))))), body);
+  return {box: scrollBox(label, table), rows: new Rows(body, runRow)};
+}
+
+// ---- overview ----
+
+const PAGE_SIZE = 25;
+
+class Overview {
+  constructor() {
+    this.active = new Map();
+    this.recent = [];
+    this.cursors = [""];  // of the pages up to the one shown
+    this.next = null;
+    this.asked = 0;
+    this.filters = {search: "", status: "", place: ""};
+    this.build();
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || this.loadClusters(), 5000)];
+  }
+
+  build() {
+    document.title = "Load Manager";
+    const change = (name) => (event) => { this.filters[name] = event.target.value; this.cursors = [""]; clearTimeout(this.typing); this.typing = setTimeout(() => this.loadRuns(), name === "search" ? 200 : 0); };
+    this.search = h("input", {type: "search", id: "filter", placeholder: "Filter runs  ( / )", "aria-label": "Filter runs by scenario, tenant, cluster or id", oninput: change("search")});
+    this.status = h("select", {"aria-label": "Status", onchange: change("status")}, [["", "All states"], ["Pending,Running,Stopping", "Running"], ["Finished", "Finished"], ["Failed", "Failed"]].map(([value, text]) => h("option", {value}, text)));
+    this.place = h("select", {"aria-label": "Tenant and environment", onchange: change("place")}, h("option", {value: ""}, "All tenants"));
+    this.clear = h("button", {class: "plain", hidden: true, onclick: () => this.clearFilters()}, "Clear");
+    this.clusterBox = h("div", {class: "clusters"});
+    this.clusterRows = new Rows(this.clusterBox, clusterCard);
+    this.running = runTable("Running tests");
+    this.finished = runTable("Recent runs");
+    this.runningEmpty = h("div", {class: "panel empty"}, h("p", {}, "Nothing is running."));
+    this.recentEmpty = h("div", {class: "panel empty", hidden: true});
+    this.runningCount = h("span", {class: "count"});
+    this.newer = h("button", {class: "small", onclick: () => this.turn(-1)}, "Newer");
+    this.older = h("button", {class: "small", onclick: () => this.turn(1)}, "Older");
+    this.pageText = h("span");
+    this.pages = h("div", {class: "pages"}, this.pageText, this.newer, this.older);
+    this.runningSection = h("section", {"aria-labelledby": "h-running"}, h("div", {class: "head"}, h("h2", {id: "h-running"}, "Running", this.runningCount)), this.running.box, this.runningEmpty);
+    this.recentSection = h("section", {"aria-labelledby": "h-recent"}, h("div", {class: "head"}, h("h2", {id: "h-recent"}, "Recent runs")), this.finished.box, this.recentEmpty, this.pages);
+    $("main").replaceChildren(h("h1", {class: "unseen"}, "Load tests"),
+      h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"}, h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
+      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)), this.runningSection, this.recentSection);
+    this.running.box.hidden = true;
+  }
+
+  open() { live.follow("/v1/events", this); this.fallback = setTimeout(() => this.refresh(), 700); }
+  close() { this.timers.forEach(clearInterval); clearTimeout(this.fallback); clearTimeout(this.later); clearTimeout(this.typing); this.closed = true; }
+  onReady() { clearTimeout(this.fallback); this.refresh(); }
+  refresh() { this.loadRuns(); this.loadClusters(); }
+
+  clearFilters() {
+    this.filters = {search: "", status: "", place: ""};
+    this.search.value = this.status.value = this.place.value = "";
+    this.cursors = [""];
+    this.loadRuns();
+  }
+
+  query(statuses, limit) {
+    const wanted = new URLSearchParams({brief: "true", limit, status: statuses});
+    if (this.filters.search.trim()) wanted.set("search", this.filters.search.trim());
+    if (this.filters.place) { const [tenant, env] = JSON.parse(this.filters.place); wanted.set("tenantId", tenant); wanted.set("envId", env); }
+    return wanted;
+  }
+
+  /** Does the run pass the filters? As the server decides, for what events bring. */
+  takes(run) {
+    const word = this.filters.search.trim().toLowerCase();
+    const place = !this.filters.place || this.filters.place === JSON.stringify([run.tenantId, run.envId]);
+    return place && (!word || [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id].some((text) => text.toLowerCase().includes(word)));
+  }
+
+  async loadRuns() {
+    const asked = ++this.asked, wants = this.filters.status;
+    const older = this.query(wants && !wants.includes("Running") ? wants : "Finished,Failed", PAGE_SIZE);
+    if (this.cursors.at(-1)) older.set("cursor", this.cursors.at(-1));
+    try {
+      const [active, recent] = await Promise.all([
+        !wants || wants.includes("Running") ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), 200)) : {data: []},
+        wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older)]);
+      if (asked !== this.asked || this.closed) return;
+      this.active = new Map(active.data.map((run) => [run.id, run]));
+      this.recent = recent.data;
+      const next = /[?&]cursor=([^&>]+)/.exec(recent.link || "");
+      this.next = next && decodeURIComponent(next[1]);
+      this.show();
+    } catch (error) {
+      if (error instanceof ApiError && error.status !== 401) toast(error.message, "bad");
+    }
+  }
+
+  async loadClusters() {
+    try {
+      const clusters = await get("/v1/clusters");
+      if (this.closed) return;
+      this.clusters = clusters;
+      this.clusterRows.show(clusters.length ? clusters : [null], (one) => one ? one.id : "");
+      const places = [...new Set(clusters.map((one) => JSON.stringify([one.tenantId, one.envId])))];
+      for (const place of places.slice(this.place.options.length - 1)) this.place.append(h("option", {value: place}, JSON.parse(place).join(" / ")));
+    } catch (error) { /* the banner says it */ }
+  }
+
+  turn(step) {
+    if (step < 0) this.cursors.pop(); else this.cursors.push(this.next);
+    this.loadRuns();
+  }
+
+  onEvent(kind, data) {
+    if (kind === "deleted") {
+      if (this.active.delete(data.id) || this.recent.some((run) => run.id === data.id)) this.loadLater();
+      return;
+    }
+    if (kind !== "run" || (!this.takes(data) && !this.active.has(data.id))) return;
+    const known = this.active.get(data.id);
+    if (!known || known.status !== data.status) this.loadClustersLater();
+    if (isActive(data) && this.takes(data)) {
+      const wants = this.filters.status;
+      if (wants && !wants.includes("Running")) return;
+      if (!known) this.active = new Map([[data.id, data], ...this.active]); else this.active.set(data.id, data);
+      this.showLater();
+      return;
+    }
+    if (known) say(data.scenarioId + " is " + data.status);
+    this.active.delete(data.id);
+    const index = this.recent.findIndex((run) => run.id === data.id);
+    if (index >= 0) this.recent[index] = data;
+    else this.loadLater();
+    this.showLater();
+  }
+
+  showLater() { if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.show(); }); }
+  loadLater() { clearTimeout(this.later); this.later = setTimeout(() => this.loadRuns(), 150); }
+  loadClustersLater() { clearTimeout(this.laterClusters); this.laterClusters = setTimeout(() => this.loadClusters(), 300); }
+  tick() { if (this.active.size) this.show(); }
+
+  show() {
+    if (this.closed) return;
+    const filtered = this.filters.search.trim() || this.filters.status || this.filters.place, wants = this.filters.status;
+    const active = [...this.active.values()];
+    this.clear.hidden = !filtered;
+    this.running.rows.show(active, (run) => run.id);
+    this.finished.rows.show(this.recent, (run) => run.id);
+    setText(this.runningCount, active.length ? (active.length >= 200 ? "200 or more" : active.length) : "");
+    this.running.box.hidden = !active.length;
+    this.runningEmpty.hidden = active.length > 0;
+    this.runningSection.hidden = wants && !wants.includes("Running");
+    this.recentSection.hidden = wants.includes("Running");
+    this.finished.box.hidden = !this.recent.length;
+    this.recentEmpty.hidden = this.recent.length > 0;
+    setText(this.recentEmpty, filtered ? "No run matches the filters." : "No finished run yet. Start a test, and its numbers stay here.");
+    this.newer.disabled = this.cursors.length < 2;
+    this.older.disabled = !this.next;
+    this.pages.hidden = this.newer.disabled && this.older.disabled;
+    setText(this.pageText, "Page " + this.cursors.length);
+  }
+}
+
+function clusterCard(first) {
+  if (!first) return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
+  const name = h("span", {class: "name title"}), badge = h("span", {class: "badge"}), place = h("span", {class: "name soft"});
+  const workers = h("dd"), users = h("dd"), cpu = h("span"), bar = meter("Highest CPU of a worker"), link = h("a", {class: "name", hidden: true}), idle = h("span", {class: "soft"}, "idle");
+  const problem = h("div", {class: "problem", hidden: true});
+  const element = h("div", {class: "panel cluster"}, h("div", {class: "row"}, name, badge), h("div", {class: "row"}, place),
+    h("dl", {}, h("dt", {}, "Workers"), workers, h("dt", {}, "Users"), users, h("dt", {}, "CPU"), h("dd", {class: "cpu"}, cpu, bar.box), h("dt", {}, ""), h("dd")),
+    h("div", {class: "row"}, link, idle), problem);
+  return {element, update(one) {
+    setText(name, one.id);
+    name.title = one.id;
+    setText(place, one.tenantId + " / " + one.envId);
+    setText(badge, one.state);
+    setClass(badge, "badge " + ({ready: "good", stopped: "good", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"));
+    const alive = one.workers.filter((worker) => worker.state !== "missing");
+    setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
+    setText(users, count(one.userCount));
+    const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
+    setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
+    bar.box.hidden = !isFinite(hottest);
+    setClass(bar.box, hottest > 90 ? "meter hot" : "meter");
+    bar.set(hottest / 100);
+    link.hidden = !one.activeRunId;
+    idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
+    if (one.activeRunId) {
+      const run = view && view.active && view.active.get(one.activeRunId);
+      link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
+      setText(link, run ? run.scenarioId : "run " + one.activeRunId.slice(0, 8));
+    }
+    problem.hidden = !one.problem;
+    setText(problem, one.problem || "");
+  }};
+}
+
+// ---- charts ----
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400];
+
+/** A round step that gives about `most` ticks up to `top`. */
+function niceStep(top, most) {
+  const raw = top / most, power = 10 ** Math.floor(Math.log10(raw));
+  return power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw);
+}
+
+function shortNumber(value) {
+  if (value >= 1e6) return formats[value % 1e6 ? 1 : 0].format(value / 1e6) + "M";
+  if (value >= 1e4) return formats[value % 1e3 ? 1 : 0].format(value / 1e3) + "k";
+  return value % 1 ? String(Math.round(value * 100) / 100) : formats[0].format(value);
+}
+
+/** Charts over one time axis (seconds since the start): same zoom, same hover. */
+class ChartGroup {
+  constructor(onZoom) {
+    this.onZoom = onZoom;
+    this.charts = [];
+    this.points = [];  // {t, ...values}, by time
+    this.marks = [];   // {t, text, kind}
+    this.end = 1;
+    this.zoom = null;  // [from, to]
+    this.hover = null;
+    this.resize = new ResizeObserver(() => this.draw());
+    this.theme = matchMedia("(prefers-color-scheme: dark)");
+    this.onTheme = () => this.draw();
+    this.theme.addEventListener("change", this.onTheme);
+    this.reset = h("button", {class: "small", hidden: true, onclick: () => this.setZoom(null)}, "Reset zoom");
+  }
+  add(chart) { this.charts.push(chart); this.resize.observe(chart.canvas); return chart; }
+  close() { this.resize.disconnect(); this.theme.removeEventListener("change", this.onTheme); }
+  range() { return this.zoom || [0, Math.max(1, this.end)]; }
+  setZoom(zoom) {
+    this.zoom = zoom;
+    this.reset.hidden = !zoom;
+    say(zoom ? "Zoomed to " + clock(zoom[0]) + " to " + clock(zoom[1]) : "Whole run");
+    this.onZoom(zoom);
+    this.draw();
+  }
+  setHover(t, from) {
+    this.hover = t;
+    this.hoverFrom = from;
+    this.draw();
+  }
+  draw() {
+    if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.charts.forEach((chart) => chart.draw()); });
+  }
+  /** The point nearest to t. */
+  nearest(t) {
+    const points = this.points;
+    let low = 0, high = points.length - 1;
+    while (low < high) { const middle = (low + high) >> 1; if (points[middle].t < t) low = middle + 1; else high = middle; }
+    if (low > 0 && t - points[low - 1].t < points[low].t - t) low--;
+    return low;
+  }
+}
+
+class Chart {
+  /** series: [{key, label, color (a CSS variable), dash}]; format: of one value. */
+  constructor(group, title, unit, series, format) {
+    Object.assign(this, {group, title, unit, series: series.map((one) => ({...one, on: true})), format});
+    this.canvas = h("canvas", {tabindex: 0, role: "img", onkeydown: (event) => this.onKey(event), onpointerdown: (event) => this.onDown(event), onpointermove: (event) => this.onMove(event),
+      onpointerup: (event) => this.onUp(event), onpointercancel: () => { this.drag = null; }, onpointerleave: () => { if (!this.drag) group.setHover(null); }, ondblclick: () => group.setZoom(null), onblur: () => group.setHover(null)});
+    this.tip = h("div", {class: "tip", hidden: true, "aria-hidden": true});
+    this.values = this.series.map(() => h("b"));
+    const legend = this.series.map((one, index) => {
+      const swatch = h("i");
+      swatch.style.background = "var(" + one.color + ")";
+      const button = h("button", {"aria-pressed": true, title: "Show or hide", onclick: () => { one.on = !one.on; button.setAttribute("aria-pressed", one.on); this.draw(); }}, swatch, one.label, this.values[index]);
+      return button;
+    });
+    this.box = h("div", {class: "panel chart"}, h("div", {class: "head"}, h("h3", {}, title), h("div", {class: "legend"}, legend)), this.canvas, this.tip);
+    group.add(this);
+  }
+
+  // The plot's place inside the canvas, in CSS pixels.
+  area() { return {left: 46, right: this.canvas.clientWidth - 10, top: 8, bottom: this.canvas.clientHeight - 20}; }
+  xOf(t) { const {left, right} = this.area(), [from, to] = this.group.range(); return left + (t - from) / (to - from) * (right - left); }
+  tOf(x) { const {left, right} = this.area(), [from, to] = this.group.range(); return from + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (to - from); }
+
+  onDown(event) {
+    if (event.button !== 0) return;
+    this.canvas.setPointerCapture(event.pointerId);
+    this.drag = [event.offsetX, event.offsetX];
+  }
+  onMove(event) {
+    if (this.drag) this.drag[1] = event.offsetX;
+    this.group.setHover(this.tOf(event.offsetX), this);
+  }
+  onUp() {
+    const drag = this.drag;
+    this.drag = null;
+    if (drag && Math.abs(drag[0] - drag[1]) > 6) {
+      const range = drag.map((x) => this.tOf(x)).sort((a, b) => a - b);
+      if (range[1] - range[0] >= 1) this.group.setZoom(range);
+    }
+    this.draw();
+  }
+  onKey(event) {
+    const group = this.group, [from, to] = group.range(), points = group.points;
+    if ((event.key === "ArrowLeft" || event.key === "ArrowRight") && points.length) {
+      const index = group.hover === null ? points.length - 1 : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
+      const point = points[Math.min(points.length - 1, Math.max(0, index))];
+      group.setHover(Math.min(to, Math.max(from, point.t)), this);
+      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(point[one.key])).join(", "));
+    } else if (event.key === "+" || event.key === "-") {
+      const centre = group.hover === null ? (from + to) / 2 : group.hover, half = (to - from) * (event.key === "+" ? 0.25 : 1);
+      const range = [Math.max(0, centre - half), Math.min(group.end, centre + half)];
+      group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range : group.zoom);
+    } else if (event.key === "Escape" || event.key === "0") {
+      group.setHover(null);
+      if (group.zoom) group.setZoom(null);
+    } else return;
+    event.preventDefault();
+  }
+
+  draw() {
+    const canvas = this.canvas, width = canvas.clientWidth, height = canvas.clientHeight, ratio = devicePixelRatio || 1;
+    if (!width) return;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+    }
+    const pen = canvas.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.font = "11px system-ui, sans-serif";
+    this.drawGrid(pen);
+    this.drawMarks(pen);
+    this.drawLines(pen);
+    this.drawHover(pen);
+    this.showValues();
+  }
+
+  shown() {
+    const [from, to] = this.group.range(), points = this.group.points;
+    const first = points.findIndex((point) => point.t >= from);
+    let last = points.length;
+    while (last > 0 && points[last - 1].t > to) last--;
+    return first < 0 ? [] : points.slice(Math.max(0, first - 1), last + 1);
+  }
+
+  drawGrid(pen) {
+    const {left, right, top, bottom} = this.area(), [from, to] = this.group.range();
+    this.visible = this.shown();
+    let most = 0;
+    for (const one of this.series) if (one.on) for (const point of this.visible) if (point[one.key] > most) most = point[one.key];
+    const step = niceStep(most || 1, 4), high = Math.max(step, Math.ceil(most * 1.02 / step) * step);
+    this.yOf = (value) => bottom - value / high * (bottom - top);
+    pen.strokeStyle = css("--line");
+    pen.fillStyle = css("--soft");
+    pen.lineWidth = 1;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    pen.beginPath();
+    for (let value = 0; value <= high + step / 2; value += step) {
+      const y = Math.round(this.yOf(value)) + 0.5;
+      pen.moveTo(left, y);
+      pen.lineTo(right, y);
+      pen.fillText(shortNumber(Math.round(value * 1000) / 1000), left - 6, y);
+    }
+    pen.stroke();
+    pen.textBaseline = "top";
+    const every = TIME_STEPS.find((one) => (to - from) / one <= (right - left) / 74) || 86400;
+    for (let t = Math.ceil(from / every) * every; t <= to; t += every) {
+      const x = this.xOf(t);
+      pen.textAlign = x < left + 14 ? "left" : x > right - 16 ? "right" : "center";
+      pen.fillText(clock(t), x, bottom + 5);
+    }
+  }
+
+  drawMarks(pen) {
+    const {left, right, top, bottom} = this.area();
+    for (const mark of this.group.marks) {
+      const x = Math.round(this.xOf(mark.t)) + 0.5;
+      if (x < left || x > right) continue;
+      pen.strokeStyle = pen.fillStyle = css(mark.kind === "warn" ? "--warn" : "--accent");
+      pen.setLineDash([3, 3]);
+      pen.beginPath();
+      pen.moveTo(x, top);
+      pen.lineTo(x, bottom);
+      pen.stroke();
+      pen.setLineDash([]);
+      pen.beginPath();
+      pen.moveTo(x - 4, top - 6);
+      pen.lineTo(x + 4, top - 6);
+      pen.lineTo(x, top + 1);
+      pen.fill();
+    }
+  }
+
+  drawLines(pen) {
+    const {left, right, top, bottom} = this.area(), points = this.visible;
+    // A hole in the samples stays a hole: longer than several times the usual distance.
+    const gaps = points.slice(1).map((point, index) => point.t - points[index].t).sort((a, b) => a - b);
+    const hole = Math.max(35, 6 * (gaps[gaps.length >> 1] || 0), 1.5 * (gaps[Math.floor(gaps.length * 0.98)] || 0));
+    pen.save();
+    pen.beginPath();
+    pen.rect(left, top - 2, right - left, bottom - top + 4);
+    pen.clip();
+    pen.lineWidth = 1.75;
+    pen.lineJoin = "round";
+    for (const one of this.series) {
+      if (!one.on) continue;
+      pen.strokeStyle = pen.fillStyle = css(one.color);
+      pen.setLineDash(one.dash || []);
+      pen.beginPath();
+      let before = null, alone = 0;
+      for (const point of points) {
+        if (!isNumber(point[one.key])) continue;
+        const x = this.xOf(point.t), y = this.yOf(point[one.key]);
+        if (before !== null && point.t - before <= hole) pen.lineTo(x, y); else { pen.moveTo(x, y); alone++; }
+        before = point.t;
+      }
+      pen.stroke();
+      if (alone && points.length < 4) for (const point of points) if (isNumber(point[one.key])) pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
+    }
+    pen.setLineDash([]);
+    pen.restore();
+  }
+
+  drawHover(pen) {
+    const {left, right, top, bottom} = this.area(), group = this.group;
+    if (this.drag && Math.abs(this.drag[0] - this.drag[1]) > 3) {
+      const [a, b] = this.drag.map((x) => Math.min(right, Math.max(left, x))).sort((p, q) => p - q);
+      pen.globalAlpha = 0.16;
+      pen.fillStyle = css("--accent");
+      pen.fillRect(a, top, b - a, bottom - top);
+      pen.globalAlpha = 1;
+    }
+    this.point = group.hover === null || !group.points.length ? null : group.points[group.nearest(group.hover)];
+    const point = this.point;
+    this.tip.hidden = !point || group.hoverFrom !== this;
+    if (!point) return;
+    const x = Math.min(right, Math.max(left, this.xOf(point.t)));
+    pen.strokeStyle = css("--line-strong");
+    pen.beginPath();
+    pen.moveTo(Math.round(x) + 0.5, top);
+    pen.lineTo(Math.round(x) + 0.5, bottom);
+    pen.stroke();
+    for (const one of this.series) {
+      if (!one.on || !isNumber(point[one.key])) continue;
+      pen.fillStyle = css(one.color);
+      pen.beginPath();
+      pen.arc(x, this.yOf(point[one.key]), 3.5, 0, 7);
+      pen.fill();
+    }
+    if (!this.tip.hidden) this.showTip(point, x);
+  }
+
+  showTip(point, x) {
+    const near = (this.group.range()[1] - this.group.range()[0]) / 80;
+    const rows = this.series.filter((one) => one.on).map((one) => {
+      const swatch = h("i");
+      swatch.style.background = "var(" + one.color + ")";
+      return h("div", {}, swatch, one.label, h("b", {}, this.format(point[one.key]) + (isNumber(point[one.key]) ? this.unit : "")));
+    });
+    const marks = this.group.marks.filter((mark) => Math.abs(mark.t - this.group.hover) <= near).slice(0, 3).map((mark) => h("div", {class: "mark"}, "\u25be " + mark.text));
+    this.tip.replaceChildren(h("div", {class: "soft"}, clock(point.t)), ...rows, ...marks);
+    const box = this.canvas.offsetLeft, width = this.tip.offsetWidth;
+    this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14) : box + x + 14) + "px";
+    this.tip.style.top = this.canvas.offsetTop + 12 + "px";
+  }
+
+  showValues() {
+    const newest = (key) => { const points = this.group.points; for (let i = points.length - 1; i >= 0 && i > points.length - 20; i--) if (isNumber(points[i][key])) return points[i][key]; return null; };
+    const said = this.series.map((one, index) => {
+      const text = this.format(this.point ? this.point[one.key] : newest(one.key));
+      setText(this.values[index], text);
+      return one.label + " " + text;
+    });
+    if (!this.point) this.canvas.setAttribute("aria-label", this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.");
+  }
+}
+
+// ---- the page of a run ----
+
+// Locust's own columns in Locust's order.
+const ENDPOINT_COLUMNS = [
+  ["Type", "method", String], ["Name", "name", String], ["# Requests", "numRequests", count], ["# Fails", "numFailures", count], ["Median (ms)", "medianResponseTime", millis],
+  ["95%ile (ms)", "p95ResponseTime", millis], ["99%ile (ms)", "p99ResponseTime", millis], ["Average (ms)", "avgResponseTime", millis], ["Min (ms)", "minResponseTime", millis],
+  ["Max (ms)", "maxResponseTime", millis], ["RPS", "requestsPerSec", rate]];
+const FEW_ENDPOINTS = 100;
+const MOST_LIVE_POINTS = 2000;
+
+class RunView {
+  constructor(id) {
+    this.id = id;
+    this.run = null;
+    this.whole = [];  // the points of the whole run
+    this.tab = "endpoints";
+    this.sort = {column: 1, up: true};
+    this.all = false;
+    this.failures = this.exceptions = this.workers = null;
+    $("main").replaceChildren(h("p", {class: "empty"}, "Loading\u2026"));
+  }
+
+  open() {
+    live.follow(runPath(this.id, "/events"), this);
+    this.refresh();
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || (this.run && isActive(this.run) && this.loadSides()), 5000)];
+  }
+  close() {
+    (this.timers || []).forEach(clearInterval);
+    if (this.group) this.group.close();
+    this.closed = true;
+  }
+
+  async refresh() {
+    const series = this.loadSeries();
+    try {
+      const run = await get(runPath(this.id));
+      if (!this.closed) this.show(run);
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 404 && !this.closed) this.gone("There is no such run. It may have been deleted.");
+    }
+    await series;
+    this.loadSides();
+  }
+
+  gone(text) {
+    live.stop();
+    this.close();
+    document.title = "Load Manager";
+    $("main").replaceChildren(h("div", {class: "empty"}, h("p", {}, text), h("a", {href: "#/"}, "All runs")));
+  }
+
+  onEvent(kind, data) {
+    if (this.closed) return;
+    if (kind === "deleted") this.gone("This run was deleted.");
+    else if (kind === "sample") this.addSample(data);
+    else this.show(data);
+  }
+
+  // ---- series ----
+
+  async loadSeries(zoom) {
+    const query = new URLSearchParams({maxPoints: 500});
+    if (zoom) { query.set("from", (this.start + zoom[0] * 1000) / 1000 - 1); query.set("to", (this.start + zoom[1] * 1000) / 1000 + 1); }
+    for (const name of zoom ? ["from", "to"] : []) query.set(name, Number(query.get(name)).toFixed(3));
+    let answer;
+    try { answer = await get(runPath(this.id, "/metrics?" + query)); } catch (error) { return; }
+    if (this.closed) return;
+    if (zoom) { if (this.group.zoom === zoom) this.detail = answer.points; }
+    else {
+      const last = answer.points.length ? at(answer.points.at(-1).timestamp) : 0;
+      this.whole = answer.points.concat(this.whole.filter((point) => point.live && at(point.timestamp) > last));
+    }
+    this.plot();
+  }
+
+  addSample(point) {
+    const last = this.whole.at(-1);
+    if (last && at(point.timestamp) <= at(last.timestamp)) return;
+    this.whole.push({...point, live: true});
+    if (this.whole.length > MOST_LIVE_POINTS && !this.thinning) {
+      this.thinning = true;
+      this.whole = this.whole.map((one) => ({...one, live: false}));
+      this.loadSeries().then(() => { this.thinning = false; });
+    }
+    this.plot();
+  }
+
+  plot() {
+    const run = this.run;
+    if (!run || !this.group) return;
+    const source = this.group.zoom && this.detail ? this.detail : this.whole;
+    // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
+    const windowed = source.some((point) => isNumber(point.currentP95Ms));
+    this.group.points = source.map((point) => ({
+      t: (at(point.timestamp) - this.start) / 1000, rps: point.totalRps, failures: point.failuresPerSec, users: point.currentUsers, p99: point.p99ResponseMs,
+      p50: windowed ? point.currentP50Ms : point.p50ResponseMs, p95: windowed ? point.currentP95Ms : point.p95ResponseMs,
+    })).filter((point) => point.t > -5);
+    const final = source.at(-1);
+    if (final && final.source === "final" && this.group.points.length > 1) this.group.points.at(-1).rps = this.group.points.at(-1).users = null;  // the average of the whole run, and nobody left
+    this.setEnd();
+    this.group.draw();
+  }
+
+  setEnd() {
+    const last = this.group.points.at(-1), ended = at(this.run.finishedAt);
+    const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
+    this.group.end = Math.max(1, until, last ? last.t : 0);
+  }
+
+  // ---- what is beside the charts ----
+
+  async loadSides() {
+    if (this.closed || !this.run) return;
+    const quiet = (path) => get(path).catch(() => null);
+    const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")), isActive(this.run) ? quiet("/v1/clusters") : null]);
+    if (this.closed) return;
+    this.failures = failures && failures.failures || null;
+    this.exceptions = failures && failures.exceptions || null;
+    const cluster = (clusters || []).find((one) => one.id === this.run.locustClusterId);
+    this.workers = cluster ? cluster.workers : isActive(this.run) ? this.workers : null;
+    this.showTabs();
+  }
+
+  // ---- building ----
+
+  build(run) {
+    this.start = at(run.startedAt || run.createdAt);
+    const parts = this.parts = {};
+    const make = (name, tag, attributes, ...children) => parts[name] = h(tag, attributes, ...children);
+    const act = (name, label, work, kind) => make(name, "button", {class: kind || "", onclick: () => work(this.run)}, label);
+    this.group = new ChartGroup((zoom) => { this.detail = null; this.plot(); if (zoom) this.loadSeries(zoom); });
+    this.bar = meter("Time");
+    const tiles = [["Users", "--users", "users"], ["RPS", "--rps", "rps"], ["Failures", "--failures", "errors"], ["Median", "--p50", "p50", "ms"], ["95%ile", "--p95", "p95", "ms"], ["99%ile", "--p99", "p99", "ms"], ["Average", null, "avg", "ms"], ["# Requests", null, "requests"], ["# Fails", null, "fails"]];
+    const tile = ([label, color, name, unit]) => {
+      const swatch = color ? h("i") : null;
+      if (swatch) swatch.style.background = "var(" + color + ")";
+      return h("div", {class: "tile"}, h("div", {class: "label"}, swatch, label), h("div", {class: "value"}, make(name, "span", {}, NONE), unit ? h("small", {}, unit) : null));
+    };
+    const charts = [
+      new Chart(this.group, "Total Requests per Second", "", [{key: "rps", label: "RPS", color: "--rps"}, {key: "failures", label: "Failures/s", color: "--failures"}], rate),
+      new Chart(this.group, "Response Times (ms)", " ms", [{key: "p50", label: "50th percentile", color: "--p50"}, {key: "p95", label: "95th percentile", color: "--p95"}, {key: "p99", label: "99th, whole run", color: "--p99", dash: [4, 3]}], millis),
+      new Chart(this.group, "Number of Users", "", [{key: "users", label: "Users", color: "--users"}], count)];
+    const tabs = [["endpoints", "Endpoints"], ["failures", "Failures"], ["exceptions", "Exceptions"], ["workers", "Workers"], ["details", "Details"]];
+    this.tabButtons = new Map(tabs.map(([name, label]) => [name, h("button", {role: "tab", id: "tab-" + name, "aria-controls": "tabpanel", onclick: () => this.choose(name)}, label, h("span", {class: "n", hidden: true}))]));
+    $("main").replaceChildren(
+      h("p", {class: "soft"}, h("a", {href: "#/"}, "\u2190 All runs")),
+      h("div", {class: "run-head"}, h("div", {class: "what"},
+        h("h1", {}, make("title", "span", {class: "name"}), h("span", {class: "badges"}, make("status", "span", {class: "badge"}), make("verdict", "span", {class: "badge", hidden: true}), make("trust", "span", {class: "badge", hidden: true}))),
+        make("facts", "div", {class: "facts"})),
+        h("div", {class: "bar"}, mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+          make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"), target: "_blank", rel: "noopener"}, "Report"),
+          mayAct() ? act("remove", "Delete", deleteRun, "plain") : null)),
+      make("reason", "div", {class: "note bad", hidden: true}), make("warnings", "div", {class: "note warn", hidden: true}), make("queued", "div", {class: "note", hidden: true}),
+      make("time", "div", {class: "time"}, make("elapsed", "span"), this.bar.box, make("left", "span")),
+      h("div", {class: "panel tiles"}, tiles.map(tile)), make("thresholds", "section", {hidden: true}),
+      h("section", {"aria-label": "Charts"}, h("div", {class: "head"}, h("h2", {}, "Charts"), h("span", {class: "hint"}, "drag to zoom"), this.group.reset), h("div", {class: "charts"}, charts.map((chart) => chart.box))),
+      h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values()),
+      make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}));
+    this.buildEndpoints();
+    this.choose("endpoints");
+  }
+
+  buildEndpoints() {
+    const body = h("tbody"), heads = ENDPOINT_COLUMNS.map(([label], index) => h("th", {scope: "col", class: index > 1 ? "num" : ""}, h("button", {onclick: () => this.sortBy(index)}, label)));
+    this.total = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : ""}));
+    this.heads = heads;
+    this.endpointRows = new Rows(body, () => {
+      const cells = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
+      return {element: h("tr", {}, cells), update(row) {
+        ENDPOINT_COLUMNS.forEach(([, key, format], index) => setText(cells[index], format(row[key])));
+        setClass(cells[3], row.numFailures > 0 ? "num fails" : "num");
+      }};
+    });
+    this.more = h("button", {class: "small", hidden: true, onclick: () => { this.all = true; this.showEndpoints(); }});
+    this.wordField = h("input", {type: "search", id: "endpoint-filter", placeholder: "Filter endpoints  ( / )", "aria-label": "Filter endpoints by name", oninput: () => this.showEndpoints()});
+    this.endpointBox = h("div", {}, h("div", {class: "bar", hidden: true}, this.wordField), scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))), h("div", {class: "pages"}, this.more));
+    this.noEndpoints = h("div", {class: "panel empty"}, "No requests yet.");
+  }
+
+  sortBy(column) {
+    this.sort = {column, up: this.sort.column === column ? !this.sort.up : column < 2};
+    this.showEndpoints();
+  }
+
+  onTabKey(event) {
+    const names = [...this.tabButtons.keys()], step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!step) return;
+    const name = names[(names.indexOf(this.tab) + step + names.length) % names.length];
+    this.choose(name);
+    this.tabButtons.get(name).focus();
+  }
+
+  choose(name) {
+    this.tab = name;
+    for (const [one, button] of this.tabButtons) { button.setAttribute("aria-selected", one === name); button.tabIndex = one === name ? 0 : -1; }
+    this.parts.panel.setAttribute("aria-labelledby", "tab-" + name);
+    this.parts.panel.replaceChildren();
+    this.showTabs();
+  }
+
+  // ---- showing ----
+
+  show(run) {
+    const before = this.run;
+    if (before && before.status !== run.status) say(run.scenarioId + " is now " + run.status);
+    this.run = run;
+    if (!this.parts) this.build(run);
+    const started = at(run.startedAt || run.createdAt);
+    const ended = before && isActive(before) && !isActive(run);
+    document.title = run.scenarioId + " \u2013 " + run.status + " \u2013 Load Manager";
+    this.showHead(run);
+    this.showNumbers(run.lastMetrics || {});
+    this.showThresholds(run);
+    this.group.marks = [
+      ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
+      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"}))];
+    if (started !== this.start) { this.start = started; this.plot(); }
+    if (!before) this.plot();
+    if (ended) { this.loadSeries(); this.loadSides(); }
+    this.showTabs();
+    this.tick();
+  }
+
+  showHead(run) {
+    const parts = this.parts;
+    setText(parts.title, run.scenarioId);
+    showStatus(parts.status, run);
+    showVerdict(parts.verdict, run);
+    const trust = typeof run.trust === "object" && run.trust ? run.trust.level || run.trust.value : run.trust;
+    parts.trust.hidden = !trust;
+    setText(parts.trust, trust === "ok" ? "Trustworthy" : trust === "doubtful" ? "Doubtful" : trust || "");
+    setClass(parts.trust, "badge " + (trust === "ok" ? "good" : "warn"));
+    const fact = (label, value) => h("span", {}, label + " ", h("b", {class: "name"}, value));
+    const facts = [fact("Tenant", run.tenantId), fact("Environment", run.envId), run.locustClusterId ? fact("Cluster", run.locustClusterId) : null, fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.00$/, "") + "/s"),
+      fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)), run.createdBy ? fact("By", run.createdBy) : null, run.stopReason ? fact("Stopped by", run.stopReason) : null].filter(Boolean);
+    if (JSON.stringify(facts.map((one) => one.textContent)) !== this.factText) { this.factText = JSON.stringify(facts.map((one) => one.textContent)); parts.facts.replaceChildren(...facts); }
+    parts.reason.hidden = !run.failureReason;
+    setText(parts.reason, run.failureReason || "");
+    const warnings = run.warnings || [];
+    parts.warnings.hidden = !warnings.length;
+    if (parts.warnings.childElementCount !== 1 || parts.warnings.firstChild.childElementCount !== warnings.length) {
+      parts.warnings.replaceChildren(h("ul", {}, warnings.map((one) => h("li", {}, h("span", {class: "soft"}, moment(one.at) + "  "), one.message))));
+    }
+    parts.queued.hidden = !(run.status === "Pending" && run.queuePosition);
+    setText(parts.queued, "Waiting for a free cluster; number " + (run.queuePosition || "") + " in the queue.");
+    if (!parts.stop) return;
+    parts.stop.hidden = !isActive(run);
+    parts.stop.disabled = run.status === "Stopping";
+    setText(parts.stop, run.status === "Stopping" ? "Stopping\u2026" : run.queuePosition ? "Cancel" : "Stop");
+    parts.mark.hidden = !["Running", "Stopping"].includes(run.status);
+    parts.again.hidden = parts.remove.hidden = isActive(run);
+  }
+
+  showNumbers(numbers) {
+    const parts = this.parts, live_ = this.run.status === "Running" || this.run.status === "Stopping";
+    setText(parts.users, live_ ? count(numbers.currentUsers) : count(this.run.targetUsers));
+    setText(parts.rps, rate(numbers.totalRps));
+    setText(parts.errors, percent(numbers.errorRate));
+    for (const [name, key] of [["p50", "p50ResponseMs"], ["p95", "p95ResponseMs"], ["p99", "p99ResponseMs"], ["avg", "avgResponseMs"]]) setText(parts[name], millis(numbers[key]));
+    setText(parts.requests, count(numbers.totalRequests));
+    setText(parts.fails, count(numbers.totalFailures));
+  }
+
+  showThresholds(run) {
+    const box = this.parts.thresholds, list = run.thresholds || [];
+    box.hidden = !list.length;
+    const text = JSON.stringify([list, run.verdict]);
+    if (text === this.thresholdText) return;
+    this.thresholdText = text;
+    const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
+    const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"}[word(one)] || "");
+    const value = (one) => isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value);
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), scrollBox("Thresholds", h("table", {}, h("thead", {}, h("tr", {}, ["Result", "Threshold", "Value", "First failed", "Why"].map((label, index) => h("th", {scope: "col", class: index === 2 ? "num" : ""}, label)))),
+      h("tbody", {}, list.map((one) => h("tr", {}, h("td", {}, h("span", {class: "badge " + kind(one)}, word(one))), h("td", {class: "wide name mono"}, String(one.expr)), h("td", {class: "num"}, value(one)),
+        h("td", {}, one.firstFailedAt ? moment(one.firstFailedAt) : NONE), h("td", {class: "wide soft"}, String(one.message || one.reason || ""))))))));
+  }
+
+  showTabs() {
+    if (!this.parts) return;
+    const rows = Object.keys((this.run.lastMetrics || {}).requestStats || {}).length;
+    const numbers = {endpoints: rows, failures: this.failures && this.failures.length, exceptions: this.exceptions && this.exceptions.length, workers: this.workers && this.workers.length};
+    for (const [name, button] of this.tabButtons) {
+      const mark = button.querySelector(".n");
+      mark.hidden = !isNumber(numbers[name]) || numbers[name] === 0;
+      setText(mark, numbers[name] || 0);
+      setClass(mark, name === "failures" || name === "exceptions" ? "n bad" : "n");
+    }
+    if (this.tab === "endpoints") this.showEndpoints();
+    else if (this.tab === "details") this.showDetails();
+    else this.showSimple();
+  }
+
+  showEndpoints() {
+    if (this.tab !== "endpoints") return;
+    const numbers = this.run.lastMetrics || {}, rows = Object.values(numbers.requestStats || {}), {column, up} = this.sort;
+    const box = rows.length ? this.endpointBox : this.noEndpoints;
+    if (this.parts.panel.firstChild !== box) this.parts.panel.replaceChildren(box);
+    const key = ENDPOINT_COLUMNS[column][1], word = this.wordField.value.trim().toLowerCase();
+    const order = (a, b) => column < 2 ? String(a[key]).localeCompare(String(b[key])) : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
+    const wanted = rows.filter((row) => !word || (row.method + " " + row.name).toLowerCase().includes(word));
+    wanted.sort((a, b) => (up ? order(a, b) : order(b, a)) || String(a.name).localeCompare(String(b.name)));
+    this.heads.forEach((head, index) => { if (index === column) head.setAttribute("aria-sort", up ? "ascending" : "descending"); else head.removeAttribute("aria-sort"); });
+    this.wordField.parentNode.hidden = rows.length < 8;
+    this.more.parentNode.hidden = this.more.hidden = this.all || wanted.length <= FEW_ENDPOINTS;
+    setText(this.more, "Show all " + wanted.length);
+    this.endpointRows.show(this.all ? wanted : wanted.slice(0, FEW_ENDPOINTS), (row) => row.method + " " + row.name);
+    const bound = (choose, name) => { const values = rows.map((row) => row[name]).filter(isNumber); return values.length ? choose(...values) : null; };
+    const total = {method: "", name: "Aggregated", numRequests: numbers.totalRequests, numFailures: numbers.totalFailures, medianResponseTime: numbers.p50ResponseMs, p95ResponseTime: numbers.p95ResponseMs, p99ResponseTime: numbers.p99ResponseMs,
+      avgResponseTime: numbers.avgResponseMs, minResponseTime: bound(Math.min, "minResponseTime"), maxResponseTime: bound(Math.max, "maxResponseTime"), requestsPerSec: numbers.totalRps};
+    ENDPOINT_COLUMNS.forEach(([, name, format], index) => setText(this.total[index], format(total[name])));
+  }
+
+  showSimple() {
+    const what = {
+      failures: [this.failures, ["# Failures", "Method", "Name", "Message", "First", "Last"], (one) => [[count(one.occurrences), "num fails"], [one.method], [one.name, "wide name"], [one.error, "wide name"], [moment(one.firstSeen)], [moment(one.lastSeen)]],
+        "No request has failed.", "What failed is not known here."],
+      exceptions: [this.exceptions, ["# Occurrences", "Message", "Traceback", "Nodes"], (one) => [[count(one.count), "num"], [one.message, "wide name"], [h("pre", {}, String(one.traceback || "")), "wide"], [[].concat(one.nodes || []).join(", "), "wide"]],
+        "No exception in the locustfile.", "Exceptions are not known here."],
+      workers: [this.workers, ["Worker", "State", "# users", "CPU usage"], (one) => [[one.id, "wide name"], [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad", spawning: "good"}[one.state] || "")}, one.state)], [count(one.userCount), "num"], [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE, one.cpuPercent > 90 ? "num fails" : "num"]],
+        "This Locust runs without workers.", isActive(this.run) ? "Waiting for the cluster to answer." : "Workers are shown while a test runs."],
+    }[this.tab];
+    const [list, labels, cellsOf, none, unknown] = what, text = this.tab + JSON.stringify(list);
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    if (!list || !list.length) { this.parts.panel.replaceChildren(h("div", {class: "panel empty"}, list ? none : unknown)); return; }
+    const isNum = (label) => label.startsWith("#") || label === "CPU usage";
+    const shown = list.slice(0, 500);
+    this.parts.panel.replaceChildren(scrollBox(this.tab, h("table", {}, h("thead", {}, h("tr", {}, labels.map((label) => h("th", {scope: "col", class: isNum(label) ? "num" : ""}, label)))),
+      h("tbody", {}, shown.map((one) => h("tr", {}, cellsOf(one).map(([content, kind]) => h("td", {class: kind || ""}, content instanceof Node ? content : String(content)))))))));
+  }
+
+  showDetails() {
+    const run = this.run, text = "details" + JSON.stringify({...run, lastMetrics: null});
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    const pairs = (list) => h("dl", {class: "pairs"}, list.filter(([, value]) => value !== undefined && value !== "").map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]));
+    const plain = (value) => typeof value === "string" ? value : JSON.stringify(value);
+    const metadata = Object.entries(run.metadata || {});
+    const annotations = run.annotations || [];
+    this.parts.panel.replaceChildren(h("div", {class: "details"},
+      h("div", {class: "panel"}, h("h2", {}, "Run"), pairs([["Id", run.id], ["Source", run.source], ["Created", run.createdAt], ["Started", run.startedAt], ["Finished", run.finishedAt], ["Duration asked for", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)], ["Stop reason", run.stopReason]])),
+      h("div", {class: "panel"}, h("h2", {}, "Metadata"), metadata.length ? pairs(metadata.map(([key, value]) => [key, plain(value)])) : h("p", {class: "soft"}, "None.")),
+      annotations.length ? h("div", {class: "panel"}, h("h2", {}, "Marked moments"), pairs(annotations.map((one) => [clock((at(one.at) - this.start) / 1000), one.text]))) : null));
+  }
+
+  tick() {
+    const run = this.run;
+    if (!run || !this.parts || this.closed) return;
+    const {elapsed, total} = timing(run), parts = this.parts;
+    parts.time.hidden = isNaN(elapsed);
+    setText(parts.elapsed, isActive(run) ? clock(elapsed) : "Ran " + span(elapsed));
+    this.bar.box.hidden = isNaN(total);
+    this.bar.set(elapsed / total);
+    setText(parts.left, isNaN(total) ? (isActive(run) ? "no deadline: runs until it is stopped" : "") : isActive(run) ? clock(Math.max(0, total - elapsed)) + " left of " + span(total) : "of " + span(total));
+    if (isActive(run) && !this.group.zoom) { this.setEnd(); this.group.draw(); }
+  }
+}
+
+// ---- start ----
+
+let view = null;
+
+function route() {
+  if (!session) return;
+  if (view && view.close) view.close();
+  for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+  const match = /^#\/runs\/([^/]+)$/.exec(location.hash);
+  let id = null;
+  try { id = match && decodeURIComponent(match[1]); } catch (error) { /* not one of ours */ }
+  view = id ? new RunView(id) : new Overview();
+  view.open();
+  scrollTo(0, 0);
+}
+
+async function start() {
+  try {
+    const known = await get("/session");
+    session = known.signedIn ? known : null;
+  } catch (error) {
+    $("main").replaceChildren(h("p", {class: "empty"}, "Load Manager did not answer. Trying again\u2026"));
+    setTimeout(start, 2000);
+    return;
+  }
+  showTop();
+  if (session) route(); else showSignIn("");
+}
+
+addEventListener("hashchange", route);
+addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || document.querySelector("dialog[open]")) return;
+  const filter = $("filter") || $("endpoint-filter");
+  if (filter) { event.preventDefault(); filter.focus(); }
+});
+start();
+"""
+
+DASHBOARD_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Load Manager</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 13h3V8H1zm5.5 0h3V3h-3zM12 13h3V6h-3z' fill='%2300b052'/%3E%3C/svg%3E">
+<style>/*css*/</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to content</a>
+<header id="top"></header>
+<div id="lost" role="status" hidden></div>
+<main id="main" tabindex="-1"><noscript><p class="note bad">This page needs JavaScript. The API works without it.</p></noscript></main>
+<div id="toasts" role="alert"></div>
+<div id="said" class="unseen" role="status" aria-live="polite"></div>
+<script>/*js*/</script>
+</body>
+</html>
+"""
 
 if __name__ == "__main__":
     sys.exit(main())

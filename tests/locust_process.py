@@ -208,7 +208,7 @@ class LocustCluster:
         try:
             return self.get("/worker-count")["worker_count"]  # not cached
         except urllib.error.HTTPError as exc:
-            if exc.code != 404:  # 404: Locust before 2.37
+            if exc.code not in (404, 500):  # Locust before 2.37 does not have it
                 raise
             return len(self.stats().get("workers", []))
 
