@@ -3466,15 +3466,15 @@ class Engine:
             reading = watch.cluster.read_state(5.0)
             self._note_start(watch, reading)
             if idleness(reading) is Idleness.NO_WORKERS:
-                why += ": no worker connected"
+                why = "no worker is connected to the master"
             elif reading.state == "running" and reading.users == 0:
                 watch.start_seen = False
-                why = "Locust runs the test without any user: is a host set? The workers' logs tell"
+                why = "Locust says it is running, but has no user; is a host set? The workers' logs have the reason"
         except LocustError as error:
-            why += f", and {error.message}"
+            why = error.message
         if watch.users_seen or watch.start_seen or watch.over.is_set():
             return
-        self._fail(watch.run_id, f"{why} within {self.rules.start_timeout_s:g} s", cleanup=True)
+        self._fail(watch.run_id, f"no user was started within {self.rules.start_timeout_s:g} s: {why}", cleanup=True)
 
     # ---- stopping ----------------------------------------------------------
 

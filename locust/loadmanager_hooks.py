@@ -36,6 +36,7 @@ HOOKS_VERSION = 1  # of the state route and the callbacks
 
 CALL_TIMEOUT_S = 5.0  # one callback: connect, send and read together
 QUIT_TIMEOUT_S = 3.0  # the same when the process is about to end, where it delays the end
+REPORTER_GRACE_S = 0.5  # also then, for the delivery that is already under way
 START_ATTEMPTS = 8  # of test-start
 RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attempt; the last one repeats
 FINAL_RETRY_FOR_S = 60.0
@@ -369,6 +370,8 @@ class Run:
 
     def deliver_now(self) -> None:
         """One last attempt while the process ends; greenlets die with it."""
+        if self._reporter:
+            self._reporter.join(timeout=REPORTER_GRACE_S)  # its own delivery is most likely under way
         if self.closed:
             return
         self.closed = True
