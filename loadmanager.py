@@ -1469,6 +1469,19 @@ SCHEMA = (
 )
 
 
+def _refuse_newer(database: Any) -> None:
+    """StartupError for a database that a newer Load Manager wrote; it is not changed."""
+    try:
+        rows = database.query("SELECT value FROM meta WHERE key = 'schema_version'")
+    except database.errors:
+        return  # a new one
+    if rows and int(rows[0][0]) > SCHEMA_VERSION:
+        raise StartupError(
+            f"the database has schema {rows[0][0]}, written by a newer Load Manager; this one reads up to "
+            f"{SCHEMA_VERSION}; it is left untouched"
+        )
+
+
 class SqliteDatabase:
     """One SQLite file, locked for this process; StartupError when it cannot be used."""
 
@@ -1486,6 +1499,7 @@ class SqliteDatabase:
         try:
             self._connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self._check_content()
+            _refuse_newer(self)  # before WAL is set, which already changes the file
             self.execute("PRAGMA journal_mode=WAL")
             self.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as error:
@@ -1635,13 +1649,7 @@ def _migrate(database: Database) -> None:
     database.execute("BEGIN")
     try:
         database.execute(SCHEMA[0])
-        rows = database.query("SELECT value FROM meta WHERE key = 'schema_version'")
-        version = int(rows[0][0]) if rows else 0
-        if version > SCHEMA_VERSION:
-            raise StartupError(
-                f"the database has schema {version}, written by a newer Load Manager; this one reads up to "
-                f"{SCHEMA_VERSION}; it is left untouched"
-            )
+        _refuse_newer(database)
         for statement in SCHEMA:
             database.execute(statement)
         database.execute("DELETE FROM meta WHERE key IN ('schema_version', 'opened_at')")
@@ -2936,7 +2944,7 @@ class Engine:
 
     CLEANUP_EVERY_S = 3.0
     QUEUE_RETRY_S = 3.0
-    QUIET_WAIT_S = 8.0
+    QUIET_WAIT_S = 6.0
 
     def __init__(self, config: Config, store: Store, timer: Timer):
         self.config = config
@@ -3118,10 +3126,16 @@ class Engine:
         """Take a free cluster for a run; those who queue for it go first."""
         with self._lock:
             waiting = any(self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id)
-            if cluster.busy_with is not None or (waiting and run.id not in self._queue):
+            if self._is_taken(cluster) or (waiting and run.id not in self._queue):
                 return False
             cluster.busy_with = run.id
             return True
+
+    def _is_taken(self, cluster: Cluster) -> bool:
+        """A run has it that is not over: who sees a run final may start the next at once,
+        also in the moment before its end is on disk."""
+        run = self.store.find(cluster.busy_with or "")
+        return cluster.busy_with is not None and not (run is not None and run.is_final)
 
     def _may_use(self, run_id: str, cluster: Cluster) -> bool:
         run = self.store.find(run_id)
@@ -3135,7 +3149,7 @@ class Engine:
 
     def _busy(self, candidates: list[Cluster]) -> ClusterBusy:
         first = candidates[0]
-        active = next((cluster.busy_with for cluster in candidates if cluster.busy_with), None)
+        active = next((cluster.busy_with for cluster in candidates if self._is_taken(cluster)), None)
         extra = {"activeRunId": active} if active else {}
         which = f"cluster {first.id} has" if len(candidates) == 1 else f"all {len(candidates)} clusters have"
         return ClusterBusy(f'{which} an active run; stop it, wait, or create with "queue": true', **extra)
@@ -3526,7 +3540,7 @@ class Engine:
         began, tries, unconfirmed, undying = steady_s(), 0, 0, 0
         while True:
             try:
-                self._stop_load(cluster)
+                self._stop_load(cluster, run_id)
                 break
             except LoadGoesOn as error:
                 undying += 1
@@ -3563,8 +3577,8 @@ class Engine:
             alarm.cancel()
         return watch
 
-    def _stop_load(self, cluster: Cluster) -> None:
-        """Stop whatever runs on the cluster and see that its users are gone."""
+    def _stop_load(self, cluster: Cluster, run_id: str) -> None:
+        """Stop whatever runs on the cluster, for this run, and see that its users are gone."""
         with cluster.operation:
             cluster.client.stop()
             cluster.heard_at = cluster.stopped_at = steady_s()
@@ -3573,7 +3587,7 @@ class Engine:
             except LoadGoesOn:
                 # Load from a swarm into a stopping Locust: state is "stopped", /stop does
                 # nothing. Only a new swarm makes it stoppable (2.47.0).
-                cluster.client.swarm({"user_count": 1, "spawn_rate": 1, "run_id": "", "lm_stop_after": "10", "lm_lease": ""})
+                cluster.client.swarm({"user_count": 1, "spawn_rate": 1, "run_id": run_id, "lm_stop_after": "10", "lm_lease": ""})
                 cluster.client.stop()
                 self._wait_until_quiet(cluster)
             cluster.stopped_at = steady_s()
@@ -3627,7 +3641,7 @@ class Engine:
         try:
             reading = cluster.read_state(5.0)
             if reading.is_loaded and (not reading.hooks or reading.run_id == watch.run_id):
-                self._stop_load(cluster)  # a callback said it stopped, and it did not
+                self._stop_load(cluster, watch.run_id)  # a callback said it stopped, and it did not
         except LocustError as error:
             log("cluster not read at the end", cluster=cluster.id, run=watch.run_id, why=error.message)
         complete = reading is not None and ((reading.hooks and reading.flush) or not reading.distributed)
@@ -3757,7 +3771,7 @@ class Engine:
         reading = cluster.read_state(5.0)
         somebody_elses = reading.hooks and reading.is_loaded and reading.run_id != run_id
         if run_id and not somebody_elses:
-            self._stop_load(cluster)
+            self._stop_load(cluster, run_id)
         cluster.cleanup_for = None
         if run_id:
             self.store.update(run_id, cleanup=False)

@@ -632,14 +632,21 @@ def _locustfile_sha256(environment) -> str:
 # ---- the workers' side ----
 
 
-class WorkerFlush:
-    """Sends the last numbers before "stopped": Locust's own last report comes up to 3 s later."""
-
+class WorkerHooks:
     def __init__(self, environment) -> None:
         self._runner = environment.runner
         self._flushing = False
 
+    def on_test_start(self) -> None:
+        """Say at once what Locust says as soon as the first user is made.
+
+        A "stop" that comes in between would find a stopped worker and do nothing: its users then start
+        all the same, and the master, which counts them as gone, breaks (2.32) or sends the worker away (2.47)."""
+        if self._runner.state == "stopped" and hasattr(self._runner, "update_state"):
+            self._runner.update_state("spawning")
+
     def on_test_stop(self) -> None:
+        """Send the last numbers before "stopped": Locust's own last report comes up to 3 s later."""
         send_stats = getattr(self._runner, "_send_stats", None)
         if send_stats is None:
             return
@@ -661,7 +668,7 @@ class WorkerFlush:
 # which waits for the workers' last reports.
 
 _hooks: Hooks | None = None
-_worker_flush: WorkerFlush | None = None
+_worker_hooks: WorkerHooks | None = None
 
 
 @events.init_command_line_parser.add_listener
@@ -678,10 +685,10 @@ def _add_arguments(parser, **_kwargs) -> None:
 
 @events.init.add_listener
 def _on_init(environment, **_kwargs) -> None:
-    global _hooks, _worker_flush
+    global _hooks, _worker_hooks
     try:
         if isinstance(environment.runner, WorkerRunner):
-            _worker_flush = WorkerFlush(environment)
+            _worker_hooks = WorkerHooks(environment)
             return
         _hooks = Hooks(environment)
         # Here, and so after Locust's own listener: a worker has flushed when its numbers are in the statistics.
@@ -702,14 +709,16 @@ def _quietly(listener, *args, **kwargs) -> None:
 
 @events.test_start.add_listener
 def _on_test_start(**_kwargs) -> None:
+    if _worker_hooks:
+        _quietly(_worker_hooks.on_test_start)
     if _hooks:
         _quietly(_hooks.on_test_start)
 
 
 @events.test_stop.add_listener
 def _on_test_stop(**_kwargs) -> None:
-    if _worker_flush:
-        _quietly(_worker_flush.on_test_stop)
+    if _worker_hooks:
+        _quietly(_worker_hooks.on_test_stop)
     if _hooks:
         _quietly(_hooks.on_test_stop)
 
@@ -723,8 +732,8 @@ if hasattr(events, "test_stopping"):
 
 @events.report_to_master.add_listener
 def _on_report_to_master(data, **_kwargs) -> None:
-    if _worker_flush:
-        _worker_flush.on_report_to_master(data)
+    if _worker_hooks:
+        _worker_hooks.on_report_to_master(data)
 
 
 def _on_worker_report(client_id, data, **_kwargs) -> None:

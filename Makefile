@@ -1,0 +1,44 @@
+# Everything runs from a fresh clone with python3 (3.11 or newer) and make; .venv is made as needed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST_ARGS ?=
+
+.PHONY: help run demo test bench check packages clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+run: $(VENV)/run.stamp  ## serve with config.yaml
+	$(PY) loadmanager.py -config config.yaml
+
+demo: $(VENV)/run.stamp  ## a real 20 s load test, end to end
+	$(PY) tests/demo.py
+
+test: $(VENV)/test.stamp packages  ## all tests
+	$(PY) -m pytest tests -n 2 --dist loadscope $(PYTEST_ARGS)
+
+bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
+	$(PY) tests/bench.py
+
+check: $(VENV)/run.stamp  ## the module compiles, the shipped configuration is good
+	$(PY) -m compileall -q loadmanager.py locust tests
+	$(PY) loadmanager.py check -config config.yaml
+
+# What the tests and figures take from Debian: a database, a browser, a load generator, a shell.
+packages:
+	@tests/packages.sh
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: locust/requirements.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check PyYAML -r locust/requirements.txt
+	@touch $@
+
+$(VENV)/test.stamp: tests/requirements.txt $(VENV)/run.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+clean:  ## remove the environment and what runs left
+	rm -rf $(VENV) .demo tests/output loadmanager-logs
