@@ -2284,7 +2284,7 @@ class LocustClient:
     def _sign_in(self, timeout_s: float) -> None:
         """Log in as a browser would: the login page names the form's address."""
         _, _, page = self._send("GET", "/login", None, timeout_s)
-        match = re.search(rb'usernamePasswordCallback[\\"&#;34:\s]{1,20}(/[A-Za-z0-9_./\-]*)', page)
+        match = re.search(rb'username_?[pP]assword_?[cC]allback[\\"&#;34:\s]{1,20}(/[A-Za-z0-9_./\-]*)', page)
         target = match.group(1).decode() if match else "/login_submit"
         base_path = urlsplit(self.base_url).path
         target = target.removeprefix(base_path) if base_path else target
@@ -2575,7 +2575,7 @@ def _snapshot_of_csv(text: str, now: float) -> Snapshot:
         failures=total.failures,
         error_percent=_error_percent(total.requests, total.failures),
         avg_ms=total.avg_ms,
-        p50_ms=total.p50_ms,
+        p50_ms=_csv_number(rows[-1].get("50%")) if total.requests else None,
         p95_ms=total.p95_ms,
         p99_ms=total.p99_ms,
         users=0,
@@ -2598,7 +2598,7 @@ def _endpoint_of_csv(row: dict[str, Any]) -> EndpointStats:
         avg_ms=measured("Average Response Time"),
         min_ms=measured("Min Response Time"),
         max_ms=measured("Max Response Time"),
-        p50_ms=measured("50%"),
+        p50_ms=measured("Median Response Time"),
         p95_ms=measured("95%"),
         p99_ms=measured("99%"),
         per_s=_csv_number(row.get("Requests/s")),
