@@ -5581,7 +5581,7 @@ def _raise_file_limit() -> None:
         pass
 
 
-def check(config_path: str) -> int:
+def check_config(config_path: str) -> int:
     """Print every problem of a configuration; 0 when there is none, 2 otherwise."""
     try:
         config = load_config(config_path)
@@ -5613,7 +5613,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-config", "--config", "-c", default="config.yaml", metavar="FILE", help="default: config.yaml")
     parser.add_argument("--version", action="version", version=f"Load Manager {VERSION}")
     options = parser.parse_args(arguments)
-    return {"serve": serve, "check": check}[options.command](options.config)
+    return {"serve": serve, "check": check_config}[options.command](options.config)
 
 
 # ============================================================================

@@ -491,7 +491,7 @@ class Hooks:
         if run is None:
             return
         self.last_run_id = run.id or self.last_run_id
-        if not run.stopping:  # Locust before 2.6 does not say when it begins to stop
+        if not run.stopping:  # an old Locust does not say when it begins to stop
             self._worker_ids = {worker.id for worker in self._workers()}
         if self.is_newest(run):
             run.end(complete=self.all_workers_flushed())

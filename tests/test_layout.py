@@ -1,0 +1,65 @@
+"""The one file reads like a book: its map is true, and a section uses only what stands above it."""
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import loadmanager
+
+SOURCE = Path(loadmanager.__file__).read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+RULERS = [(int(number), name, SOURCE[: match.start()].count("\n") + 1) for match in re.finditer(r"^# (\d+)\. ([A-Z ]+) - ", SOURCE, re.M) for number, name in [match.groups()]]
+
+
+def test_map_in_the_docstring_is_the_rulers():
+    mapped = re.findall(r"^ ?(\d+)\. ([A-Z ]+?)  ", loadmanager.__doc__, re.M)
+    assert [(int(number), name) for number, name in mapped] == [(number, name) for number, name, _ in RULERS]
+
+
+def section_of(line: int) -> int:
+    return max((number for number, _, start in RULERS if start <= line), default=0)
+
+
+def test_sections_use_only_names_from_above():
+    defined: dict[str, int] = {}
+    for node in TREE.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for name in names:
+            defined.setdefault(name, section_of(node.lineno))
+    page = RULERS[-1][0] if RULERS[-1][1] == "DASHBOARD PAGE" else None
+    below = []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined:
+            if defined[node.id] > section_of(node.lineno) and defined[node.id] != page:
+                below.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
+    assert not below, "\n".join(below)
+
+
+def test_imports_are_the_standard_library_and_the_three_allowed_packages():
+    roots = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add((node.module or "").partition(".")[0])
+    assert roots - set(sys.stdlib_module_names) - {"yaml", "psycopg", "jwt"} == set()
+
+
+def test_optional_packages_are_not_imported_before_they_are_needed():
+    top = {alias.name for node in TREE.body if isinstance(node, ast.Import) for alias in node.names}
+    assert not top & {"yaml", "psycopg", "jwt", "ssl", "sqlite3", "argparse"}
+
+
+def test_no_function_is_longer_than_fifty_lines():
+    long = [f"{node.name} ({node.end_lineno - node.lineno + 1})" for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50]
+    assert not long, long
+
+
+def test_status_changes_in_one_place_only():
+    changing = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "replace" and any(k.arg == "status" for k in node.keywords)]
+    lines = SOURCE.splitlines()
+    assert all("status=to" in lines[line - 1] or "RunStatus.RUNNING, started_at" in lines[line - 1] for line in changing), changing

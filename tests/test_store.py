@@ -1,0 +1,241 @@
+"""The store on SQLite and on a real PostgreSQL: what was kept is there again, and a run moves only along its table."""
+from __future__ import annotations
+
+import glob
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import loadmanager as lm
+from conftest import ROOT, base_config, cluster_config
+from locust_process import find_free_port
+from waiting import eventually
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory):
+    """A PostgreSQL server of its own, as an unprivileged user when we are root."""
+    folder = tmp_path_factory.mktemp("postgres")
+    binaries = shutil.which("initdb") or next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None)
+    assert binaries, "PostgreSQL is not installed: see tests/packages.sh"
+    binaries = Path(binaries).resolve().parent if not shutil.which("initdb") else Path(shutil.which("initdb")).parent
+    as_user = {}
+    if os.getuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        for place in (folder, *list(folder.parents)[:3]):
+            if str(place).count("/") > 1:
+                place.chmod(0o755)
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
+    data, port = folder / "data", find_free_port()
+    subprocess.run([binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"], check=True, capture_output=True, cwd=folder, **as_user)
+    options = ["-p", str(port), "-c", f"unix_socket_directories={folder}", "-c", "listen_addresses=127.0.0.1", "-F"]
+    log = (folder / "log").open("w")
+    server = subprocess.Popen([binaries / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user)
+    import psycopg
+
+    url = f"postgresql://lm@127.0.0.1:{port}/postgres"
+    eventually(lambda: psycopg.connect(url).close() is None, 30, what="PostgreSQL answers")
+    yield url
+    server.send_signal(2)
+    server.wait(10)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def open_store(request, tmp_path):
+    """open_store() -> Store on the same database each time."""
+    stores = []
+    if request.param == "postgresql":
+        import psycopg
+
+        url = request.getfixturevalue("postgres_url")
+        with psycopg.connect(url, autocommit=True) as connection:
+            for table in ("meta", "runs", "samples", "idempotency"):
+                connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
+    else:
+        url = "sqlite:///store.db"
+
+    def open_it():
+        store = lm.Store(lm.open_database(url, str(tmp_path)))
+        stores.append(store)
+        return store
+
+    open_it.url = url
+    yield open_it
+    for store in stores:
+        store.close()
+
+
+def new_run(**changes):
+    request = lm.RunRequest("acme", "dev", "browse", 5, 5.0, 60, {"ticket": "PERF-1 🦗", "nul": "a\u0000b"})
+    return lm.replace(lm._new_run(request, "tester", "api"), cluster_id="one", **changes)
+
+
+def snapshot(requests, at=None):
+    row = lm.EndpointStats("GET", "/a", requests, 0, 1.5, 1, 2, 1, 3.5, 2, None)
+    return lm.Snapshot(at or time.time(), 3.5, requests, 0, 0.0, 1.5, 1, 2, None, 5, (row,))
+
+
+def test_everything_kept_is_there_after_reopening(open_store):
+    store = open_store()
+    run = store.add(new_run(), ("key", "hash"))
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1000.5)
+    store.add_warning(run.id, "workers_lost", "one of two", 1001.0)
+    for number in range(1, 4):
+        store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
+    store.transition(run.id, lm.RunStatus.STOPPING, stop_reason="user")
+    store.transition(run.id, lm.RunStatus.FINISHED, snapshot=snapshot(9, 1010.0), finished_at=1010.0)
+    before, samples = store.wire(run.id), store.samples(run.id)
+    store.close()
+    again = open_store()
+    assert again.wire(run.id) == before
+    assert again.samples(run.id) == samples and [sample.requests for sample in samples] == [1, 2, 3, 9]
+    assert again.recall_key("key", time.time()) == ("hash", run.id)
+    assert again.add(new_run()).seq > run.seq
+
+
+@pytest.mark.parametrize("status", list(lm.RunStatus))
+def test_only_the_transitions_of_the_table_are_possible(open_store, status):
+    store = open_store()
+    paths = {
+        lm.RunStatus.PENDING: [], lm.RunStatus.RUNNING: [lm.RunStatus.RUNNING],
+        lm.RunStatus.STOPPING: [lm.RunStatus.RUNNING, lm.RunStatus.STOPPING],
+        lm.RunStatus.FINISHED: [lm.RunStatus.RUNNING, lm.RunStatus.STOPPING, lm.RunStatus.FINISHED], lm.RunStatus.FAILED: [lm.RunStatus.FAILED],
+    }  # fmt: skip
+    for to in lm.RunStatus:
+        run = store.add(new_run())
+        for step in paths[status]:
+            store.transition(run.id, step)
+        if to in lm.TRANSITIONS[status]:
+            assert store.transition(run.id, to).status is to
+        else:
+            with pytest.raises(lm.Conflict, match=status.value):
+                store.transition(run.id, to)
+
+
+def test_final_run_keeps_every_byte(open_store):
+    store = open_store()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x", finished_at=1.0)
+    before = store.wire(run.id)
+    assert not store.add_snapshot(run.id, snapshot(1), "push")
+    assert not store.add_warning(run.id, "cpu_high", "x", 1.0)
+    store.update(run.id, scenario_id="other")
+    store.update(run.id, cleanup=False)
+    assert store.wire(run.id) == before
+
+
+def test_ten_threads_on_one_run_lose_no_sample_and_stop_it_once(open_store):
+    store = open_store()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING)
+    stopped = []
+
+    def work(number):
+        for step in range(50):
+            store.add_snapshot(run.id, snapshot(number * 100 + step), "push")
+
+    def stop():
+        try:
+            store.transition(run.id, lm.RunStatus.STOPPING)
+            stopped.append(1)
+        except lm.Conflict:
+            pass
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(store.samples(run.id)) == 500
+    threads = [threading.Thread(target=stop) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stopped) == 1
+
+
+def test_deleted_run_is_gone_with_its_samples(open_store):
+    store = open_store()
+    run = store.add(new_run(), ("key", "hash"))
+    store.add_snapshot(run.id, snapshot(1), "poll")
+    store.transition(run.id, lm.RunStatus.FAILED, finished_at=5.0)
+    store.delete(run.id)
+    store.close()
+    again = open_store()
+    assert again.find(run.id) is None and again.samples(run.id) == [] and again.recall_key("key", time.time()) is None
+
+
+def test_old_final_runs_go_and_young_and_active_ones_stay(open_store):
+    store = open_store()
+    old, young, active = store.add(new_run()), store.add(new_run()), store.add(new_run(created_at=1.0))
+    store.transition(old.id, lm.RunStatus.FAILED, finished_at=10.0)
+    store.transition(young.id, lm.RunStatus.FAILED, finished_at=1000.0)
+    assert store.delete_older(500.0) == 1
+    assert {run.id for run in store.list_runs()} == {young.id, active.id}
+
+
+def test_second_load_manager_on_one_database_is_refused(open_store):
+    open_store()
+    with pytest.raises(lm.StartupError, match="in use by another Load Manager"):
+        open_store()
+
+
+def test_newer_schema_is_refused(open_store, tmp_path):
+    open_store().close()
+    database = lm.open_database(open_store.url, str(tmp_path))
+    database.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+    database.close()
+    with pytest.raises(lm.StartupError, match="newer Load Manager"):
+        open_store()
+
+
+def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypatch):
+    """Adopted with at most its duration, whatever the wall clock says."""
+    store = open_store()
+    run = store.add(new_run())
+    run = store.transition(run.id, lm.RunStatus.RUNNING, started_at=time.time() + 3600)  # our clock was an hour ahead
+    config = lm.Config(clusters=(lm.ClusterConfig(id="one", tenant_id="acme", env_id="dev", base_url="http://127.0.0.1:1"),))
+    timer = lm.Timer()
+    engine = lm.Engine(config, store, timer)
+    engine._adopt(run, engine.clusters["one"])
+    assert engine._watches[run.id].remaining_s() <= 60
+    engine._watches[run.id].over.set()
+
+
+def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_locust, postgres_url):
+    import psycopg
+
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        for table in ("meta", "runs", "samples", "idempotency"):
+            connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
+    fake = fake_locust()
+    manager = load_manager(cluster_config(fake.url), storage={"url": postgres_url})
+    run_id = manager.create().json["id"]
+    eventually(lambda: manager.run(run_id).get("lastMetrics"), 10)
+    manager.kill9()
+    manager.restart()
+    assert manager.run(run_id)["status"] == "Running"
+    assert manager.post(f"/v1/tests/{run_id}/stop").status == 200
+
+
+def test_missing_psycopg_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"})))
+    command = [sys.executable, "-I", "-S", str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "psycopg" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_postgresql_that_does_not_answer_is_one_line_without_the_password(tmp_path):
+    (tmp_path / "config.json").write_text(lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"})))
+    command = [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "secret" not in done.stderr and "Traceback" not in done.stderr and "127.0.0.1" in done.stderr
