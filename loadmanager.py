@@ -5661,8 +5661,7 @@ main:focus { outline: none; }
   display: flex; align-items: center; gap: 10px; padding: 8px 20px; background: var(--panel);
   border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 5;
 }
-#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; display: flex; gap: 8px; align-items: center; }
-#top .brand svg { display: block; }
+#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; white-space: nowrap; }
 #top .space { flex: 1; }
 #top .who { color: var(--soft); font-size: 13px; }
 .live { display: inline-flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12px; }
@@ -5676,6 +5675,7 @@ h2 .count { color: var(--soft); font-weight: 400; margin-left: 4px; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 section { margin-top: 22px; }
+main > h1.unseen + section { margin-top: 4px; }
 section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
 section > .head .space { flex: 1; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
@@ -5710,7 +5710,8 @@ label.field > span, .field > .label { display: block; font-size: 12.5px; font-we
 label.field > input, label.field > select, label.field > textarea { width: 100%; }
 label.check { display: flex; align-items: center; gap: 8px; }
 .hint { color: var(--soft); font-size: 12.5px; }
-.wrong { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+.wrong, label.field > .wrong { color: var(--bad); font-size: 12.5px; font-weight: 400; margin: 3px 0 0; overflow-wrap: anywhere; }
+label.field > .wrong:empty { display: none; }
 input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
 
 /* ---- states ---- */
@@ -5732,6 +5733,7 @@ input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true]
 .meter { height: 6px; border-radius: 3px; background: var(--calm-wash); overflow: hidden; min-width: 44px; }
 .meter > div { height: 100%; width: 0; background: var(--accent); border-radius: 3px; transition: width .4s linear; }
 .meter.hot > div { background: var(--bad); }
+.meter.over > div { background: var(--line-strong); }
 @media (prefers-reduced-motion: reduce) { .meter > div { transition: none; } }
 
 /* ---- tables ---- */
@@ -5746,7 +5748,7 @@ thead tr:first-child th:last-child { border-top-right-radius: 8px; }
 tbody tr:hover td { background: var(--raised); }
 td.num, th.num { text-align: right; }
 td.wide { white-space: normal; min-width: 160px; max-width: 420px; overflow-wrap: anywhere; }
-td .two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+.two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
 td.acts { text-align: right; }
 td.acts button + button { margin-left: 4px; }
 td.fails { color: var(--bad); font-weight: 600; }
@@ -5780,8 +5782,8 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
 .facts b { font-weight: 550; color: var(--text); }
 .time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; gap: 1px; background: var(--line); }
-.tile { padding: 9px 14px; background: var(--panel); min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; }
+.tile { padding: 9px 14px; min-width: 0; border: solid var(--line); border-width: 0 1px 1px 0; margin: 0 -1px -1px 0; }
 .tile .label { font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap; }
 .tile .label i { width: 9px; height: 9px; border-radius: 2px; flex: none; }
 .tile .value { font-size: 21px; line-height: 1.3; font-weight: 600; white-space: nowrap; }
@@ -5812,6 +5814,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
 .tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
 .tabpanel { margin-top: 10px; }
+.tabpanel .bar { margin-bottom: 8px; }
 .details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
 .details .panel { padding: 12px 16px; min-width: 0; }
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
@@ -5834,7 +5837,7 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
-  #top { padding: 8px 10px; } #top .who { display: none; }
+  #top { padding: 8px 10px; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
   .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
   .tiles { grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); }
   .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
@@ -5859,7 +5862,7 @@ function h(tag, attributes, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -5895,7 +5898,7 @@ const isNumber = (value) => typeof value === "number" && isFinite(value);
 const count = (value) => isNumber(value) ? formats[0].format(value) : NONE;
 const rate = (value) => isNumber(value) ? formats[value >= 1000 ? 0 : value >= 100 ? 1 : 2].format(value) : NONE;
 const millis = (value) => isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE;
-const percent = (value) => isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : 2].format(value)) + "%" : NONE;
+const percent = (value) => isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2 : 0].format(value)) + "%" : NONE;
 
 /** Seconds as 1:02:03 or 2:03. */
 function clock(seconds) {
@@ -6330,8 +6333,8 @@ function runRow(first) {
   const time = h("div"), started = h("td");
   const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
   const stop = act("Stop", stopRun), again = act("Run again", rerun), remove = act("Delete", deleteRun, "plain");
-  const place = h("td", {class: "wide name"}), cluster = h("td", {class: "wide name soft"});
-  const element = h("tr", {"data-run": run.id}, h("td", {}, badge, " ", verdict), h("td", {class: "wide"}, link), place, cluster,
+  const place = h("span", {class: "name two"}), cluster = h("span", {class: "name two soft"});
+  const element = h("tr", {"data-run": run.id}, h("td", {}, badge, " ", verdict), h("td", {class: "wide"}, link), h("td", {class: "wide"}, place), h("td", {class: "wide"}, cluster),
     cells.slice(0, 4), h("td", {}, time, bar.box), started, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
   return {element, update(newRun) {
     run = newRun;
@@ -6341,6 +6344,7 @@ function runRow(first) {
     setText(link, run.scenarioId);
     setText(place, run.tenantId + " / " + run.envId);
     setText(cluster, run.locustClusterId || NONE);
+    for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent : "";
     setText(cells[0], isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers));
     setText(cells[1], rate(numbers.totalRps));
     setText(cells[2], percent(numbers.errorRate));
@@ -6892,7 +6896,7 @@ class RunView {
   // ---- series ----
 
   async loadSeries(zoom) {
-    const query = new URLSearchParams({maxPoints: 500});
+    const query = new URLSearchParams({maxPoints: 1000});
     if (zoom) { query.set("from", (this.start + zoom[0] * 1000) / 1000 - 1); query.set("to", (this.start + zoom[1] * 1000) / 1000 + 1); }
     for (const name of zoom ? ["from", "to"] : []) query.set(name, Number(query.get(name)).toFixed(3));
     let answer;
@@ -7184,6 +7188,7 @@ class RunView {
     setText(parts.elapsed, isActive(run) ? clock(elapsed) : "Ran " + span(elapsed));
     this.bar.box.hidden = isNaN(total);
     this.bar.set(elapsed / total);
+    setClass(this.bar.box, isActive(run) ? "meter" : "meter over");
     setText(parts.left, isNaN(total) ? (isActive(run) ? "no deadline: runs until it is stopped" : "") : isActive(run) ? clock(Math.max(0, total - elapsed)) + " left of " + span(total) : "of " + span(total));
     if (isActive(run) && !this.group.zoom) { this.setEnd(); this.group.draw(); }
   }
