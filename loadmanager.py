@@ -6449,6 +6449,14 @@ function scrollBox(label, table) {
   return h("div", {class: "scroll panel", tabindex: 0, role: "region", "aria-label": label}, table);
 }
 
+/** A table that is made anew when it changes. heads: [text, class]; rows: lists of [text or node, class]. */
+function plainTable(label, heads, rows) {
+  const cell = ([content, kind]) => h("td", {class: kind || null}, content instanceof Node ? content : String(content));
+  const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
+  const body = rows.map((cells) => h("tr", {}, cells.map(cell)));
+  return scrollBox(label, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
+}
+
 /** Rows of a tbody kept by key, so that an update keeps focus and selection. */
 class Rows {
   constructor(body, make) {
@@ -7612,6 +7620,7 @@ class RunView {
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
       ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
     ];
+    this.group.draw();
     if (started !== this.start) {
       this.start = started;
       this.plot();
@@ -7698,42 +7707,16 @@ class RunView {
     const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
     const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"})[word(one)] || "";
     const value = (one) => (isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value));
-    box.replaceChildren(
-      h("div", {class: "head"}, h("h2", {}, "Thresholds")),
-      scrollBox(
-        "Thresholds",
-        h(
-          "table",
-          {},
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              ["Result", "Threshold", "Value", "First failed", "Why"].map((label, index) =>
-                h("th", {scope: "col", class: index === 2 ? "num" : ""}, label),
-              ),
-            ),
-          ),
-          h(
-            "tbody",
-            {},
-            list.map((one) =>
-              h(
-                "tr",
-                {},
-                h("td", {}, h("span", {class: "badge " + kind(one)}, word(one))),
-                h("td", {class: "wide name mono"}, String(one.expr)),
-                h("td", {class: "num"}, value(one)),
-                h("td", {}, one.firstFailedAt ? moment(one.firstFailedAt) : NONE),
-                h("td", {class: "wide soft"}, String(one.message || one.reason || "")),
-              ),
-            ),
-          ),
-        ),
-      ),
-    );
+    const why = (one) => String(one.message || one.reason || "");
+    const heads = [["Result"], ["Threshold"], ["Value", "num"], ["First failed"], ...(list.some(why) ? [["Why"]] : [])];
+    const rows = list.map((one) => [
+      [h("span", {class: "badge " + kind(one)}, word(one))],
+      [String(one.expr), "wide name mono"],
+      [value(one), "num"],
+      [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
+      ...(list.some(why) ? [[why(one), "wide soft"]] : []),
+    ]);
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows));
   }
 
   showTabs() {
@@ -7846,37 +7829,8 @@ class RunView {
       this.parts.panel.replaceChildren(h("div", {class: "panel empty"}, list ? none : unknown));
       return;
     }
-    const isNum = (label) => label.startsWith("#") || label === "CPU usage";
-    const shown = list.slice(0, 500);
-    this.parts.panel.replaceChildren(
-      scrollBox(
-        this.tab,
-        h(
-          "table",
-          {},
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              labels.map((label) => h("th", {scope: "col", class: isNum(label) ? "num" : ""}, label)),
-            ),
-          ),
-          h(
-            "tbody",
-            {},
-            shown.map((one) =>
-              h(
-                "tr",
-                {},
-                cellsOf(one).map(([content, kind]) => h("td", {class: kind || ""}, content instanceof Node ? content : String(content))),
-              ),
-            ),
-          ),
-        ),
-      ),
-    );
+    const heads = labels.map((label) => [label, label.startsWith("#") || label === "CPU usage" ? "num" : ""]);
+    this.parts.panel.replaceChildren(plainTable(this.tab, heads, list.slice(0, 500).map(cellsOf)));
   }
 
   showDetails() {

@@ -290,6 +290,19 @@ def test_forged_cookie_is_refused(plane, cookie):
     assert plane.call("GET", "/v1/tests", token=None, headers={"Cookie": cookie.format(port=plane.port)})[0] == 401
 
 
+def test_without_tokens_everybody_is_signed_in_but_no_other_sites_page_writes(tmp_path):
+    security = {"apiToken": "", "locustCallbackToken": "", "allowAnonymous": True}
+    with ControlPlane(tmp_path, security=security) as plane:
+        assert plane.call("GET", "/session", token=None)[1] == {"signedIn": True, "anonymous": True, "name": "anonymous", "role": "admin"}
+        for origin, expected in ((None, 400), (plane.url, 400), ("http://evil.example", 403), ("null", 403)):
+            headers = {"Origin": origin} if origin else {}
+            assert plane.call("POST", "/v1/tests", {}, token=None, headers=headers)[0] == expected
+        rebound = {"Origin": f"http://evil.example:{plane.port}", "Host": f"evil.example:{plane.port}"}
+        assert plane.call("POST", "/v1/tests", {}, token=None, headers=rebound)[0] == 403
+        with EventStream(plane, "/v1/events", token=None) as stream:
+            assert "200" in stream.head()
+
+
 def test_many_wrong_tokens_are_slowed_down_and_the_right_one_is_served(tmp_path):
     with ControlPlane(tmp_path) as plane:
         answers = [plane.call("POST", "/session", {"token": "wrong"}, token=None) for _ in range(35)]
