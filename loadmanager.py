@@ -1836,12 +1836,13 @@ class Record:
     `head` is the run's JSON without the closing brace, `metrics` its lastMetrics; kept
     apart, neither is stored twice and a new sample does not remake the run."""
 
-    __slots__ = ("run", "snapshot", "snapshot_at", "head", "metrics")
+    __slots__ = ("run", "snapshot", "snapshot_at", "source", "head", "metrics")
 
     def __init__(self, run: Run, metrics: bytes | None = None):
         self.run = run
         self.snapshot: Snapshot | None = None
         self.snapshot_at = -math.inf
+        self.source = ""  # of the snapshot: poll, push or final
         self.head: bytes | None = None
         self.metrics = metrics
 
@@ -1849,7 +1850,8 @@ class Record:
         self.run = run
         self.head = None
 
-    def set_snapshot(self, snapshot: Snapshot) -> None:
+    def set_snapshot(self, snapshot: Snapshot, source: str) -> None:
+        self.source = source
         self.snapshot = snapshot
         self.snapshot_at = snapshot.taken_at
         self.metrics = None
@@ -1962,8 +1964,9 @@ class Store:
         """The newest numbers of a run that is going on; None when there are none."""
         with self._lock:
             record = self._records.get(run_id)
-            snapshot = record.snapshot if record else None
-        return sample_of(run_id, snapshot, "live") if snapshot else None
+            if record is None or record.snapshot is None:
+                return None
+            return sample_of(run_id, record.snapshot, record.source)
 
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
         """The runs, newest first."""
@@ -1974,19 +1977,21 @@ class Store:
         self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
     ) -> tuple[list[bytes], int | None]:
         """Up to `limit` answers, newest first, from before `before_seq`; and the last one's
-        seq if there are more."""
-        page: list[bytes] = []
-        last = None
+        seq if there are more. The search goes without the lock, which callbacks wait for."""
         with self._lock:
-            for record in reversed(self._records.values()):
-                run = record.run
-                if (before_seq is not None and run.seq >= before_seq) or not wanted.takes(run):
-                    continue
-                if limit is not None and len(page) == limit:
-                    return page, last
-                page.append(record.brief() if brief else record.wire())
-                last = run.seq
-        return page, None
+            records = list(self._records.values())
+        found: list[Record] = []
+        for record in reversed(records):
+            run = record.run
+            if (before_seq is None or run.seq < before_seq) and wanted.takes(run):
+                found.append(record)
+                if limit is not None and len(found) > limit:
+                    break
+        is_more = limit is not None and len(found) > limit
+        found = found[:limit]
+        with self._lock:
+            page = [record.brief() if brief else record.wire() for record in found]
+        return page, found[-1].run.seq if is_more else None
 
     def active_runs(self) -> list[Run]:
         with self._lock:
@@ -2050,7 +2055,7 @@ class Store:
             if to not in TRANSITIONS[run.status]:
                 raise Conflict(f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value)
             if snapshot is not None:
-                record.set_snapshot(snapshot)
+                record.set_snapshot(snapshot, "final")
                 self._journal.add_sample(sample_of(run_id, snapshot, "final"))
             run = self._save(record, replace(run, status=to, **changes))
         if durable:
@@ -2084,7 +2089,7 @@ class Store:
                 return False
             self._journal.add_sample(sample_of(run_id, snapshot, source))
             if snapshot.taken_at >= record.snapshot_at:
-                record.set_snapshot(snapshot)
+                record.set_snapshot(snapshot, source)
                 self._journal.save(record)
                 self._tell(record.run)
             return True
@@ -5669,6 +5674,7 @@ main:focus { outline: none; }
 .live.on::before { background: var(--rps); }
 .live.off::before { background: var(--failures); }
 #lost { background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550; border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4; }
+main > p.back { margin: 0 0 8px; }
 h1 { font-size: 20px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
 h2 { font-size: 14px; margin: 0; font-weight: 650; }
 h2 .count { color: var(--soft); font-weight: 400; margin-left: 4px; }
@@ -5792,7 +5798,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .tile .value small { font-size: 12px; color: var(--soft); font-weight: 400; margin-left: 3px; }
 .charts { display: grid; grid-template-columns: 1fr; gap: 10px; margin-top: 12px; }
 @media (min-width: 1100px) { .charts { grid-template-columns: 1fr 1fr; } .charts > :first-child { grid-column: 1 / -1; } }
-.chart { padding: 8px 10px 4px; position: relative; min-width: 0; }
+.chart { padding: 8px 10px 4px; position: relative; min-width: 0; display: flex; flex-direction: column; }
 .chart .head { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: center; padding: 0 4px 4px; }
 .chart h3 { font-size: 13px; font-weight: 600; margin: 0; }
 .chart .legend { display: flex; flex-wrap: wrap; gap: 2px 4px; margin-left: auto; }
@@ -5802,7 +5808,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
 .legend i { width: 10px; height: 3px; border-radius: 2px; }
 .legend b { color: var(--text); font-weight: 600; min-width: 2.4em; text-align: right; }
-.chart canvas { display: block; width: 100%; height: 190px; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
+.chart canvas { display: block; width: 100%; height: 190px; flex: 1 0 auto; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
 .charts > :first-child canvas { height: 220px; }
 .tip {
   position: absolute; z-index: 3; pointer-events: none; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
@@ -6940,6 +6946,15 @@ class ChartGroup {
         this.charts.forEach((chart) => chart.draw());
       });
   }
+  /** A series' value at a point, or the nearest one within 15 s: not every sample has every figure. */
+  value(key, index) {
+    const points = this.points,
+      close = (point) => point && Math.abs(point.t - points[index].t) <= 15;
+    for (let away = 0; close(points[index - away]) || close(points[index + away]); away++) {
+      for (const point of [points[index - away], points[index + away]]) if (close(point) && isNumber(point[key])) return point[key];
+    }
+    return null;
+  }
   /** The point nearest to t. */
   nearest(t) {
     const points = this.points;
@@ -7048,7 +7063,7 @@ class Chart {
       const index = group.hover === null ? points.length - 1 : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
       const point = points[Math.min(points.length - 1, Math.max(0, index))];
       group.setHover(Math.min(to, Math.max(from, point.t)), this);
-      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(point[one.key])).join(", "));
+      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(group.value(one.key, points.indexOf(point)))).join(", "));
     } else if (event.key === "+" || event.key === "-") {
       const centre = group.hover === null ? (from + to) / 2 : group.hover,
         half = (to - from) * (event.key === "+" ? 0.25 : 1);
@@ -7194,8 +7209,8 @@ class Chart {
       pen.fillRect(a, top, b - a, bottom - top);
       pen.globalAlpha = 1;
     }
-    this.point = group.hover === null || !group.points.length ? null : group.points[group.nearest(group.hover)];
-    const point = this.point;
+    this.index = group.hover === null || !group.points.length ? null : group.nearest(group.hover);
+    const point = this.index === null ? null : group.points[this.index];
     this.tip.hidden = !point || group.hoverFrom !== this;
     if (!point) return;
     const x = Math.min(right, Math.max(left, this.xOf(point.t)));
@@ -7205,10 +7220,11 @@ class Chart {
     pen.lineTo(Math.round(x) + 0.5, bottom);
     pen.stroke();
     for (const one of this.series) {
-      if (!one.on || !isNumber(point[one.key])) continue;
+      const value = group.value(one.key, this.index);
+      if (!one.on || value === null) continue;
       pen.fillStyle = css(one.color);
       pen.beginPath();
-      pen.arc(x, this.yOf(point[one.key]), 3.5, 0, 7);
+      pen.arc(x, this.yOf(value), 3.5, 0, 7);
       pen.fill();
     }
     if (!this.tip.hidden) this.showTip(point, x);
@@ -7221,7 +7237,8 @@ class Chart {
       .map((one) => {
         const swatch = h("i");
         swatch.style.background = "var(" + one.color + ")";
-        return h("div", {}, swatch, one.label, h("b", {}, this.format(point[one.key]) + (isNumber(point[one.key]) ? this.unit : "")));
+        const value = this.group.value(one.key, this.index);
+        return h("div", {}, swatch, one.label, h("b", {}, this.format(value) + (value === null ? "" : this.unit)));
       });
     const marks = this.group.marks
       .filter((mark) => Math.abs(mark.t - this.group.hover) <= near)
@@ -7235,17 +7252,14 @@ class Chart {
   }
 
   showValues() {
-    const newest = (key) => {
-      const points = this.group.points;
-      for (let i = points.length - 1; i >= 0 && i > points.length - 20; i--) if (isNumber(points[i][key])) return points[i][key];
-      return null;
-    };
+    const points = this.group.points,
+      index_ = this.index === null ? points.length - 1 : this.index;
     const said = this.series.map((one, index) => {
-      const text = this.format(this.point ? this.point[one.key] : newest(one.key));
+      const text = this.format(points.length ? this.group.value(one.key, index_) : null);
       setText(this.values[index], text);
       return one.label + " " + text;
     });
-    if (!this.point)
+    if (this.index === null)
       this.canvas.setAttribute(
         "aria-label",
         this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.",
@@ -7269,6 +7283,17 @@ const ENDPOINT_COLUMNS = [
   ["Max (ms)", "maxResponseTime", millis],
   ["RPS", "requestsPerSec", rate],
 ];
+/**
+ * Samples as one line through time. Polls are up to 2 s older than pushes (Locust caches its statistics), so mixing
+ * both makes a zigzag: only polls are drawn, unless they are few. In a final sample rps is the whole run's average.
+ */
+function seriesOf(samples) {
+  const numberOf = (source) => samples.reduce((sum, sample) => sum + (sample.source === source), 0);
+  const polled = 2 * numberOf("poll") >= numberOf("push");
+  const kept = samples.filter((sample) => !polled || sample.source !== "push");
+  return kept.map((sample) => (sample.source !== "final" || kept.length < 2 ? sample : {...sample, totalRps: null, currentUsers: null}));
+}
+
 const FEW_ENDPOINTS = 100;
 const MOST_LIVE_POINTS = 2000;
 
@@ -7366,22 +7391,20 @@ class RunView {
   plot() {
     const run = this.run;
     if (!run || !this.group) return;
-    const source = this.group.zoom && this.detail ? this.detail : this.whole;
+    const samples = seriesOf(this.group.zoom && this.detail ? this.detail : this.whole);
     // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
-    const windowed = source.some((point) => isNumber(point.currentP95Ms));
-    this.group.points = source
-      .map((point) => ({
-        t: (at(point.timestamp) - this.start) / 1000,
-        rps: point.totalRps,
-        failures: point.failuresPerSec,
-        users: point.currentUsers,
-        p99: point.p99ResponseMs,
-        p50: windowed ? point.currentP50Ms : point.p50ResponseMs,
-        p95: windowed ? point.currentP95Ms : point.p95ResponseMs,
+    const windowed = samples.some((sample) => isNumber(sample.currentP95Ms));
+    this.group.points = samples
+      .map((sample) => ({
+        t: (at(sample.timestamp) - this.start) / 1000,
+        rps: sample.totalRps,
+        failures: sample.failuresPerSec,
+        users: sample.currentUsers,
+        p99: sample.p99ResponseMs,
+        p50: windowed ? sample.currentP50Ms : sample.p50ResponseMs,
+        p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
       }))
       .filter((point) => point.t > -5);
-    const final = source.at(-1);
-    if (final && final.source === "final" && this.group.points.length > 1) this.group.points.at(-1).rps = this.group.points.at(-1).users = null; // the average of the whole run, and nobody left
     this.setEnd();
     this.group.draw();
   }
@@ -7484,7 +7507,7 @@ class RunView {
       ]),
     );
     $("main").replaceChildren(
-      h("p", {class: "soft"}, h("a", {href: "#/"}, "\u2190 All runs")),
+      h("p", {class: "back"}, h("a", {href: "#/"}, "\u2190 All runs")),
       h(
         "div",
         {class: "run-head"},
