@@ -5823,6 +5823,10 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
 .tabpanel { margin-top: 10px; }
 .tabpanel .bar { margin-bottom: 8px; }
+.trends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-bottom: 10px; }
+.trend { padding: 8px 14px 6px; }
+.trend .label { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft); } .trend .label b { color: var(--text); }
+.trend svg { display: block; width: 100%; height: 56px; overflow: visible; }
 .details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
 .details .panel { padding: 12px 16px; min-width: 0; }
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
@@ -5913,6 +5917,8 @@ const rate = (value) => (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 
 const millis = (value) => (isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE);
 const percent = (value) =>
   isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2 : 0].format(value)) + "%" : NONE;
+
+const signedPercent = (share) => (share >= 0 ? "+" : "\u2212") + formats[1].format(Math.abs(share) * 100) + "%";
 
 /** Seconds as 1:02:03 or 2:03. */
 function clock(seconds) {
@@ -6905,6 +6911,7 @@ class ChartGroup {
     this.onZoom = onZoom;
     this.charts = [];
     this.points = []; // {t, ...values}, by time
+    this.other = []; // points of another run, drawn faintly below
     this.marks = []; // {t, text, kind}
     this.end = 1;
     this.zoom = null; // [from, to]
@@ -7092,14 +7099,14 @@ class Chart {
     pen.font = "11px system-ui, sans-serif";
     this.drawGrid(pen);
     this.drawMarks(pen);
-    this.drawLines(pen);
+    this.drawLines(pen, this.visibleOther, true);
+    this.drawLines(pen, this.visible, false);
     this.drawHover(pen);
     this.showValues();
   }
 
-  shown() {
-    const [from, to] = this.group.range(),
-      points = this.group.points;
+  shown(points) {
+    const [from, to] = this.group.range();
     const first = points.findIndex((point) => point.t >= from);
     let last = points.length;
     while (last > 0 && points[last - 1].t > to) last--;
@@ -7109,9 +7116,12 @@ class Chart {
   drawGrid(pen) {
     const {left, right, top, bottom} = this.area(),
       [from, to] = this.group.range();
-    this.visible = this.shown();
+    this.visible = this.shown(this.group.points);
+    this.visibleOther = this.shown(this.group.other);
     let most = 0;
-    for (const one of this.series) if (one.on) for (const point of this.visible) if (point[one.key] > most) most = point[one.key];
+    for (const points of [this.visible, this.visibleOther]) {
+      for (const one of this.series) if (one.on) for (const point of points) if (point[one.key] > most) most = point[one.key];
+    }
     const top_ = most > 0 ? most * 1.02 : 1,
       step = niceStep(top_, 4),
       high = Math.ceil(top_ / step) * step;
@@ -7158,9 +7168,8 @@ class Chart {
     }
   }
 
-  drawLines(pen) {
-    const {left, right, top, bottom} = this.area(),
-      points = this.visible;
+  drawLines(pen, points, faint) {
+    const {left, right, top, bottom} = this.area();
     // A hole in the samples stays a hole: longer than several times the usual distance.
     const gaps = points
       .slice(1)
@@ -7171,12 +7180,13 @@ class Chart {
     pen.beginPath();
     pen.rect(left, top - 2, right - left, bottom - top + 4);
     pen.clip();
-    pen.lineWidth = 1.75;
+    pen.lineWidth = faint ? 1.25 : 1.75;
+    pen.globalAlpha = faint ? 0.75 : 1;
     pen.lineJoin = "round";
     for (const one of this.series) {
       if (!one.on) continue;
       pen.strokeStyle = pen.fillStyle = css(one.color);
-      pen.setLineDash(one.dash || []);
+      pen.setLineDash(faint ? [2, 3] : one.dash || []);
       pen.beginPath();
       let before = null,
         alone = 0;
@@ -7267,6 +7277,33 @@ class Chart {
   }
 }
 
+/** A small line of one figure over runs, the newest at the right; items: [{value, label, isThis}]. */
+function trendLine(title, color, items, format) {
+  const known = items.filter((item) => isNumber(item.value));
+  const most = Math.max(...known.map((item) => item.value), 0) || 1;
+  const svg = (tag, attributes, ...children) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
+    element.append(...children);
+    return element;
+  };
+  const x = (index) => (known.length > 1 ? 2 + (96 * index) / (known.length - 1) : 50),
+    y = (value) => 38 - (34 * value) / most;
+  const drawn = {fill: "none", stroke: "var(" + color + ")", "vector-effect": "non-scaling-stroke", "stroke-linecap": "round"};
+  const line = svg("polyline", {...drawn, "stroke-width": 1.75, points: known.map((item, index) => x(index) + "," + y(item.value)).join(" ")});
+  const dots = known.map((item, index) =>
+    svg(
+      "path",
+      {...drawn, "stroke-width": item.isThis ? 10 : 6, d: "M" + x(index) + " " + y(item.value) + "h0"},
+      svg("title", {}, item.label + ": " + format(item.value)),
+    ),
+  );
+  const mine = known.find((item) => item.isThis);
+  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE);
+  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, line, ...dots);
+  return h("div", {class: "panel trend"}, h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
+}
+
 // ---- the page of a run ----
 
 // Locust's own columns in Locust's order.
@@ -7292,6 +7329,24 @@ function seriesOf(samples) {
   const polled = 2 * numberOf("poll") >= numberOf("push");
   const kept = samples.filter((sample) => !polled || sample.source !== "push");
   return kept.map((sample) => (sample.source !== "final" || kept.length < 2 ? sample : {...sample, totalRps: null, currentUsers: null}));
+}
+
+/** Samples as the charts' points, by seconds since the start (epoch ms). */
+function pointsOf(samples, start) {
+  const kept = seriesOf(samples);
+  // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
+  const windowed = kept.some((sample) => isNumber(sample.currentP95Ms));
+  return kept
+    .map((sample) => ({
+      t: (at(sample.timestamp) - start) / 1000,
+      rps: sample.totalRps,
+      failures: sample.failuresPerSec,
+      users: sample.currentUsers,
+      p99: sample.p99ResponseMs,
+      p50: windowed ? sample.currentP50Ms : sample.p50ResponseMs,
+      p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
+    }))
+    .filter((point) => point.t > -5);
 }
 
 const FEW_ENDPOINTS = 100;
@@ -7391,20 +7446,7 @@ class RunView {
   plot() {
     const run = this.run;
     if (!run || !this.group) return;
-    const samples = seriesOf(this.group.zoom && this.detail ? this.detail : this.whole);
-    // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
-    const windowed = samples.some((sample) => isNumber(sample.currentP95Ms));
-    this.group.points = samples
-      .map((sample) => ({
-        t: (at(sample.timestamp) - this.start) / 1000,
-        rps: sample.totalRps,
-        failures: sample.failuresPerSec,
-        users: sample.currentUsers,
-        p99: sample.p99ResponseMs,
-        p50: windowed ? sample.currentP50Ms : sample.p50ResponseMs,
-        p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
-      }))
-      .filter((point) => point.t > -5);
+    this.group.points = pointsOf(this.group.zoom && this.detail ? this.detail : this.whole, this.start);
     this.setEnd();
     this.group.draw();
   }
@@ -7413,7 +7455,8 @@ class RunView {
     const last = this.group.points.at(-1),
       ended = at(this.run.finishedAt);
     const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
-    this.group.end = Math.max(1, until, last ? last.t : 0);
+    const others = this.group.other.at(-1);
+    this.group.end = Math.max(1, until, last ? last.t : 0, others ? others.t : 0);
   }
 
   // ---- what is beside the charts ----
@@ -7493,6 +7536,7 @@ class RunView {
       ["failures", "Failures"],
       ["exceptions", "Exceptions"],
       ["workers", "Workers"],
+      ["history", "History"],
       ["details", "Details"],
     ];
     this.tabButtons = new Map(
@@ -7545,7 +7589,14 @@ class RunView {
       h(
         "section",
         {"aria-label": "Charts"},
-        h("div", {class: "head"}, h("h2", {}, "Charts"), h("span", {class: "hint"}, "drag to zoom"), this.group.reset),
+        h(
+          "div",
+          {class: "head"},
+          h("h2", {}, "Charts"),
+          h("span", {class: "hint"}, "drag to zoom"),
+          this.group.reset,
+          make("beside", "span", {class: "hint", hidden: true}),
+        ),
         h(
           "div",
           {class: "charts"},
@@ -7671,7 +7722,7 @@ class RunView {
       fact("Tenant", run.tenantId),
       fact("Environment", run.envId),
       run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
-      fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.00$/, "") + "/s"),
+      fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.0+$/, "") + "/s"),
       fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)),
       run.createdBy ? fact("By", run.createdBy) : null,
       run.stopReason ? fact("Stopped by", run.stopReason) : null,
@@ -7759,6 +7810,7 @@ class RunView {
     }
     if (this.tab === "endpoints") this.showEndpoints();
     else if (this.tab === "details") this.showDetails();
+    else if (this.tab === "history") this.showHistory();
     else this.showSimple();
   }
 
@@ -7854,6 +7906,105 @@ class RunView {
     }
     const heads = labels.map((label) => [label, label.startsWith("#") || label === "CPU usage" ? "num" : ""]);
     this.parts.panel.replaceChildren(plainTable(this.tab, heads, list.slice(0, 500).map(cellsOf)));
+  }
+
+  // ---- earlier runs of the same scenario ----
+
+  async loadHistory() {
+    this.historyAsked = now();
+    const {tenantId, envId, scenarioId} = this.run;
+    const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId, search: scenarioId});
+    const runs = await get("/v1/tests?" + wanted).catch(() => null);
+    if (this.closed || !runs) return;
+    this.history = runs.filter((run) => run.scenarioId === scenarioId && run.id !== this.id).slice(0, 25);
+    this.showTabs();
+  }
+
+  /** Draw another run's lines below this one's, both from their start; null: none. */
+  async overlay(run) {
+    this.besideId = run && run.id;
+    const answer = run && (await attempt(() => get(runPath(run.id, "/metrics?maxPoints=1000"))));
+    if (this.closed || this.besideId !== (run && run.id)) return;
+    this.group.other = answer ? pointsOf(answer.points, at(run.startedAt || run.createdAt)) : [];
+    const beside = this.parts.beside;
+    beside.hidden = !answer;
+    if (run) {
+      const remove = h("button", {class: "small plain", onclick: () => this.overlay(null)}, "Remove");
+      beside.replaceChildren("dotted: the run of " + moment(run.startedAt || run.createdAt) + " ", remove);
+      beside.scrollIntoView({block: "nearest"});
+    }
+    this.setEnd();
+    this.group.draw();
+    this.showTabs();
+  }
+
+  showHistory() {
+    if (!this.history || now() - this.historyAsked > 60000) this.loadHistory();
+    const mine = this.run.lastMetrics || {};
+    const text = "history" + JSON.stringify([this.history, this.besideId, mine.p95ResponseMs, mine.totalRps]);
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    if (!this.history || !this.history.length) {
+      this.parts.panel.replaceChildren(
+        h("div", {class: "panel empty"}, this.history ? "No other run of this scenario has ended yet." : "Loading\u2026"),
+      );
+      return;
+    }
+    const num = (label) => [label, "num"];
+    const heads = [
+      ["Started"],
+      ["Status"],
+      num("Users"),
+      num("Time"),
+      num("RPS"),
+      num("Failures"),
+      num("Median (ms)"),
+      num("95%ile (ms)"),
+      num("99%ile (ms)"),
+    ];
+    const rows = this.history.map((run) => this.historyRow(run, mine));
+    const over = [this.run, ...this.history].filter((run) => run.lastMetrics).sort((a, b) => at(a.createdAt) - at(b.createdAt));
+    const trend = (title, color, key, format) =>
+      trendLine(
+        title,
+        color,
+        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt), isThis: run === this.run})),
+        format,
+      );
+    const trends = [
+      trend("95%ile (ms)", "--p95", "p95ResponseMs", millis),
+      trend("RPS", "--rps", "totalRps", rate),
+      trend("Failures", "--failures", "errorRate", percent),
+    ];
+    this.parts.panel.replaceChildren(
+      h("div", {class: "trends"}, trends),
+      plainTable("Earlier runs", [...heads, num("\u0394 95%ile"), num("\u0394 RPS"), num("Charts")], rows),
+      h("p", {class: "hint"}, "\u0394: this run against that one."),
+    );
+  }
+
+  historyRow(run, mine) {
+    const numbers = run.lastMetrics || {},
+      status = h("span"),
+      verdict = h("span"),
+      shown = run.id === this.besideId;
+    showStatus(status, run);
+    showVerdict(verdict, run);
+    const change = (key) => (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
+    return [
+      [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
+      [h("span", {}, status, " ", verdict)],
+      [count(run.targetUsers), "num"],
+      [timingText(run), "num"],
+      [rate(numbers.totalRps), "num"],
+      [percent(numbers.errorRate), numbers.errorRate > 0 ? "num fails" : "num"],
+      [millis(numbers.p50ResponseMs), "num"],
+      [millis(numbers.p95ResponseMs), "num"],
+      [millis(numbers.p99ResponseMs), "num"],
+      [change("p95ResponseMs"), "num"],
+      [change("totalRps"), "num"],
+      [h("button", {class: "small", "aria-pressed": shown, onclick: () => this.overlay(shown ? null : run)}, shown ? "Hide" : "Overlay"), "num"],
+    ];
   }
 
   showDetails() {

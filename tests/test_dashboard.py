@@ -439,6 +439,23 @@ def test_verdict_thresholds_marks_failures_and_exceptions_are_shown_as_text(page
     assert page.all("main script, main img") == []
 
 
+def test_history_shows_earlier_runs_of_the_scenario_and_overlays_one(page):
+    page.open(f"#/runs/{page.plane.ids['failed']}")
+    eventually(page.points)
+    page.one("#tab-history").click()
+    eventually(lambda: len(page.all(".tabpanel tbody tr")) == 25, what="the newest 25 of 334 runs")
+    assert len(page.all(".trend svg path")) == 3 * 26, "they and this one, for each figure"
+    page.press("Overlay", ".tabpanel")
+    page.shows("dotted: the run of")
+    assert eventually(lambda: page.driver.execute_script("return view.group.other.length")) > 1
+    page.browser.screenshot("history")
+    page.press("Remove")
+    eventually(lambda: page.driver.execute_script("return view.group.other.length") == 0)
+    page.open(f"#/runs/{page.plane.ids['odd']}")
+    page.one("#tab-history").click()
+    page.shows("No other run of this scenario", ".tabpanel")
+
+
 def test_hidden_tab_gives_its_connection_back_and_catches_up(page):
     page.driver.execute_script("""window.hide = (hidden) => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
         document.dispatchEvent(new Event('visibilitychange')); };
