@@ -1836,12 +1836,13 @@ class Record:
     `head` is the run's JSON without the closing brace, `metrics` its lastMetrics; kept
     apart, neither is stored twice and a new sample does not remake the run."""
 
-    __slots__ = ("run", "snapshot", "snapshot_at", "head", "metrics")
+    __slots__ = ("run", "snapshot", "snapshot_at", "source", "head", "metrics")
 
     def __init__(self, run: Run, metrics: bytes | None = None):
         self.run = run
         self.snapshot: Snapshot | None = None
         self.snapshot_at = -math.inf
+        self.source = ""  # of the snapshot: poll, push or final
         self.head: bytes | None = None
         self.metrics = metrics
 
@@ -1849,7 +1850,8 @@ class Record:
         self.run = run
         self.head = None
 
-    def set_snapshot(self, snapshot: Snapshot) -> None:
+    def set_snapshot(self, snapshot: Snapshot, source: str) -> None:
+        self.source = source
         self.snapshot = snapshot
         self.snapshot_at = snapshot.taken_at
         self.metrics = None
@@ -1966,8 +1968,9 @@ class Store:
         """The newest numbers of a run that is going on; None when there are none."""
         with self._lock:
             record = self._records.get(run_id)
-            snapshot = record.snapshot if record else None
-        return sample_of(run_id, snapshot, "live") if snapshot else None
+            if record is None or record.snapshot is None:
+                return None
+            return sample_of(run_id, record.snapshot, record.source)
 
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
         """The runs, newest first."""
@@ -1978,19 +1981,21 @@ class Store:
         self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
     ) -> tuple[list[bytes], int | None]:
         """Up to `limit` answers, newest first, from before `before_seq`; and the last one's
-        seq if there are more."""
-        page: list[bytes] = []
-        last = None
+        seq if there are more. The search goes without the lock, which callbacks wait for."""
         with self._lock:
-            for record in reversed(self._records.values()):
-                run = record.run
-                if (before_seq is not None and run.seq >= before_seq) or not wanted.takes(run):
-                    continue
-                if limit is not None and len(page) == limit:
-                    return page, last
-                page.append(record.brief() if brief else record.wire())
-                last = run.seq
-        return page, None
+            records = list(self._records.values())
+        found: list[Record] = []
+        for record in reversed(records):
+            run = record.run
+            if (before_seq is None or run.seq < before_seq) and wanted.takes(run):
+                found.append(record)
+                if limit is not None and len(found) > limit:
+                    break
+        is_more = limit is not None and len(found) > limit
+        found = found[:limit]
+        with self._lock:
+            page = [record.brief() if brief else record.wire() for record in found]
+        return page, found[-1].run.seq if is_more else None
 
     def active_runs(self) -> list[Run]:
         with self._lock:
@@ -2054,7 +2059,7 @@ class Store:
             if to not in TRANSITIONS[run.status]:
                 raise Conflict(f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value)
             if snapshot is not None:
-                record.set_snapshot(snapshot)
+                record.set_snapshot(snapshot, "final")
                 self._journal.add_sample(sample_of(run_id, snapshot, "final"))
             run = self._save(record, replace(run, status=to, **changes))
         if durable:
@@ -2088,7 +2093,7 @@ class Store:
                 return False
             self._journal.add_sample(sample_of(run_id, snapshot, source))
             if snapshot.taken_at >= record.snapshot_at:
-                record.set_snapshot(snapshot)
+                record.set_snapshot(snapshot, source)
                 self._journal.save(record)
                 self._tell(record.run)
             return True
@@ -5662,8 +5667,7 @@ main:focus { outline: none; }
   display: flex; align-items: center; gap: 10px; padding: 8px 20px; background: var(--panel);
   border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 5;
 }
-#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; display: flex; gap: 8px; align-items: center; }
-#top .brand svg { display: block; }
+#top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; white-space: nowrap; }
 #top .space { flex: 1; }
 #top .who { color: var(--soft); font-size: 13px; }
 .live { display: inline-flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12px; }
@@ -5671,18 +5675,21 @@ main:focus { outline: none; }
 .live.on::before { background: var(--rps); }
 .live.off::before { background: var(--failures); }
 #lost { background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550; border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4; }
+main > p.back { margin: 0 0 8px; }
 h1 { font-size: 20px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
 h2 { font-size: 14px; margin: 0; font-weight: 650; }
 h2 .count { color: var(--soft); font-weight: 400; margin-left: 4px; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 section { margin-top: 22px; }
+main > h1.unseen + section { margin-top: 4px; }
 section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
 section > .head .space { flex: 1; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
 .soft { color: var(--soft); }
 .empty { padding: 26px 16px; text-align: center; color: var(--soft); }
 .empty p { margin: 0 0 10px; }
+.empty p:last-child { margin: 0; }
 .name { unicode-bidi: isolate; overflow-wrap: anywhere; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px; }
 
@@ -5711,7 +5718,8 @@ label.field > span, .field > .label { display: block; font-size: 12.5px; font-we
 label.field > input, label.field > select, label.field > textarea { width: 100%; }
 label.check { display: flex; align-items: center; gap: 8px; }
 .hint { color: var(--soft); font-size: 12.5px; }
-.wrong { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
+.wrong, label.field > .wrong { color: var(--bad); font-size: 12.5px; font-weight: 400; margin: 3px 0 0; overflow-wrap: anywhere; }
+label.field > .wrong:empty { display: none; }
 input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
 
 /* ---- states ---- */
@@ -5733,6 +5741,7 @@ input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true]
 .meter { height: 6px; border-radius: 3px; background: var(--calm-wash); overflow: hidden; min-width: 44px; }
 .meter > div { height: 100%; width: 0; background: var(--accent); border-radius: 3px; transition: width .4s linear; }
 .meter.hot > div { background: var(--bad); }
+.meter.over > div { background: var(--line-strong); }
 @media (prefers-reduced-motion: reduce) { .meter > div { transition: none; } }
 
 /* ---- tables ---- */
@@ -5747,7 +5756,7 @@ thead tr:first-child th:last-child { border-top-right-radius: 8px; }
 tbody tr:hover td { background: var(--raised); }
 td.num, th.num { text-align: right; }
 td.wide { white-space: normal; min-width: 160px; max-width: 420px; overflow-wrap: anywhere; }
-td .two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
+.two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
 td.acts { text-align: right; }
 td.acts button + button { margin-left: 4px; }
 td.fails { color: var(--bad); font-weight: 600; }
@@ -5766,6 +5775,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 /* ---- clusters ---- */
 .clusters { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
 .cluster { padding: 10px 14px; display: flex; flex-direction: column; gap: 7px; min-width: 0; }
+.clusters > .empty { grid-column: 1 / -1; }
 .cluster .row { display: flex; gap: 8px; align-items: center; justify-content: space-between; min-width: 0; }
 .cluster .row > .name { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .cluster .title { font-weight: 650; }
@@ -5781,15 +5791,15 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
 .facts b { font-weight: 550; color: var(--text); }
 .time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; gap: 1px; background: var(--line); }
-.tile { padding: 9px 14px; background: var(--panel); min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; }
+.tile { padding: 9px 14px; min-width: 0; border: solid var(--line); border-width: 0 1px 1px 0; margin: 0 -1px -1px 0; }
 .tile .label { font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap; }
 .tile .label i { width: 9px; height: 9px; border-radius: 2px; flex: none; }
 .tile .value { font-size: 21px; line-height: 1.3; font-weight: 600; white-space: nowrap; }
 .tile .value small { font-size: 12px; color: var(--soft); font-weight: 400; margin-left: 3px; }
 .charts { display: grid; grid-template-columns: 1fr; gap: 10px; margin-top: 12px; }
 @media (min-width: 1100px) { .charts { grid-template-columns: 1fr 1fr; } .charts > :first-child { grid-column: 1 / -1; } }
-.chart { padding: 8px 10px 4px; position: relative; min-width: 0; }
+.chart { padding: 8px 10px 4px; position: relative; min-width: 0; display: flex; flex-direction: column; }
 .chart .head { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: center; padding: 0 4px 4px; }
 .chart h3 { font-size: 13px; font-weight: 600; margin: 0; }
 .chart .legend { display: flex; flex-wrap: wrap; gap: 2px 4px; margin-left: auto; }
@@ -5799,7 +5809,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
 .legend i { width: 10px; height: 3px; border-radius: 2px; }
 .legend b { color: var(--text); font-weight: 600; min-width: 2.4em; text-align: right; }
-.chart canvas { display: block; width: 100%; height: 190px; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
+.chart canvas { display: block; width: 100%; height: 190px; flex: 1 0 auto; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
 .charts > :first-child canvas { height: 220px; }
 .tip {
   position: absolute; z-index: 3; pointer-events: none; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
@@ -5813,6 +5823,11 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
 .tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
 .tabpanel { margin-top: 10px; }
+.tabpanel .bar { margin-bottom: 8px; }
+.trends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-bottom: 10px; }
+.trend { padding: 8px 14px 6px; }
+.trend .label { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft); } .trend .label b { color: var(--text); }
+.trend svg { display: block; width: 100%; height: 56px; overflow: visible; }
 .details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
 .details .panel { padding: 12px 16px; min-width: 0; }
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
@@ -5835,9 +5850,9 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
-  #top { padding: 8px 10px; } #top .who { display: none; }
+  #top { padding: 8px 10px; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
   .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
-  .tiles { grid-template-columns: repeat(auto-fit, minmax(92px, 1fr)); }
+  .tiles { grid-template-columns: repeat(3, 1fr); }
   .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
   dialog .three { grid-template-columns: 1fr 1fr; }
   th, td { padding: 6px 9px; }
@@ -5860,7 +5875,7 @@ function h(tag, attributes, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -5874,14 +5889,19 @@ function setClass(element, text) {
 }
 
 let sayTimer = 0;
-function say(text) {  // to screen readers
+function say(text) {
+  // to screen readers
   clearTimeout(sayTimer);
   sayTimer = setTimeout(() => setText($("said"), text), 100);
 }
 
 function toast(text, kind) {
-  const box = h("div", {class: "toast " + (kind || "")}, h("span", {}, text),
-    h("button", {class: "plain small", "aria-label": "Dismiss", onclick: () => box.remove()}, "\u00d7"));
+  const box = h(
+    "div",
+    {class: "toast " + (kind || "")},
+    h("span", {}, text),
+    h("button", {class: "plain small", "aria-label": "Dismiss", onclick: () => box.remove()}, "\u00d7"),
+  );
   $("toasts").append(box);
   while ($("toasts").children.length > 4) $("toasts").firstChild.remove();
   setTimeout(() => box.remove(), kind === "bad" ? 15000 : 6000);
@@ -5893,24 +5913,39 @@ const NONE = "\u2013";
 const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
 
 const isNumber = (value) => typeof value === "number" && isFinite(value);
-const count = (value) => isNumber(value) ? formats[0].format(value) : NONE;
-const rate = (value) => isNumber(value) ? formats[value >= 1000 ? 0 : value >= 100 ? 1 : 2].format(value) : NONE;
-const millis = (value) => isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE;
-const percent = (value) => isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : 2].format(value)) + "%" : NONE;
+const count = (value) => (isNumber(value) ? formats[0].format(value) : NONE);
+const rate = (value) => (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 10 ? 1 : 2].format(value) : NONE);
+const millis = (value) => (isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE);
+const percent = (value) =>
+  isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2 : 0].format(value)) + "%" : NONE;
+
+const signedPercent = (share) => (share >= 0 ? "+" : "\u2212") + formats[1].format(Math.abs(share) * 100) + "%";
 
 /** Seconds as 1:02:03 or 2:03. */
 function clock(seconds) {
-  const s = Math.max(0, Math.round(seconds)), pad = (n) => String(n).padStart(2, "0");
-  const hours = Math.floor(s / 3600), rest = pad(s % 60);
+  const s = Math.max(0, Math.round(seconds)),
+    pad = (n) => String(n).padStart(2, "0");
+  const hours = Math.floor(s / 3600),
+    rest = pad(s % 60);
   return hours ? hours + ":" + pad(Math.floor(s / 60) % 60) + ":" + rest : Math.floor(s / 60) + ":" + rest;
 }
 
 /** Seconds as a person writes them: 1h30m. */
 function span(seconds) {
-  const s = Math.round(seconds), parts = [[86400, "d"], [3600, "h"], [60, "m"], [1, "s"]];
-  let rest = s, text = "";
+  const s = Math.round(seconds),
+    parts = [
+      [86400, "d"],
+      [3600, "h"],
+      [60, "m"],
+      [1, "s"],
+    ];
+  let rest = s,
+    text = "";
   for (const [size, letter] of parts) {
-    if (rest >= size) { text += Math.floor(rest / size) + letter; rest %= size; }
+    if (rest >= size) {
+      text += Math.floor(rest / size) + letter;
+      rest %= size;
+    }
   }
   return text || "0s";
 }
@@ -5924,9 +5959,9 @@ function parseSpan(text) {
   return [86400, 3600, 60, 1].reduce((sum, size, index) => sum + size * Number(match[index + 1] || 0), 0);
 }
 
-let clockSkew = 0;  // ms that the server's clock is ahead of ours
+let clockSkew = 0; // ms that the server's clock is ahead of ours
 const now = () => Date.now() + clockSkew;
-const at = (text) => text ? Date.parse(text) : NaN;  // epoch ms
+const at = (text) => (text ? Date.parse(text) : NaN); // epoch ms
 
 const dayFormat = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
 const hourFormat = new Intl.DateTimeFormat("en-GB", {hour: "2-digit", minute: "2-digit", second: "2-digit"});
@@ -5966,7 +6001,11 @@ async function api(method, path, body) {
   if (isFinite(skew)) clockSkew = Math.abs(skew) > 2000 ? skew : 0;
   const text = await response.text();
   let data = null;
-  try { data = text ? JSON.parse(text) : null; } catch (error) { data = {message: text.slice(0, 300)}; }
+  try {
+    data = text ? JSON.parse(text) : null;
+  } catch (error) {
+    data = {message: text.slice(0, 300)};
+  }
   if (response.status === 401 && path !== "/session") showSignIn(data && data.message);
   if (!response.ok) throw new ApiError(response.status, data || {});
   return {data, link: response.headers.get("Link")};
@@ -5989,7 +6028,13 @@ async function attempt(work) {
 // ---- live events ----
 
 const live = {
-  source: null, path: "", view: null, timer: 0, tries: 0, isLost: false, dark: 0,
+  source: null,
+  path: "",
+  view: null,
+  timer: 0,
+  tries: 0,
+  isLost: false,
+  dark: 0,
 
   follow(path, view) {
     this.stop();
@@ -6001,9 +6046,16 @@ const live = {
   connect() {
     clearTimeout(this.timer);
     if (this.source) this.source.close();
-    const source = this.source = new EventSource(this.path);
-    source.onopen = () => { this.tries = 0; const wasLost = this.isLost; this.reachable(); if (wasLost) this.view.refresh(); };
-    source.onerror = () => { if (this.source === source) this.failed(source); };
+    const source = (this.source = new EventSource(this.path));
+    source.onopen = () => {
+      this.tries = 0;
+      const wasLost = this.isLost;
+      this.reachable();
+      if (wasLost) this.view.refresh();
+    };
+    source.onerror = () => {
+      if (this.source === source) this.failed(source);
+    };
     for (const kind of ["run", "sample", "deleted"]) {
       source.addEventListener(kind, (event) => this.view.onEvent(kind, JSON.parse(event.data)));
     }
@@ -6022,8 +6074,13 @@ const live = {
     const view = this.view;
     try {
       session = await get("/session");
-      if (!session.signedIn) { showSignIn("Your sign-in has ended."); return; }
-    } catch (error) { /* still away */ }
+      if (!session.signedIn) {
+        showSignIn("Your sign-in has ended.");
+        return;
+      }
+    } catch (error) {
+      /* still away */
+    }
     if (this.view === view && view) this.connect();
   },
   unreachable() {
@@ -6062,7 +6119,10 @@ document.addEventListener("visibilitychange", () => {
   clearTimeout(live.dark);
   if (!live.view) return;
   if (document.hidden) {
-    live.dark = setTimeout(() => { if (live.source) live.source.close(); live.source = null; }, 20000);
+    live.dark = setTimeout(() => {
+      if (live.source) live.source.close();
+      live.source = null;
+    }, 20000);
   } else if (!live.source) {
     live.connect();
     live.view.refresh();
@@ -6088,7 +6148,8 @@ function showVerdict(badge, run) {
 
 /** Seconds since the start (until the end), of how many; NaN when unknown. */
 function timing(run) {
-  const started = at(run.startedAt), ended = run.finishedAt ? at(run.finishedAt) : now();
+  const started = at(run.startedAt),
+    ended = run.finishedAt ? at(run.finishedAt) : now();
   return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN : run.durationSeconds};
 }
 
@@ -6100,12 +6161,16 @@ function timingText(run) {
 }
 
 function meter(label) {
-  const bar = h("div", {}), box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100}, bar);
-  return {box, set(share) {
-    const value = Math.round(1000 * Math.min(1, Math.max(0, share || 0))) / 10;
-    bar.style.width = value + "%";
-    box.setAttribute("aria-valuenow", Math.round(value));
-  }};
+  const bar = h("div", {}),
+    box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100}, bar);
+  return {
+    box,
+    set(share) {
+      const value = Math.round(1000 * Math.min(1, Math.max(0, share || 0))) / 10;
+      bar.style.width = value + "%";
+      box.setAttribute("aria-valuenow", Math.round(value));
+    },
+  };
 }
 
 // ---- dialogs ----
@@ -6113,11 +6178,31 @@ function meter(label) {
 /** Ask before a dangerous act; resolves to true when it is confirmed. */
 function confirmed(title, text, button, kind) {
   return new Promise((resolve) => {
-    const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: (event) => { event.preventDefault(); dialog.close("yes"); }},
-      h("h2", {id: "dialog-title"}, title), h("p", {class: "soft"}, text),
-      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close("")}, "Cancel"),
-        h("button", {class: "primary " + (kind || ""), autofocus: true}, button))));
-    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue === "yes"); });
+    const dialog = h(
+      "dialog",
+      {"aria-labelledby": "dialog-title"},
+      h(
+        "form",
+        {
+          onsubmit: (event) => {
+            event.preventDefault();
+            dialog.close("yes");
+          },
+        },
+        h("h2", {id: "dialog-title"}, title),
+        h("p", {class: "soft"}, text),
+        h(
+          "div",
+          {class: "ends"},
+          h("button", {type: "button", onclick: () => dialog.close("")}, "Cancel"),
+          h("button", {class: "primary " + (kind || ""), autofocus: true}, button),
+        ),
+      ),
+    );
+    dialog.addEventListener("close", () => {
+      dialog.remove();
+      resolve(dialog.returnValue === "yes");
+    });
     document.body.append(dialog);
     dialog.showModal();
   });
@@ -6126,18 +6211,33 @@ function confirmed(title, text, button, kind) {
 const runWords = (run) => "\u201c" + run.scenarioId + "\u201d (" + run.tenantId + " / " + run.envId + ")";
 
 async function stopRun(run) {
-  if (!await confirmed("Stop this test?", runWords(run) + " ends now; its numbers so far are kept.", "Stop test", "danger")) return;
+  if (!(await confirmed("Stop this test?", runWords(run) + " ends now; its numbers so far are kept.", "Stop test", "danger"))) return;
   if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
 }
 
 async function rerun(run) {
-  if (!await confirmed("Start the same test again?", runWords(run) + " with " + count(run.targetUsers) + " users. It waits in the queue if the cluster is busy.", "Start test")) return;
+  if (
+    !(await confirmed(
+      "Start the same test again?",
+      runWords(run) + " with " + count(run.targetUsers) + " users. It waits in the queue if the cluster is busy.",
+      "Start test",
+    ))
+  )
+    return;
   const answer = await attempt(() => api("POST", runPath(run.id, "/rerun"), {queue: true}));
   if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
 }
 
 async function deleteRun(run) {
-  if (!await confirmed("Delete this run?", runWords(run) + " of " + moment(run.createdAt) + " and all its numbers are removed for good.", "Delete run", "danger")) return;
+  if (
+    !(await confirmed(
+      "Delete this run?",
+      runWords(run) + " of " + moment(run.createdAt) + " and all its numbers are removed for good.",
+      "Delete run",
+      "danger",
+    ))
+  )
+    return;
   if (await attempt(() => api("DELETE", runPath(run.id)))) {
     toast("Deleted.");
     if (location.hash.startsWith("#/runs/")) location.hash = "#/";
@@ -6146,12 +6246,22 @@ async function deleteRun(run) {
 
 async function annotate(run) {
   const text = h("input", {required: true, maxlength: 200, autofocus: true, placeholder: "deployed version 2.1"});
-  const dialog = h("dialog", {"aria-labelledby": "dialog-title"}, h("form", {onsubmit: async (event) => {
-    event.preventDefault();
-    if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
-  }}, h("h2", {id: "dialog-title"}, "Mark this moment"),
-    h("label", {class: "field"}, h("span", {}, "What happened"), text),
-    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Mark"))));
+  const dialog = h(
+    "dialog",
+    {"aria-labelledby": "dialog-title"},
+    h(
+      "form",
+      {
+        onsubmit: async (event) => {
+          event.preventDefault();
+          if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
+        },
+      },
+      h("h2", {id: "dialog-title"}, "Mark this moment"),
+      h("label", {class: "field"}, h("span", {}, "What happened"), text),
+      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Mark")),
+    ),
+  );
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
@@ -6160,7 +6270,10 @@ async function annotate(run) {
 /** Lines of key=value as an object; throws for a line without =. */
 function parseMetadata(text) {
   const metadata = {};
-  for (const line of text.split("\n").map((one) => one.trim()).filter(Boolean)) {
+  for (const line of text
+    .split("\n")
+    .map((one) => one.trim())
+    .filter(Boolean)) {
     const sign = line.indexOf("=");
     if (sign < 1) throw new Error("each line is key=value; this one is not: " + line);
     metadata[line.slice(0, sign).trim()] = line.slice(sign + 1).trim();
@@ -6174,7 +6287,11 @@ async function startDialog() {
   const scenarios = [...new Set(recent.map((run) => run.scenarioId))];
   const last = recent[0] || {};
   const fields = {
-    place: h("select", {required: true}, places.map((one, index) => h("option", {value: index}, one.tenantId + " / " + one.envId))),
+    place: h(
+      "select",
+      {required: true},
+      places.map((one, index) => h("option", {value: index}, one.tenantId + " / " + one.envId)),
+    ),
     scenarioId: h("input", {required: true, list: "scenarios", maxlength: 256, autocomplete: "off", placeholder: "checkout"}),
     targetUsers: h("input", {required: true, inputmode: "numeric", value: last.targetUsers || 10, autocomplete: "off"}),
     spawnRate: h("input", {required: true, inputmode: "decimal", value: last.spawnRate || 1, autocomplete: "off"}),
@@ -6183,14 +6300,22 @@ async function startDialog() {
     queue: h("input", {type: "checkbox"}),
   };
   const problem = h("div", {class: "wrong", role: "alert"});
-  const field = (name, label, hint) => h("label", {class: "field"}, h("span", {}, label), fields[name], hint ? h("span", {class: "hint"}, hint) : null,
-    h("span", {class: "wrong", "data-for": name}));
+  const field = (name, label, hint) =>
+    h(
+      "label",
+      {class: "field"},
+      h("span", {}, label),
+      fields[name],
+      hint ? h("span", {class: "hint"}, hint) : null,
+      h("span", {class: "wrong", "data-for": name}),
+    );
 
   function showProblems(problems, message) {
     for (const slot of dialog.querySelectorAll("[data-for]")) {
       const name = slot.getAttribute("data-for");
       setText(slot, problems[name] || "");
-      if (problems[name]) fields[name].setAttribute("aria-invalid", "true"); else fields[name].removeAttribute("aria-invalid");
+      if (problems[name]) fields[name].setAttribute("aria-invalid", "true");
+      else fields[name].removeAttribute("aria-invalid");
     }
     setText(problem, message || "");
     const bad = dialog.querySelector("[aria-invalid]");
@@ -6198,17 +6323,26 @@ async function startDialog() {
   }
 
   function read() {
-    const problems = {}, place = places[fields.place.value] || {}, length = fields.durationSeconds.value.trim();
+    const problems = {},
+      place = places[fields.place.value] || {},
+      length = fields.durationSeconds.value.trim();
     const body = {
-      tenantId: place.tenantId, envId: place.envId, scenarioId: fields.scenarioId.value.trim(),
-      targetUsers: Number(fields.targetUsers.value), spawnRate: Number(fields.spawnRate.value),
+      tenantId: place.tenantId,
+      envId: place.envId,
+      scenarioId: fields.scenarioId.value.trim(),
+      targetUsers: Number(fields.targetUsers.value),
+      spawnRate: Number(fields.spawnRate.value),
     };
     if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
     if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
     if (length) body.durationSeconds = parseSpan(length);
     if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
     if (fields.queue.checked) body.queue = true;
-    try { body.metadata = parseMetadata(fields.metadata.value); } catch (error) { problems.metadata = error.message; }
+    try {
+      body.metadata = parseMetadata(fields.metadata.value);
+    } catch (error) {
+      problems.metadata = error.message;
+    }
     return {body, problems};
   }
 
@@ -6225,22 +6359,38 @@ async function startDialog() {
     } catch (error) {
       const body_ = error.body || {};
       showProblems(body_.fields || {}, body_.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
-      if (body_.activeRunId) problem.append(" ", h("a", {href: "#/runs/" + encodeURIComponent(body_.activeRunId), onclick: () => dialog.close()}, "Open the run that has it"));
+      if (body_.activeRunId)
+        problem.append(
+          " ",
+          h("a", {href: "#/runs/" + encodeURIComponent(body_.activeRunId), onclick: () => dialog.close()}, "Open the run that has it"),
+        );
     }
     start.disabled = false;
   }
 
   const start = h("button", {class: "primary"}, "Start test");
-  const dialog = h("dialog", {"aria-labelledby": "dialog-title", id: "start-dialog"}, h("form", {novalidate: true, onsubmit: submit},
-    h("h2", {id: "dialog-title"}, "Start a test"),
-    places.length ? null : h("p", {class: "note warn"}, "There is no cluster you may use: the configuration's locustClusters names them."),
-    field("place", "Tenant / environment"), field("scenarioId", "Scenario"),
-    h("datalist", {id: "scenarios"}, scenarios.map((name) => h("option", {value: name}))),
-    h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
-    field("metadata", "Metadata, key=value on each line"),
-    h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
-    problem,
-    h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), start)));
+  const dialog = h(
+    "dialog",
+    {"aria-labelledby": "dialog-title", id: "start-dialog"},
+    h(
+      "form",
+      {novalidate: true, onsubmit: submit},
+      h("h2", {id: "dialog-title"}, "Start a test"),
+      places.length ? null : h("p", {class: "note warn"}, "There is no cluster you may use: the configuration's locustClusters names them."),
+      field("place", "Tenant / environment"),
+      field("scenarioId", "Scenario"),
+      h(
+        "datalist",
+        {id: "scenarios"},
+        scenarios.map((name) => h("option", {value: name})),
+      ),
+      h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
+      field("metadata", "Metadata, key=value on each line"),
+      h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
+      problem,
+      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), start),
+    ),
+  );
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
@@ -6270,9 +6420,17 @@ function showSignIn(message) {
       token.select();
     }
   }
-  $("main").replaceChildren(h("form", {class: "panel sign-in", onsubmit: submit, novalidate: true},
-    h("h1", {}, "Sign in"), h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: you get a cookie for 12 hours."),
-    h("label", {class: "field"}, h("span", {}, "API token"), token), problem, h("button", {class: "primary"}, "Sign in")));
+  $("main").replaceChildren(
+    h(
+      "form",
+      {class: "panel sign-in", onsubmit: submit, novalidate: true},
+      h("h1", {}, "Sign in"),
+      h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: you get a cookie for 12 hours."),
+      h("label", {class: "field"}, h("span", {}, "API token"), token),
+      problem,
+      h("button", {class: "primary"}, "Sign in"),
+    ),
+  );
   token.focus();
 }
 
@@ -6284,18 +6442,32 @@ async function signOut() {
 const mayAct = () => session && session.role !== "viewer";
 
 function showTop() {
-  $("top").replaceChildren(h("a", {class: "brand", href: "#/"}, "Load Manager"), ...(session ? [
-    h("span", {class: "live on", id: "live"}, "Live"), h("span", {class: "space"}),
-    mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
-    h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
-    session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
-  ].filter(Boolean) : []));
+  $("top").replaceChildren(
+    h("a", {class: "brand", href: "#/"}, "Load Manager"),
+    ...(session
+      ? [
+          h("span", {class: "live on", id: "live"}, "Live"),
+          h("span", {class: "space"}),
+          mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+          h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
+          session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
+        ].filter(Boolean)
+      : []),
+  );
 }
 
 // ---- tables ----
 
 function scrollBox(label, table) {
   return h("div", {class: "scroll panel", tabindex: 0, role: "region", "aria-label": label}, table);
+}
+
+/** A table that is made anew when it changes. heads: [text, class]; rows: lists of [text or node, class]. */
+function plainTable(label, heads, rows) {
+  const cell = ([content, kind]) => h("td", {class: kind || null}, content instanceof Node ? content : String(content));
+  const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
+  const body = rows.map((cells) => h("tr", {}, cells.map(cell)));
+  return scrollBox(label, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
 
 /** Rows of a tbody kept by key, so that an update keeps focus and selection. */
@@ -6308,12 +6480,15 @@ class Rows {
   show(items, keyOf) {
     const wanted = new Set(items.map(keyOf));
     for (const [key, row] of this.known) {
-      if (!wanted.has(key)) { row.element.remove(); this.known.delete(key); }
+      if (!wanted.has(key)) {
+        row.element.remove();
+        this.known.delete(key);
+      }
     }
     let place = this.body.firstElementChild;
     for (const item of items) {
       let row = this.known.get(keyOf(item));
-      if (!row) this.known.set(keyOf(item), row = this.make(item));
+      if (!row) this.known.set(keyOf(item), (row = this.make(item)));
       row.update(item);
       if (row.element === place) place = place.nextElementSibling;
       else this.body.insertBefore(row.element, place);
@@ -6321,59 +6496,108 @@ class Rows {
   }
 }
 
-const RUN_COLUMNS = [["Status"], ["Scenario"], ["Tenant / environment"], ["Cluster"], ["Users", "num"], ["RPS", "num"], ["Failures", "num"], ["95%ile (ms)", "num"], ["Time"], ["Started"], ["", "num"]];
+const RUN_COLUMNS = [
+  ["Status"],
+  ["Scenario"],
+  ["Tenant / environment"],
+  ["Cluster"],
+  ["Users", "num"],
+  ["RPS", "num"],
+  ["Failures", "num"],
+  ["95%ile (ms)", "num"],
+  ["Time"],
+  ["Started"],
+  ["", "num"],
+];
 
 function runRow(first) {
   let run = first;
   const link = h("a", {href: "#/runs/" + encodeURIComponent(run.id), class: "name two"});
-  const badge = h("span", {class: "badge"}), verdict = h("span", {class: "badge", hidden: true}), bar = meter("Progress");
+  const badge = h("span", {class: "badge"}),
+    verdict = h("span", {class: "badge", hidden: true}),
+    bar = meter("Progress");
   const cells = Array.from({length: 6}, () => h("td", {class: "num"}));
-  const time = h("div"), started = h("td");
+  const time = h("div"),
+    started = h("td");
   const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
-  const stop = act("Stop", stopRun), again = act("Run again", rerun), remove = act("Delete", deleteRun, "plain");
-  const place = h("td", {class: "wide name"}), cluster = h("td", {class: "wide name soft"});
-  const element = h("tr", {"data-run": run.id}, h("td", {}, badge, " ", verdict), h("td", {class: "wide"}, link), place, cluster,
-    cells.slice(0, 4), h("td", {}, time, bar.box), started, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
-  return {element, update(newRun) {
-    run = newRun;
-    const numbers = run.lastMetrics || {};
-    showStatus(badge, run);
-    showVerdict(verdict, run);
-    setText(link, run.scenarioId);
-    setText(place, run.tenantId + " / " + run.envId);
-    setText(cluster, run.locustClusterId || NONE);
-    setText(cells[0], isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers));
-    setText(cells[1], rate(numbers.totalRps));
-    setText(cells[2], percent(numbers.errorRate));
-    setClass(cells[2], numbers.errorRate > 0 ? "num fails" : "num");
-    setText(cells[3], millis(numbers.p95ResponseMs));
-    setText(time, timingText(run));
-    const {elapsed, total} = timing(run);
-    bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
-    bar.set(elapsed / total);
-    setText(started, moment(run.startedAt || run.createdAt));
-    started.title = run.startedAt || run.createdAt;
-    stop.hidden = !isActive(run);
-    stop.disabled = run.status === "Stopping";
-    again.hidden = remove.hidden = isActive(run);
-  }};
+  const stop = act("Stop", stopRun),
+    again = act("Run again", rerun),
+    remove = act("Delete", deleteRun, "plain");
+  const place = h("span", {class: "name two"}),
+    cluster = h("span", {class: "name two soft"});
+  const element = h(
+    "tr",
+    {"data-run": run.id},
+    h("td", {}, badge, " ", verdict),
+    h("td", {class: "wide"}, link),
+    h("td", {class: "wide"}, place),
+    h("td", {class: "wide"}, cluster),
+    cells.slice(0, 4),
+    h("td", {}, time, bar.box),
+    started,
+    h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []),
+  );
+  return {
+    element,
+    update(newRun) {
+      run = newRun;
+      const numbers = run.lastMetrics || {};
+      showStatus(badge, run);
+      showVerdict(verdict, run);
+      setText(link, run.scenarioId);
+      setText(place, run.tenantId + " / " + run.envId);
+      setText(cluster, run.locustClusterId || NONE);
+      for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent : "";
+      setText(
+        cells[0],
+        isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers),
+      );
+      setText(cells[1], rate(numbers.totalRps));
+      setText(cells[2], percent(numbers.errorRate));
+      setClass(cells[2], numbers.errorRate > 0 ? "num fails" : "num");
+      setText(cells[3], millis(numbers.p95ResponseMs));
+      setText(time, timingText(run));
+      const {elapsed, total} = timing(run);
+      bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
+      bar.set(elapsed / total);
+      setText(started, moment(run.startedAt || run.createdAt));
+      started.title = run.startedAt || run.createdAt;
+      stop.hidden = !isActive(run);
+      stop.disabled = run.status === "Stopping";
+      again.hidden = remove.hidden = isActive(run);
+    },
+  };
 }
 
 function runTable(label) {
   const body = h("tbody");
-  const table = h("table", {}, h("thead", {}, h("tr", {}, RUN_COLUMNS.map(([text, kind]) => h("th", {scope: "col", class: kind}, text || h("span", {class: "unseen"}, "Actions"))))), body);
+  const table = h(
+    "table",
+    {},
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        RUN_COLUMNS.map(([text, kind]) => h("th", {scope: "col", class: kind}, text || h("span", {class: "unseen"}, "Actions"))),
+      ),
+    ),
+    body,
+  );
   return {box: scrollBox(label, table), rows: new Rows(body, runRow)};
 }
 
 // ---- overview ----
 
 const PAGE_SIZE = 25;
+const MOST_ROWS = 200; // of running tests
 
 class Overview {
   constructor() {
     this.active = new Map();
     this.recent = [];
-    this.cursors = [""];  // of the pages up to the one shown
+    this.cursors = [""]; // of the pages up to the one shown
     this.next = null;
     this.asked = 0;
     this.filters = {search: "", status: "", place: ""};
@@ -6383,9 +6607,29 @@ class Overview {
 
   build() {
     document.title = "Load Manager";
-    const change = (name) => (event) => { this.filters[name] = event.target.value; this.cursors = [""]; clearTimeout(this.typing); this.typing = setTimeout(() => this.loadRuns(), name === "search" ? 200 : 0); };
-    this.search = h("input", {type: "search", id: "filter", placeholder: "Filter runs  ( / )", "aria-label": "Filter runs by scenario, tenant, cluster or id", oninput: change("search")});
-    this.status = h("select", {"aria-label": "Status", onchange: change("status")}, [["", "All states"], ["Pending,Running,Stopping", "Running"], ["Finished", "Finished"], ["Failed", "Failed"]].map(([value, text]) => h("option", {value}, text)));
+    const change = (name) => (event) => {
+      this.filters[name] = event.target.value;
+      this.cursors = [""];
+      clearTimeout(this.typing);
+      this.typing = setTimeout(() => this.loadRuns(), name === "search" ? 200 : 0);
+    };
+    this.search = h("input", {
+      type: "search",
+      id: "filter",
+      placeholder: "Filter runs  ( / )",
+      "aria-label": "Filter runs by scenario, tenant, cluster or id",
+      oninput: change("search"),
+    });
+    this.status = h(
+      "select",
+      {"aria-label": "Status", onchange: change("status")},
+      [
+        ["", "All states"],
+        ["Pending,Running,Stopping", "Running"],
+        ["Finished", "Finished"],
+        ["Failed", "Failed"],
+      ].map(([value, text]) => h("option", {value}, text)),
+    );
     this.place = h("select", {"aria-label": "Tenant and environment", onchange: change("place")}, h("option", {value: ""}, "All tenants"));
     this.clear = h("button", {class: "plain", hidden: true, onclick: () => this.clearFilters()}, "Clear");
     this.clusterBox = h("div", {class: "clusters"});
@@ -6399,18 +6643,50 @@ class Overview {
     this.older = h("button", {class: "small", onclick: () => this.turn(1)}, "Older");
     this.pageText = h("span");
     this.pages = h("div", {class: "pages"}, this.pageText, this.newer, this.older);
-    this.runningSection = h("section", {"aria-labelledby": "h-running"}, h("div", {class: "head"}, h("h2", {id: "h-running"}, "Running", this.runningCount)), this.running.box, this.runningEmpty);
-    this.recentSection = h("section", {"aria-labelledby": "h-recent"}, h("div", {class: "head"}, h("h2", {id: "h-recent"}, "Recent runs")), this.finished.box, this.recentEmpty, this.pages);
-    $("main").replaceChildren(h("h1", {class: "unseen"}, "Load tests"),
+    this.runningSection = h(
+      "section",
+      {"aria-labelledby": "h-running"},
+      h("div", {class: "head"}, h("h2", {id: "h-running"}, "Running", this.runningCount)),
+      this.running.box,
+      this.runningEmpty,
+    );
+    this.recentSection = h(
+      "section",
+      {"aria-labelledby": "h-recent"},
+      h("div", {class: "head"}, h("h2", {id: "h-recent"}, "Recent runs")),
+      this.finished.box,
+      this.recentEmpty,
+      this.pages,
+    );
+    $("main").replaceChildren(
+      h("h1", {class: "unseen"}, "Load tests"),
       h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"}, h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
-      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)), this.runningSection, this.recentSection);
+      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)),
+      this.runningSection,
+      this.recentSection,
+    );
     this.running.box.hidden = true;
   }
 
-  open() { live.follow("/v1/events", this); this.fallback = setTimeout(() => this.refresh(), 700); }
-  close() { this.timers.forEach(clearInterval); clearTimeout(this.fallback); clearTimeout(this.later); clearTimeout(this.typing); this.closed = true; }
-  onReady() { clearTimeout(this.fallback); this.refresh(); }
-  refresh() { this.loadRuns(); this.loadClusters(); }
+  open() {
+    live.follow("/v1/events", this);
+    this.fallback = setTimeout(() => this.refresh(), 700);
+  }
+  close() {
+    this.timers.forEach(clearInterval);
+    clearTimeout(this.fallback);
+    clearTimeout(this.later);
+    clearTimeout(this.typing);
+    this.closed = true;
+  }
+  onReady() {
+    clearTimeout(this.fallback);
+    this.refresh();
+  }
+  refresh() {
+    this.loadRuns();
+    this.loadClusters();
+  }
 
   clearFilters() {
     this.filters = {search: "", status: "", place: ""};
@@ -6422,7 +6698,11 @@ class Overview {
   query(statuses, limit) {
     const wanted = new URLSearchParams({brief: "true", limit, status: statuses});
     if (this.filters.search.trim()) wanted.set("search", this.filters.search.trim());
-    if (this.filters.place) { const [tenant, env] = JSON.parse(this.filters.place); wanted.set("tenantId", tenant); wanted.set("envId", env); }
+    if (this.filters.place) {
+      const [tenant, env] = JSON.parse(this.filters.place);
+      wanted.set("tenantId", tenant);
+      wanted.set("envId", env);
+    }
     return wanted;
   }
 
@@ -6430,17 +6710,23 @@ class Overview {
   takes(run) {
     const word = this.filters.search.trim().toLowerCase();
     const place = !this.filters.place || this.filters.place === JSON.stringify([run.tenantId, run.envId]);
-    return place && (!word || [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id].some((text) => text.toLowerCase().includes(word)));
+    return (
+      place &&
+      (!word ||
+        [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id].some((text) => text.toLowerCase().includes(word)))
+    );
   }
 
   async loadRuns() {
-    const asked = ++this.asked, wants = this.filters.status;
+    const asked = ++this.asked,
+      wants = this.filters.status;
     const older = this.query(wants && !wants.includes("Running") ? wants : "Finished,Failed", PAGE_SIZE);
     if (this.cursors.at(-1)) older.set("cursor", this.cursors.at(-1));
     try {
       const [active, recent] = await Promise.all([
-        !wants || wants.includes("Running") ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), 200)) : {data: []},
-        wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older)]);
+        !wants || wants.includes("Running") ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
+        wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older),
+      ]);
       if (asked !== this.asked || this.closed) return;
       this.active = new Map(active.data.map((run) => [run.id, run]));
       this.recent = recent.data;
@@ -6457,14 +6743,17 @@ class Overview {
       const clusters = await get("/v1/clusters");
       if (this.closed) return;
       this.clusters = clusters;
-      this.clusterRows.show(clusters.length ? clusters : [null], (one) => one ? one.id : "");
+      this.clusterRows.show(clusters.length ? clusters : [null], (one) => (one ? one.id : ""));
       const places = [...new Set(clusters.map((one) => JSON.stringify([one.tenantId, one.envId])))];
       for (const place of places.slice(this.place.options.length - 1)) this.place.append(h("option", {value: place}, JSON.parse(place).join(" / ")));
-    } catch (error) { /* the banner says it */ }
+    } catch (error) {
+      /* the banner says it */
+    }
   }
 
   turn(step) {
-    if (step < 0) this.cursors.pop(); else this.cursors.push(this.next);
+    if (step < 0) this.cursors.pop();
+    else this.cursors.push(this.next);
     this.loadRuns();
   }
 
@@ -6479,7 +6768,8 @@ class Overview {
     if (isActive(data) && this.takes(data)) {
       const wants = this.filters.status;
       if (wants && !wants.includes("Running")) return;
-      if (!known) this.active = new Map([[data.id, data], ...this.active]); else this.active.set(data.id, data);
+      if (!known) this.active = new Map([[data.id, data], ...this.active]);
+      else this.active.set(data.id, data);
       this.showLater();
       return;
     }
@@ -6491,19 +6781,34 @@ class Overview {
     this.showLater();
   }
 
-  showLater() { if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.show(); }); }
-  loadLater() { clearTimeout(this.later); this.later = setTimeout(() => this.loadRuns(), 150); }
-  loadClustersLater() { clearTimeout(this.laterClusters); this.laterClusters = setTimeout(() => this.loadClusters(), 300); }
-  tick() { if (this.active.size) this.show(); }
+  showLater() {
+    if (!this.drawing)
+      this.drawing = requestAnimationFrame(() => {
+        this.drawing = 0;
+        this.show();
+      });
+  }
+  loadLater() {
+    clearTimeout(this.later);
+    this.later = setTimeout(() => this.loadRuns(), 150);
+  }
+  loadClustersLater() {
+    clearTimeout(this.laterClusters);
+    this.laterClusters = setTimeout(() => this.loadClusters(), 300);
+  }
+  tick() {
+    if (this.active.size) this.show();
+  }
 
   show() {
     if (this.closed) return;
-    const filtered = this.filters.search.trim() || this.filters.status || this.filters.place, wants = this.filters.status;
+    const filtered = this.filters.search.trim() || this.filters.status || this.filters.place,
+      wants = this.filters.status;
     const active = [...this.active.values()];
     this.clear.hidden = !filtered;
-    this.running.rows.show(active, (run) => run.id);
+    this.running.rows.show(active.slice(0, MOST_ROWS), (run) => run.id);
     this.finished.rows.show(this.recent, (run) => run.id);
-    setText(this.runningCount, active.length ? (active.length >= 200 ? "200 or more" : active.length) : "");
+    setText(this.runningCount, active.length > MOST_ROWS ? "the newest " + MOST_ROWS : active.length || "");
     this.running.box.hidden = !active.length;
     this.runningEmpty.hidden = active.length > 0;
     this.runningSection.hidden = wants && !wants.includes("Running");
@@ -6519,37 +6824,68 @@ class Overview {
 }
 
 function clusterCard(first) {
-  if (!first) return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
-  const name = h("span", {class: "name title"}), badge = h("span", {class: "badge"}), place = h("span", {class: "name soft"});
-  const workers = h("dd"), users = h("dd"), cpu = h("span"), bar = meter("Highest CPU of a worker"), link = h("a", {class: "name", hidden: true}), idle = h("span", {class: "soft"}, "idle");
+  if (!first)
+    return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
+  const name = h("span", {class: "name title"}),
+    badge = h("span", {class: "badge"}),
+    place = h("span", {class: "name soft"});
+  const workers = h("dd"),
+    users = h("dd"),
+    cpu = h("span"),
+    bar = meter("Highest CPU of a worker"),
+    link = h("a", {class: "name", hidden: true}),
+    idle = h("span", {class: "soft"}, "idle");
   const problem = h("div", {class: "problem", hidden: true});
-  const element = h("div", {class: "panel cluster"}, h("div", {class: "row"}, name, badge), h("div", {class: "row"}, place),
-    h("dl", {}, h("dt", {}, "Workers"), workers, h("dt", {}, "Users"), users, h("dt", {}, "CPU"), h("dd", {class: "cpu"}, cpu, bar.box), h("dt", {}, ""), h("dd")),
-    h("div", {class: "row"}, link, idle), problem);
-  return {element, update(one) {
-    setText(name, one.id);
-    name.title = one.id;
-    setText(place, one.tenantId + " / " + one.envId);
-    setText(badge, one.state);
-    setClass(badge, "badge " + ({ready: "good", stopped: "good", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"));
-    const alive = one.workers.filter((worker) => worker.state !== "missing");
-    setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
-    setText(users, count(one.userCount));
-    const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
-    setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
-    bar.box.hidden = !isFinite(hottest);
-    setClass(bar.box, hottest > 90 ? "meter hot" : "meter");
-    bar.set(hottest / 100);
-    link.hidden = !one.activeRunId;
-    idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
-    if (one.activeRunId) {
-      const run = view && view.active && view.active.get(one.activeRunId);
-      link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
-      setText(link, run ? run.scenarioId : "run " + one.activeRunId.slice(0, 8));
-    }
-    problem.hidden = !one.problem;
-    setText(problem, one.problem || "");
-  }};
+  const element = h(
+    "div",
+    {class: "panel cluster"},
+    h("div", {class: "row"}, name, badge),
+    h("div", {class: "row"}, place),
+    h(
+      "dl",
+      {},
+      h("dt", {}, "Workers"),
+      workers,
+      h("dt", {}, "Users"),
+      users,
+      h("dt", {}, "CPU"),
+      h("dd", {class: "cpu"}, cpu, bar.box),
+      h("dt", {}, ""),
+      h("dd"),
+    ),
+    h("div", {class: "row"}, link, idle),
+    problem,
+  );
+  return {
+    element,
+    update(one) {
+      setText(name, one.id);
+      name.title = one.id;
+      setText(place, one.tenantId + " / " + one.envId);
+      setText(badge, one.state);
+      setClass(
+        badge,
+        "badge " + ({ready: "good", stopped: "good", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"),
+      );
+      const alive = one.workers.filter((worker) => worker.state !== "missing");
+      setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
+      setText(users, count(one.userCount));
+      const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
+      setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
+      bar.box.hidden = !isFinite(hottest);
+      setClass(bar.box, hottest > 90 ? "meter hot" : "meter");
+      bar.set(hottest / 100);
+      link.hidden = !one.activeRunId;
+      idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
+      if (one.activeRunId) {
+        const run = view && view.active && view.active.get(one.activeRunId);
+        link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
+        setText(link, run ? run.scenarioId : "run " + one.activeRunId.slice(0, 8));
+      }
+      problem.hidden = !one.problem;
+      setText(problem, one.problem || "");
+    },
+  };
 }
 
 // ---- charts ----
@@ -6559,7 +6895,8 @@ const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 720
 
 /** A round step that gives about `most` ticks up to `top`. */
 function niceStep(top, most) {
-  const raw = top / most, power = 10 ** Math.floor(Math.log10(raw));
+  const raw = top / most,
+    power = 10 ** Math.floor(Math.log10(raw));
   return power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw);
 }
 
@@ -6574,10 +6911,11 @@ class ChartGroup {
   constructor(onZoom) {
     this.onZoom = onZoom;
     this.charts = [];
-    this.points = [];  // {t, ...values}, by time
-    this.marks = [];   // {t, text, kind}
+    this.points = []; // {t, ...values}, by time
+    this.other = []; // points of another run, drawn faintly below
+    this.marks = []; // {t, text, kind}
     this.end = 1;
-    this.zoom = null;  // [from, to]
+    this.zoom = null; // [from, to]
     this.hover = null;
     this.resize = new ResizeObserver(() => this.draw());
     this.theme = matchMedia("(prefers-color-scheme: dark)");
@@ -6585,9 +6923,18 @@ class ChartGroup {
     this.theme.addEventListener("change", this.onTheme);
     this.reset = h("button", {class: "small", hidden: true, onclick: () => this.setZoom(null)}, "Reset zoom");
   }
-  add(chart) { this.charts.push(chart); this.resize.observe(chart.canvas); return chart; }
-  close() { this.resize.disconnect(); this.theme.removeEventListener("change", this.onTheme); }
-  range() { return this.zoom || [0, Math.max(1, this.end)]; }
+  add(chart) {
+    this.charts.push(chart);
+    this.resize.observe(chart.canvas);
+    return chart;
+  }
+  close() {
+    this.resize.disconnect();
+    this.theme.removeEventListener("change", this.onTheme);
+  }
+  range() {
+    return this.zoom || [0, Math.max(1, this.end)];
+  }
   setZoom(zoom) {
     this.zoom = zoom;
     this.reset.hidden = !zoom;
@@ -6601,13 +6948,31 @@ class ChartGroup {
     this.draw();
   }
   draw() {
-    if (!this.drawing) this.drawing = requestAnimationFrame(() => { this.drawing = 0; this.charts.forEach((chart) => chart.draw()); });
+    if (!this.drawing)
+      this.drawing = requestAnimationFrame(() => {
+        this.drawing = 0;
+        this.charts.forEach((chart) => chart.draw());
+      });
+  }
+  /** A series' value at a point, or the nearest one within 15 s: not every sample has every figure. */
+  value(key, index) {
+    const points = this.points,
+      close = (point) => point && Math.abs(point.t - points[index].t) <= 15;
+    for (let away = 0; close(points[index - away]) || close(points[index + away]); away++) {
+      for (const point of [points[index - away], points[index + away]]) if (close(point) && isNumber(point[key])) return point[key];
+    }
+    return null;
   }
   /** The point nearest to t. */
   nearest(t) {
     const points = this.points;
-    let low = 0, high = points.length - 1;
-    while (low < high) { const middle = (low + high) >> 1; if (points[middle].t < t) low = middle + 1; else high = middle; }
+    let low = 0,
+      high = points.length - 1;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (points[middle].t < t) low = middle + 1;
+      else high = middle;
+    }
     if (low > 0 && t - points[low - 1].t < points[low].t - t) low--;
     return low;
   }
@@ -6617,24 +6982,68 @@ class Chart {
   /** series: [{key, label, color (a CSS variable), dash}]; format: of one value. */
   constructor(group, title, unit, series, format) {
     Object.assign(this, {group, title, unit, series: series.map((one) => ({...one, on: true})), format});
-    this.canvas = h("canvas", {tabindex: 0, role: "img", onkeydown: (event) => this.onKey(event), onpointerdown: (event) => this.onDown(event), onpointermove: (event) => this.onMove(event),
-      onpointerup: (event) => this.onUp(event), onpointercancel: () => { this.drag = null; }, onpointerleave: () => { if (!this.drag) group.setHover(null); }, ondblclick: () => group.setZoom(null), onblur: () => group.setHover(null)});
+    this.canvas = h("canvas", {
+      tabindex: 0,
+      role: "img",
+      onkeydown: (event) => this.onKey(event),
+      onpointerdown: (event) => this.onDown(event),
+      onpointermove: (event) => this.onMove(event),
+      onpointerup: (event) => this.onUp(event),
+      onpointercancel: () => {
+        this.drag = null;
+      },
+      onpointerleave: () => {
+        if (!this.drag) group.setHover(null);
+      },
+      ondblclick: () => group.setZoom(null),
+      onblur: () => group.setHover(null),
+    });
     this.tip = h("div", {class: "tip", hidden: true, "aria-hidden": true});
     this.values = this.series.map(() => h("b"));
     const legend = this.series.map((one, index) => {
       const swatch = h("i");
       swatch.style.background = "var(" + one.color + ")";
-      const button = h("button", {"aria-pressed": true, title: "Show or hide", onclick: () => { one.on = !one.on; button.setAttribute("aria-pressed", one.on); this.draw(); }}, swatch, one.label, this.values[index]);
+      const button = h(
+        "button",
+        {
+          "aria-pressed": true,
+          title: "Show or hide",
+          onclick: () => {
+            one.on = !one.on;
+            button.setAttribute("aria-pressed", one.on);
+            this.draw();
+          },
+        },
+        swatch,
+        one.label,
+        this.values[index],
+      );
       return button;
     });
-    this.box = h("div", {class: "panel chart"}, h("div", {class: "head"}, h("h3", {}, title), h("div", {class: "legend"}, legend)), this.canvas, this.tip);
+    this.box = h(
+      "div",
+      {class: "panel chart"},
+      h("div", {class: "head"}, h("h3", {}, title), h("div", {class: "legend"}, legend)),
+      this.canvas,
+      this.tip,
+    );
     group.add(this);
   }
 
   // The plot's place inside the canvas, in CSS pixels.
-  area() { return {left: 46, right: this.canvas.clientWidth - 10, top: 8, bottom: this.canvas.clientHeight - 20}; }
-  xOf(t) { const {left, right} = this.area(), [from, to] = this.group.range(); return left + (t - from) / (to - from) * (right - left); }
-  tOf(x) { const {left, right} = this.area(), [from, to] = this.group.range(); return from + (Math.min(right, Math.max(left, x)) - left) / (right - left) * (to - from); }
+  area() {
+    return {left: 46, right: this.canvas.clientWidth - 10, top: 8, bottom: this.canvas.clientHeight - 20};
+  }
+  xOf(t) {
+    const {left, right} = this.area(),
+      [from, to] = this.group.range();
+    return left + ((t - from) / (to - from)) * (right - left);
+  }
+  tOf(x) {
+    const {left, right} = this.area(),
+      [from, to] = this.group.range();
+    return from + ((Math.min(right, Math.max(left, x)) - left) / (right - left)) * (to - from);
+  }
 
   onDown(event) {
     if (event.button !== 0) return;
@@ -6655,14 +7064,17 @@ class Chart {
     this.draw();
   }
   onKey(event) {
-    const group = this.group, [from, to] = group.range(), points = group.points;
+    const group = this.group,
+      [from, to] = group.range(),
+      points = group.points;
     if ((event.key === "ArrowLeft" || event.key === "ArrowRight") && points.length) {
       const index = group.hover === null ? points.length - 1 : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
       const point = points[Math.min(points.length - 1, Math.max(0, index))];
       group.setHover(Math.min(to, Math.max(from, point.t)), this);
-      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(point[one.key])).join(", "));
+      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(group.value(one.key, points.indexOf(point)))).join(", "));
     } else if (event.key === "+" || event.key === "-") {
-      const centre = group.hover === null ? (from + to) / 2 : group.hover, half = (to - from) * (event.key === "+" ? 0.25 : 1);
+      const centre = group.hover === null ? (from + to) / 2 : group.hover,
+        half = (to - from) * (event.key === "+" ? 0.25 : 1);
       const range = [Math.max(0, centre - half), Math.min(group.end, centre + half)];
       group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range : group.zoom);
     } else if (event.key === "Escape" || event.key === "0") {
@@ -6673,7 +7085,10 @@ class Chart {
   }
 
   draw() {
-    const canvas = this.canvas, width = canvas.clientWidth, height = canvas.clientHeight, ratio = devicePixelRatio || 1;
+    const canvas = this.canvas,
+      width = canvas.clientWidth,
+      height = canvas.clientHeight,
+      ratio = devicePixelRatio || 1;
     if (!width) return;
     if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
       canvas.width = Math.round(width * ratio);
@@ -6685,13 +7100,14 @@ class Chart {
     pen.font = "11px system-ui, sans-serif";
     this.drawGrid(pen);
     this.drawMarks(pen);
-    this.drawLines(pen);
+    this.drawLines(pen, this.visibleOther, true);
+    this.drawLines(pen, this.visible, false);
     this.drawHover(pen);
     this.showValues();
   }
 
-  shown() {
-    const [from, to] = this.group.range(), points = this.group.points;
+  shown(points) {
+    const [from, to] = this.group.range();
     const first = points.findIndex((point) => point.t >= from);
     let last = points.length;
     while (last > 0 && points[last - 1].t > to) last--;
@@ -6699,12 +7115,18 @@ class Chart {
   }
 
   drawGrid(pen) {
-    const {left, right, top, bottom} = this.area(), [from, to] = this.group.range();
-    this.visible = this.shown();
+    const {left, right, top, bottom} = this.area(),
+      [from, to] = this.group.range();
+    this.visible = this.shown(this.group.points);
+    this.visibleOther = this.shown(this.group.other);
     let most = 0;
-    for (const one of this.series) if (one.on) for (const point of this.visible) if (point[one.key] > most) most = point[one.key];
-    const step = niceStep(most || 1, 4), high = Math.max(step, Math.ceil(most * 1.02 / step) * step);
-    this.yOf = (value) => bottom - value / high * (bottom - top);
+    for (const points of [this.visible, this.visibleOther]) {
+      for (const one of this.series) if (one.on) for (const point of points) if (point[one.key] > most) most = point[one.key];
+    }
+    const top_ = most > 0 ? most * 1.02 : 1,
+      step = niceStep(top_, 4),
+      high = Math.ceil(top_ / step) * step;
+    this.yOf = (value) => bottom - (value / high) * (bottom - top);
     pen.strokeStyle = css("--line");
     pen.fillStyle = css("--soft");
     pen.lineWidth = 1;
@@ -6747,38 +7169,50 @@ class Chart {
     }
   }
 
-  drawLines(pen) {
-    const {left, right, top, bottom} = this.area(), points = this.visible;
+  drawLines(pen, points, faint) {
+    const {left, right, top, bottom} = this.area();
     // A hole in the samples stays a hole: longer than several times the usual distance.
-    const gaps = points.slice(1).map((point, index) => point.t - points[index].t).sort((a, b) => a - b);
+    const gaps = points
+      .slice(1)
+      .map((point, index) => point.t - points[index].t)
+      .sort((a, b) => a - b);
     const hole = Math.max(35, 6 * (gaps[gaps.length >> 1] || 0), 1.5 * (gaps[Math.floor(gaps.length * 0.98)] || 0));
     pen.save();
     pen.beginPath();
     pen.rect(left, top - 2, right - left, bottom - top + 4);
     pen.clip();
-    pen.lineWidth = 1.75;
+    pen.lineWidth = faint ? 1.25 : 1.75;
+    pen.globalAlpha = faint ? 0.75 : 1;
     pen.lineJoin = "round";
     for (const one of this.series) {
       if (!one.on) continue;
       pen.strokeStyle = pen.fillStyle = css(one.color);
-      pen.setLineDash(one.dash || []);
+      pen.setLineDash(faint ? [2, 3] : one.dash || []);
       pen.beginPath();
-      let before = null, alone = 0;
+      let before = null,
+        alone = 0;
       for (const point of points) {
         if (!isNumber(point[one.key])) continue;
-        const x = this.xOf(point.t), y = this.yOf(point[one.key]);
-        if (before !== null && point.t - before <= hole) pen.lineTo(x, y); else { pen.moveTo(x, y); alone++; }
+        const x = this.xOf(point.t),
+          y = this.yOf(point[one.key]);
+        if (before !== null && point.t - before <= hole) pen.lineTo(x, y);
+        else {
+          pen.moveTo(x, y);
+          alone++;
+        }
         before = point.t;
       }
       pen.stroke();
-      if (alone && points.length < 4) for (const point of points) if (isNumber(point[one.key])) pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
+      if (alone && points.length < 4)
+        for (const point of points) if (isNumber(point[one.key])) pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
     }
     pen.setLineDash([]);
     pen.restore();
   }
 
   drawHover(pen) {
-    const {left, right, top, bottom} = this.area(), group = this.group;
+    const {left, right, top, bottom} = this.area(),
+      group = this.group;
     if (this.drag && Math.abs(this.drag[0] - this.drag[1]) > 3) {
       const [a, b] = this.drag.map((x) => Math.min(right, Math.max(left, x))).sort((p, q) => p - q);
       pen.globalAlpha = 0.16;
@@ -6786,8 +7220,8 @@ class Chart {
       pen.fillRect(a, top, b - a, bottom - top);
       pen.globalAlpha = 1;
     }
-    this.point = group.hover === null || !group.points.length ? null : group.points[group.nearest(group.hover)];
-    const point = this.point;
+    this.index = group.hover === null || !group.points.length ? null : group.nearest(group.hover);
+    const point = this.index === null ? null : group.points[this.index];
     this.tip.hidden = !point || group.hoverFrom !== this;
     if (!point) return;
     const x = Math.min(right, Math.max(left, this.xOf(point.t)));
@@ -6797,10 +7231,11 @@ class Chart {
     pen.lineTo(Math.round(x) + 0.5, bottom);
     pen.stroke();
     for (const one of this.series) {
-      if (!one.on || !isNumber(point[one.key])) continue;
+      const value = group.value(one.key, this.index);
+      if (!one.on || value === null) continue;
       pen.fillStyle = css(one.color);
       pen.beginPath();
-      pen.arc(x, this.yOf(point[one.key]), 3.5, 0, 7);
+      pen.arc(x, this.yOf(value), 3.5, 0, 7);
       pen.fill();
     }
     if (!this.tip.hidden) this.showTip(point, x);
@@ -6808,36 +7243,113 @@ class Chart {
 
   showTip(point, x) {
     const near = (this.group.range()[1] - this.group.range()[0]) / 80;
-    const rows = this.series.filter((one) => one.on).map((one) => {
-      const swatch = h("i");
-      swatch.style.background = "var(" + one.color + ")";
-      return h("div", {}, swatch, one.label, h("b", {}, this.format(point[one.key]) + (isNumber(point[one.key]) ? this.unit : "")));
-    });
-    const marks = this.group.marks.filter((mark) => Math.abs(mark.t - this.group.hover) <= near).slice(0, 3).map((mark) => h("div", {class: "mark"}, "\u25be " + mark.text));
+    const rows = this.series
+      .filter((one) => one.on)
+      .map((one) => {
+        const swatch = h("i");
+        swatch.style.background = "var(" + one.color + ")";
+        const value = this.group.value(one.key, this.index);
+        return h("div", {}, swatch, one.label, h("b", {}, this.format(value) + (value === null ? "" : this.unit)));
+      });
+    const marks = this.group.marks
+      .filter((mark) => Math.abs(mark.t - this.group.hover) <= near)
+      .slice(0, 3)
+      .map((mark) => h("div", {class: "mark"}, "\u25be " + mark.text));
     this.tip.replaceChildren(h("div", {class: "soft"}, clock(point.t)), ...rows, ...marks);
-    const box = this.canvas.offsetLeft, width = this.tip.offsetWidth;
+    const box = this.canvas.offsetLeft,
+      width = this.tip.offsetWidth;
     this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14) : box + x + 14) + "px";
     this.tip.style.top = this.canvas.offsetTop + 12 + "px";
   }
 
   showValues() {
-    const newest = (key) => { const points = this.group.points; for (let i = points.length - 1; i >= 0 && i > points.length - 20; i--) if (isNumber(points[i][key])) return points[i][key]; return null; };
+    const points = this.group.points,
+      index_ = this.index === null ? points.length - 1 : this.index;
     const said = this.series.map((one, index) => {
-      const text = this.format(this.point ? this.point[one.key] : newest(one.key));
+      const text = this.format(points.length ? this.group.value(one.key, index_) : null);
       setText(this.values[index], text);
       return one.label + " " + text;
     });
-    if (!this.point) this.canvas.setAttribute("aria-label", this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.");
+    if (this.index === null)
+      this.canvas.setAttribute(
+        "aria-label",
+        this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.",
+      );
   }
+}
+
+/** A small line of one figure over runs, the newest at the right; items: [{value, label, isThis}]. */
+function trendLine(title, color, items, format) {
+  const known = items.filter((item) => isNumber(item.value));
+  const most = Math.max(...known.map((item) => item.value), 0) || 1;
+  const svg = (tag, attributes, ...children) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
+    element.append(...children);
+    return element;
+  };
+  const x = (index) => (known.length > 1 ? 2 + (96 * index) / (known.length - 1) : 50),
+    y = (value) => 38 - (34 * value) / most;
+  const drawn = {fill: "none", stroke: "var(" + color + ")", "vector-effect": "non-scaling-stroke", "stroke-linecap": "round"};
+  const line = svg("polyline", {...drawn, "stroke-width": 1.75, points: known.map((item, index) => x(index) + "," + y(item.value)).join(" ")});
+  const dots = known.map((item, index) =>
+    svg(
+      "path",
+      {...drawn, "stroke-width": item.isThis ? 10 : 6, d: "M" + x(index) + " " + y(item.value) + "h0"},
+      svg("title", {}, item.label + ": " + format(item.value)),
+    ),
+  );
+  const mine = known.find((item) => item.isThis);
+  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE);
+  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, line, ...dots);
+  return h("div", {class: "panel trend"}, h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
 }
 
 // ---- the page of a run ----
 
 // Locust's own columns in Locust's order.
 const ENDPOINT_COLUMNS = [
-  ["Type", "method", String], ["Name", "name", String], ["# Requests", "numRequests", count], ["# Fails", "numFailures", count], ["Median (ms)", "medianResponseTime", millis],
-  ["95%ile (ms)", "p95ResponseTime", millis], ["99%ile (ms)", "p99ResponseTime", millis], ["Average (ms)", "avgResponseTime", millis], ["Min (ms)", "minResponseTime", millis],
-  ["Max (ms)", "maxResponseTime", millis], ["RPS", "requestsPerSec", rate]];
+  ["Type", "method", String],
+  ["Name", "name", String],
+  ["# Requests", "numRequests", count],
+  ["# Fails", "numFailures", count],
+  ["Median (ms)", "medianResponseTime", millis],
+  ["95%ile (ms)", "p95ResponseTime", millis],
+  ["99%ile (ms)", "p99ResponseTime", millis],
+  ["Average (ms)", "avgResponseTime", millis],
+  ["Min (ms)", "minResponseTime", millis],
+  ["Max (ms)", "maxResponseTime", millis],
+  ["RPS", "requestsPerSec", rate],
+];
+/**
+ * Samples as one line through time. Polls are up to 2 s older than pushes (Locust caches its statistics), so mixing
+ * both makes a zigzag: only polls are drawn, unless they are few. In a final sample rps is the whole run's average.
+ */
+function seriesOf(samples) {
+  const numberOf = (source) => samples.reduce((sum, sample) => sum + (sample.source === source), 0);
+  const polled = 2 * numberOf("poll") >= numberOf("push");
+  const kept = samples.filter((sample) => !polled || sample.source !== "push");
+  return kept.map((sample) => (sample.source !== "final" || kept.length < 2 ? sample : {...sample, totalRps: null, currentUsers: null}));
+}
+
+/** Samples as the charts' points, by seconds since the start (epoch ms). */
+function pointsOf(samples, start) {
+  const kept = seriesOf(samples);
+  // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
+  const windowed = kept.some((sample) => isNumber(sample.currentP95Ms));
+  return kept
+    .map((sample) => ({
+      t: (at(sample.timestamp) - start) / 1000,
+      rps: sample.totalRps,
+      failures: sample.failuresPerSec,
+      users: sample.currentUsers,
+      p99: sample.p99ResponseMs,
+      p50: windowed ? sample.currentP50Ms : sample.p50ResponseMs,
+      p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
+    }))
+    .filter((point) => point.t > -5);
+}
+
 const FEW_ENDPOINTS = 100;
 const MOST_LIVE_POINTS = 2000;
 
@@ -6845,7 +7357,7 @@ class RunView {
   constructor(id) {
     this.id = id;
     this.run = null;
-    this.whole = [];  // the points of the whole run
+    this.whole = []; // the points of the whole run
     this.tab = "endpoints";
     this.sort = {column: 1, up: true};
     this.all = false;
@@ -6856,7 +7368,10 @@ class RunView {
   open() {
     live.follow(runPath(this.id, "/events"), this);
     this.refresh();
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || (this.run && isActive(this.run) && this.loadSides()), 5000)];
+    this.timers = [
+      setInterval(() => this.tick(), 1000),
+      setInterval(() => document.hidden || (this.run && isActive(this.run) && this.loadSides()), 5000),
+    ];
   }
   close() {
     (this.timers || []).forEach(clearInterval);
@@ -6893,14 +7408,22 @@ class RunView {
   // ---- series ----
 
   async loadSeries(zoom) {
-    const query = new URLSearchParams({maxPoints: 500});
-    if (zoom) { query.set("from", (this.start + zoom[0] * 1000) / 1000 - 1); query.set("to", (this.start + zoom[1] * 1000) / 1000 + 1); }
+    const query = new URLSearchParams({maxPoints: 1000});
+    if (zoom) {
+      query.set("from", (this.start + zoom[0] * 1000) / 1000 - 1);
+      query.set("to", (this.start + zoom[1] * 1000) / 1000 + 1);
+    }
     for (const name of zoom ? ["from", "to"] : []) query.set(name, Number(query.get(name)).toFixed(3));
     let answer;
-    try { answer = await get(runPath(this.id, "/metrics?" + query)); } catch (error) { return; }
+    try {
+      answer = await get(runPath(this.id, "/metrics?" + query));
+    } catch (error) {
+      return;
+    }
     if (this.closed) return;
-    if (zoom) { if (this.group.zoom === zoom) this.detail = answer.points; }
-    else {
+    if (zoom) {
+      if (this.group.zoom === zoom) this.detail = answer.points;
+    } else {
       const last = answer.points.length ? at(answer.points.at(-1).timestamp) : 0;
       this.whole = answer.points.concat(this.whole.filter((point) => point.live && at(point.timestamp) > last));
     }
@@ -6914,7 +7437,9 @@ class RunView {
     if (this.whole.length > MOST_LIVE_POINTS && !this.thinning) {
       this.thinning = true;
       this.whole = this.whole.map((one) => ({...one, live: false}));
-      this.loadSeries().then(() => { this.thinning = false; });
+      this.loadSeries().then(() => {
+        this.thinning = false;
+      });
     }
     this.plot();
   }
@@ -6922,23 +7447,17 @@ class RunView {
   plot() {
     const run = this.run;
     if (!run || !this.group) return;
-    const source = this.group.zoom && this.detail ? this.detail : this.whole;
-    // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
-    const windowed = source.some((point) => isNumber(point.currentP95Ms));
-    this.group.points = source.map((point) => ({
-      t: (at(point.timestamp) - this.start) / 1000, rps: point.totalRps, failures: point.failuresPerSec, users: point.currentUsers, p99: point.p99ResponseMs,
-      p50: windowed ? point.currentP50Ms : point.p50ResponseMs, p95: windowed ? point.currentP95Ms : point.p95ResponseMs,
-    })).filter((point) => point.t > -5);
-    const final = source.at(-1);
-    if (final && final.source === "final" && this.group.points.length > 1) this.group.points.at(-1).rps = this.group.points.at(-1).users = null;  // the average of the whole run, and nobody left
+    this.group.points = pointsOf(this.group.zoom && this.detail ? this.detail : this.whole, this.start);
     this.setEnd();
     this.group.draw();
   }
 
   setEnd() {
-    const last = this.group.points.at(-1), ended = at(this.run.finishedAt);
+    const last = this.group.points.at(-1),
+      ended = at(this.run.finishedAt);
     const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
-    this.group.end = Math.max(1, until, last ? last.t : 0);
+    const others = this.group.other.at(-1);
+    this.group.end = Math.max(1, until, last ? last.t : 0, others ? others.t : 0);
   }
 
   // ---- what is beside the charts ----
@@ -6948,8 +7467,8 @@ class RunView {
     const quiet = (path) => get(path).catch(() => null);
     const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")), isActive(this.run) ? quiet("/v1/clusters") : null]);
     if (this.closed) return;
-    this.failures = failures && failures.failures || null;
-    this.exceptions = failures && failures.exceptions || null;
+    this.failures = (failures && failures.failures) || null;
+    this.exceptions = (failures && failures.exceptions) || null;
     const cluster = (clusters || []).find((one) => one.id === this.run.locustClusterId);
     this.workers = cluster ? cluster.workers : isActive(this.run) ? this.workers : null;
     this.showTabs();
@@ -6959,55 +7478,178 @@ class RunView {
 
   build(run) {
     this.start = at(run.startedAt || run.createdAt);
-    const parts = this.parts = {};
-    const make = (name, tag, attributes, ...children) => parts[name] = h(tag, attributes, ...children);
+    const parts = (this.parts = {});
+    const make = (name, tag, attributes, ...children) => (parts[name] = h(tag, attributes, ...children));
     const act = (name, label, work, kind) => make(name, "button", {class: kind || "", onclick: () => work(this.run)}, label);
-    this.group = new ChartGroup((zoom) => { this.detail = null; this.plot(); if (zoom) this.loadSeries(zoom); });
+    this.group = new ChartGroup((zoom) => {
+      this.detail = null;
+      this.plot();
+      if (zoom) this.loadSeries(zoom);
+    });
     this.bar = meter("Time");
-    const tiles = [["Users", "--users", "users"], ["RPS", "--rps", "rps"], ["Failures", "--failures", "errors"], ["Median", "--p50", "p50", "ms"], ["95%ile", "--p95", "p95", "ms"], ["99%ile", "--p99", "p99", "ms"], ["Average", null, "avg", "ms"], ["# Requests", null, "requests"], ["# Fails", null, "fails"]];
+    const tiles = [
+      ["Users", "--users", "users"],
+      ["RPS", "--rps", "rps"],
+      ["Failures", "--failures", "errors"],
+      ["Median", "--p50", "p50", "ms"],
+      ["95%ile", "--p95", "p95", "ms"],
+      ["99%ile", "--p99", "p99", "ms"],
+      ["Average", null, "avg", "ms"],
+      ["# Requests", null, "requests"],
+      ["# Fails", null, "fails"],
+    ];
     const tile = ([label, color, name, unit]) => {
       const swatch = color ? h("i") : null;
       if (swatch) swatch.style.background = "var(" + color + ")";
-      return h("div", {class: "tile"}, h("div", {class: "label"}, swatch, label), h("div", {class: "value"}, make(name, "span", {}, NONE), unit ? h("small", {}, unit) : null));
+      return h(
+        "div",
+        {class: "tile"},
+        h("div", {class: "label"}, swatch, label),
+        h("div", {class: "value"}, make(name, "span", {}, NONE), unit ? h("small", {}, unit) : null),
+      );
     };
     const charts = [
-      new Chart(this.group, "Total Requests per Second", "", [{key: "rps", label: "RPS", color: "--rps"}, {key: "failures", label: "Failures/s", color: "--failures"}], rate),
-      new Chart(this.group, "Response Times (ms)", " ms", [{key: "p50", label: "50th percentile", color: "--p50"}, {key: "p95", label: "95th percentile", color: "--p95"}, {key: "p99", label: "99th, whole run", color: "--p99", dash: [4, 3]}], millis),
-      new Chart(this.group, "Number of Users", "", [{key: "users", label: "Users", color: "--users"}], count)];
-    const tabs = [["endpoints", "Endpoints"], ["failures", "Failures"], ["exceptions", "Exceptions"], ["workers", "Workers"], ["details", "Details"]];
-    this.tabButtons = new Map(tabs.map(([name, label]) => [name, h("button", {role: "tab", id: "tab-" + name, "aria-controls": "tabpanel", onclick: () => this.choose(name)}, label, h("span", {class: "n", hidden: true}))]));
+      new Chart(
+        this.group,
+        "Total Requests per Second",
+        "",
+        [
+          {key: "rps", label: "RPS", color: "--rps"},
+          {key: "failures", label: "Failures/s", color: "--failures"},
+        ],
+        rate,
+      ),
+      new Chart(
+        this.group,
+        "Response Times (ms)",
+        " ms",
+        [
+          {key: "p50", label: "50th percentile", color: "--p50"},
+          {key: "p95", label: "95th percentile", color: "--p95"},
+          {key: "p99", label: "99th, whole run", color: "--p99", dash: [4, 3]},
+        ],
+        millis,
+      ),
+      new Chart(this.group, "Number of Users", "", [{key: "users", label: "Users", color: "--users"}], count),
+    ];
+    const tabs = [
+      ["endpoints", "Endpoints"],
+      ["failures", "Failures"],
+      ["exceptions", "Exceptions"],
+      ["workers", "Workers"],
+      ["history", "History"],
+      ["details", "Details"],
+    ];
+    this.tabButtons = new Map(
+      tabs.map(([name, label]) => [
+        name,
+        h(
+          "button",
+          {role: "tab", id: "tab-" + name, "aria-controls": "tabpanel", onclick: () => this.choose(name)},
+          label,
+          h("span", {class: "n", hidden: true}),
+        ),
+      ]),
+    );
     $("main").replaceChildren(
-      h("p", {class: "soft"}, h("a", {href: "#/"}, "\u2190 All runs")),
-      h("div", {class: "run-head"}, h("div", {class: "what"},
-        h("h1", {}, make("title", "span", {class: "name"}), h("span", {class: "badges"}, make("status", "span", {class: "badge"}), make("verdict", "span", {class: "badge", hidden: true}), make("trust", "span", {class: "badge", hidden: true}))),
-        make("facts", "div", {class: "facts"})),
-        h("div", {class: "bar"}, mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+      h("p", {class: "back"}, h("a", {href: "#/"}, "\u2190 All runs")),
+      h(
+        "div",
+        {class: "run-head"},
+        h(
+          "div",
+          {class: "what"},
+          h(
+            "h1",
+            {},
+            make("title", "span", {class: "name"}),
+            h(
+              "span",
+              {class: "badges"},
+              make("status", "span", {class: "badge"}),
+              make("verdict", "span", {class: "badge", hidden: true}),
+              make("trust", "span", {class: "badge", hidden: true}),
+            ),
+          ),
+          make("facts", "div", {class: "facts"}),
+        ),
+        h(
+          "div",
+          {class: "bar"},
+          mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
           make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"), target: "_blank", rel: "noopener"}, "Report"),
-          mayAct() ? act("remove", "Delete", deleteRun, "plain") : null)),
-      make("reason", "div", {class: "note bad", hidden: true}), make("warnings", "div", {class: "note warn", hidden: true}), make("queued", "div", {class: "note", hidden: true}),
+          mayAct() ? act("remove", "Delete", deleteRun, "plain") : null,
+        ),
+      ),
+      make("reason", "div", {class: "note bad", hidden: true}),
+      make("warnings", "div", {class: "note warn", hidden: true}),
+      make("queued", "div", {class: "note", hidden: true}),
       make("time", "div", {class: "time"}, make("elapsed", "span"), this.bar.box, make("left", "span")),
-      h("div", {class: "panel tiles"}, tiles.map(tile)), make("thresholds", "section", {hidden: true}),
-      h("section", {"aria-label": "Charts"}, h("div", {class: "head"}, h("h2", {}, "Charts"), h("span", {class: "hint"}, "drag to zoom"), this.group.reset), h("div", {class: "charts"}, charts.map((chart) => chart.box))),
+      h("div", {class: "panel tiles"}, tiles.map(tile)),
+      make("thresholds", "section", {hidden: true}),
+      h(
+        "section",
+        {"aria-label": "Charts"},
+        h(
+          "div",
+          {class: "head"},
+          h("h2", {}, "Charts"),
+          h("span", {class: "hint"}, "drag to zoom"),
+          this.group.reset,
+          make("beside", "span", {class: "hint", hidden: true}),
+        ),
+        h(
+          "div",
+          {class: "charts"},
+          charts.map((chart) => chart.box),
+        ),
+      ),
       h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values()),
-      make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}));
+      make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}),
+    );
     this.buildEndpoints();
     this.choose("endpoints");
   }
 
   buildEndpoints() {
-    const body = h("tbody"), heads = ENDPOINT_COLUMNS.map(([label], index) => h("th", {scope: "col", class: index > 1 ? "num" : ""}, h("button", {onclick: () => this.sortBy(index)}, label)));
+    const body = h("tbody"),
+      heads = ENDPOINT_COLUMNS.map(([label], index) =>
+        h("th", {scope: "col", class: index > 1 ? "num" : ""}, h("button", {onclick: () => this.sortBy(index)}, label)),
+      );
     this.total = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : ""}));
     this.heads = heads;
     this.endpointRows = new Rows(body, () => {
       const cells = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
-      return {element: h("tr", {}, cells), update(row) {
-        ENDPOINT_COLUMNS.forEach(([, key, format], index) => setText(cells[index], format(row[key])));
-        setClass(cells[3], row.numFailures > 0 ? "num fails" : "num");
-      }};
+      return {
+        element: h("tr", {}, cells),
+        update(row) {
+          ENDPOINT_COLUMNS.forEach(([, key, format], index) => setText(cells[index], format(row[key])));
+          setClass(cells[3], row.numFailures > 0 ? "num fails" : "num");
+        },
+      };
     });
-    this.more = h("button", {class: "small", hidden: true, onclick: () => { this.all = true; this.showEndpoints(); }});
-    this.wordField = h("input", {type: "search", id: "endpoint-filter", placeholder: "Filter endpoints  ( / )", "aria-label": "Filter endpoints by name", oninput: () => this.showEndpoints()});
-    this.endpointBox = h("div", {}, h("div", {class: "bar", hidden: true}, this.wordField), scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))), h("div", {class: "pages"}, this.more));
+    this.more = h("button", {
+      class: "small",
+      hidden: true,
+      onclick: () => {
+        this.all = true;
+        this.showEndpoints();
+      },
+    });
+    this.wordField = h("input", {
+      type: "search",
+      id: "endpoint-filter",
+      placeholder: "Filter endpoints  ( / )",
+      "aria-label": "Filter endpoints by name",
+      oninput: () => this.showEndpoints(),
+    });
+    this.endpointBox = h(
+      "div",
+      {},
+      h("div", {class: "bar", hidden: true}, this.wordField),
+      scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))),
+      h("div", {class: "pages"}, this.more),
+    );
     this.noEndpoints = h("div", {class: "panel empty"}, "No requests yet.");
   }
 
@@ -7017,7 +7659,8 @@ class RunView {
   }
 
   onTabKey(event) {
-    const names = [...this.tabButtons.keys()], step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    const names = [...this.tabButtons.keys()],
+      step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (!step) return;
     const name = names[(names.indexOf(this.tab) + step + names.length) % names.length];
     this.choose(name);
@@ -7026,7 +7669,10 @@ class RunView {
 
   choose(name) {
     this.tab = name;
-    for (const [one, button] of this.tabButtons) { button.setAttribute("aria-selected", one === name); button.tabIndex = one === name ? 0 : -1; }
+    for (const [one, button] of this.tabButtons) {
+      button.setAttribute("aria-selected", one === name);
+      button.tabIndex = one === name ? 0 : -1;
+    }
     this.parts.panel.setAttribute("aria-labelledby", "tab-" + name);
     this.parts.panel.replaceChildren();
     this.showTabs();
@@ -7047,10 +7693,18 @@ class RunView {
     this.showThresholds(run);
     this.group.marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
-      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"}))];
-    if (started !== this.start) { this.start = started; this.plot(); }
+      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
+    ];
+    this.group.draw();
+    if (started !== this.start) {
+      this.start = started;
+      this.plot();
+    }
     if (!before) this.plot();
-    if (ended) { this.loadSeries(); this.loadSides(); }
+    if (ended) {
+      this.loadSeries();
+      this.loadSides();
+    }
     this.showTabs();
     this.tick();
   }
@@ -7065,15 +7719,31 @@ class RunView {
     setText(parts.trust, trust === "ok" ? "Trustworthy" : trust === "doubtful" ? "Doubtful" : trust || "");
     setClass(parts.trust, "badge " + (trust === "ok" ? "good" : "warn"));
     const fact = (label, value) => h("span", {}, label + " ", h("b", {class: "name"}, value));
-    const facts = [fact("Tenant", run.tenantId), fact("Environment", run.envId), run.locustClusterId ? fact("Cluster", run.locustClusterId) : null, fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.00$/, "") + "/s"),
-      fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)), run.createdBy ? fact("By", run.createdBy) : null, run.stopReason ? fact("Stopped by", run.stopReason) : null].filter(Boolean);
-    if (JSON.stringify(facts.map((one) => one.textContent)) !== this.factText) { this.factText = JSON.stringify(facts.map((one) => one.textContent)); parts.facts.replaceChildren(...facts); }
+    const facts = [
+      fact("Tenant", run.tenantId),
+      fact("Environment", run.envId),
+      run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
+      fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.0+$/, "") + "/s"),
+      fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)),
+      run.createdBy ? fact("By", run.createdBy) : null,
+      run.stopReason ? fact("Stopped by", run.stopReason) : null,
+    ].filter(Boolean);
+    if (JSON.stringify(facts.map((one) => one.textContent)) !== this.factText) {
+      this.factText = JSON.stringify(facts.map((one) => one.textContent));
+      parts.facts.replaceChildren(...facts);
+    }
     parts.reason.hidden = !run.failureReason;
     setText(parts.reason, run.failureReason || "");
     const warnings = run.warnings || [];
     parts.warnings.hidden = !warnings.length;
     if (parts.warnings.childElementCount !== 1 || parts.warnings.firstChild.childElementCount !== warnings.length) {
-      parts.warnings.replaceChildren(h("ul", {}, warnings.map((one) => h("li", {}, h("span", {class: "soft"}, moment(one.at) + "  "), one.message))));
+      parts.warnings.replaceChildren(
+        h(
+          "ul",
+          {},
+          warnings.map((one) => h("li", {}, h("span", {class: "soft"}, moment(one.at) + "  "), one.message)),
+        ),
+      );
     }
     parts.queued.hidden = !(run.status === "Pending" && run.queuePosition);
     setText(parts.queued, "Waiting for a free cluster; number " + (run.queuePosition || "") + " in the queue.");
@@ -7086,33 +7756,53 @@ class RunView {
   }
 
   showNumbers(numbers) {
-    const parts = this.parts, live_ = this.run.status === "Running" || this.run.status === "Stopping";
+    const parts = this.parts,
+      live_ = this.run.status === "Running" || this.run.status === "Stopping";
     setText(parts.users, live_ ? count(numbers.currentUsers) : count(this.run.targetUsers));
     setText(parts.rps, rate(numbers.totalRps));
     setText(parts.errors, percent(numbers.errorRate));
-    for (const [name, key] of [["p50", "p50ResponseMs"], ["p95", "p95ResponseMs"], ["p99", "p99ResponseMs"], ["avg", "avgResponseMs"]]) setText(parts[name], millis(numbers[key]));
+    for (const [name, key] of [
+      ["p50", "p50ResponseMs"],
+      ["p95", "p95ResponseMs"],
+      ["p99", "p99ResponseMs"],
+      ["avg", "avgResponseMs"],
+    ])
+      setText(parts[name], millis(numbers[key]));
     setText(parts.requests, count(numbers.totalRequests));
     setText(parts.fails, count(numbers.totalFailures));
   }
 
   showThresholds(run) {
-    const box = this.parts.thresholds, list = run.thresholds || [];
+    const box = this.parts.thresholds,
+      list = run.thresholds || [];
     box.hidden = !list.length;
     const text = JSON.stringify([list, run.verdict]);
     if (text === this.thresholdText) return;
     this.thresholdText = text;
     const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
-    const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"}[word(one)] || "");
-    const value = (one) => isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value);
-    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), scrollBox("Thresholds", h("table", {}, h("thead", {}, h("tr", {}, ["Result", "Threshold", "Value", "First failed", "Why"].map((label, index) => h("th", {scope: "col", class: index === 2 ? "num" : ""}, label)))),
-      h("tbody", {}, list.map((one) => h("tr", {}, h("td", {}, h("span", {class: "badge " + kind(one)}, word(one))), h("td", {class: "wide name mono"}, String(one.expr)), h("td", {class: "num"}, value(one)),
-        h("td", {}, one.firstFailedAt ? moment(one.firstFailedAt) : NONE), h("td", {class: "wide soft"}, String(one.message || one.reason || ""))))))));
+    const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"})[word(one)] || "";
+    const value = (one) => (isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value));
+    const why = (one) => String(one.message || one.reason || "");
+    const heads = [["Result"], ["Threshold"], ["Value", "num"], ["First failed"], ...(list.some(why) ? [["Why"]] : [])];
+    const rows = list.map((one) => [
+      [h("span", {class: "badge " + kind(one)}, word(one))],
+      [String(one.expr), "wide name mono"],
+      [value(one), "num"],
+      [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
+      ...(list.some(why) ? [[why(one), "wide soft"]] : []),
+    ]);
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows));
   }
 
   showTabs() {
     if (!this.parts) return;
     const rows = Object.keys((this.run.lastMetrics || {}).requestStats || {}).length;
-    const numbers = {endpoints: rows, failures: this.failures && this.failures.length, exceptions: this.exceptions && this.exceptions.length, workers: this.workers && this.workers.length};
+    const numbers = {
+      endpoints: rows,
+      failures: this.failures && this.failures.length,
+      exceptions: this.exceptions && this.exceptions.length,
+      workers: this.workers && this.workers.length,
+    };
     for (const [name, button] of this.tabButtons) {
       const mark = button.querySelector(".n");
       mark.hidden = !isNumber(numbers[name]) || numbers[name] === 0;
@@ -7121,72 +7811,279 @@ class RunView {
     }
     if (this.tab === "endpoints") this.showEndpoints();
     else if (this.tab === "details") this.showDetails();
+    else if (this.tab === "history") this.showHistory();
     else this.showSimple();
   }
 
   showEndpoints() {
     if (this.tab !== "endpoints") return;
-    const numbers = this.run.lastMetrics || {}, rows = Object.values(numbers.requestStats || {}), {column, up} = this.sort;
+    const numbers = this.run.lastMetrics || {},
+      rows = Object.values(numbers.requestStats || {}),
+      {column, up} = this.sort;
     const box = rows.length ? this.endpointBox : this.noEndpoints;
     if (this.parts.panel.firstChild !== box) this.parts.panel.replaceChildren(box);
-    const key = ENDPOINT_COLUMNS[column][1], word = this.wordField.value.trim().toLowerCase();
-    const order = (a, b) => column < 2 ? String(a[key]).localeCompare(String(b[key])) : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
+    const key = ENDPOINT_COLUMNS[column][1],
+      word = this.wordField.value.trim().toLowerCase();
+    const order = (a, b) =>
+      column < 2 ? String(a[key]).localeCompare(String(b[key])) : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
     const wanted = rows.filter((row) => !word || (row.method + " " + row.name).toLowerCase().includes(word));
     wanted.sort((a, b) => (up ? order(a, b) : order(b, a)) || String(a.name).localeCompare(String(b.name)));
-    this.heads.forEach((head, index) => { if (index === column) head.setAttribute("aria-sort", up ? "ascending" : "descending"); else head.removeAttribute("aria-sort"); });
+    this.heads.forEach((head, index) => {
+      if (index === column) head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      else head.removeAttribute("aria-sort");
+    });
     this.wordField.parentNode.hidden = rows.length < 8;
     this.more.parentNode.hidden = this.more.hidden = this.all || wanted.length <= FEW_ENDPOINTS;
     setText(this.more, "Show all " + wanted.length);
     this.endpointRows.show(this.all ? wanted : wanted.slice(0, FEW_ENDPOINTS), (row) => row.method + " " + row.name);
-    const bound = (choose, name) => { const values = rows.map((row) => row[name]).filter(isNumber); return values.length ? choose(...values) : null; };
-    const total = {method: "", name: "Aggregated", numRequests: numbers.totalRequests, numFailures: numbers.totalFailures, medianResponseTime: numbers.p50ResponseMs, p95ResponseTime: numbers.p95ResponseMs, p99ResponseTime: numbers.p99ResponseMs,
-      avgResponseTime: numbers.avgResponseMs, minResponseTime: bound(Math.min, "minResponseTime"), maxResponseTime: bound(Math.max, "maxResponseTime"), requestsPerSec: numbers.totalRps};
+    const bound = (choose, name) => {
+      const values = rows.map((row) => row[name]).filter(isNumber);
+      return values.length ? choose(...values) : null;
+    };
+    const total = {
+      method: "",
+      name: "Aggregated",
+      numRequests: numbers.totalRequests,
+      numFailures: numbers.totalFailures,
+      medianResponseTime: numbers.p50ResponseMs,
+      p95ResponseTime: numbers.p95ResponseMs,
+      p99ResponseTime: numbers.p99ResponseMs,
+      avgResponseTime: numbers.avgResponseMs,
+      minResponseTime: bound(Math.min, "minResponseTime"),
+      maxResponseTime: bound(Math.max, "maxResponseTime"),
+      requestsPerSec: numbers.totalRps,
+    };
     ENDPOINT_COLUMNS.forEach(([, name, format], index) => setText(this.total[index], format(total[name])));
   }
 
   showSimple() {
     const what = {
-      failures: [this.failures, ["# Failures", "Method", "Name", "Message", "First", "Last"], (one) => [[count(one.occurrences), "num fails"], [one.method], [one.name, "wide name"], [one.error, "wide name"], [moment(one.firstSeen)], [moment(one.lastSeen)]],
-        "No request has failed.", "What failed is not known here."],
-      exceptions: [this.exceptions, ["# Occurrences", "Message", "Traceback", "Nodes"], (one) => [[count(one.count), "num"], [one.message, "wide name"], [h("pre", {}, String(one.traceback || "")), "wide"], [[].concat(one.nodes || []).join(", "), "wide"]],
-        "No exception in the locustfile.", "Exceptions are not known here."],
-      workers: [this.workers, ["Worker", "State", "# users", "CPU usage"], (one) => [[one.id, "wide name"], [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad", spawning: "good"}[one.state] || "")}, one.state)], [count(one.userCount), "num"], [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE, one.cpuPercent > 90 ? "num fails" : "num"]],
-        "This Locust runs without workers.", isActive(this.run) ? "Waiting for the cluster to answer." : "Workers are shown while a test runs."],
+      failures: [
+        this.failures,
+        ["# Failures", "Method", "Name", "Message", "First", "Last"],
+        (one) => [
+          [count(one.occurrences), "num fails"],
+          [one.method],
+          [one.name, "wide name"],
+          [one.error, "wide name"],
+          [moment(one.firstSeen)],
+          [moment(one.lastSeen)],
+        ],
+        "No request has failed.",
+        "What failed is not known here.",
+      ],
+      exceptions: [
+        this.exceptions,
+        ["# Occurrences", "Message", "Traceback", "Nodes"],
+        (one) => [
+          [count(one.count), "num"],
+          [one.message, "wide name"],
+          [h("pre", {}, String(one.traceback || "")), "wide"],
+          [[].concat(one.nodes || []).join(", "), "wide"],
+        ],
+        "No exception in the locustfile.",
+        "Exceptions are not known here.",
+      ],
+      workers: [
+        this.workers,
+        ["Worker", "State", "# users", "CPU usage"],
+        (one) => [
+          [one.id, "wide name"],
+          [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad", spawning: "good"}[one.state] || "")}, one.state)],
+          [count(one.userCount), "num"],
+          [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE, one.cpuPercent > 90 ? "num fails" : "num"],
+        ],
+        "This Locust runs without workers.",
+        isActive(this.run) ? "Waiting for the cluster to answer." : "Workers are shown while a test runs.",
+      ],
     }[this.tab];
-    const [list, labels, cellsOf, none, unknown] = what, text = this.tab + JSON.stringify(list);
+    const [list, labels, cellsOf, none, unknown] = what,
+      text = this.tab + JSON.stringify(list);
     if (this.simpleText === text && this.parts.panel.firstChild) return;
     this.simpleText = text;
-    if (!list || !list.length) { this.parts.panel.replaceChildren(h("div", {class: "panel empty"}, list ? none : unknown)); return; }
-    const isNum = (label) => label.startsWith("#") || label === "CPU usage";
-    const shown = list.slice(0, 500);
-    this.parts.panel.replaceChildren(scrollBox(this.tab, h("table", {}, h("thead", {}, h("tr", {}, labels.map((label) => h("th", {scope: "col", class: isNum(label) ? "num" : ""}, label)))),
-      h("tbody", {}, shown.map((one) => h("tr", {}, cellsOf(one).map(([content, kind]) => h("td", {class: kind || ""}, content instanceof Node ? content : String(content)))))))));
+    if (!list || !list.length) {
+      this.parts.panel.replaceChildren(h("div", {class: "panel empty"}, list ? none : unknown));
+      return;
+    }
+    const heads = labels.map((label) => [label, label.startsWith("#") || label === "CPU usage" ? "num" : ""]);
+    this.parts.panel.replaceChildren(plainTable(this.tab, heads, list.slice(0, 500).map(cellsOf)));
+  }
+
+  // ---- earlier runs of the same scenario ----
+
+  async loadHistory() {
+    this.historyAsked = now();
+    const {tenantId, envId, scenarioId} = this.run;
+    const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId, search: scenarioId});
+    const runs = await get("/v1/tests?" + wanted).catch(() => null);
+    if (this.closed || !runs) return;
+    this.history = runs.filter((run) => run.scenarioId === scenarioId && run.id !== this.id).slice(0, 25);
+    this.showTabs();
+  }
+
+  /** Draw another run's lines below this one's, both from their start; null: none. */
+  async overlay(run) {
+    this.besideId = run && run.id;
+    const answer = run && (await attempt(() => get(runPath(run.id, "/metrics?maxPoints=1000"))));
+    if (this.closed || this.besideId !== (run && run.id)) return;
+    this.group.other = answer ? pointsOf(answer.points, at(run.startedAt || run.createdAt)) : [];
+    const beside = this.parts.beside;
+    beside.hidden = !answer;
+    if (run) {
+      const remove = h("button", {class: "small plain", onclick: () => this.overlay(null)}, "Remove");
+      beside.replaceChildren("dotted: the run of " + moment(run.startedAt || run.createdAt) + " ", remove);
+      beside.scrollIntoView({block: "nearest"});
+    }
+    this.setEnd();
+    this.group.draw();
+    this.showTabs();
+  }
+
+  showHistory() {
+    if (!this.history || now() - this.historyAsked > 60000) this.loadHistory();
+    const mine = this.run.lastMetrics || {};
+    const text = "history" + JSON.stringify([this.history, this.besideId, mine.p95ResponseMs, mine.totalRps]);
+    if (this.simpleText === text && this.parts.panel.firstChild) return;
+    this.simpleText = text;
+    if (!this.history || !this.history.length) {
+      this.parts.panel.replaceChildren(
+        h("div", {class: "panel empty"}, this.history ? "No other run of this scenario has ended yet." : "Loading\u2026"),
+      );
+      return;
+    }
+    const num = (label) => [label, "num"];
+    const heads = [
+      ["Started"],
+      ["Status"],
+      num("Users"),
+      num("Time"),
+      num("RPS"),
+      num("Failures"),
+      num("Median (ms)"),
+      num("95%ile (ms)"),
+      num("99%ile (ms)"),
+    ];
+    const rows = this.history.map((run) => this.historyRow(run, mine));
+    const over = [this.run, ...this.history].filter((run) => run.lastMetrics).sort((a, b) => at(a.createdAt) - at(b.createdAt));
+    const trend = (title, color, key, format) =>
+      trendLine(
+        title,
+        color,
+        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt), isThis: run === this.run})),
+        format,
+      );
+    const trends = [
+      trend("95%ile (ms)", "--p95", "p95ResponseMs", millis),
+      trend("RPS", "--rps", "totalRps", rate),
+      trend("Failures", "--failures", "errorRate", percent),
+    ];
+    this.parts.panel.replaceChildren(
+      h("div", {class: "trends"}, trends),
+      plainTable("Earlier runs", [...heads, num("\u0394 95%ile"), num("\u0394 RPS"), num("Charts")], rows),
+      h("p", {class: "hint"}, "\u0394: this run against that one."),
+    );
+  }
+
+  historyRow(run, mine) {
+    const numbers = run.lastMetrics || {},
+      status = h("span"),
+      verdict = h("span"),
+      shown = run.id === this.besideId;
+    showStatus(status, run);
+    showVerdict(verdict, run);
+    const change = (key) => (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
+    return [
+      [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
+      [h("span", {}, status, " ", verdict)],
+      [count(run.targetUsers), "num"],
+      [timingText(run), "num"],
+      [rate(numbers.totalRps), "num"],
+      [percent(numbers.errorRate), numbers.errorRate > 0 ? "num fails" : "num"],
+      [millis(numbers.p50ResponseMs), "num"],
+      [millis(numbers.p95ResponseMs), "num"],
+      [millis(numbers.p99ResponseMs), "num"],
+      [change("p95ResponseMs"), "num"],
+      [change("totalRps"), "num"],
+      [h("button", {class: "small", "aria-pressed": shown, onclick: () => this.overlay(shown ? null : run)}, shown ? "Hide" : "Overlay"), "num"],
+    ];
   }
 
   showDetails() {
-    const run = this.run, text = "details" + JSON.stringify({...run, lastMetrics: null});
+    const run = this.run,
+      text = "details" + JSON.stringify({...run, lastMetrics: null});
     if (this.simpleText === text && this.parts.panel.firstChild) return;
     this.simpleText = text;
-    const pairs = (list) => h("dl", {class: "pairs"}, list.filter(([, value]) => value !== undefined && value !== "").map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]));
-    const plain = (value) => typeof value === "string" ? value : JSON.stringify(value);
+    const pairs = (list) =>
+      h(
+        "dl",
+        {class: "pairs"},
+        list
+          .filter(([, value]) => value !== undefined && value !== "")
+          .map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]),
+      );
+    const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
     const metadata = Object.entries(run.metadata || {});
     const annotations = run.annotations || [];
-    this.parts.panel.replaceChildren(h("div", {class: "details"},
-      h("div", {class: "panel"}, h("h2", {}, "Run"), pairs([["Id", run.id], ["Source", run.source], ["Created", run.createdAt], ["Started", run.startedAt], ["Finished", run.finishedAt], ["Duration asked for", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)], ["Stop reason", run.stopReason]])),
-      h("div", {class: "panel"}, h("h2", {}, "Metadata"), metadata.length ? pairs(metadata.map(([key, value]) => [key, plain(value)])) : h("p", {class: "soft"}, "None.")),
-      annotations.length ? h("div", {class: "panel"}, h("h2", {}, "Marked moments"), pairs(annotations.map((one) => [clock((at(one.at) - this.start) / 1000), one.text]))) : null));
+    this.parts.panel.replaceChildren(
+      h(
+        "div",
+        {class: "details"},
+        h(
+          "div",
+          {class: "panel"},
+          h("h2", {}, "Run"),
+          pairs([
+            ["Id", run.id],
+            ["Source", run.source],
+            ["Created", run.createdAt],
+            ["Started", run.startedAt],
+            ["Finished", run.finishedAt],
+            ["Duration asked for", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)],
+            ["Stop reason", run.stopReason],
+          ]),
+        ),
+        h(
+          "div",
+          {class: "panel"},
+          h("h2", {}, "Metadata"),
+          metadata.length ? pairs(metadata.map(([key, value]) => [key, plain(value)])) : h("p", {class: "soft"}, "None."),
+        ),
+        annotations.length
+          ? h(
+              "div",
+              {class: "panel"},
+              h("h2", {}, "Marked moments"),
+              pairs(annotations.map((one) => [clock((at(one.at) - this.start) / 1000), one.text])),
+            )
+          : null,
+      ),
+    );
   }
 
   tick() {
     const run = this.run;
     if (!run || !this.parts || this.closed) return;
-    const {elapsed, total} = timing(run), parts = this.parts;
+    const {elapsed, total} = timing(run),
+      parts = this.parts;
     parts.time.hidden = isNaN(elapsed);
     setText(parts.elapsed, isActive(run) ? clock(elapsed) : "Ran " + span(elapsed));
     this.bar.box.hidden = isNaN(total);
     this.bar.set(elapsed / total);
-    setText(parts.left, isNaN(total) ? (isActive(run) ? "no deadline: runs until it is stopped" : "") : isActive(run) ? clock(Math.max(0, total - elapsed)) + " left of " + span(total) : "of " + span(total));
-    if (isActive(run) && !this.group.zoom) { this.setEnd(); this.group.draw(); }
+    setClass(this.bar.box, isActive(run) ? "meter" : "meter over");
+    setText(
+      parts.left,
+      isNaN(total)
+        ? isActive(run)
+          ? "no deadline: runs until it is stopped"
+          : ""
+        : isActive(run)
+          ? clock(Math.max(0, total - elapsed)) + " left of " + span(total)
+          : "of " + span(total),
+    );
+    if (isActive(run) && !this.group.zoom) {
+      this.setEnd();
+      this.group.draw();
+    }
   }
 }
 
@@ -7200,7 +8097,11 @@ function route() {
   for (const dialog of document.querySelectorAll("dialog")) dialog.close();
   const match = /^#\/runs\/([^/]+)$/.exec(location.hash);
   let id = null;
-  try { id = match && decodeURIComponent(match[1]); } catch (error) { /* not one of ours */ }
+  try {
+    id = match && decodeURIComponent(match[1]);
+  } catch (error) {
+    /* not one of ours */
+  }
   view = id ? new RunView(id) : new Overview();
   view.open();
   scrollTo(0, 0);
@@ -7216,14 +8117,26 @@ async function start() {
     return;
   }
   showTop();
-  if (session) route(); else showSignIn("");
+  if (session) route();
+  else showSignIn("");
 }
 
 addEventListener("hashchange", route);
 addEventListener("keydown", (event) => {
-  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || document.querySelector("dialog[open]")) return;
+  if (
+    event.key !== "/" ||
+    event.ctrlKey ||
+    event.metaKey ||
+    event.altKey ||
+    /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) ||
+    document.querySelector("dialog[open]")
+  )
+    return;
   const filter = $("filter") || $("endpoint-filter");
-  if (filter) { event.preventDefault(); filter.focus(); }
+  if (filter) {
+    event.preventDefault();
+    filter.focus();
+  }
 });
 start();
 """
