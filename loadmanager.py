@@ -21,12 +21,13 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  8. LOCUST CLIENT   every call to a Locust master
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
-11. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-12. EVENTS          changes of runs, told to event streams
-13. SESSIONS        browsers that signed in, and what they must prove
-14. HTTP API        routes, authentication, handlers
-15. COMMAND LINE    serve, check
-16. DASHBOARD PAGE  what a browser gets at /
+11. REPORTS         a run as a page, as Markdown, as CSV
+12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+13. EVENTS          changes of runs, told to event streams
+14. SESSIONS        browsers that signed in, and what they must prove
+15. HTTP API        routes, authentication, handlers
+16. COMMAND LINE    serve, check
+17. DASHBOARD PAGE  what a browser gets at /
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import gzip
 import hashlib
 import heapq
 import hmac
+import html
 import http.client
 import io
 import ipaddress
@@ -53,6 +55,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -117,6 +120,8 @@ MAX_USERS = 100_000_000
 MAX_SPAWN_RATE = 1_000_000.0
 MAX_DURATION_S = 366 * 24 * 3600
 IDEMPOTENCY_KEEP_S = 24 * 3600
+MAX_ANNOTATION = 1000  # characters
+MOST_ANNOTATIONS = 200  # of one run
 
 
 def log(event: str, **facts: object) -> None:
@@ -308,6 +313,7 @@ class Check:
     allowed: str
     accept: Callable[[Any], Any]
     from_text: Callable[[str], Any] = str  # how an environment variable's text is read
+    schema: dict[str, Any] = field(default_factory=lambda: {"type": "string"}, compare=False)  # for the API's document
 
 
 def text_value(allowed: str = "a non-empty string", pattern: str | None = None, empty: bool = False) -> Check:
@@ -318,7 +324,7 @@ def text_value(allowed: str = "a non-empty string", pattern: str | None = None, 
             raise ValueError
         return value
 
-    return Check(allowed, accept)
+    return Check(allowed, accept, schema={"type": "string"} if empty else {"type": "string", "minLength": 1})
 
 
 def number_value(lowest: float, highest: float, whole: bool = False) -> Check:
@@ -336,7 +342,8 @@ def number_value(lowest: float, highest: float, whole: bool = False) -> Check:
         except ValueError:
             return text
 
-    return Check(f"{kind} from {_plain(lowest)} to {_plain(highest)}", accept, from_text)
+    schema = {"type": "integer" if whole else "number", "minimum": lowest, "maximum": highest}
+    return Check(f"{kind} from {_plain(lowest)} to {_plain(highest)}", accept, from_text, schema)
 
 
 def _plain(number: float) -> str:
@@ -349,11 +356,13 @@ def _accept_boolean(value: Any) -> bool:
     return value
 
 
-BOOLEAN = Check("true or false", _accept_boolean, lambda text: {"true": True, "false": False}.get(text.lower(), text))
+BOOLEAN = Check(
+    "true or false", _accept_boolean, lambda text: {"true": True, "false": False}.get(text.lower(), text), {"type": "boolean"}
+)
 
 
 def one_of(*words: str) -> Check:
-    return text_value(" or ".join(words), "|".join(words))
+    return replace(text_value(" or ".join(words), "|".join(words)), schema={"type": "string", "enum": list(words)})
 
 
 def _accept_base_url(value: Any) -> str:
@@ -778,6 +787,13 @@ class Warning_(NamedTuple):
     message: str
 
 
+class Annotation(NamedTuple):
+    """A moment somebody marked: epoch seconds, their words."""
+
+    at: float
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One load test on one cluster. Moments are epoch seconds of our clock."""
@@ -802,6 +818,7 @@ class Run:
     queued: bool = False
     queue_position: int | None = None  # 1 is the next; kept in memory only
     warnings: tuple[Warning_, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
@@ -844,7 +861,13 @@ def run_to_wire(run: Run) -> dict[str, Any]:
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.warnings:
         wire["warnings"] = [{"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings]
+    if run.annotations:
+        wire["annotations"] = [annotation_to_wire(annotation) for annotation in run.annotations]
     return wire
+
+
+def annotation_to_wire(annotation: Annotation) -> dict[str, Any]:
+    return {"at": utc_text(annotation.at), "text": annotation.text}
 
 
 def run_to_record(run: Run) -> str:
@@ -858,6 +881,7 @@ def run_from_record(text: str) -> Run:
     record = json.loads(text)
     record["status"] = RunStatus(record["status"])
     record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
+    record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
     known = set(Run.__slots__)
     return Run(**{name: value for name, value in record.items() if name in known})
 
@@ -1021,6 +1045,43 @@ def parse_json(raw: bytes, unique_keys: bool = True) -> Any:
         raise InvalidInput(f"the body is not valid JSON: {words}") from None
 
 
+class Failure(NamedTuple):
+    """Requests of one endpoint that failed with one error."""
+
+    method: str
+    name: str
+    error: str
+    occurrences: int
+    first_seen_at: float | None  # epoch seconds
+    last_seen_at: float | None
+
+
+class TaskException(NamedTuple):
+    """An exception that scenarios raised outside of requests."""
+
+    count: int
+    message: str
+    traceback: str
+    nodes: str
+
+
+def failures_to_wire(failures: Iterable[Failure], exceptions: Iterable[TaskException]) -> dict[str, Any]:
+    return {
+        "failures": [
+            {
+                "method": failure.method,
+                "name": failure.name,
+                "error": failure.error,
+                "occurrences": failure.occurrences,
+                "firstSeen": failure.first_seen_at and utc_text(failure.first_seen_at),
+                "lastSeen": failure.last_seen_at and utc_text(failure.last_seen_at),
+            }
+            for failure in failures
+        ],
+        "exceptions": [exception._asdict() for exception in exceptions],
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """One Locust worker as its master sees it."""
@@ -1055,6 +1116,7 @@ class Reading:
     callbacks: bool = False  # the hooks know where to call back
     flush: bool = False  # numbers are complete as soon as the test has stopped
     host: str | None = None
+    failures: tuple[Failure, ...] = ()
 
     @property
     def live_workers(self) -> tuple[Worker, ...]:
@@ -1085,7 +1147,7 @@ def _accept_metadata(value: Any) -> dict[str, Any]:
     return value
 
 
-METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata)
+METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
 USERS = number_value(1, MAX_USERS, whole=True)
 SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
 
@@ -1099,6 +1161,7 @@ CREATE_KEYS = {
     "metadata": BodyKey("metadata", METADATA),
     "queue": BodyKey("queue", BOOLEAN),
 }
+ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
 RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata")}
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
@@ -1174,6 +1237,7 @@ def _accept_moment(value: Any) -> float:
 
 
 MOMENT = Check("an RFC 3339 moment or epoch seconds", _accept_moment)
+ANNOTATION_KEYS = {"text": BodyKey("text", ANNOTATION_TEXT, required=True), "at": BodyKey("at", MOMENT)}
 
 def _is_measure(value: Any) -> bool:
     return value is None or ((type(value) is float or type(value) is int) and 0 <= value < 1e18)
@@ -1455,7 +1519,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: artefacts
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -1466,6 +1530,8 @@ SCHEMA = (
     "CREATE INDEX IF NOT EXISTS samples_of_run ON samples (run_id, at)",
     "CREATE TABLE IF NOT EXISTS idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL, run_id TEXT NOT NULL,"
     " created_at DOUBLE PRECISION NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
+    " PRIMARY KEY (run_id, name))",
 )
 
 
@@ -1684,10 +1750,11 @@ class _Batch:
     runs: dict[str, Record | None] = field(default_factory=dict)  # None: deleted
     samples: list[Sample] = field(default_factory=list)
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
+    artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.samples or self.keys or self.tickets)
+        return bool(self.runs or self.samples or self.keys or self.artefacts or self.tickets)
 
 
 class Journal(threading.Thread):
@@ -1713,6 +1780,11 @@ class Journal(threading.Thread):
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
             self._batch.keys.append(row)
+
+    def save_artefact(self, run_id: str, name: str, content: bytes) -> None:
+        packed = base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
+        with self._changed:
+            self._batch.artefacts.append((run_id, name, packed))
 
     def forget(self, run_id: str) -> None:
         with self._changed:
@@ -1777,9 +1849,14 @@ class Journal(threading.Thread):
 
     def _write(self, batch: _Batch) -> None:
         database = self._database
-        if batch.runs or batch.samples or batch.keys:
+        if batch.runs or batch.samples or batch.keys or batch.artefacts:
             database.execute("BEGIN")
             self._write_runs(batch)
+            if batch.artefacts:
+                database.execute_many(
+                    "INSERT INTO artefacts VALUES (?, ?, ?) ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content",
+                    batch.artefacts,
+                )
             if batch.samples:
                 marks = ", ".join("?" * len(Sample._fields))
                 database.execute_many(f"INSERT INTO samples VALUES ({marks})", batch.samples)
@@ -1811,6 +1888,7 @@ class Journal(threading.Thread):
             self._database.execute_many("DELETE FROM runs WHERE id = ?", gone)
             self._database.execute_many("DELETE FROM samples WHERE run_id = ?", gone)
             self._database.execute_many("DELETE FROM idempotency WHERE run_id = ?", gone)
+            self._database.execute_many("DELETE FROM artefacts WHERE run_id = ?", gone)
 
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
@@ -1828,6 +1906,7 @@ class Journal(threading.Thread):
             self._batch.runs = {**batch.runs, **self._batch.runs}
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
             self._batch.keys[:0] = batch.keys
+            self._batch.artefacts[:0] = batch.artefacts
         self._settle(batch, error)
 
 
@@ -2012,6 +2091,13 @@ class Store:
         )
         return [Sample(*row) for row in rows]
 
+    def artefact(self, run_id: str, name: str) -> bytes | None:
+        """What was kept beside a run under this name, or None."""
+        rows = self._journal.read(
+            lambda database: database.query("SELECT content FROM artefacts WHERE run_id = ? AND name = ?", (run_id, name))
+        )
+        return zlib.decompress(base64.b85decode(rows[0][0])) if rows else None
+
     @property
     def problem(self) -> str | None:
         """Why nothing can be written at the moment, or None."""
@@ -2083,6 +2169,22 @@ class Store:
                 return False
             self._save(record, replace(record.run, warnings=(*record.run.warnings, Warning_(code, now, message))))
             return True
+
+    def keep_artefact(self, run_id: str, name: str, content: bytes) -> None:
+        """Keep a file beside a run; it goes with the run."""
+        if run_id in self._records:
+            self._journal.save_artefact(run_id, name, content)
+
+    def annotate(self, run_id: str, annotation: Annotation) -> None:
+        """Mark a moment of a run, also of a final one: the one thing a person may still add
+        to it. Conflict when it has MOST_ANNOTATIONS."""
+        with self._lock:
+            record = self._record(run_id)
+            if len(record.run.annotations) >= MOST_ANNOTATIONS:
+                raise Conflict(f"run {run_id} has {MOST_ANNOTATIONS} annotations, the most there may be")
+            annotations = tuple(sorted((*record.run.annotations, annotation)))
+            self._save(record, replace(record.run, annotations=annotations))
+        self._journal.wait_durable()
 
     def add_snapshot(self, run_id: str, snapshot: Snapshot, source: str) -> bool:
         """Keep a sample of a run that is not final; shown as its newest unless it is older
@@ -2210,6 +2312,23 @@ class LocustClient:
         if status != 200 or "html" in headers.get("content-type", "").lower():
             raise LocustBadAnswer(f"{self._where('/stats/requests/csv')} answered HTTP {status} without a CSV report")
         return _snapshot_of_csv(body.decode("utf-8", "replace"), time.time())
+
+    def read_failures(self) -> tuple[Failure, ...]:
+        """Failed requests by endpoint and error, of now."""
+        status, _, body = self._call("GET", "/stats/failures/csv", None, 2.0)
+        return tuple(_failure_of_csv(row) for row in csv.DictReader(io.StringIO(body.decode("utf-8", "replace")))) if status == 200 else ()
+
+    def read_exceptions(self) -> tuple[TaskException, ...]:
+        document = self._json("GET", "/exceptions", timeout_s=2.0)
+        rows = [row for row in document.get("exceptions") or () if isinstance(row, dict)]
+        return tuple(TaskException(_whole(r.get("count")), str(r.get("msg")), str(r.get("traceback")), str(r.get("nodes"))) for r in rows)
+
+    def read_report(self) -> bytes:
+        """Locust's own HTML report, about 1 MB."""
+        status, headers, body = self._call("GET", "/stats/report", None, 3.0)
+        if status != 200 or b"<html" not in body[:2000]:
+            raise LocustBadAnswer(f"{self._where('/stats/report')} answered HTTP {status} without a report")
+        return body
 
     def swarm(self, form: dict[str, Any]) -> None:
         """Start a test, or change the users of a running one; LocustRefused with its words."""
@@ -2513,7 +2632,37 @@ def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
         requests=snapshot.requests or 0,
         cached=True,
         snapshot=snapshot,
+        failures=tuple(_failure_of_stats(row) for row in document.get("errors") or () if isinstance(row, dict)),
     )
+
+
+def _failure_of_stats(row: dict[str, Any]) -> Failure:
+    return Failure(
+        str(row.get("method") or ""),
+        str(row.get("name") or ""),
+        str(row.get("error") or ""),
+        _whole(row.get("occurrences")),
+        _number(row.get("first_seen")),
+        _number(row.get("last_seen")),
+    )
+
+
+def _failure_of_csv(row: dict[str, Any]) -> Failure:
+    return Failure(
+        row.get("Method") or "",
+        row.get("Name") or "",
+        row.get("Error") or "",
+        int(_csv_number(row.get("Occurrences")) or 0),
+        _csv_moment(row.get("First Seen")),
+        _csv_moment(row.get("Last Seen")),
+    )
+
+
+def _csv_moment(text: Any) -> float | None:
+    try:
+        return parse_utc(text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z")
+    except ValueError:
+        return None
 
 
 def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
@@ -2920,6 +3069,7 @@ class Watch:
         self.last_requests = 0
         self.boot_id = ""
         self.respread_at = -math.inf
+        self.failures: tuple[Failure, ...] = ()  # of the last reading
 
     @property
     def age_s(self) -> float:
@@ -2927,6 +3077,9 @@ class Watch:
 
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - steady_s())
+
+
+FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
 
 
 class StopOutcome:
@@ -3410,7 +3563,6 @@ class Engine:
             self._ended_by_locust(watch, second)
 
     def _note_reading(self, watch: Watch, run: Run, reading: Reading) -> None:
-        now = time.time()
         workers_before = watch.most_workers
         watch.most_workers = max(watch.most_workers, len(reading.live_workers))
         for code, sentence in watch_warnings(run, watch.last, reading, watch.most_workers, watch.age_s):
@@ -3419,7 +3571,7 @@ class Engine:
             self.store.add_snapshot(run.id, reading.snapshot, "poll")
             watch.last_requests = reading.requests
         self._mind_users(watch, run, reading, workers_before)
-        watch.last = reading if now else None
+        watch.last, watch.failures = reading, reading.failures
 
     def _mind_users(self, watch: Watch, run: Run, reading: Reading, workers_before: int) -> None:
         """Spread the users again after workers came or went; note users changed in Locust's page."""
@@ -3625,17 +3777,18 @@ class Engine:
         if reading.distributed and reading.workers and not reading.live_workers:
             self._fail(run.id, "all workers of the cluster were lost", stop_reason="lost", snapshot=self._final_numbers(watch, reading))
             return
-        self._claim_end(watch)
+        self._claim_end(watch, self._finish)
 
-    def _claim_end(self, watch: Watch) -> bool:
-        """Locust ended the test: Running becomes Stopping; the finish follows in a thread."""
+    def _claim_end(self, watch: Watch, finish: Callable[[Watch, float], None]) -> bool:
+        """Locust ended the test: Running becomes Stopping; `finish` follows in a thread. False
+        when the run is not Running."""
         on_time = watch.deadline is not None and steady_s() > watch.deadline - 1.5
         try:
             self.store.transition(watch.run_id, RunStatus.STOPPING, durable=False, stop_reason="duration" if on_time else "locust")
         except (Conflict, NotFound):
             return False
         self._end_watching(watch.run_id, watch.cluster)
-        in_background(f"finish-{watch.run_id[:8]}", functools.partial(self._finish, watch, time.time()))
+        in_background(f"finish-{watch.run_id[:8]}", functools.partial(finish, watch, time.time()))
         return True
 
     def _finish(self, watch: Watch, quiet_at: float) -> None:
@@ -3653,7 +3806,32 @@ class Engine:
         complete = reading is not None and ((reading.hooks and reading.flush) or not reading.distributed)
         wait_s = 0.0 if complete else quiet_at + WORKER_REPORT_S + 0.6 - time.time()
         if not watch.final.wait(min(max(0.0, wait_s), WORKER_REPORT_S + 0.6)):
-            self._conclude(watch, self._final_numbers(watch, reading), quiet_at)
+            final = self._final_numbers(watch, reading)
+            self._keep_details(watch)
+            self._conclude(watch, final, quiet_at)
+
+    def _keep_details(self, watch: Watch) -> None:
+        """Keep what Locust knows beyond numbers, before its next test clears it. The run's end
+        must not depend on it: whatever goes wrong is logged."""
+        client = watch.cluster.client
+        failures, exceptions = watch.failures, ()
+        try:
+            failures = client.read_failures() or failures
+            exceptions = client.read_exceptions()
+            self.store.keep_artefact(watch.run_id, LOCUST_REPORT, client.read_report())
+        except LocustError as error:
+            log("details not kept", run=watch.run_id, why=error.message)
+        self.store.keep_artefact(watch.run_id, FAILURES, dump_json(failures_to_wire(failures, exceptions)).encode())
+
+    def failures(self, run: Run) -> dict[str, Any]:
+        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
+        kept = self.store.artefact(run.id, FAILURES)
+        if kept is not None:
+            return json.loads(kept)
+        watch = self._watches.get(run.id)
+        if watch is None:
+            return failures_to_wire((), ())
+        return failures_to_wire(watch.cluster.client.read_failures() or watch.failures, watch.cluster.client.read_exceptions())
 
     def _final_numbers(self, watch: Watch, reading: Reading | None) -> Snapshot | None:
         """Locust's CSV report; None, with a warning, when it is not this run's any more."""
@@ -3715,6 +3893,9 @@ class Engine:
         except Conflict:
             return
         log("run failed", run=run_id, cluster=run.cluster_id, why=reason)
+        watch = self._watches.get(run_id)
+        if watch and watch.failures:
+            self.store.keep_artefact(run_id, FAILURES, dump_json(failures_to_wire(watch.failures, ())).encode())
         if cleanup and run.cluster_id in self.clusters:
             self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
         self._run_is_final(run_id)
@@ -3821,17 +4002,17 @@ class Engine:
         if watch is None or self.store.get(run_id).is_final:
             return
         watch.cluster.heard_at = steady_s()
-        if snapshot is not None and not complete:
+        if snapshot is not None:
             self.store.add_snapshot(run_id, snapshot, "push")
         if not (complete and snapshot is not None):
-            self._claim_end(watch)
-            return
-        on_time = watch.deadline is not None and steady_s() > watch.deadline - 1.5
-        try:
-            self.store.transition(run_id, RunStatus.STOPPING, durable=False, stop_reason="duration" if on_time else "locust")
-        except Conflict:
-            pass  # our own stop is going on: these are its final numbers
-        self._conclude(watch, snapshot, time.time())
+            self._claim_end(watch, self._finish)
+        elif not self._claim_end(watch, functools.partial(self._finish_with, snapshot)):
+            # Our own stop is going on: these are its final numbers.
+            in_background("finish", functools.partial(self._finish_with, snapshot, watch, time.time()))
+
+    def _finish_with(self, final: Snapshot, watch: Watch, quiet_at: float) -> None:
+        self._keep_details(watch)
+        self._conclude(watch, final, quiet_at)
 
     def register_external(self, request: RunRequest, cluster_id: str | None) -> tuple[str, bool]:
         """The id of the run for a test started in Locust's own page, and whether it is new.
@@ -3951,7 +4132,333 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 11. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 11. REPORTS - a run as a page, as Markdown, as CSV
+# ============================================================================
+# Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
+# from users and from Locust: each is escaped for where it goes. The page has no script and
+# needs nothing from anywhere, so that it opens from a mail attachment and prints.
+
+# The colours of Locust's own page, which its users know by heart.
+SERIES_COLOURS = {"rps": "#00ca5a", "fails": "#ff6d6d", "p50": "#eeb457", "p95": "#9966cc", "users": "#4a90d9"}
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
+CHART_WIDTH, CHART_HEIGHT = 860, 230
+CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 56, 12, 28, 26
+
+REPORT_CSS = """
+:root { --ink: #1c2733; --dim: #5d6b79; --line: #d8dfe6; --back: #fff; --soft: #f4f6f8; --bad: #c62828; --good: #1b7f3b; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ee; --dim: #9aa7b3; --line: #34414d; --back: #141a20; --soft: #1c242c; --bad: #ff8a80; --good: #69d58c; }
+}
+@media print {
+  :root { --ink: #000; --dim: #444; --line: #bbb; --back: #fff; --soft: #f4f4f4; --bad: #b00; --good: #070; }
+  section { break-inside: avoid; }
+}
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--back); color: var(--ink);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+.dim { color: var(--dim); } .bad { color: var(--bad); } .good { color: var(--good); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; margin: 1rem 0; }
+.facts div { background: var(--soft); border-radius: .4rem; padding: .5rem .75rem; } .facts b { display: block; font-size: 1.2rem; }
+.box { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--dim); font-weight: 600; } .text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
+pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
+.mark { stroke: var(--dim); stroke-dasharray: 4 3; }
+"""
+
+
+def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, Any]) -> str:
+    """The run as one self-contained page."""
+    sections = [
+        _report_head(run),
+        _report_facts(run),
+        _report_verdict(run),
+        _report_warnings(run),
+        _report_charts(run, samples),
+        _report_table("Endpoints", ENDPOINT_TITLES, list(_endpoint_cells(run)), text_columns=2, total_last=True),
+        _report_failures(failures),
+        _report_annotations(run),
+        _report_metadata(run),
+        f'<p class="dim">Load Manager {VERSION}; every figure is Locust\'s own.</p>',
+    ]
+    title = html.escape(f"{run['scenarioId']} - {run['status']}")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'"><title>{title}</title>'
+        f"<style>{REPORT_CSS}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
+    )
+
+
+def _report_head(run: dict[str, Any]) -> str:
+    where = f"{run['tenantId']} / {run['envId']} on {run.get('locustClusterId') or 'no cluster'}"
+    words = run["status"] + (f" ({run['stopReason']})" if run.get("stopReason") else "")
+    kind = "bad" if run["status"] == "Failed" or run.get("verdict") == "failed" else "good" if run["status"] == "Finished" else "dim"
+    reason = f'<p class="bad">{html.escape(run["failureReason"])}</p>' if run.get("failureReason") else ""
+    return (
+        f'<header><h1>{html.escape(run["scenarioId"])}</h1><p><strong class="{kind}">{html.escape(words)}</strong> '
+        f'<span class="dim">{html.escape(where)} · {html.escape(_period(run))} · run {html.escape(run["id"])}</span></p>{reason}</header>'
+    )
+
+
+def _period(run: dict[str, Any]) -> str:
+    started, finished = run.get("startedAt"), run.get("finishedAt")
+    if not started:
+        return f"created {run['createdAt']}"
+    if not finished:
+        return f"since {started}"
+    return f"{started} to {finished} ({duration_text(parse_utc(finished) - parse_utc(started))})"
+
+
+def duration_text(seconds: float) -> str:
+    """As people write it: 45s, 5m 3s, 1h 30m 0s."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}h {minutes}m {rest}s" if hours else f"{minutes}m {rest}s" if minutes else f"{rest}s"
+
+
+def _figure(value: Any, digits: int = 0) -> str:
+    """A number for people; a dash for what Locust did not give."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _report_facts(run: dict[str, Any]) -> str:
+    metrics = run.get("lastMetrics") or {}
+    facts = [
+        ("requests", _figure(metrics.get("totalRequests"))),
+        ("failed", f"{_figure(metrics.get('errorRate'), 2)} %"),
+        ("requests/s", _figure(metrics.get("totalRps"), 1)),
+        ("average", f"{_figure(metrics.get('avgResponseMs'), 1)} ms"),
+        ("median", f"{_figure(metrics.get('p50ResponseMs'))} ms"),
+        ("95 %", f"{_figure(metrics.get('p95ResponseMs'))} ms"),
+        ("99 %", f"{_figure(metrics.get('p99ResponseMs'))} ms"),
+        ("users asked for", f"{_figure(run['targetUsers'])} at {run['spawnRate']:g}/s"),
+    ]
+    return '<div class="facts">' + "".join(f"<div><b>{html.escape(value)}</b>{name}</div>" for name, value in facts) + "</div>"
+
+
+def _report_verdict(run: dict[str, Any]) -> str:
+    if not run.get("thresholds"):
+        return ""
+    rows = [[one.get("expr", ""), _threshold_value(one), one.get("result", ""), one.get("message", "")] for one in run["thresholds"]]
+    trust = f" · trust {run['trust']}" if run.get("trust") else ""
+    return _report_table(f"Verdict: {run.get('verdict', 'pending')}{trust}", ["Threshold", "Value", "Result", ""], rows, text_columns=4)
+
+
+def _threshold_value(threshold: dict[str, Any]) -> str:
+    value = threshold.get("value")
+    return _figure(value, 2) if isinstance(value, (int, float)) else str(value or "–")
+
+
+def _report_warnings(run: dict[str, Any]) -> str:
+    rows = [[one["at"], one["code"], one["message"]] for one in run.get("warnings", [])]
+    return _report_table("Warnings", ["When", "Code", "What"], rows, text_columns=3) if rows else ""
+
+
+def _report_annotations(run: dict[str, Any]) -> str:
+    rows = [[one["at"], one["text"]] for one in run.get("annotations", [])]
+    return _report_table("Annotations", ["When", "What"], rows, text_columns=2) if rows else ""
+
+
+def _report_metadata(run: dict[str, Any]) -> str:
+    if not run.get("metadata"):
+        return ""
+    text = json.dumps(run["metadata"], indent=2, ensure_ascii=False)
+    return f"<section><h2>Metadata</h2><pre>{html.escape(text)}</pre></section>"
+
+
+def _report_failures(failures: dict[str, Any]) -> str:
+    rows = [[one["method"], one["name"], one["error"], one["occurrences"]] for one in failures["failures"]]
+    text = _report_table("Failures", ["Method", "Name", "Error", "Occurrences"], rows, text_columns=3) if rows else ""
+    for one in failures["exceptions"]:
+        text += f"<section><h2>{_figure(one['count'])} × {html.escape(one['message'])}</h2><pre>{html.escape(one['traceback'])}</pre></section>"
+    if failures.get("problem"):
+        text += f'<p class="bad">Failures could not be read: {html.escape(failures["problem"])}</p>'
+    return text
+
+
+ENDPOINT_TITLES = ["Type", "Name", "Requests", "Fails", "Median", "95 %", "99 %", "Average", "Min", "Max", "req/s"]
+
+
+def _endpoint_cells(run: dict[str, Any]) -> Iterator[list[Any]]:
+    """The rows of Locust's table, the total last."""
+    metrics = run.get("lastMetrics") or {}
+    for row in (metrics.get("requestStats") or {}).values():
+        times = [row.get(name) for name in ("medianResponseTime", "p95ResponseTime", "p99ResponseTime", "avgResponseTime", "minResponseTime", "maxResponseTime")]
+        yield [row["method"], row["name"], row["numRequests"], row["numFailures"], *map(_figure, times), _figure(row.get("requestsPerSec"), 2)]
+    if metrics:
+        times = [metrics.get(name) for name in ("p50ResponseMs", "p95ResponseMs", "p99ResponseMs", "avgResponseMs")]
+        yield ["", "Aggregated", metrics.get("totalRequests"), metrics.get("totalFailures"), *map(_figure, times), "", "", _figure(metrics.get("totalRps"), 2)]
+
+
+def _report_table(title: str, titles: list[str], rows: list[list[Any]], text_columns: int = 0, total_last: bool = False) -> str:
+    if not rows:
+        return ""
+
+    def cells(tag: str, values: list[Any]) -> str:
+        return "".join(
+            f'<{tag}{" class=text" if index < text_columns else ""}>{html.escape(_cell_text(value))}</{tag}>' for index, value in enumerate(values)
+        )
+
+    body = "".join(
+        f'<tr{" class=total" if total_last and index == len(rows) - 1 else ""}>{cells("td", row)}</tr>' for index, row in enumerate(rows)
+    )
+    return f'<section><h2>{html.escape(title)}</h2><div class="box"><table><thead><tr>{cells("th", titles)}</tr></thead><tbody>{body}</tbody></table></div></section>'
+
+
+def _cell_text(value: Any) -> str:
+    return _figure(value) if isinstance(value, (int, float)) or value is None else str(value)
+
+
+# ---- charts ----------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """One series of a chart: what it is, its colour, its points as (seconds, value or None)."""
+
+    label: str
+    colour: str
+    points: list[tuple[float, float | None]]
+
+
+def _report_charts(run: dict[str, Any], samples: list[Sample]) -> str:
+    live = [sample for sample in samples if sample.source != "final"]
+    if len(live) < 2:
+        return ""
+    start = parse_utc(run["startedAt"]) if run.get("startedAt") else live[0].at
+
+    def line(label: str, colour: str, *names: str) -> Line:
+        chosen = next((name for name in names if any(getattr(sample, name) is not None for sample in live)), names[-1])
+        points = [(sample.at - start, getattr(sample, chosen)) for sample in live if getattr(sample, chosen) is not None]
+        return Line(label, SERIES_COLOURS[colour], points)
+
+    marks = [(parse_utc(one["at"]) - start, one["text"]) for one in run.get("annotations", [])]
+    return "".join(
+        [
+            _chart("Requests per second", [line("requests/s", "rps", "rps"), line("failures/s", "fails", "fails_per_s")], marks),
+            _chart("Response times (ms)", [line("median", "p50", "window_p50_ms", "p50_ms"), line("95 %", "p95", "window_p95_ms", "p95_ms")], marks),
+            _chart("Users", [line("users", "users", "users")], marks),
+        ]
+    )
+
+
+def _chart(title: str, lines: list[Line], marks: list[tuple[float, str]]) -> str:
+    """One inline SVG: grid, lines, legend, annotations."""
+    xs = [x for line in lines for x, _ in line.points]
+    if not xs:
+        return ""
+    last = max(xs[-1], max(xs), 1.0)
+    top = _round_up(max((y for line in lines for _, y in line.points if y is not None), default=1.0))
+    width, height = CHART_WIDTH - CHART_LEFT - CHART_RIGHT, CHART_HEIGHT - CHART_TOP - CHART_BOTTOM
+
+    def at(x: float, y: float) -> str:
+        return f"{CHART_LEFT + width * min(max(x, 0), last) / last:.1f},{CHART_TOP + height * (1 - y / top):.1f}"
+
+    parts = [f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{html.escape(title)}">']
+    for step in range(5):
+        y = CHART_TOP + height * step / 4
+        parts.append(f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>')
+        x = CHART_LEFT + width * step / 4
+        parts.append(f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="middle">{duration_text(last * step / 4)}</text>')
+    for x, text in marks:
+        place = CHART_LEFT + width * min(max(x, 0), last) / last
+        parts.append(f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>')
+    for number, line in enumerate(lines):
+        points = " ".join(at(x, y) for x, y in line.points if y is not None)
+        parts.append(f'<polyline fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round" points="{points}"/>')
+        x = CHART_LEFT + number * 110
+        parts.append(f'<rect x="{x}" y="8" width="12" height="4" fill="{line.colour}"/><text x="{x + 18}" y="14">{html.escape(line.label)}</text>')
+    return f"<section><h2>{html.escape(title)}</h2>" + "".join(parts) + "</svg></section>"
+
+
+def _round_up(value: float) -> float:
+    """The next 1, 2, 2.5 or 5 times a power of ten: an axis people can read."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * step for step in (1, 2, 2.5, 5, 10) if power * step >= value)
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:g}"
+
+
+# ---- Markdown and CSV ------------------------------------------------------
+
+
+def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, Any]) -> str:
+    """The run as Markdown for a merge request."""
+    metrics = run.get("lastMetrics") or {}
+    words = run["status"] + (f" ({run['stopReason']})" if run.get("stopReason") else "")
+    lines = [
+        f"## Load test {_md(run['scenarioId'])}: {words}" + (f", verdict {run['verdict']}" if run.get("verdict") else ""),
+        "",
+        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`",
+        "",
+        f"**{_figure(metrics.get('totalRequests'))} requests**, {_figure(metrics.get('errorRate'), 2)} % failed, "
+        f"{_figure(metrics.get('totalRps'), 1)} req/s, median {_figure(metrics.get('p50ResponseMs'))} ms, "
+        f"p95 {_figure(metrics.get('p95ResponseMs'))} ms, p99 {_figure(metrics.get('p99ResponseMs'))} ms",
+    ]
+    if run.get("failureReason"):
+        lines += ["", f"> {_md(run['failureReason'])}"]
+    lines += [f"- warning {one['code']}: {_md(one['message'])}" for one in run.get("warnings", [])]
+    if run.get("thresholds"):
+        rows = [[one.get("expr", ""), _threshold_value(one), one.get("result", "")] for one in run["thresholds"]]
+        lines += ["", *_md_table(["Threshold", "Value", "Result"], rows, 3)]
+    lines += ["", *_md_table(ENDPOINT_TITLES, list(_endpoint_cells(run)), 2)]
+    if failures["failures"]:
+        rows = [[one["method"], one["name"], one["error"], one["occurrences"]] for one in failures["failures"][:50]]
+        lines += ["", *_md_table(["Method", "Name", "Error", "Occurrences"], rows, 3)]
+    return "\n".join(lines) + "\n"
+
+
+def _md(text: Any) -> str:
+    """Text as text in Markdown: nothing in it becomes markup, a link or a mention."""
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~>-])", r"\\\1", str(text).replace("\r", " ").replace("\n", " "))
+    return escaped.replace("<", "&lt;").replace("@", "@\u200b").replace("://", ":\u200b//")
+
+
+def _md_table(titles: list[str], rows: list[list[Any]], text_columns: int) -> list[str]:
+    rule = ["---" if index < text_columns else "---:" for index in range(len(titles))]
+    body = ["| " + " | ".join(_md(_cell_text(value)) for value in row) + " |" for row in rows]
+    return ["| " + " | ".join(titles) + " |", "| " + " | ".join(rule) + " |", *body]
+
+
+def metrics_csv(samples: list[Sample]) -> str:
+    """Every sample, a line each."""
+    return _csv_text(["timestamp", *SAMPLE_KEYS], (sample_to_wire(sample).values() for sample in samples))
+
+
+def requests_csv(run: dict[str, Any]) -> str:
+    """The endpoints of the newest numbers, the total last."""
+    metrics = run.get("lastMetrics") or {}
+    rows = [[row.get(name) for name in ENDPOINT_KEYS] for row in (metrics.get("requestStats") or {}).values()]
+    if metrics:
+        names = ("totalRequests", "totalFailures", "avgResponseMs", None, None, "p50ResponseMs", "totalRps", "p95ResponseMs", "p99ResponseMs")
+        rows.append(["", "Aggregated", *(metrics.get(name) if name else None for name in names)])
+    return _csv_text(list(ENDPOINT_KEYS), rows)
+
+
+def _csv_text(titles: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(titles)
+    for row in rows:
+        writer.writerow([_csv_cell(value) for value in row])
+    return buffer.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula gets a quote before it (OWASP ASVS 1.2.10)."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n"):
+        return "'" + value
+    return value
+
+
+# ============================================================================
+# 12. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
@@ -4576,7 +5083,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 12. EVENTS - changes of runs, told to event streams
+# 13. EVENTS - changes of runs, told to event streams
 # ============================================================================
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
@@ -4786,7 +5293,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 13. SESSIONS - browsers that signed in, and what they must prove
+# 14. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -4926,7 +5433,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 14. HTTP API - routes, authentication, handlers
+# 15. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -5032,6 +5539,49 @@ def get_metrics(api: Api, request: Request) -> Response:
     samples = downsample(samples, query.get("maxPoints", 500))
     points = [sample_to_wire(sample) for sample in samples]
     return json_response({"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points})
+
+
+def get_failures(api: Api, request: Request) -> Response:
+    return json_response(api.engine.failures(api.visible_run(request)))
+
+
+def post_annotation(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    values = check_body(parse_json(request.body), ANNOTATION_KEYS)
+    annotation = Annotation(values.get("at", time.time()), values["text"])
+    api.store.annotate(run.id, annotation)
+    return json_response(annotation_to_wire(annotation), 201)
+
+
+def get_annotations(api: Api, request: Request) -> Response:
+    return json_response([annotation_to_wire(annotation) for annotation in api.visible_run(request).annotations])
+
+
+def get_report_html(api: Api, request: Request) -> Response:
+    return api.file_response(request, "report.html", "text/html; charset=utf-8", report_html(*api.report_parts(request)), REPORT_POLICY)
+
+
+def get_report_md(api: Api, request: Request) -> Response:
+    return api.file_response(request, "report.md", "text/markdown; charset=utf-8", report_md(*api.report_parts(request)))
+
+
+def get_metrics_csv(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    return api.file_response(request, "metrics.csv", "text/csv; charset=utf-8", metrics_csv(api.store.samples(run.id)))
+
+
+def get_requests_csv(api: Api, request: Request) -> Response:
+    run = json.loads(api.store.wire(api.visible_run(request).id))
+    return api.file_response(request, "requests.csv", "text/csv; charset=utf-8", requests_csv(run))
+
+
+def get_locust_report(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    report = api.store.artefact(run.id, LOCUST_REPORT)
+    if report is None:
+        raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")
+    policy = "sandbox allow-scripts; default-src 'unsafe-inline' data:"  # its scripts must not reach our origin
+    return api.file_response(request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy)
 
 
 def get_clusters(api: Api, request: Request) -> Response:
@@ -5175,6 +5725,7 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+DOWNLOAD_QUERY = {"download": one_of("0", "1")}
 CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 
 SIGN_IN_KEYS = {"token": BodyKey("token", text_value("an API token"), required=True)}
@@ -5199,6 +5750,14 @@ ROUTES = (
     Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True),
     Route("POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY),
+    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions"),
+    Route("POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run", body=ANNOTATION_KEYS),
+    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False),
+    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY),
+    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY),
+    Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY),
+    Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY),
+    Route("GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report", query=DOWNLOAD_QUERY),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing"),
     Route("POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began", body=CALLBACK_KEYS),
     Route(
@@ -5432,6 +5991,21 @@ class Api:
             raise NotFound(f"there is no run {run.id}")
         return run
 
+    def report_parts(self, request: Request) -> tuple[dict[str, Any], list[Sample], dict[str, Any]]:
+        """What a report is made of: the run as on the wire, its history, its failures."""
+        run = self.visible_run(request)
+        try:
+            failures = self.engine.failures(run)
+        except LocustError as error:
+            failures = {**failures_to_wire((), ()), "problem": error.message}
+        return json.loads(self.store.wire(run.id)), downsample(self.store.samples(run.id), 600), failures
+
+    def file_response(self, request: Request, name: str, content_type: str, text: str, policy: str = "default-src 'none'; sandbox") -> Response:
+        """A text shown in the browser, or saved with ?download=1 under a name with the run's id."""
+        kind = "attachment" if request.query.get("download") == "1" else "inline"
+        headers = {"Content-Disposition": f'{kind}; filename="{request.params["id"][:36]}-{name}"', "Content-Security-Policy": policy}
+        return Response(text.encode("utf-8", "replace"), content_type=content_type, headers=headers)
+
     def run_response(self, run_id: str, http_status: int, replayed: bool = False) -> Response:
         headers = {"Location": f"/v1/tests/{run_id}"}
         if replayed:
@@ -5482,7 +6056,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 15. COMMAND LINE - serve, check
+# 16. COMMAND LINE - serve, check
 # ============================================================================
 
 
@@ -5623,7 +6197,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # ============================================================================
-# 16. DASHBOARD PAGE - what a browser gets at /
+# 17. DASHBOARD PAGE - what a browser gets at /
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
