@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 import loadmanager
 import pytest
 from chromium import SCREENSHOTS, Chromium
-from control_plane import API_TOKEN, CALLBACK_TOKEN, ControlPlane, free_port
-from locust_process import LocustCluster
+from conftest import API_TOKEN, CALLBACK_TOKEN
+from control_plane import ControlPlane
+from locust_process import LocustCluster, find_free_port
 from seeded_runs import HOSTILE, ODD_NAMES, SeededRuns, failing
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -122,7 +123,7 @@ def page(browser, seeded):
 def live(tmp_path_factory):
     """A Load Manager and a real Locust of two workers that calls back every second."""
     hooks = str(Path(__file__).resolve().parent.parent / "locust")
-    folder, port = tmp_path_factory.mktemp("live"), free_port()
+    folder, port = tmp_path_factory.mktemp("live"), find_free_port()
     environment = {"CONTROL_PLANE_URL": f"http://127.0.0.1:{port}", "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "1",
                    "TENANT_ID": "tenant-1", "ENV_ID": "dev"}
     with Target(fail_ratio=0.02) as target:
