@@ -175,6 +175,7 @@ def test_person_signs_in_starts_a_test_sees_it_grow_stops_it_and_finds_the_repor
 
     page.press("Stop")
     page.shows("Stop this test?", "dialog")
+    assert page.driver.switch_to.active_element.text == "Cancel", "Enter alone must not stop a test"
     page.keys(Keys.ESCAPE)
     eventually(lambda: not page.all("dialog"), what="Escape closes the dialog")
     assert live.call("GET", f"/v1/tests/{run_id}")[1]["status"] == "Running", "not confirmed, so not stopped"
@@ -486,6 +487,10 @@ def test_no_page_is_wider_than_its_window(page, width, scheme):
             assert "runs/" not in place or eventually(page.points)
             page.browser.screenshot(f"{name}-{width}-{scheme}")
             assert not page.is_wider_than_the_window(), name
+            for tab in page.all(".tabs button") if name == "odd" else ():
+                tab.click()
+                page.browser.screenshot(f"{name}-{tab.get_attribute('id')}-{width}-{scheme}")
+                assert not page.is_wider_than_the_window(), tab.text
     finally:
         page.browser.size(1400, 1000)
         page.browser.scheme("light")
