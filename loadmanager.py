@@ -6768,8 +6768,8 @@ function confirmed(title, text, button, kind) {
         h(
           "div",
           {class: "ends"},
-          h("button", {type: "button", onclick: () => dialog.close("")}, "Cancel"),
-          h("button", {class: "primary " + (kind || ""), autofocus: true}, button),
+          h("button", {type: "button", autofocus: kind === "danger", onclick: () => dialog.close("")}, "Cancel"),
+          h("button", {class: "primary " + (kind || ""), autofocus: kind !== "danger"}, button),
         ),
       ),
     );
@@ -8695,7 +8695,10 @@ async function start() {
   else showSignIn("");
 }
 
-addEventListener("hashchange", route);
+addEventListener("hashchange", () => {
+  route();
+  $("main").focus({preventScroll: true}); // so that the keyboard goes on from the new page
+});
 addEventListener("keydown", (event) => {
   if (
     event.key !== "/" ||

@@ -1,99 +1,56 @@
-"""The real Load Manager as a process on a free port, and plain HTTP to it."""
+"""Load Manager as conftest.py runs it, with its callbacks and its event streams."""
 from __future__ import annotations
 
-import http.client
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator, Mapping
+from urllib.parse import urlsplit
 
-from waiting import eventually
-
-PROGRAM = Path(__file__).resolve().parent.parent / "loadmanager.py"
-API_TOKEN = "api-token-of-this-test"
-CALLBACK_TOKEN = "callback-token-of-this-test"
-sys.path.insert(0, str(PROGRAM.parent))  # for tests that import the module itself
+from conftest import API_TOKEN, CALLBACK_TOKEN, LoadManager
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+class ControlPlane(LoadManager):
+    """`with ControlPlane(folder, clusters, server={...})`: a configuration of JSON, sections overridden by keyword."""
 
+    def __init__(self, folder: Path, clusters: list[dict] | None = None, port: int = 0, **sections: dict) -> None:
+        config: dict[str, Any] = {
+            "server": {"port": port}, "security": {"apiToken": API_TOKEN, "locustCallbackToken": CALLBACK_TOKEN},
+            "storage": {"url": "sqlite:///lm.db"}, "orchestrator": {"metricsPollIntervalSeconds": 0.5},
+            "locustClusters": clusters or []}
+        for section, values in sections.items():
+            config[section].update(values)
+        super().__init__(folder, config)
 
-class ControlPlane:
-    """`folder` keeps the configuration, the database and the log; `config` overrides sections."""
-
-    def __init__(self, folder: Path, clusters: list[dict] | None = None, port: int | None = None, **config: dict) -> None:
-        self.folder = folder
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._config = {"server": {"port": self.port}, "security": {"apiToken": API_TOKEN, "locustCallbackToken": CALLBACK_TOKEN},
-                        "storage": {"url": "sqlite:///lm.db"}, "orchestrator": {"metricsPollIntervalSeconds": 0.5},
-                        "locustClusters": clusters or []}
-        for section, values in config.items():
-            self._config[section].update(values)
-
-    def start(self) -> ControlPlane:
-        path = self.folder / "config.json"
-        path.write_text(json.dumps(self._config))
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, str(PROGRAM), "-config", str(path)], stdout=log, stderr=log,
-                                            cwd=self.folder, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        eventually(lambda: self.call("GET", "/health", token=None)[0] == 200, within_s=20, what="Load Manager answers")
+    def __enter__(self) -> ControlPlane:
+        self.start()
         return self
-
-    __enter__ = start
 
     def __exit__(self, *exc_info) -> None:
         self.end()
 
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(15)
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
 
     def call(self, method: str, path: str, body: Any = None, token: str | None = API_TOKEN,
-             headers: Mapping[str, str] | None = None) -> tuple[int, Any, http.client.HTTPMessage]:
-        """Status, JSON (or bytes) and headers. body: bytes as they are, anything else as JSON."""
-        sent = dict(headers or {})
-        if token:
-            sent["Authorization"] = f"Bearer {token}"
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-            sent.setdefault("Content-Type", "application/json")
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, sent)
-            answer = connection.getresponse()
-            raw = answer.read()
-        finally:
-            connection.close()
-        is_json = raw and answer.headers.get_content_type() == "application/json"
-        return answer.status, json.loads(raw) if is_json else raw, answer.headers
+             headers: Mapping[str, str] | None = None) -> tuple[int, Any, dict[str, str]]:
+        """Status, JSON (or bytes) and headers by lower-case name."""
+        answer = self.request(method, path, body, dict(headers or {}), token)
+        is_json = answer.body and answer.headers["content-type"] == "application/json"
+        return answer.status, answer.json if is_json else answer.body, answer.headers
 
-    def external_run(self, tenant: str = "t", env: str = "e", cluster: str | None = None) -> str:
+    def external_run(self, tenant: str = "t", env: str = "e") -> str:
         """A run as if somebody had started it in Locust's own page; the id."""
-        body = {"tenantId": tenant, "envId": env, "targetUsers": 5, "spawnRate": 5, **({"clusterId": cluster} if cluster else {})}
-        status, answer, _ = self.callback("register-external", body)
-        assert status == 200, answer
-        return answer["runId"]
+        answer = self.callback("register-external", {"tenantId": tenant, "envId": env, "targetUsers": 5, "spawnRate": 5})
+        assert answer.status == 200, answer.body
+        return answer.json["runId"]
 
     def push(self, run_id: str, requests: int, **metrics: Any) -> int:
         """Numbers as the hooks push them; the answer's status."""
         numbers = {"totalRps": 10.0, "totalRequests": requests, "totalFailures": 0, "errorRate": 0.0, "currentUsers": 5, **metrics}
-        return self.callback("metrics", {"runId": run_id, "metrics": numbers})[0]
-
-    def callback(self, name: str, body: Any) -> tuple[int, Any, http.client.HTTPMessage]:
-        return self.call("POST", f"/v1/internal/locust/{name}", body, token=None, headers={"X-Locust-Token": CALLBACK_TOKEN})
+        return self.callback("metrics", {"runId": run_id, "metrics": numbers}).status
 
 
 class EventStream:

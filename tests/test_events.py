@@ -5,7 +5,8 @@ import socket
 import time
 
 import pytest
-from control_plane import API_TOKEN, ControlPlane, EventStream
+from conftest import API_TOKEN
+from control_plane import ControlPlane, EventStream
 from waiting import eventually
 
 HEARTBEAT_S = 15.0
@@ -98,7 +99,7 @@ def test_last_event_id_that_is_not_ours_gives_reset(plane, run_id, last):
 
 def test_deleted_run_is_told(plane):
     doomed = plane.external_run("t2")
-    assert plane.callback("test-stop", {"runId": doomed})[0] == 200
+    assert plane.callback("test-stop", {"runId": doomed}).status == 200
     eventually(lambda: plane.call("GET", f"/v1/tests/{doomed}")[1]["status"] in ("Finished", "Failed"), within_s=30)
     with EventStream(plane, f"/v1/tests/{doomed}/events") as one, EventStream(plane, "/v1/events") as everything:
         one.head(), everything.head()
@@ -116,7 +117,7 @@ def test_stream_of_unknown_run_is_404_and_without_token_401(plane):
 
 def test_head_request_of_a_stream_ends(plane):
     status, body, headers = plane.call("HEAD", "/v1/events")
-    assert (status, body, headers.get_content_type()) == (200, b"", "text/event-stream")
+    assert (status, body, headers["content-type"]) == (200, b"", "text/event-stream")
 
 
 def test_bytes_sent_into_a_stream_are_ignored(plane, run_id):
@@ -186,7 +187,7 @@ class Browser:
         self.plane = plane
         status, self.session, headers = plane.call("POST", "/session", {"token": API_TOKEN}, token=None)
         assert status == 200
-        self.set_cookie = headers["Set-Cookie"]
+        self.set_cookie = headers["set-cookie"]
         self.cookie = self.set_cookie.split(";")[0]
 
     def call(self, method, path, body=None, origin="same", csrf="same", **headers):
@@ -213,13 +214,13 @@ def test_sign_in_sets_a_cookie_that_scripts_and_other_sites_do_not_get(browser):
 def test_sign_in_with_a_form(plane):
     body, content_type = f"token={API_TOKEN}".encode(), {"Content-Type": "application/x-www-form-urlencoded"}
     status, answer, headers = plane.call("POST", "/session", body, token=None, headers=content_type)
-    assert status == 200 and answer["role"] == "admin" and "HttpOnly" in headers["Set-Cookie"]
+    assert status == 200 and answer["role"] == "admin" and "HttpOnly" in headers["set-cookie"]
 
 
 @pytest.mark.parametrize("body", [{"token": "wrong"}, {"token": API_TOKEN + "x"}])
 def test_wrong_token_is_refused_without_a_cookie(plane, body):
     status, answer, headers = plane.call("POST", "/session", body, token=None)
-    assert status == 401 and "Set-Cookie" not in headers and API_TOKEN not in str(answer)
+    assert status == 401 and "set-cookie" not in headers and API_TOKEN not in str(answer)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"token":5}', b'{"token":null}', b'{"token":"a","more":1}', b'"x"'])
@@ -255,7 +256,7 @@ def test_cookie_counts_only_under_our_own_host_names(plane, browser, host, expec
 
 def test_sign_in_from_another_sites_page_is_forbidden(plane):
     status, _, headers = plane.call("POST", "/session", {"token": API_TOKEN}, token=None, headers={"Origin": "http://evil.example"})
-    assert status == 403 and "Set-Cookie" not in headers
+    assert status == 403 and "set-cookie" not in headers
 
 
 def test_host_names_of_the_configuration_are_ours(tmp_path):
@@ -285,9 +286,11 @@ def test_token_in_the_request_goes_before_the_cookie(plane, browser):
     assert status in (401, 429)
 
 
-@pytest.mark.parametrize("cookie", ["loadmanager_{port}=", "loadmanager_{port}=forged", "loadmanager_{port}=\u00e9\u00ff", "loadmanager_1=x", ";;=;"])
-def test_forged_cookie_is_refused(plane, cookie):
-    assert plane.call("GET", "/v1/tests", token=None, headers={"Cookie": cookie.format(port=plane.port)})[0] == 401
+@pytest.mark.parametrize("secret", ["", "forged", "\u00e9\u00ff", "x" * 5000])
+def test_forged_cookie_is_refused(plane, browser, secret):
+    name = browser.cookie.split("=")[0]
+    assert plane.call("GET", "/v1/tests", token=None, headers={"Cookie": f"a=b; {name}={secret}"})[0] == 401
+    assert plane.call("GET", "/v1/tests", token=None, headers={"Cookie": f"a=b; {browser.cookie}"})[0] == 200
 
 
 def test_without_tokens_everybody_is_signed_in_but_no_other_sites_page_writes(tmp_path):
@@ -306,7 +309,7 @@ def test_without_tokens_everybody_is_signed_in_but_no_other_sites_page_writes(tm
 def test_many_wrong_tokens_are_slowed_down_and_the_right_one_is_served(tmp_path):
     with ControlPlane(tmp_path) as plane:
         answers = [plane.call("POST", "/session", {"token": "wrong"}, token=None) for _ in range(35)]
-        assert answers[0][0] == 401 and answers[-1][0] == 429 and int(answers[-1][2]["Retry-After"]) > 0
+        assert answers[0][0] == 401 and answers[-1][0] == 429 and int(answers[-1][2]["retry-after"]) > 0
         assert plane.call("POST", "/session", {"token": API_TOKEN}, token=None)[0] == 200
 
 
@@ -333,16 +336,16 @@ def test_page_allows_nothing_but_its_own_script_and_style(plane):
     import re
 
     status, page, headers = plane.call("GET", "/", token=None)
-    policy = headers["Content-Security-Policy"]
+    policy = headers["content-security-policy"]
     assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     for tag in ("script", "style"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)
         assert base64.b64encode(hashlib.sha256(content).digest()).decode() in policy
     assert not re.search(rb"innerHTML|insertAdjacentHTML|document\.write|\beval\(|srcdoc|outerHTML", page)
     assert not re.search(rb"<[^>]+ (on\w+|style)=", page.split(b"<script>")[0])
-    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["x-content-type-options"] == "nosniff"
     packed = plane.call("GET", "/", token=None, headers={"Accept-Encoding": "gzip, br"})
-    assert gzip.decompress(packed[1]) == page and packed[2]["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed[1]) == page and packed[2]["content-encoding"] == "gzip"
 
 
 def test_every_path_the_page_asks_for_is_a_route(plane):
