@@ -27,7 +27,7 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 14. SESSIONS        browsers that signed in, and what they must prove
 15. HTTP API        routes, authentication, handlers
 16. COMMAND LINE    serve, check
-17. DASHBOARD PAGE  what a browser gets at /
+17. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -5445,7 +5445,10 @@ class Route:
     """One line of the API. access: anyone, locust (X-Locust-Token), or the least role.
 
     waits: the handler waits for Locust or the disk, and gets a thread. query: the allowed
-    parameters. body: the allowed keys, None for no body."""
+    parameters. body: the allowed keys, None for no body. For the API's document: answer,
+    the schema of a good answer's JSON; success, its status; media, its type when it is not
+    JSON; errors, statuses beyond those every route has; more_body, keys that the handler
+    checks itself."""
 
     method: str
     path: str
@@ -5457,6 +5460,11 @@ class Route:
     query: dict[str, Check] = field(default_factory=dict)
     body: dict[str, BodyKey] | None = None
     most_body_bytes: int = MAX_BODY_BYTES
+    answer: str = "Success"
+    success: int = 200
+    media: str = JSON_TYPE
+    errors: tuple[int, ...] = ()
+    more_body: dict[str, Any] = field(default_factory=dict)
 
 
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -5584,6 +5592,37 @@ def get_locust_report(api: Api, request: Request) -> Response:
     return api.file_response(request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy)
 
 
+def get_openapi(api: Api, request: Request) -> Response:
+    return json_response(openapi_document())
+
+
+def get_docs(api: Api, request: Request) -> Response:
+    page, headers = docs_page()
+    return Response(page, content_type="text/html; charset=utf-8", headers=headers)
+
+
+@functools.cache
+def docs_page() -> tuple[bytes, dict[str, str]]:
+    """The reference as a page: the document is put into it as text, and shown by its script."""
+    page = DOCS_PAGE.replace("/*css*/", DOCS_CSS).replace("/*js*/", DOCS_JS).encode()
+    return page, _page_headers(DOCS_CSS, DOCS_JS)
+
+
+def _page_headers(css: str, js: str) -> dict[str, str]:
+    """The policy names a page's one style and one script by their hashes: nothing else can
+    run, whatever gets into the page."""
+
+    def hashed(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    policy = (
+        f"default-src 'none'; script-src {hashed(js)}; style-src {hashed(css)}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Vary": "Accept-Encoding"}
+    return {**headers, "Cross-Origin-Opener-Policy": "same-origin"}
+
+
 def get_clusters(api: Api, request: Request) -> Response:
     return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id)))
 
@@ -5638,19 +5677,9 @@ def get_dashboard(api: Api, request: Request) -> Response:
 
 @functools.cache
 def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
-    """The page, the page packed by gzip, and its headers. The policy names its one style and
-    its one script by their hashes: nothing else can run, whatever gets into the page."""
-
-    def hashed(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
+    """The page, the page packed by gzip, and its headers."""
     page = DASHBOARD_PAGE.replace("/*css*/", PAGE_CSS).replace("/*js*/", PAGE_JS).encode()
-    policy = (
-        f"default-src 'none'; script-src {hashed(PAGE_JS)}; style-src {hashed(PAGE_CSS)}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "Vary": "Accept-Encoding"}
-    return page, gzip.compress(page, 9), {**headers, "Cross-Origin-Opener-Policy": "same-origin"}
+    return page, gzip.compress(page, 9), _page_headers(PAGE_CSS, PAGE_JS)
 
 
 def locust_test_start(api: Api, request: Request) -> Response:
@@ -5731,48 +5760,200 @@ CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 SIGN_IN_KEYS = {"token": BodyKey("token", text_value("an API token"), required=True)}
 SIGN_IN_BYTES = 16 * 1024
 
+STARTING = (409, 422, 502, 503, 504)  # what a start may meet beyond bad input
+LOCUST_ANSWERS = (409, 502, 503, 504)
+METRICS_SCHEMA = {"$ref": "#/components/schemas/Metrics"}
+HTML_TYPE, CSV_TYPE, MARKDOWN_TYPE = "text/html; charset=utf-8", "text/csv; charset=utf-8", "text/markdown; charset=utf-8"
+EVENT_TYPE = "text/event-stream"
+
 ROUTES = (
-    Route("GET", "/", get_dashboard, "anyone", "The dashboard", waits=False),
-    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False),
+    Route("GET", "/", get_dashboard, "anyone", "The dashboard", waits=False, media=HTML_TYPE),
+    Route("GET", "/docs", get_docs, "anyone", "This reference, to try calls in", waits=False, media=HTML_TYPE),
+    Route("GET", "/openapi.json", get_openapi, "anyone", "This reference as OpenAPI 3.1", waits=False, answer="Document"),
+    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False, answer="Session"),
     Route(
         "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
-        most_body_bytes=SIGN_IN_BYTES,
+        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429), more_body={"token": {"type": "string"}},
     ),
-    Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False),
-    Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False),
-    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False),
-    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False),
-    Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False),
-    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS),
-    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY),
-    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False),
-    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a final run and its history"),
-    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True),
-    Route("POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS),
-    Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY),
-    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions"),
-    Route("POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run", body=ANNOTATION_KEYS),
-    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False),
-    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY),
-    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY),
-    Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY),
-    Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY),
-    Route("GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report", query=DOWNLOAD_QUERY),
-    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing"),
-    Route("POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began", body=CALLBACK_KEYS),
+    Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, answer="Session"),
+    Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, answer="Session"),
+    Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False, answer="Health", errors=(503,)),
+    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING),
+    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs"),
+    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run"),
+    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a final run and its history", success=204, errors=(409, 503)),
+    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS),
     Route(
-        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust", "A test ended",
+        "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
+    ),
+    Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
+    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions", answer="Failures", errors=LOCUST_ANSWERS),
+    Route(
+        "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run",
+        body=ANNOTATION_KEYS, answer="Annotation", success=201, errors=(409, 503),
+    ),
+    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
+    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
+    Route(
+        "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report",
+        query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,),
+    ),
+    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
+    Route(
+        "POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began",
         body=CALLBACK_KEYS, most_body_bytes=CALLBACK_BYTES, reserved=True,
     ),
     Route(
-        "POST", "/v1/internal/locust/metrics", locust_metrics, "locust", "Numbers of a running test",
-        body=CALLBACK_KEYS, most_body_bytes=CALLBACK_BYTES, waits=False,
+        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust", "A test ended", body=CALLBACK_KEYS,
+        most_body_bytes=CALLBACK_BYTES, reserved=True, more_body={"finalMetrics": METRICS_SCHEMA, "complete": {"type": "boolean"}},
+    ),
+    Route(
+        "POST", "/v1/internal/locust/metrics", locust_metrics, "locust", "Numbers of a running test", body=CALLBACK_KEYS,
+        most_body_bytes=CALLBACK_BYTES, waits=False, more_body={"metrics": METRICS_SCHEMA},
     ),
     Route(
         "POST", "/v1/internal/locust/register-external", locust_register, "locust", "A test began in Locust's own page",
-        body=REGISTER_KEYS,
+        body=REGISTER_KEYS, answer="Registered", errors=(409, 503),
     ),
 )  # fmt: skip
+
+
+# ---- the API's document: OpenAPI 3.1, all of it from ROUTES ----------------
+
+
+def _object(required: str = "", **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, **({"required": required.split()} if required else {})}
+
+
+def _array(name: str) -> dict[str, Any]:
+    return {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}}
+
+
+_TEXT, _WHOLE, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+_MOMENT = {"type": "string", "format": "date-time", "description": "RFC 3339, UTC"}
+_MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no figure"}
+_COUNT = {"type": ["integer", "null"]}
+_NAME_OR_NULL = {"type": ["string", "null"]}
+
+SCHEMAS: dict[str, Any] = {
+    "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
+    "Success": _object("success", success=_FLAG),
+    "Stopped": _object("success message", success=_FLAG, message=_TEXT),
+    "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
+    "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Document": {"type": "object"},
+    "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
+    "Metrics": _object(
+        timestamp=_MOMENT,
+        **{name: _COUNT if name in COUNTS else _MEASURE for name in SNAPSHOT_KEYS},
+        requestStats={"type": "object", "additionalProperties": {"$ref": "#/components/schemas/EndpointStats"}},
+    ),
+    "Warning": _object("code at message", code=_TEXT, at=_MOMENT, message=_TEXT),
+    "Annotation": _object("at text", at=_MOMENT, text=_TEXT),
+    "Annotations": _array("Annotation"),
+    "Run": _object(
+        "id tenantId envId locustClusterId scenarioId targetUsers spawnRate status createdAt createdBy source",
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, locustClusterId=_TEXT, scenarioId=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"},
+        durationSeconds=_WHOLE, status={"enum": [status.value for status in RunStatus]}, createdAt=_MOMENT, createdBy=_TEXT, source={"enum": list(SOURCES)},
+        startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
+        metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
+    ),
+    "Runs": _array("Run"),
+    "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
+    "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
+    "Failures": _object(
+        "failures exceptions",
+        failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT, error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},
+        exceptions={"type": "array", "items": _object("count message traceback nodes", count=_WHOLE, message=_TEXT, traceback=_TEXT, nodes=_TEXT)},
+    ),
+    "Cluster": _object(
+        "id tenantId envId state workers",
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
+        locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL,
+        workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
+    ),
+    "Clusters": _array("Cluster"),
+}  # fmt: skip
+
+
+@functools.cache
+def openapi_document() -> dict[str, Any]:
+    """The API as OpenAPI 3.1."""
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Load Manager", "version": VERSION, "description": "Control plane for Locust load testing."},
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "An API token"},
+                "locust": {"type": "apiKey", "in": "header", "name": "X-Locust-Token", "description": "security.locustCallbackToken"},
+            },
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": route.handler.__name__ + ("_delete" if route.method == "DELETE" else ""),
+        "x-access": route.access,
+        "parameters": _parameters(route),
+        "responses": _responses(route),
+        "security": {"anyone": [], "locust": [{"locust": []}]}.get(route.access, [{"bearer": []}]),
+    }
+    if route.body is not None or route.more_body:
+        schema = _body_schema(route)
+        operation["requestBody"] = {"required": bool(schema.get("required")), "content": {JSON_TYPE: {"schema": schema}}}
+    return operation
+
+
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    in_path = [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in re.findall(r"\{(\w+)\}", route.path)]
+    in_query = [
+        {"name": name, "in": "query", "required": False, "schema": check.schema, "description": check.allowed} for name, check in route.query.items()
+    ]
+    if route.handler is post_test:
+        key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
+        in_query.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key_schema, "description": "the same key and body get the same run, for 24 h"})
+    return in_path + in_query
+
+
+def _body_schema(route: Route) -> dict[str, Any]:
+    properties: dict[str, Any] = {}
+    for name, entry in (route.body or {}).items():
+        schema = {**entry.check.schema, "description": entry.check.allowed}
+        properties[name] = schema if entry.required else {"anyOf": [schema, {"type": "null"}]}
+    properties.update(route.more_body)
+    required = [name for name, entry in (route.body or {}).items() if entry.required]
+    return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+
+
+def _responses(route: Route) -> dict[str, Any]:
+    good: dict[str, Any] = {"description": REASONS[route.success]}
+    if route.success != 204:
+        schema = {"$ref": f"#/components/schemas/{route.answer}"} if route.media == JSON_TYPE else _TEXT
+        good["content"] = {route.media: {"schema": schema}}
+    statuses = {400, *route.errors}
+    statuses |= {401, 403, 429} if route.access != "anyone" else set()
+    statuses |= {404} if "{" in route.path or route.access == "locust" else set()
+    statuses |= {413, 415} if route.body is not None else {413}
+    error = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    if route.answer == "Health":
+        statuses.discard(503)
+    answers = {str(status): {"description": REASONS[status], **error} for status in sorted(statuses)}
+    if route.answer == "Health":
+        answers["503"] = {**good, "description": REASONS[503]}
+    return {str(route.success): good, **answers}
 
 
 class Router:
@@ -6197,7 +6378,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 # ============================================================================
-# 17. DASHBOARD PAGE - what a browser gets at /
+# 17. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
@@ -8739,6 +8920,205 @@ DASHBOARD_PAGE = r"""<!doctype html>
 </body>
 </html>
 """
+
+
+DOCS_CSS = r"""
+:root { color-scheme: light dark; --ink: #17212b; --dim: #5b6875; --line: #d9e0e6; --back: #fff; --soft: #f4f6f8; --accent: #0b62d0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5eaef; --dim: #9aa7b3; --line: #33404c; --back: #12181e; --soft: #1b232b; --accent: #6aa9ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.25rem; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0; } a { color: var(--accent); } .dim { color: var(--dim); }
+.token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
+details { border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0; } summary { cursor: pointer; padding: .6rem .8rem; overflow-wrap: anywhere; }
+summary b { display: inline-block; min-width: 4.5rem; } summary code { font-size: 1em; } .inside { padding: 0 .8rem .8rem; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+input, textarea, button { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line); border-radius: .35rem; padding: .35rem .5rem; max-width: 100%; }
+textarea { width: 100%; min-height: 6rem; font-family: ui-monospace, monospace; } button { cursor: pointer; background: var(--accent); color: #fff; border: 0; }
+@media (prefers-color-scheme: dark) { button { color: #06121f; } }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+pre { background: var(--soft); border-radius: .35rem; padding: .6rem; overflow: auto; max-height: 26rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+DOCS_JS = r"""
+"use strict";
+
+// ---- elements: everything is set as text, never as markup ----
+
+function make(tag, text, ...children) {
+  const element = document.createElement(tag);
+  if (text) element.textContent = text;
+  element.append(...children);
+  return element;
+}
+
+function table(titles, rows) {
+  const head = make("tr", "", ...titles.map((title) => make("th", title)));
+  const body = rows.map((row) => make("tr", "", ...row.map((cell) => make("td", cell))));
+  return make("table", "", make("thead", "", head), make("tbody", "", ...body));
+}
+
+// ---- the document's schemas, in words ----
+
+let documentOfApi;
+
+function resolved(schema) {
+  const name = schema && schema.$ref && schema.$ref.split("/").pop();
+  return name ? documentOfApi.components.schemas[name] : schema || {};
+}
+
+function kind(schema) {
+  if (schema.$ref) return schema.$ref.split("/").pop();
+  if (schema.anyOf) return schema.anyOf.map(kind).join(" or ");
+  if (schema.enum) return schema.enum.join(" | ");
+  if (schema.type === "array") return "array of " + kind(schema.items);
+  return [].concat(schema.type || "anything").join(" or ");
+}
+
+function properties(schema) {
+  const whole = resolved(schema);
+  const required = new Set(whole.required || []);
+  return Object.entries(whole.properties || {}).map(([name, one]) => {
+    const words = one.description || (one.anyOf && one.anyOf[0].description) || "";
+    return [name + (required.has(name) ? " (required)" : ""), kind(one), words];
+  });
+}
+
+function example(schema) {
+  const whole = resolved(schema);
+  const values = {};
+  for (const [name, one] of Object.entries(whole.properties || {})) {
+    if (!(whole.required || []).includes(name)) continue;
+    values[name] = kind(one) === "string" ? name : one.minimum === undefined ? {} : Math.max(1, one.minimum);
+  }
+  return JSON.stringify(values, null, 2);
+}
+
+// ---- one route ----
+
+function route(path, method, operation) {
+  const inside = make("div");
+  inside.className = "inside";
+  inside.append(make("p", "Who may: " + operation["x-access"]));
+  const inputs = {};
+  if (operation.parameters.length) {
+    inside.append(table(["Parameter", "In", "Allowed"], operation.parameters.map((one) => [one.name, one.in, one.description || kind(one.schema)])));
+  }
+  const body = operation.requestBody && operation.requestBody.content["application/json"].schema;
+  if (body) inside.append(make("h3", "Body"), table(["Key", "Type", "Allowed"], properties(body)));
+  inside.append(make("h3", "Answers"), answers(operation));
+  inside.append(...tryIt(path, method, operation, body, inputs));
+  return make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), " ", make("span", operation.summary)), inside);
+}
+
+function answers(operation) {
+  const rows = Object.entries(operation.responses).map(([status, answer]) => {
+    const content = Object.entries(answer.content || {}).map(([type, one]) => (type === "application/json" ? kind(one.schema) : type));
+    return [status, answer.description, content.join(", ")];
+  });
+  return table(["Status", "", "Body"], rows);
+}
+
+function tryIt(path, method, operation, body, inputs) {
+  const parts = [make("h3", "Try it")];
+  for (const one of operation.parameters) {
+    const input = make("input");
+    input.placeholder = input.ariaLabel = one.name;
+    inputs[one.name] = {input, place: one.in};
+    parts.push(input, " ");
+  }
+  const text = body && make("textarea");
+  if (text) {
+    text.value = example(body);
+    text.ariaLabel = "Body";
+    parts.push(text);
+  }
+  const output = make("pre");
+  output.hidden = true;
+  const button = make("button", "Send");
+  button.addEventListener("click", () => send(path, method, operation, inputs, text, output));
+  return [...parts, make("p", "", button), output];
+}
+
+// ---- sending ----
+
+async function send(path, method, operation, inputs, text, output) {
+  const headers = {};
+  const query = new URLSearchParams();
+  let url = path;
+  for (const [name, {input, place}] of Object.entries(inputs)) {
+    if (place === "path") url = url.replace("{" + name + "}", encodeURIComponent(input.value));
+    else if (input.value && place === "query") query.set(name, input.value);
+    else if (input.value) headers[name] = input.value;
+  }
+  const token = document.getElementById("token").value;
+  if (token && operation["x-access"] === "locust") headers["X-Locust-Token"] = token;
+  else if (token) headers.Authorization = "Bearer " + token;
+  if (text) headers["Content-Type"] = "application/json";
+  output.hidden = false;
+  output.textContent = "…";
+  try {
+    const answer = await fetch(url + (query.size ? "?" + query : ""), {method: method.toUpperCase(), headers, body: text ? text.value : undefined});
+    output.textContent = answer.status + " " + answer.statusText + "\n" + pretty(await firstOf(answer));
+  } catch (error) {
+    output.textContent = "not sent: " + error.message;
+  }
+}
+
+// An event stream has no end: a few seconds of it are shown.
+async function firstOf(answer) {
+  if (!(answer.headers.get("content-type") || "").startsWith("text/event-stream")) return answer.text();
+  const reader = answer.body.getReader();
+  setTimeout(() => reader.cancel(), 3000);
+  let text = "";
+  for (let part = await reader.read(); !part.done; part = await reader.read()) text += new TextDecoder().decode(part.value);
+  return text;
+}
+
+function pretty(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
+  }
+}
+
+async function start() {
+  documentOfApi = await (await fetch("/openapi.json")).json();
+  const routes = document.getElementById("routes");
+  for (const [path, methods] of Object.entries(documentOfApi.paths)) {
+    for (const [method, operation] of Object.entries(methods)) routes.append(route(path, method, operation));
+  }
+  const schemas = document.getElementById("schemas");
+  for (const [name, schema] of Object.entries(documentOfApi.components.schemas)) {
+    const rows = properties(schema);
+    if (rows.length) schemas.append(make("details", "", make("summary", "", make("code", name)), table(["Key", "Type", ""], rows)));
+  }
+}
+
+start();
+"""
+
+DOCS_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Load Manager: API reference</title>
+<link rel="icon" href="data:,">
+<style>/*css*/</style>
+</head>
+<body>
+<h1>Load Manager: API reference</h1>
+<p class="dim">Made from the route table; also as <a href="/openapi.json">OpenAPI 3.1</a>. Back to the <a href="/">dashboard</a>.</p>
+<label class="token">Token for trying calls <input id="token" type="password" autocomplete="off" size="32"></label>
+<main id="routes"></main>
+<h2>Schemas</h2>
+<div id="schemas"></div>
+<script>/*js*/</script>
+</body>
+</html>
+"""
+
 
 if __name__ == "__main__":
     sys.exit(main())

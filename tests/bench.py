@@ -292,7 +292,7 @@ for number in range(10_000):
     run = lm.replace(lm._new_run(lm.RunRequest("t", "e", "bench", 5, 5.0, 60, {"ticket": f"PERF-{number}"}), "bench", "api"), cluster_id="c0", seq=number + 1, status=lm.RunStatus.FINISHED,
         started_at=time.time(), finished_at=time.time(), stop_reason="duration")
     record = store._records[run.id] = lm.Record(run)
-    record.set_snapshot(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows))
+    record.set_snapshot(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows), "final")
     store._journal.save(record)
 store._journal.wait_durable(60)
 store.close()

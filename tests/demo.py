@@ -167,6 +167,15 @@ def demo(started: list[Program]) -> None:
         print(f"  warning {warning['code']}: {warning['message']}")
 
 
+def ends_of_locust_s_logs() -> str:
+    """What the launched Locust said last, which is where a locustfile that does not load is explained."""
+    ends = ""
+    for path in sorted(FOLDER.glob("loadmanager-logs/*.log")):
+        lines = path.read_text(errors="replace").splitlines()
+        ends += f"\n{path.relative_to(ROOT)} ends with:\n  " + "\n  ".join(lines[-8:]) if lines else ""
+    return ends
+
+
 def main() -> int:
     started: list[Program] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -174,7 +183,7 @@ def main() -> int:
         demo(started)
         status = 0
     except DemoFailed as error:
-        print(f"\nThe demo failed: {error}", file=sys.stderr)
+        print(f"\nThe demo failed: {error}{ends_of_locust_s_logs()}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -186,6 +186,7 @@ def test_load_ends_on_time_although_load_manager_was_killed(pair):
     lm, locust = pair()
     run = start_run(lm, durationSeconds=4)
     began = time.monotonic()
+    eventually(lambda: locust.get("/loadmanager/state")["userCount"], 5, every_s=0.05, what="the load has begun")
     lm.kill9()
     eventually(lambda: locust.get("/loadmanager/state")["userCount"] == 0, 15, what="Locust stops by itself")
     took = time.monotonic() - began

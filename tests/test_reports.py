@@ -79,7 +79,7 @@ def test_report_page_is_inert_and_complete(finished):
     text = "".join(page.text)
     for words in ("<script>alert(1)</script>", "<b>browse</b>", "deploy <i>now</i>", "boom <b>in</b> task", "onerror=alert(2)", "Aggregated", "hooks_absent"):
         assert words in text, f"{words} is missing in the report"
-    assert page.seen.count("svg") == 3 and page.seen.count("polyline") == 4
+    assert page.seen.count("svg") == 3 and page.seen.count("polyline") == 5
 
 
 def test_failures_and_exceptions_are_locust_s(finished):
