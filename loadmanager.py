@@ -4361,7 +4361,8 @@ def _chart(title: str, lines: list[Line], marks: list[tuple[float, str]]) -> str
         parts.append(f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>')
         x = CHART_LEFT + width * step / 4
-        parts.append(f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="middle">{duration_text(last * step / 4)}</text>')
+        anchor = "start" if step == 0 else "end" if step == 4 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="{anchor}">{duration_text(last * step / 4)}</text>')
     for x, text in marks:
         place = CHART_LEFT + width * min(max(x, 0), last) / last
         parts.append(f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>')
