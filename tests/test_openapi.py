@@ -89,7 +89,6 @@ def test_answers_of_a_whole_life_match_the_document(manager):
 
 
 schema = schemathesis.openapi.from_dict(DOCUMENT).exclude(path=STREAMS)
-cases_run = Counter()
 
 
 @schema.parametrize()
@@ -99,14 +98,9 @@ def test_machine_made_requests_are_answered_as_documented(manager, case):
     headers = {"X-Locust-Token": CALLBACK_TOKEN} if case.path.startswith("/v1/internal") else {"Authorization": f"Bearer {API_TOKEN}"}
     if case.path.startswith("/session"):
         headers = {}
-    cases_run[case.operation.label] += 1
     case.call_and_validate(
         base_url=manager.url,
         headers=headers,
         checks=[not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance],
     )
 
-
-def test_machine_made_requests_were_many():
-    print(f"schemathesis cases: {sum(cases_run.values())} over {len(cases_run)} operations")
-    assert not cases_run or len(cases_run) >= 10
