@@ -8,6 +8,7 @@ PyYAML, a JSON one needs nothing.
 
     python loadmanager.py -config config.yaml        serve
     python loadmanager.py check -config config.yaml  say every problem of a configuration
+    python loadmanager.py run --help                 start a run; --help lists all commands
 
 The sections, each using only names of the sections above it (`grep -n '^# [0-9]*\\. '`):
 
@@ -26,8 +27,11 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 13. EVENTS          changes of runs, told to event streams
 14. SESSIONS        browsers that signed in, and what they must prove
 15. HTTP API        routes, authentication, handlers
-16. COMMAND LINE    serve, check
-17. DASHBOARD PAGE  what a browser gets at / and at /docs
+16. SERVICE         the whole program put together, and its configuration checked
+17. TERMINAL        text, tables and a live view that any terminal can show
+18. API CLIENT      which server a command talks to, and requests to it
+19. COMMAND LINE    commands, what they take, and what they print
+20. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -122,6 +126,10 @@ MAX_DURATION_S = 366 * 24 * 3600
 IDEMPOTENCY_KEEP_S = 24 * 3600
 MAX_ANNOTATION = 1000  # characters
 MOST_ANNOTATIONS = 200  # of one run
+
+# Exit statuses of the commands; 99 is what k6 has for thresholds.
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTERRUPTED = 0, 1, 2, 3, 99, 130
+DEFAULT_CONFIG = "config.yaml"
 
 
 def log(event: str, **facts: object) -> None:
@@ -293,6 +301,34 @@ class ConfigError(Exception):
 
 class StartupError(Exception):
     """The program cannot start: one line that says what to do; exit status 1."""
+
+
+class CommandError(Exception):
+    """A command cannot go on: one line that says what to do, and the exit status."""
+
+    def __init__(self, message: str, exit_status: int):
+        super().__init__(message)
+        self.message = message
+        self.exit_status = exit_status
+
+
+class ServerGone(CommandError):
+    """The server of a command does not answer. `maybe_taken`: the request was sent."""
+
+    def __init__(self, message: str, maybe_taken: bool):
+        super().__init__(message, EXIT_UNREACHABLE)
+        self.maybe_taken = maybe_taken
+
+
+class ServerRefused(CommandError):
+    """The server of a command answered with an error: its HTTP status and its JSON."""
+
+    EXITS = {409: EXIT_FAILED, 401: EXIT_UNREACHABLE, 403: EXIT_UNREACHABLE, 429: EXIT_UNREACHABLE, 503: EXIT_UNREACHABLE}
+
+    def __init__(self, message: str, http_status: int, document: dict[str, Any]):
+        super().__init__(message, self.EXITS.get(http_status, EXIT_USAGE if http_status < 500 else EXIT_FAILED))
+        self.http_status = http_status
+        self.document = document
 
 
 # ============================================================================
@@ -727,6 +763,12 @@ def _printable(value: object) -> str:
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
+
+
+def host_to_call(host: str) -> str:
+    """How programs on this machine call a server that listens on `host`, within a URL."""
+    here = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost", "") else host
+    return f"[{here}]" if ":" in here else here
 
 
 def is_loopback(host: str) -> bool:
@@ -5441,6 +5483,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 # ============================================================================
 
 
+NO_SUCH_PATH = "there is no such path"
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 
 
@@ -5998,7 +6041,7 @@ class Router:
             match = pattern.fullmatch(path)
             if match:
                 return methods, {name: _path_text(value) for name, value in match.groupdict().items()}
-        raise NotFound("there is no such path")
+        raise NotFound(NO_SUCH_PATH)
 
 
 def _path_text(segment: str) -> str:
@@ -6006,9 +6049,9 @@ def _path_text(segment: str) -> str:
     try:
         text = unquote(segment, errors="strict")
     except UnicodeDecodeError:
-        raise NotFound("there is no such path") from None
+        raise NotFound(NO_SUCH_PATH) from None
     if not text.isprintable() or "/" in text or text in (".", ".."):
-        raise NotFound("there is no such path")
+        raise NotFound(NO_SUCH_PATH)
     return text
 
 
@@ -6244,7 +6287,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 16. COMMAND LINE - serve, check
+# 16. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -6289,9 +6332,7 @@ class Service:
         self._engine = Engine(config, self._store, self._timer)
         feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2)
         self._loop.api = Api(config, self._store, self._engine, feed)
-        host = config.server.host
-        here = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost", "") else f"[{host}]" if ":" in host else host
-        self.url = f"http://{here}:{self._server.server_port}"
+        self.url = f"http://{host_to_call(config.server.host)}:{self._server.server_port}"
 
     def start(self) -> None:
         self._timer.start()
@@ -6368,24 +6409,1612 @@ def _print_problems(error: ConfigError) -> int:
     return 2
 
 
+# ============================================================================
+# 17. TERMINAL - text, tables and a live view that any terminal can show
+# ============================================================================
+# Names come from users and from Locust: printable() lets none of them move the cursor,
+# colour or reorder the line. Widths are in columns: a Chinese letter takes two.
+
+COLOURS = {"green": "32", "red": "31", "orange": "33", "blue": "34", "violet": "35", "grey": "90", "bold": "1"}
+PAINT = re.compile(r"(\x1b\[[0-9;]*m)")  # only ours: text of others has no escape character left
+JOINERS = "\u200d\u200c"  # parts of emoji and of Persian words: invisible, and harmless
+
+
+def printable(value: object) -> str:
+    """The text with every character that is no visible one written as its escape."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in JOINERS else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def one_line(value: object, most: int = 500) -> str:
+    """A text of others within a message of ours."""
+    text = " ".join(str(value).split())
+    return printable(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii() and "\x1b" not in text:
+        return len(text)
+    return sum(map(_columns_of_char, PAINT.sub("", text)))
+
+
+def _columns_of_char(char: str) -> int:
+    if char.isascii():
+        return 1
+    import unicodedata
+
+    if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def clip(text: str, columns: int) -> str:
+    """The text within so many columns; a cut is shown by an ellipsis, colours stay closed."""
+    if columns_of(text) <= columns and len(text) <= 8 * max(columns, 20):
+        return text
+    kept, used, cut = [], 0, False
+    for part in PAINT.split(text):
+        if PAINT.fullmatch(part):
+            kept.append(part)
+            continue
+        for char in part[: 4 * columns] if not cut else "":
+            used += _columns_of_char(char)
+            if used > columns - 1:
+                cut = True
+                kept.append("…" if columns > 0 else "")
+                break
+            kept.append(char)
+    return "".join(kept)
+
+
+def fill(text: str, columns: int, right: bool = False) -> str:
+    """The text cut or filled to exactly so many columns."""
+    text = clip(text, columns)
+    space = " " * (columns - columns_of(text))
+    return space + text if right else text + space
+
+
+def pack(facts: Iterable[str], columns: int | None) -> list[str]:
+    """Facts side by side, on as few lines as fit; columns None: all on one."""
+    lines: list[str] = []
+    for fact in facts:
+        joined = f"{lines[-1]}   {fact}" if lines else fact
+        if lines and (columns is None or columns_of(joined) <= columns):
+            lines[-1] = joined
+        else:
+            lines.append(fact)
+    return lines
+
+
+class Column(NamedTuple):
+    """A column of a table. drop: narrow terminals lose the highest first; 0 stays and is cut."""
+
+    heading: str
+    right: bool = False
+    drop: int = 0
+
+
+def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None = None) -> list[str]:
+    """Lines of a table, at most `width` columns wide (None: as wide as it is)."""
+    chosen = list(range(len(columns)))
+    widths = [max([columns_of(column.heading), *(columns_of(row[index]) for row in rows)]) for index, column in enumerate(columns)]
+    while width is not None and sum(widths[index] + 2 for index in chosen) - 2 > width:
+        last = max(chosen, key=lambda index: columns[index].drop)
+        over = sum(widths[index] + 2 for index in chosen) - 2 - width
+        widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
+        if widths[widest] - over >= min(16, widths[widest]):  # a shorter name tells more than a missing number
+            widths[widest] -= over
+        elif columns[last].drop > 0:
+            chosen.remove(last)
+        else:
+            widths[widest] = max(widths[widest] - over, 4)
+            break
+    lines = [[column.heading for column in columns], *rows]
+    return ["  ".join(fill(line[index], widths[index], columns[index].right) for index in chosen).rstrip() for line in lines]
+
+
+class Screen:
+    """Where a command prints: a terminal, with a live view redrawn in place, or a pipe.
+
+    A pipe whose reader has gone (| head) makes it silent: a run is followed all the same."""
+
+    def __init__(self, stream: Any, environ: dict[str, str]):
+        self._stream = stream
+        self.is_terminal = _is_terminal(stream, environ)
+        self._has_colours = self.is_terminal and not environ.get("NO_COLOR")
+        self._drawn: list[str] = []  # the live view's lines as they stand on the terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        self._can_draw = (stream.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf16", "cp65001")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows now: people resize windows."""
+        try:
+            columns, rows = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):
+            columns, rows = 80, 24
+        return columns or 80, rows or 24
+
+    @property
+    def columns(self) -> int | None:
+        """How wide a table may be; None: no terminal, no limit."""
+        return self.size[0] if self.is_terminal else None
+
+    def paint(self, text: str, colour: str) -> str:
+        return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if self._has_colours and colour else text
+
+    def bar(self, ratio: float, columns: int) -> str:
+        full = round(max(0.0, min(1.0, ratio)) * columns)
+        done, rest = ("█", "░") if self._can_draw else ("#", "-")
+        return self.paint(done * full, "green") + self.paint(rest * (columns - full), "grey")
+
+    def print(self, *lines: str) -> None:
+        """Lines that stay; a live view goes."""
+        self._write(self._erased() + "".join(line + "\n" for line in lines))
+
+    def draw(self, lines: list[str]) -> None:
+        """The live view anew, in place of the one before."""
+        columns, rows = self.size
+        # One column less: some terminals wrap as soon as the last one is written.
+        shown = [clip(line, columns - 1) for line in lines[: max(1, rows - 1)]]
+        self._write(self._erased() + "".join(line + "\n" for line in shown))
+        self._drawn = shown
+
+    def raw(self, data: bytes) -> None:
+        """A document of the server, as it is; on a terminal without control characters."""
+        text = data.decode("utf-8", "replace")
+        if self.is_terminal:
+            text = "\n".join(printable(line) for line in text.replace("\r\n", "\n").expandtabs().split("\n"))
+        self._write(text if text.endswith("\n") else text + "\n")
+
+    def json(self, data: bytes) -> None:
+        """The API's JSON; on a terminal control characters are written as JSON escapes."""
+        text = data.decode("utf-8", "replace").rstrip("\n")
+        if self.is_terminal and not text.isprintable():
+            text = "".join(char if char.isprintable() or char in "\n\t" else json.dumps(char)[1:-1] for char in text)
+        self._write(text + "\n")
+
+    def _erased(self) -> str:
+        """What takes the live view away. In a window made narrower its lines have wrapped."""
+        columns, rows = self.size
+        height = sum(max(1, math.ceil(columns_of(line) / columns)) for line in self._drawn)
+        self._drawn = []
+        return f"\x1b[{min(height, rows - 1)}A\r\x1b[J" if height else ""
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._stream.fileno())
+
+
+def _is_terminal(stream: Any, environ: dict[str, str]) -> bool:
+    return stream.isatty() and environ.get("TERM", "dumb") != "dumb"
+
+
+def count_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def decimal_text(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def clock_words(seconds: float) -> str:
+    """Seconds as `0:42`, `1:05:00`."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ============================================================================
+# 18. API CLIENT - which server a command talks to, and requests to it
+# ============================================================================
+# Commands are clients like any other: they know the API and the configuration file, and
+# nothing of the engine. Every failure is a CommandError: one line and an exit status.
+
+
+class ServerAddress(NamedTuple):
+    """A running Load Manager and how to call it. token "": none is sent."""
+
+    url: str
+    token: str
+    ca_file: str | None = None
+
+
+def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
+    """The server a command talks to: from its options, else the environment, else a
+    configuration file. CommandError and ConfigError say what is wrong."""
+    url = _given_url(options.url or environ.get("LOADMANAGER_URL"))
+    token = _given_token(options, environ)
+    ca_file = options.ca_file or environ.get("LOADMANAGER_CA_FILE") or None
+    if url is not None and token is not None:
+        return ServerAddress(url, token, ca_file)
+    here = [os.path.join(folder, DEFAULT_CONFIG) for folder in (".", os.path.dirname(os.path.abspath(__file__)))]
+    path = options.config or next(filter(os.path.isfile, here), None)
+    if path is None:
+        return ServerAddress(url or f"http://127.0.0.1:{ServerConfig().port}", token or "", ca_file)
+    try:
+        configured = _configured_server(path, need_url=url is None, need_token=token is None)
+    except (ConfigError, CommandError):
+        if url is None or options.config:
+            raise
+        configured = ServerAddress("", "")  # found by chance, and not needed
+    if token is None:
+        token = configured.token if options.config or _is_near(url, configured.url) else ""
+    return ServerAddress(url or configured.url, token, ca_file)
+
+
+def _is_near(url: str | None, configured_url: str) -> bool:
+    """The token of a configuration found by chance goes to its own server or to this
+    machine, not to any address that somebody names."""
+    return url in (None, configured_url) or is_loopback(urlsplit(url).hostname or "")
+
+
+def _given_url(url: str | None) -> str | None:
+    try:
+        return BASE_URL.accept(url) if url else None
+    except ValueError:
+        raise CommandError(f"--url: allowed is {BASE_URL.allowed}, got {_shown(url)}", EXIT_USAGE) from None
+
+
+def _given_token(options: Any, environ: dict[str, str]) -> str | None:
+    """The token of the options or of the environment, None when there is none."""
+    token = options.token
+    if token is None and options.token_file:
+        try:
+            with open(options.token_file, encoding="utf-8") as file:
+                token = file.read(65536).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise CommandError(f"--token-file: {options.token_file} cannot be read: {why}", EXIT_USAGE) from None
+    token = environ.get("LOADMANAGER_TOKEN") or None if token is None else token
+    if token is not None and not re.fullmatch("[!-~]*", token):
+        raise CommandError("the token has characters that no token has; allowed are printable ASCII characters", EXIT_USAGE)
+    return token
+
+
+def _configured_server(path: str, need_url: bool, need_token: bool) -> ServerAddress:
+    """Address and token in a configuration file. Nothing else of it is judged: secrets of
+    Locust clusters may not be readable for those who type commands."""
+    document = _read_config_file(path)
+    sections = document if isinstance(document, dict) else {}
+    reader = _ConfigReader(os.path.dirname(os.path.abspath(path)), dict(os.environ))
+    server = reader.section(ServerConfig, sections.get("server"), "server.")
+    security = reader.section(SecurityConfig, sections.get("security"), "security.")
+    wanted = ("server.host", "server.port") * need_url + ("security.apiToken",) * need_token
+    problems = [f"{path}: {problem}" for problem in reader.problems if problem.startswith(wanted)]
+    if problems:
+        raise ConfigError(problems)
+    if need_url and server.port == 0:
+        raise CommandError(f"{path}: server.port is 0, any free one: say which with --url or LOADMANAGER_URL", EXIT_USAGE)
+    return ServerAddress(f"http://{host_to_call(server.host)}:{server.port}", security.api_token)
+
+
+class ApiAnswer(NamedTuple):
+    """A good answer of the server."""
+
+    http_status: int
+    headers: Any  # http.client.HTTPMessage
+    body: bytes
+
+    def json(self, *keys: str) -> dict[str, Any]:
+        """The body, an object with these keys, or CommandError: what answers is not Load Manager."""
+        value = self._value()
+        if not isinstance(value, dict) or any(key_ not in value for key_ in keys):
+            raise self._strange()
+        return value
+
+    def json_list(self, *keys: str) -> list[dict[str, Any]]:
+        """As json(), for a list of objects."""
+        value = self._value()
+        if not isinstance(value, list) or any(not isinstance(item, dict) or key_ not in item for item in value for key_ in keys):
+            raise self._strange()
+        return value
+
+    def _value(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise self._strange() from None
+
+    @staticmethod
+    def _strange() -> CommandError:
+        return CommandError("what answers there is not Load Manager: check the address (--url, LOADMANAGER_URL)", EXIT_UNREACHABLE)
+
+
+class ApiClient:
+    """Requests to a running Load Manager, over one connection that is kept. Not for several threads."""
+
+    CONNECT_S = 5.0
+    ANSWER_S = 20.0
+    LOCUST_ANSWER_S = 150.0  # a create or a stop waits for Locust
+
+    def __init__(self, server: ServerAddress):
+        self._server = server
+        parts = urlsplit(server.url)
+        self._is_https = parts.scheme == "https"
+        self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
+        self._connection: http.client.HTTPConnection | None = None
+        self.clock_offset_s = 0.0  # the server's clock minus ours
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def get(self, path: str, **query: Any) -> ApiAnswer:
+        """The answer to a GET; parameters that are None are left out."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self.request("GET", path + ("?" + urlencode(given) if given else ""))
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> ApiAnswer:
+        """A good answer; ServerGone without one, ServerRefused for one that is an error.
+
+        What changes something is sent on a new connection: on a kept one that the server
+        just closed nobody could tell whether it was carried out."""
+        if method != "GET":
+            self.close()
+        is_kept = self._connection is not None
+        try:
+            answer = self._exchange(method, path, body, headers)
+        except (OSError, http.client.HTTPException) as error:
+            was_connected = self._connection is not None
+            self.close()
+            if is_kept and not isinstance(error, TimeoutError):
+                return self.request(method, path, body, headers)
+            raise ServerGone(f"{self._server.url} {_client_words(error)}", was_connected) from None
+        except BaseException:  # Ctrl-C in the middle of an answer: the rest must not be read as another's
+            self.close()
+            raise
+        if answer.http_status >= 300:
+            raise self._refusal(f"{method} {path.partition('?')[0]}", answer)
+        return answer
+
+    def _exchange(self, method: str, path: str, body: Any, headers: dict[str, str] | None) -> ApiAnswer:
+        connection = self._connect()
+        sent = {"Accept": "*/*", "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
+        if self._server.token:
+            sent["Authorization"] = f"Bearer {self._server.token}"
+        if body is not None:
+            sent["Content-Type"] = JSON_TYPE
+        connection.sock.settimeout(self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
+        connection.request(method, self._prefix + path, None if body is None else dump_json(body).encode(), sent)
+        response = connection.getresponse()
+        answer = ApiAnswer(response.status, response.headers, response.read())
+        if response.will_close:
+            self.close()
+        self._note_clock(response.headers.get("Date"))
+        return answer
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._connection is None:
+            if self._is_https:
+                context = self._tls_context()
+                connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                    self._host, self._port, timeout=self.CONNECT_S, context=context
+                )
+            else:
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=self.CONNECT_S)
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connection = connection
+        return self._connection
+
+    def _tls_context(self) -> Any:
+        import ssl
+
+        try:
+            return ssl.create_default_context(cafile=self._server.ca_file)
+        except OSError as error:
+            why = error.strerror or error
+            raise CommandError(f"--ca-file: {self._server.ca_file} has no certificates: {why}", EXIT_USAGE) from None
+
+    def _note_clock(self, date: str | None) -> None:
+        """How far our clocks are apart: moments of the server are shown as ages."""
+        import email.utils
+
+        try:
+            offset_s = email.utils.parsedate_to_datetime(date or "").timestamp() + 0.5 - time.time()
+        except (ValueError, TypeError):
+            return
+        self.clock_offset_s = offset_s if abs(offset_s) > 2 else 0.0  # the header has whole seconds
+
+    def _refusal(self, asked: str, answer: ApiAnswer) -> CommandError:
+        try:
+            document = json.loads(answer.body)
+            message = one_line(document["message"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            where = one_line(self._server.url)
+            return CommandError(f"{where} answered {asked} with HTTP {answer.http_status}, not as Load Manager does; is it its address?", EXIT_UNREACHABLE)
+        if answer.http_status == 404 and message == NO_SUCH_PATH:
+            message = f"the server does not offer this ({asked}): it may be an older Load Manager"
+        elif answer.http_status == 401:
+            was = "the token was refused" if self._server.token else "no token was sent"
+            message = f"not allowed, {was}; give one with --token-file, --token, LOADMANAGER_TOKEN or a configuration (-config)"
+        elif answer.http_status == 403:
+            message = f"not allowed: {message}"
+        return ServerRefused(message, answer.http_status, document)
+
+
+def _client_words(error: Exception) -> str:
+    """What happened to a request of ours, and what to do."""
+    if isinstance(error, TimeoutError):
+        return "did not answer in time; is the address right, and the server well?"
+    if isinstance(error, ConnectionRefusedError):
+        return "refused the connection: is Load Manager running there? (--url, LOADMANAGER_URL)"
+    if isinstance(error, socket.gaierror):
+        return f"cannot be found: {error.strerror}; check the host name (--url, LOADMANAGER_URL)"
+    return f"cannot be reached: {one_line(_network_words(error))}"
+
+
+# ============================================================================
+# 19. COMMAND LINE - commands, what they take, and what they print
+# ============================================================================
+# Each command is a line of COMMANDS: help, completion and the README come from it. With
+# --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
+
+PROGRAM = "loadmanager.py"
+EXITS = {
+    EXIT_DONE: "done; the run passed",
+    EXIT_FAILED: "the run failed, or the server could not do what was asked",
+    EXIT_USAGE: "usage or configuration: nothing was started",
+    EXIT_UNREACHABLE: "the server cannot be reached, or does not allow it",
+    EXIT_THRESHOLDS: "thresholds failed, a regression, or numbers that cannot be trusted (--require-trusted)",
+    EXIT_INTERRUPTED: "Ctrl-C; `run` and `rerun` have asked the server to stop the run",
+}
+VARIABLES = {
+    "LOADMANAGER_URL": "the server; --url goes first, then this, then a configuration file",
+    "LOADMANAGER_TOKEN": "the API token; --token and --token-file go first",
+    "LOADMANAGER_CA_FILE": "certificates to trust for an https server; --ca-file goes first",
+    "NO_COLOR": "set to anything: no colours",
+}
+LATEST = "latest"
+LEAST_PREFIX = 6  # characters of a run's id
+RUN_KEYS = ("id", "status", "tenantId", "envId", "scenarioId", "locustClusterId", "targetUsers", "spawnRate", "createdAt")
+FINAL_WORDS = tuple(status.value for status in FINAL)
+FOLLOW_S = 0.5  # between two looks at a run
+MOST_ENDPOINTS = 100  # rows of a summary; --json and reports have all
+STOP_PATIENCE_S = 90.0  # how long a starting run is asked to stop
+
+
+def say(text: str) -> None:
+    """One line to stderr."""
+    try:
+        print(f"loadmanager: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody reads it
+
+
+# ---- values as people write them -------------------------------------------
+
+
+def duration_value(text: str) -> int:
+    """Seconds of `90s`, `5m`, `1h30m`, `2d` or `90`."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    if not re.fullmatch("([0-9]{1,9}d)?([0-9]{1,9}h)?([0-9]{1,9}m)?([0-9]{1,9}s)?", text) or not text:
+        raise ValueError("a duration such as 90s, 5m or 1h30m")
+    return sum(int(number) * units[unit] for number, unit in re.findall("([0-9]+)([dhms])", text))
+
+
+def count_value(text: str) -> int:
+    """A count written as `1000`, `1_000`, `1k` or `1.5k`."""
+    match = re.fullmatch(r"([0-9]{1,3}(?:[_,][0-9]{3})+|[0-9]{1,12}(?:\.[0-9]{1,6})?)([kKM]?)", text)
+    number = float(re.sub("[_,]", "", match.group(1))) * {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}[match.group(2)] if match else 0.5
+    if number != int(number):
+        raise ValueError("a whole number such as 1000, 1_000 or 1k")
+    return int(number)
+
+
+def rate_value(text: str) -> float:
+    """Users per second, written as `10`, `0.5` or `10/s`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(?:/s)?", text)
+    if not match:
+        raise ValueError("users per second, such as 10 or 0.5")
+    return float(match.group(1))
+
+
+def metadata_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError("name=value")
+    return name, value
+
+
+def run_value(text: str) -> str:
+    if text != LATEST and len(text) < LEAST_PREFIX:
+        raise ValueError(f"a run's id, at least its first {LEAST_PREFIX} characters, or {LATEST}")
+    return text
+
+
+# ---- commands without a server ---------------------------------------------
+
+
+def command_serve(options: Any) -> int:
+    return serve(options.config or DEFAULT_CONFIG)
+
+
+def command_check(options: Any) -> int:
+    return check_config(options.config or DEFAULT_CONFIG)
+
+
+def command_completion(options: Any) -> int:
+    print(completion_script(options.shell), end="")
+    return EXIT_DONE
+
+
+# ---- asking the server -----------------------------------------------------
+
+
+def open_client(options: Any) -> ApiClient:
+    return ApiClient(find_server(options, dict(os.environ)))
+
+
+def open_screen(options: Any) -> Screen:
+    """Where a command's text goes: with --json to stderr, as stdout is for the JSON alone."""
+    return Screen(sys.stderr if options.json else sys.stdout, dict(os.environ))
+
+
+def print_json(data: bytes) -> None:
+    Screen(sys.stdout, dict(os.environ)).json(data)
+
+
+def run_path(run_id: str, rest: str = "") -> str:
+    return f"/v1/tests/{quote(run_id, safe='')}{rest}"
+
+
+def find_run(client: ApiClient, text: str) -> str:
+    """The full id of a run given as an id, the beginning of one, or `latest`."""
+    if text == LATEST:
+        runs = client.get("/v1/tests", limit=1, brief="true").json_list(*RUN_KEYS)
+        if not runs:
+            raise CommandError("there is no run yet", EXIT_USAGE)
+        return runs[0]["id"]
+    if len(text) >= 36:
+        return text
+    found = client.get("/v1/tests", search=text, limit=1000, brief="true").json_list(*RUN_KEYS)
+    ids = [run["id"] for run in found if run["id"].startswith(text.lower())]
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise CommandError(f"there is no run whose id begins with {printable(text)}; see `{PROGRAM} list`", EXIT_USAGE)
+    raise CommandError(f"{printable(text)} begins {len(ids)} ids: {', '.join(ids[:5])}; give more of it", EXIT_USAGE)
+
+
+def command_list(options: Any) -> int:
+    client = open_client(options)
+    query = {"tenantId": options.tenant, "envId": options.env, "status": options.status, "search": options.search}
+    answer = client.get("/v1/tests", **query, limit=options.limit, brief=None if options.json else "true")
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    runs = answer.json_list(*RUN_KEYS)
+    now = time.time() + client.clock_offset_s
+    screen.print(*paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns)))
+    if "next" in (answer.headers.get("Link") or ""):
+        say(f"there are more; --limit {options.limit * 5} shows more of them")
+    return EXIT_DONE
+
+
+def command_show(options: Any) -> int:
+    client = open_client(options)
+    answer = client.get(run_path(find_run(client, options.run)))
+    if options.json:
+        print_json(answer.body)
+    else:
+        screen = open_screen(options)
+        screen.print(*run_lines(answer.json(*RUN_KEYS), screen, time.time() + client.clock_offset_s))
+    return EXIT_DONE
+
+
+def command_clusters(options: Any) -> int:
+    answer = open_client(options).get("/v1/clusters")
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    screen.print(*paint_head(screen, table(CLUSTER_COLUMNS, [cluster_row(cluster) for cluster in answer.json_list("id", "workers")], screen.columns)))
+    return EXIT_DONE
+
+
+def command_stop(options: Any) -> int:
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    answer = client.request("POST", run_path(run_id, "/stop"))
+    return tell_done(options, answer, f"run {run_id} is stopped")
+
+
+def command_delete(options: Any) -> int:
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    return tell_done(options, client.request("DELETE", run_path(run_id)), f"run {run_id} is deleted")
+
+
+def tell_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
+    """Done, and said: the API's JSON where it is asked for and there is any."""
+    if not options.json:
+        open_screen(options).print(sentence)
+    elif answer.body:
+        print_json(answer.body)
+    return EXIT_DONE
+
+
+def command_metrics(options: Any) -> int:
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    query = {"from": options.since, "to": options.until, "step": options.step}
+    if options.csv:
+        return put_document(client.get(run_path(run_id, "/metrics.csv"), **query).body, options.output)
+    answer = client.get(run_path(run_id, "/metrics"), **query, maxPoints=options.max_points)
+    if options.output:
+        return put_document(answer.body, options.output)
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    document = answer.json("points", "total", "downsampled")
+    screen.print(*paint_head(screen, table(METRICS_COLUMNS, [metrics_row(point) for point in document["points"]], screen.columns)))
+    if document["downsampled"]:
+        say(f"{len(document['points'])} of {document['total']} points; --max-points shows more, --json and --csv have all figures")
+    return EXIT_DONE
+
+
+REPORT_PATHS = {
+    "html": "/report.html",
+    "md": "/report.md",
+    "csv": "/requests.csv",
+    "junit": "/junit.xml",
+    "summary": "/summary.md",
+}
+
+
+def command_report(options: Any) -> int:
+    if options.format == "html" and options.output is None and open_screen(options).is_terminal:
+        raise CommandError("a terminal cannot show the HTML report; name a file: -o report.html", EXIT_USAGE)
+    check_can_write(options.output)
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    return put_document(client.get(run_path(run_id, REPORT_PATHS[options.format])).body, options.output)
+
+
+def put_document(data: bytes, path: str | None) -> int:
+    """A document into a file, or to stdout."""
+    if path is None or path == "-":
+        Screen(sys.stdout, dict(os.environ)).raw(data)
+        return EXIT_DONE
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}", EXIT_USAGE) from None
+    say(f"{path} written, {len(data):,} bytes")
+    return EXIT_DONE
+
+
+def check_can_write(*paths: str | None) -> None:
+    """CommandError for a file that could not be written later: better now than after the run."""
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        folder = os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise CommandError(f"{path} cannot be written: no such folder, or not allowed", EXIT_USAGE)
+
+
+def command_compare(options: Any) -> int:
+    client = open_client(options)
+    baseline, candidate = find_run(client, options.baseline), find_run(client, options.candidate)
+    try:
+        answer = client.get("/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance)
+    except ServerRefused as error:
+        if error.http_status in (400, 404) and "compare" in error.message or "unknown parameter" in error.message:
+            raise CommandError("the server does not offer comparisons: it may be an older Load Manager", EXIT_USAGE) from None
+        raise
+    comparison = answer.json("regressions")
+    if options.json:
+        print_json(answer.body)
+    else:
+        screen = open_screen(options)
+        screen.print(*comparison_lines(comparison, screen))
+    return EXIT_THRESHOLDS if comparison["regressions"] and options.fail_on_regression else EXIT_DONE
+
+
+# ---- starting and following runs -------------------------------------------
+
+
+class CtrlC:
+    """Ctrl-C and SIGTERM of a command that starts a run. While `held`, the first one waits:
+    a run whose id has not come yet could be stopped by nobody. The second always raises."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.held = True
+
+    def __enter__(self) -> CtrlC:
+        # What was started with a signal ignored, as shells do in the background, goes on ignoring it.
+        heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = [(number, signal.signal(number, self._handle)) for number in heeded]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if not self.held or self.count > 1:
+            raise KeyboardInterrupt
+        os.write(2, b"loadmanager: the run is stopped as soon as it has started; Ctrl-C again leaves at once\n")
+
+    def release(self) -> None:
+        """From now on the first one raises too; it does so here if it came before."""
+        self.held = False
+        if self.count:
+            raise KeyboardInterrupt
+
+
+class Follower:
+    """Follows one run until it is over, and shows it. A server that goes away is asked again
+    for `patience_s`: the run goes on without it."""
+
+    def __init__(self, client: ApiClient, run_id: str, screen: Screen, options: Any):
+        self._client = client
+        self._run_id = run_id
+        self._screen = screen
+        self._quiet = options.quiet
+        self._every_s = options.every
+        self._patience_s = options.patience
+        self._gone_since: float | None = None
+        self._told_at = -math.inf
+        self._told_status = ""
+        self.answer: ApiAnswer | None = None  # the newest
+        self.status = "started"
+
+    def until_final(self) -> dict[str, Any]:
+        """The run, once it is Finished or Failed; CommandError when the server stays away."""
+        while True:
+            run = self._look()
+            if run is not None:
+                self._show(run)
+                if self.status in FINAL_WORDS:
+                    return run
+            time.sleep(FOLLOW_S)
+
+    def _look(self) -> dict[str, Any] | None:
+        """The run now; None while the server does not answer."""
+        try:
+            self.answer = self._client.get(run_path(self._run_id))
+            run = self.answer.json(*RUN_KEYS)
+        except CommandError as error:
+            if isinstance(error, ServerRefused) and error.http_status == 404:
+                raise CommandError(f"{error.message}; it was {self.status} when last seen", EXIT_FAILED) from None
+            if isinstance(error, ServerRefused) and error.http_status in (401, 403):
+                raise CommandError(f"{error.message}; {self.whereabouts()}", error.exit_status) from None
+            self._missed(error)
+            return None
+        if self._gone_since is not None:
+            self._gone_since = None
+            self.notice("the server answers again")
+        self.status = run["status"]
+        return run
+
+    def _missed(self, error: CommandError) -> None:
+        now = time.monotonic()
+        if self._gone_since is None:
+            self._gone_since = now
+            self.notice(f"{error.message}; the run goes on, trying again for {clock_words(self._patience_s)}")
+        if now - self._gone_since >= self._patience_s:
+            raise CommandError(
+                f"{error.message}; gave up after {clock_words(now - self._gone_since)}; {self.whereabouts()}", EXIT_UNREACHABLE
+            )
+
+    def whereabouts(self) -> str:
+        """What is known of the run, and what somebody who leaves can do."""
+        if self.status in FINAL_WORDS:
+            return f"run {self._run_id} is {self.status}"
+        return f"run {self._run_id} is still {self.status}; stop it with: {PROGRAM} stop {self._run_id}"
+
+    def notice(self, text: str) -> None:
+        if self._screen.is_terminal:
+            self._screen.draw([])
+        say(text)
+
+    def _show(self, run: dict[str, Any]) -> None:
+        now = time.time() + self._client.clock_offset_s
+        if self._quiet:
+            return
+        if self._screen.is_terminal:
+            if self.status in FINAL_WORDS:
+                self._screen.draw([])  # the summary takes its place
+            else:
+                columns, rows = self._screen.size
+                self._screen.draw(live_lines(run, self._screen, now, columns - 1, rows - 1))
+        elif time.monotonic() - self._told_at >= self._every_s or self.status != self._told_status:
+            self._told_at, self._told_status = time.monotonic(), self.status
+            self._screen.print(plain_line(run, now))
+
+
+def command_run(options: Any) -> int:
+    check_can_write(options.junit, options.summary)
+    client = open_client(options)
+    body = create_body(options)
+    key_ = options.idempotency_key or secrets.token_hex(16)
+
+    return start_and_follow(options, client, lambda: create_once_for_all(client, body, key_))
+
+
+def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> ApiAnswer:
+    """Create a run. When the answer is lost it is asked for again: with the same
+    Idempotency-Key the same run is answered, not a second one."""
+    for seconds in (1.0, 2.0, 0.0):
+        try:
+            return client.request("POST", "/v1/tests", body, {"Idempotency-Key": key_})
+        except ServerGone as error:
+            if seconds == 1.0 and not error.maybe_taken:
+                raise
+            last = error
+        time.sleep(seconds)
+    raise CommandError(f"{last.message}; the run may have been started: see `{PROGRAM} list`", EXIT_UNREACHABLE)
+
+
+def create_body(options: Any) -> dict[str, Any]:
+    metadata = dict(options.meta)
+    if len(metadata) < len(options.meta):
+        raise CommandError("--meta: a name stands twice; allowed is each once", EXIT_USAGE)
+    body = {
+        "tenantId": options.tenant,
+        "envId": options.env,
+        "scenarioId": options.scenario,
+        "targetUsers": options.users,
+        "spawnRate": options.spawn_rate,
+        "durationSeconds": options.duration,
+        "metadata": metadata or None,
+        "thresholds": options.threshold or None,
+        "compareWith": options.compare_with or ("baseline" if options.fail_on_regression else None),
+        "queue": options.queue or None,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def command_rerun(options: Any) -> int:
+    check_can_write(options.junit, options.summary)
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    body = {"queue": True} if options.queue else {}
+    return start_and_follow(options, client, lambda: client.request("POST", run_path(run_id, "/rerun"), body))
+
+
+def start_and_follow(options: Any, client: ApiClient, start: Callable[[], ApiAnswer]) -> int:
+    """Start a run, follow it unless --detach, and tell how it ended; the exit status."""
+    screen = open_screen(options)
+    with CtrlC() as ctrl_c:
+        try:
+            answer = start()
+        except ServerRefused as error:
+            raise refused_start(error) from None
+        except KeyboardInterrupt:
+            say(f"left while the run was starting: it may run; see `{PROGRAM} list`")
+            return EXIT_INTERRUPTED
+        run = answer.json(*RUN_KEYS)
+        follower = Follower(client, run["id"], screen, options)
+        follower.status = run["status"]
+        try:
+            ctrl_c.release()
+            if options.detach:
+                return tell_done(options, answer, started_line(run))
+            if not options.quiet:
+                screen.print(started_line(run))
+            return finish(options, client, screen, follower.until_final(), follower.answer)
+        except KeyboardInterrupt:
+            return stop_and_wait(options, client, screen, follower, run["id"])
+
+
+def refused_start(error: ServerRefused) -> CommandError:
+    """The refusal of a start, with what to do about it."""
+    message = error.message
+    active = error.document.get("activeRunId")
+    if active:
+        message += f"; wait for it with --queue, or stop it: {PROGRAM} stop {one_line(active)}"
+    kept = error.document.get("runId")
+    if kept and str(kept) not in message:
+        message += f"; kept as failed run {one_line(kept)}"
+    return CommandError(message, error.exit_status)
+
+
+def stop_and_wait(options: Any, client: ApiClient, screen: Screen, follower: Follower, run_id: str) -> int:
+    """After Ctrl-C: the run is stopped, and its end waited for; the second one leaves at once."""
+    try:
+        follower.notice(f"stopping run {run_id}; Ctrl-C again leaves at once")
+        ask_to_stop(client, run_id)
+        run = follower.until_final()
+        finish(options, client, screen, run, follower.answer)
+    except KeyboardInterrupt:
+        client.close()
+        follower.notice(f"left; {follower.whereabouts()}")
+    return EXIT_INTERRUPTED
+
+
+def ask_to_stop(client: ApiClient, run_id: str) -> None:
+    """Have the server stop a run; returns when it does, or the run is over by itself."""
+    give_up_at, told = time.monotonic() + STOP_PATIENCE_S, False
+    while True:
+        try:
+            client.request("POST", run_path(run_id, "/stop"))
+            return
+        except ServerRefused as error:
+            if error.http_status in (502, 504):
+                say(error.message)  # the server goes on trying
+                return
+            starting = error.http_status == 409 and error.document.get("status") == RunStatus.PENDING.value
+            if error.http_status == 409 and not starting:
+                return  # somebody else was first
+            if not starting and error.http_status != 503 or time.monotonic() > give_up_at:
+                raise
+        except ServerGone as error:
+            if time.monotonic() > give_up_at:
+                raise CommandError(f"{error.message}; run {run_id} could not be stopped and may go on", EXIT_UNREACHABLE) from None
+            if not told:
+                say(f"{error.message}; trying to stop the run for {clock_words(STOP_PATIENCE_S)}")
+            told = True
+        time.sleep(0.5)
+
+
+def finish(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
+    """Tell how a run ended, write the files that were asked for; the exit status."""
+    if options.json and answer is not None:
+        print_json(answer.body)
+    elif options.quiet:
+        screen.print(end_line(run))
+    else:
+        screen.print(*run_lines(run, screen, time.time() + client.clock_offset_s))
+    exit_status, why = judge(run, options.require_trusted)
+    if why:
+        say(why)
+    for path, document in ((options.junit, "/junit.xml"), (options.summary, "/summary.md")):
+        if path is None:
+            continue
+        try:
+            put_document(client.get(run_path(run["id"], document)).body, path)
+        except CommandError as error:
+            say(f"{path} was not written: {error.message}")
+            exit_status = exit_status or error.exit_status
+    return exit_status
+
+
+def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
+    """The exit status a run that is over deserves, and why it is not 0."""
+    if run["status"] == RunStatus.FAILED.value:
+        return EXIT_FAILED, f"the run failed: {one_line(run.get('failureReason') or 'no reason is known')}"
+    if run.get("verdict") == "failed":
+        failed = [threshold_words(entry) for entry in run.get("thresholds") or () if threshold_failed(entry)]
+        return EXIT_THRESHOLDS, "thresholds failed: " + ("; ".join(failed) or "see the comparison with the baseline")
+    if require_trusted and "trust" not in run:
+        return EXIT_USAGE, "--require-trusted: the server does not offer this: it may be an older Load Manager"
+    if require_trusted and run["trust"] != "ok":
+        reasons = "; ".join(one_line(warning["message"]) for warning in run.get("warnings") or ())
+        return EXIT_THRESHOLDS, f"the numbers cannot be trusted: {reasons}"
+    return EXIT_DONE, ""
+
+
+def command_watch(options: Any) -> int:
+    return follow_only(options, quiet=False)
+
+
+def command_wait(options: Any) -> int:
+    return follow_only(options, quiet=True)
+
+
+def follow_only(options: Any, quiet: bool) -> int:
+    """Follow a run that is there; Ctrl-C leaves it running."""
+    options.quiet = quiet
+    check_can_write(options.junit, options.summary)
+    client, screen = open_client(options), open_screen(options)
+    follower = Follower(client, find_run(client, options.run), screen, options)
+    try:
+        return finish(options, client, screen, follower.until_final(), follower.answer)
+    except KeyboardInterrupt:
+        follower.notice(f"left; {follower.whereabouts()}")
+        return EXIT_INTERRUPTED
+
+
+# ---- what a run looks like -------------------------------------------------
+
+STATUS_COLOURS = {"Pending": "blue", "Running": "green", "Stopping": "orange", "Finished": "bold", "Failed": "red"}
+LIST_COLUMNS = (
+    Column("RUN", drop=0), Column("STATUS"), Column("SCENARIO"), Column("TENANT/ENV", drop=3), Column("CLUSTER", drop=6),
+    Column("USERS", True, drop=2), Column("REQ/S", True, drop=4), Column("FAILURES", True, drop=5), Column("P95 MS", True, drop=4),
+    Column("TIME", True, drop=1), Column("CREATED", True, drop=7),
+)  # fmt: skip
+CLUSTER_COLUMNS = (
+    Column("CLUSTER"), Column("TENANT/ENV", drop=2), Column("STATE"), Column("USERS", True, drop=1), Column("WORKERS", True, drop=1),
+    Column("CPU %", True, drop=3), Column("RUN"), Column("PROBLEM"),
+)  # fmt: skip
+METRICS_COLUMNS = (
+    Column("TIME"), Column("USERS", True, 1), Column("REQ/S", True), Column("FAIL/S", True, 1), Column("REQUESTS", True, 4),
+    Column("FAILURES", True, 4), Column("P50 MS", True, 2), Column("P95 MS", True), Column("P99 MS", True, 3),
+)  # fmt: skip
+# In the order of Locust's own page, which its users know.
+ENDPOINT_COLUMNS = (
+    Column("TYPE", drop=5), Column("NAME"), Column("REQUESTS", True), Column("FAILS", True, 1), Column("P50 MS", True, 3),
+    Column("P95 MS", True, 2), Column("P99 MS", True, 4), Column("AVG MS", True, 6), Column("MIN MS", True, 7), Column("MAX MS", True, 7),
+    Column("REQ/S", True, 3),
+)  # fmt: skip
+
+
+def paint_head(screen: Screen, lines: list[str]) -> list[str]:
+    return [screen.paint(lines[0], "grey"), *lines[1:]]
+
+
+def list_row(run: dict[str, Any], now: float) -> list[str]:
+    metrics = run.get("lastMetrics") or {}
+    return [
+        run["id"][:8] if len(run["id"]) == 36 else printable(run["id"]),
+        run["status"] + verdict_words(run),
+        printable(run["scenarioId"]),
+        printable(f"{run['tenantId']}/{run['envId']}"),
+        printable(run["locustClusterId"] or "-"),
+        count_text(run["targetUsers"]),
+        decimal_text(metrics.get("totalRps")),
+        count_text(metrics.get("totalFailures")),
+        count_text(metrics.get("p95ResponseMs")),
+        clock_words(elapsed_s(run, now)) if run.get("startedAt") else "-",
+        local_moment(run["createdAt"]),
+    ]
+
+
+def verdict_words(run: dict[str, Any]) -> str:
+    """`, passed` or `, failed, doubtful`: what is known of how good the run was."""
+    words = [run["verdict"]] if run.get("verdict") else []
+    words += ["doubtful"] if run.get("trust") == "doubtful" else []
+    return "".join(f", {word}" for word in words)
+
+
+def cluster_row(cluster: dict[str, Any]) -> list[str]:
+    workers = cluster["workers"]
+    cpu = [worker["cpuPercent"] for worker in workers if worker["cpuPercent"] is not None]
+    return [
+        printable(cluster["id"]),
+        printable(f"{cluster['tenantId']}/{cluster['envId']}"),
+        printable(cluster["state"]),
+        count_text(cluster["userCount"]),
+        count_text(len(workers)),
+        count_text(max(cpu, default=None)),
+        (cluster["activeRunId"] or "-")[:8],
+        one_line(cluster["problem"] or "-"),
+    ]
+
+
+def metrics_row(point: dict[str, Any]) -> list[str]:
+    names = ("currentUsers", "totalRps", "failuresPerSec", "totalRequests", "totalFailures", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+    figures = [decimal_text(point.get(name)) if name in ("totalRps", "failuresPerSec") else count_text(point.get(name)) for name in names]
+    return [local_moment(point["timestamp"]), *figures]
+
+
+def endpoint_row(row: dict[str, Any]) -> list[str]:
+    names = ("medianResponseTime", "p95ResponseTime", "p99ResponseTime", "avgResponseTime", "minResponseTime", "maxResponseTime")
+    return [
+        one_line(row["method"]),
+        one_line(row["name"]),
+        count_text(row["numRequests"]),
+        count_text(row["numFailures"]),
+        *(count_text(row.get(name)) for name in names),
+        decimal_text(row.get("requestsPerSec")),
+    ]
+
+
+def endpoint_lines(run: dict[str, Any], screen: Screen, columns: int | None, most: int | None = None) -> list[str]:
+    """The table of endpoints; of more than `most` those with the most requests."""
+    rows = list(((run.get("lastMetrics") or {}).get("requestStats") or {}).values())
+    if not rows:
+        return []
+    shown = rows if most is None or len(rows) <= most else sorted(rows, key=lambda row: -(row["numRequests"] or 0))[: max(0, most - 1)]
+    lines = paint_head(screen, table(ENDPOINT_COLUMNS, [endpoint_row(row) for row in shown], columns))
+    lines = [screen.paint(line, "red") if row is not None and row["numFailures"] else line for line, row in zip(lines, [None, *shown])]
+    return lines + ([f"… and {len(rows) - len(shown)} more endpoints"] if len(shown) < len(rows) else [])
+
+
+def local_moment(text: str) -> str:
+    """A moment of the API in local time, `11-23 14:05:09`."""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(parse_utc(text)))
+
+
+def elapsed_s(run: dict[str, Any], now: float) -> float:
+    """Seconds since the run's start, of a final run its whole time."""
+    if not run.get("startedAt"):
+        return 0.0
+    end = parse_utc(run["finishedAt"]) if run.get("finishedAt") else now
+    return max(0.0, end - parse_utc(run["startedAt"]))
+
+
+def figure_facts(run: dict[str, Any], screen: Screen) -> list[str]:
+    """The newest figures in the colours of Locust's own page."""
+    metrics = run.get("lastMetrics") or {}
+    users = metrics.get("currentUsers")
+    failures = f"failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+    return [
+        screen.paint(f"users {count_text(users)}/{count_text(run['targetUsers'])}", "blue"),
+        f"requests {count_text(metrics.get('totalRequests'))}",
+        screen.paint(f"{decimal_text(metrics.get('totalRps'))} req/s", "green"),
+        screen.paint(failures, "red" if metrics.get("totalFailures") else ""),
+        screen.paint(f"p50 {count_text(metrics.get('p50ResponseMs'))} ms", "orange"),
+        screen.paint(f"p95 {count_text(metrics.get('p95ResponseMs'))} ms", "violet"),
+        f"p99 {count_text(metrics.get('p99ResponseMs'))} ms",
+    ]
+
+
+def time_words(run: dict[str, Any], now: float) -> str:
+    """`0:42 of 5:00`, or what the run waits for."""
+    if run["status"] == RunStatus.PENDING.value:
+        position = run.get("queuePosition")
+        return f"waits in the queue, position {position}" if position else "is starting"
+    of = f" of {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""
+    return clock_words(elapsed_s(run, now)) + of
+
+
+def title(run: dict[str, Any], screen: Screen) -> str:
+    status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], ""))
+    where = f" on {run['locustClusterId']}" if run["locustClusterId"] else ""
+    return f"{status}  {printable(run['scenarioId'])}  " + printable(f"{run['tenantId']}/{run['envId']}{where}") + f"  run {run['id'][:8]}"
+
+
+def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, rows: int) -> list[str]:
+    """What a terminal of this size shows of a run that goes on."""
+    progress = time_words(run, now)
+    if run.get("durationSeconds") and run.get("startedAt"):
+        room = min(40, columns - columns_of(progress) - 2)
+        bar = screen.bar(elapsed_s(run, now) / run["durationSeconds"], room) if room >= 5 else ""
+        progress = f"{bar}  {progress}" if bar else progress
+    lines = [title(run, screen), progress, *pack(figure_facts(run, screen), columns)]
+    lines += [screen.paint(line, "orange") for line in warning_lines(run)[-3:]]
+    lines += threshold_lines(run, screen)
+    room_for_endpoints = rows - len(lines) - 2
+    if room_for_endpoints >= 2:
+        lines += ["", *endpoint_lines(run, screen, columns, room_for_endpoints)]
+    return lines
+
+
+def plain_line(run: dict[str, Any], now: float) -> str:
+    """A run that goes on, in one line of a log."""
+    metrics = run.get("lastMetrics") or {}
+    start = f"{utc_text(now)[:19]}Z {run['status']} {time_words(run, now)}"
+    if not metrics:
+        return start
+    return (
+        f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(run['targetUsers'])} requests {count_text(metrics.get('totalRequests'))}"
+        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+        f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 {count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} ms"
+    )
+
+
+def started_line(run: dict[str, Any]) -> str:
+    where = printable(run["locustClusterId"])
+    how = f"started on {where}" if run["status"] != RunStatus.PENDING.value else time_words(run, 0)
+    return f"run {run['id']} {how}"
+
+
+def end_line(run: dict[str, Any]) -> str:
+    return f"run {run['id']} is {run['status']}{end_words(run)}"
+
+
+def end_words(run: dict[str, Any]) -> str:
+    """` (duration), passed`: why it ended, and how good it was."""
+    reason = f" ({one_line(run['stopReason'])})" if run.get("stopReason") else ""
+    return reason + verdict_words(run)
+
+
+def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
+    """All that a person wants to know of a run."""
+    facts = {
+        "run": run["id"],
+        "scenario": f"{run['scenarioId']}, {run['tenantId']}/{run['envId']}" + (f" on {run['locustClusterId']}" if run["locustClusterId"] else ""),
+        "load": f"{count_text(run['targetUsers'])} users at {run['spawnRate']:g}/s" + (f" for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
+        "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name)) or "not started",
+        "metadata": ", ".join(f"{name}={value if isinstance(value, str) else dump_json(value)}" for name, value in (run.get("metadata") or {}).items()),
+    }
+    status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], "")) + end_words(run)
+    lines = [f"{'status':<9}{status}, {time_words(run, now)}"] + [f"{name:<9}{one_line(fact)}" for name, fact in facts.items() if fact]
+    lines += [f"{'failed':<9}{screen.paint(one_line(run['failureReason']), 'red')}"] if run.get("failureReason") else []
+    if run.get("lastMetrics"):
+        lines += ["", *pack(figure_facts(run, screen), screen.columns)]
+        lines += endpoint_lines(run, screen, screen.columns, MOST_ENDPOINTS)
+    return lines + threshold_lines(run, screen) + [screen.paint(line, "orange") for line in warning_lines(run)]
+
+
+def warning_lines(run: dict[str, Any]) -> list[str]:
+    return [f"warning: {one_line(warning['message'])}" for warning in run.get("warnings") or ()]
+
+
+def threshold_failed(entry: dict[str, Any]) -> bool:
+    return "failed" in (entry.get("result"), entry.get("status")) or entry.get("passed") is False or entry.get("ok") is False
+
+
+def threshold_words(entry: dict[str, Any]) -> str:
+    value = entry.get("value")
+    words = f"{entry.get('expr')}, is {decimal_text(value, 2).rstrip('0').rstrip('.')}" if isinstance(value, (int, float)) else str(entry.get("expr"))
+    return one_line(f"{words} ({entry['message']})" if entry.get("message") else words)
+
+
+def threshold_lines(run: dict[str, Any], screen: Screen) -> list[str]:
+    lines = []
+    for entry in run.get("thresholds") or ():
+        word, colour = ("failed", "red") if threshold_failed(entry) else ("passed", "green")
+        if run["status"] not in FINAL_WORDS and word == "passed":
+            word = "holds"
+        lines.append(f"threshold {screen.paint(word, colour)}: {threshold_words(entry)}")
+    return lines
+
+
+CHANGE_COLUMNS = (
+    Column("ENDPOINT"), Column("FIGURE"), Column("BASELINE", True), Column("CANDIDATE", True), Column("CHANGE", True),
+)  # fmt: skip
+
+
+def changes_of(figures: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, change in (figures or {}).items():
+        if isinstance(change, dict) and "baseline" in change and "candidate" in change:
+            yield name, change
+
+
+def change_row(endpoint: str, name: str, change: dict[str, Any]) -> list[str]:
+    percent = change.get("changePercent")
+    change_text = "-" if percent is None else f"{percent:+,.1f}%"
+    return [one_line(endpoint), one_line(name), decimal_text(change["baseline"], 2), decimal_text(change["candidate"], 2), change_text]
+
+
+def sentence_of(entry: Any) -> str:
+    return one_line(entry.get("message") or dump_json(entry) if isinstance(entry, dict) else entry)
+
+
+def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
+    """What the server says of two runs: changes, unfairness, regressions."""
+    sides = (comparison.get("baseline"), comparison.get("candidate"))
+    ids = [one_line(side.get("id") if isinstance(side, dict) else side) for side in sides]
+    rows = [change_row("(all)", *change) for change in changes_of(comparison.get("totals"))]
+    for endpoint in comparison.get("endpoints") or ():
+        name = f"{endpoint.get('method') or ''} {endpoint.get('name') or ''}".strip()
+        name += f" ({endpoint['state']})" if endpoint.get("state") in ("new", "gone") else ""
+        rows += [change_row(name, *change) for change in changes_of(endpoint.get("metrics"))]
+    lines = [f"baseline {ids[0]}, candidate {ids[1]}"]
+    lines += paint_head(screen, table(CHANGE_COLUMNS, rows, screen.columns)) if rows else []
+    for name, colour in (("differences", "orange"), ("warnings", "orange"), ("regressions", "red")):
+        lines += [screen.paint(f"{name[:-1]}: {sentence_of(entry)}", colour) for entry in comparison.get(name) or ()]
+    return lines if comparison.get("regressions") else [*lines, screen.paint("no regression", "green")]
+
+
+# ---- the table of commands -------------------------------------------------
+
+
+class Argument(NamedTuple):
+    """An argument of a command: its names, and what argparse is told of it. value: converts
+    its text or raises ValueError with what is allowed; completes: what a shell offers."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+    value: Callable[[str], Any] | None = None
+    completes: str = ""  # file, run or nothing
+
+    @property
+    def is_flag(self) -> bool:
+        return self.options.get("action") == "store_true"
+
+    @property
+    def is_positional(self) -> bool:
+        return not self.names[0].startswith("-")
+
+    @property
+    def offered(self) -> list[str]:
+        """What completion offers for it: its name, or the words it may be."""
+        if self.is_positional:
+            return self.options.get("choices") or ([LATEST] if self.completes == "run" else [])
+        return [next((name for name in self.names if name.startswith("--")), self.names[0])]
+
+
+def argument(*names: str, value: Callable[[str], Any] | None = None, completes: str = "", **options: Any) -> Argument:
+    return Argument(names, options, value, completes)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of COMMANDS. calls_server: takes --url, --token and the like too."""
+
+    name: str
+    function: Callable[[Any], int]
+    about: str
+    example: str
+    arguments: tuple[Argument, ...] = ()
+    calls_server: bool = True
+
+    @property
+    def all_arguments(self) -> tuple[Argument, ...]:
+        return self.arguments + (SERVER_ARGUMENTS if self.calls_server else ()) + (CONFIG_ARGUMENT,) * (self.name != "completion")
+
+
+CONFIG_ARGUMENT = argument(
+    "-config", "--config", "-c", metavar="FILE", completes="file", help=f"the configuration; default: {DEFAULT_CONFIG}"
+)
+SERVER_ARGUMENTS = (
+    argument("--url", metavar="URL", help="the server; default: LOADMANAGER_URL, else the configuration's server.host and port"),
+    argument("--token", metavar="TOKEN", help="the API token, which others on this machine can read here; see --token-file"),
+    argument("--token-file", metavar="FILE", completes="file", help="a file with the API token; default: LOADMANAGER_TOKEN, else the configuration's"),
+    argument("--ca-file", metavar="FILE", completes="file", help="certificates to trust for an https server"),
+    argument("--json", action="store_true", help="print the API's JSON, and nothing else, on stdout"),
+)
+RUN_ARGUMENT = argument("run", metavar="RUN", value=run_value, completes="run", help="a run's id, its first 6 or more characters, or latest")
+TENANT, ENV = ("--tenant", "--tenant-id"), ("--env", "--env-id")
+OUTPUT = argument("-o", "--output", metavar="FILE", completes="file", help="write to a file; default: stdout")
+FOLLOW_ARGUMENTS = (
+    argument("--junit", metavar="FILE", completes="file", help="when it is over, write its thresholds as JUnit XML"),
+    argument("--summary", metavar="FILE", completes="file", help="when it is over, write its summary in Markdown"),
+    argument("--require-trusted", action="store_true", help="exit 99 too when the numbers are doubtful"),
+    argument("--every", metavar="TIME", value=duration_value, default=10, help="time between two lines in a pipe; default: 10s"),
+    argument("--patience", metavar="TIME", value=duration_value, default=300, help="how long a server that went away is asked again; default: 5m"),
+)
+START_ARGUMENTS = (
+    argument("--queue", action="store_true", help="wait for a free cluster instead of being refused"),
+    argument("--detach", action="store_true", help="only start it"),
+    argument("-q", "--quiet", action="store_true", help="only say how it ended"),
+    *FOLLOW_ARGUMENTS,
+)
+
+COMMANDS = (
+    Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml", calls_server=False),
+    Command("check", command_check, "say every problem of a configuration", "check -config config.yaml", calls_server=False),
+    Command(
+        "run", command_run, "start a run and follow it; Ctrl-C stops it",
+        "run --tenant tenant-1 --env dev --scenario browse --users 1k --spawn-rate 50 -d 5m --threshold 'p95ResponseMs < 500'",
+        (
+            argument(*TENANT, required=True, metavar="ID", help="whose run it is"),
+            argument(*ENV, required=True, metavar="ID", help="the environment to load"),
+            argument("--scenario", "--scenario-id", required=True, metavar="NAME", help="what is run"),
+            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k"),
+            argument("-r", "--spawn-rate", required=True, metavar="RATE", value=rate_value, help="users started per second"),
+            argument("-d", "--duration", metavar="TIME", value=duration_value, help="90s, 5m, 1h30m; default: until it is stopped"),
+            argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value, help="kept with the run; repeatable"),
+            argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
+            argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
+            argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
+            argument("--idempotency-key", metavar="KEY", help="the same key within 24 h answers the same run, e.g. a CI job's id"),
+            *START_ARGUMENTS,
+        ),
+    ),
+    Command(
+        "list", command_list, "the runs, newest first", "list --tenant tenant-1 --status Running,Stopping",
+        (
+            argument(*TENANT, metavar="ID", help="only this tenant's"),
+            argument(*ENV, metavar="ID", help="only of this environment"),
+            argument("--status", metavar="WORDS", help="one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus)),
+            argument("--search", metavar="TEXT", help="only with this text in scenario, tenant, environment, cluster or id"),
+            argument("--limit", metavar="N", value=count_value, default=20, help="how many; default: 20"),
+        ),
+    ),
+    Command("show", command_show, "one run with its numbers", "show latest", (RUN_ARGUMENT,)),
+    Command("watch", command_watch, "follow a run to its end; Ctrl-C leaves it running", "watch latest", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)),
+    Command(
+        "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
+    ),
+    Command("stop", command_stop, "stop a run, or take it out of the queue", "stop latest", (RUN_ARGUMENT,)),
+    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, *START_ARGUMENTS)),
+    Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
+    Command(
+        "metrics", command_metrics, "a run's numbers over time", "metrics latest --max-points 50",
+        (
+            RUN_ARGUMENT,
+            argument("--from", dest="since", metavar="MOMENT", help="from this moment on: RFC 3339 or epoch seconds"),
+            argument("--to", dest="until", metavar="MOMENT", help="to this moment"),
+            argument("--step", metavar="TIME", value=duration_value, help="one point in this time"),
+            argument("--max-points", metavar="N", value=count_value, default=30, help="how many points, extremes kept; default: 30"),
+            argument("--csv", action="store_true", help="as CSV, all points"),
+            OUTPUT,
+        ),
+    ),
+    Command(
+        "report", command_report, "a run's report", "report latest --format html -o report.html",
+        (
+            RUN_ARGUMENT,
+            argument("--format", choices=list(REPORT_PATHS), default="md", help="csv: of the endpoints; summary: for CI; default: md"),
+            OUTPUT,
+        ),
+    ),
+    Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
+    Command(
+        "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
+        (
+            argument("baseline", metavar="BASELINE", value=run_value, completes="run", help="the run to measure by, as for show"),
+            argument("candidate", metavar="CANDIDATE", value=run_value, completes="run", help="the run to judge"),
+            argument("--tolerance", metavar="LIST", help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
+            argument("--fail-on-regression", action="store_true", help="exit 99 when it got worse"),
+        ),
+    ),
+    Command(
+        "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
+        (argument("shell", choices=["bash", "zsh"], help="bash or zsh"),), calls_server=False,
+    ),
+)  # fmt: skip
+
+
+def command_parser() -> Any:
+    """argparse for COMMANDS: errors in one line, an example in every help."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            self.exit(EXIT_USAGE, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
+
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog=PROGRAM, description="A control plane for Locust load testing.", epilog=help_epilog(), **how)
+    add_argument(parser, CONFIG_ARGUMENT)
+    parser.add_argument("--version", action="version", version=f"Load Manager {VERSION}")
+    parser.set_defaults(function=command_serve)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    for command in COMMANDS:
+        sub = subparsers.add_parser(
+            command.name, help=command.about, description=f"{command.about[0].upper()}{command.about[1:]}.",
+            epilog=f"example:\n  python {PROGRAM} {command.example}", **how,
+        )  # fmt: skip
+        sub.set_defaults(function=command.function)
+        for entry in command.all_arguments:
+            add_argument(sub, entry, default_known=entry is CONFIG_ARGUMENT)
+    return parser
+
+
+def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> None:
+    """Tell argparse of an argument. default_known: what stands before the command counts."""
+    import argparse
+
+    def convert(text: str) -> Any:
+        try:
+            return entry.value(text)  # type: ignore[misc]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"allowed is {error}, got {_shown(text)}") from None
+
+    options = {**entry.options, **({"type": convert} if entry.value else {}), **({"default": argparse.SUPPRESS} if default_known else {})}
+    parser.add_argument(*entry.names, **options)
+
+
+def help_epilog() -> str:
+    lines = ["exit status:", *(f"  {number:<4}{about}" for number, about in EXITS.items())]
+    lines += ["", "environment:", *(f"  {name:<20}{about}" for name, about in VARIABLES.items())]
+    return "\n".join([*lines, "", f"Each command has a help of its own: {PROGRAM} run --help"])
+
+
+# ---- completion ------------------------------------------------------------
+
+BASH_COMPLETION = r"""# bash completion of Load Manager: eval "$(python loadmanager.py completion bash)"
+_loadmanager() {
+    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="" index
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        case "${COMP_WORDS[index]}" in @names@) command="${COMP_WORDS[index]}"; break ;; esac
+    done
+    local IFS=$' \t\n'
+    COMPREPLY=()
+    case "$command $before" in
+@values@
+    esac
+    case "$command" in
+@commands@
+    esac
+}
+complete -F _loadmanager loadmanager loadmanager.py
+"""
+BASH_VALUES = {
+    "file": "local IFS=$'\\n'; compopt -o filenames 2>/dev/null || true; COMPREPLY=($(compgen -f -- \"$word\")); return ;;",
+    "words": 'COMPREPLY=($(compgen -W "@words@" -- "$word")); return ;;',
+    "none": "return ;;",
+}
+ZSH_COMPLETION = r"""#compdef loadmanager loadmanager.py
+# zsh completion of Load Manager: source <(python loadmanager.py completion zsh)
+_loadmanager() {
+    local command="" before="${words[CURRENT-1]}" word
+    local -a offered
+    for word in "${(@)words[2,CURRENT-1]}"; do
+        case "$word" in (@names@) command="$word"; break ;; esac
+    done
+    case "$command $before" in
+@values@
+    esac
+    case "$command" in
+@commands@
+    esac
+    _describe 'Load Manager' offered
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+compdef _loadmanager loadmanager loadmanager.py
+"""
+ZSH_VALUES = {"file": "_files; return ;;", "words": "compadd -- @words@; return ;;", "none": "return ;;"}
+
+
+def completion_script(shell: str) -> str:
+    """What makes a shell complete commands, options and their values, from COMMANDS."""
+    is_zsh = shell == "zsh"
+    script = ZSH_COMPLETION if is_zsh else BASH_COMPLETION
+    parts = {
+        "@names@": "|".join(command.name for command in COMMANDS),
+        "@values@": "\n".join(completion_values(is_zsh)),
+        "@commands@": "\n".join(completion_words(is_zsh)),
+    }
+    for mark, text in parts.items():
+        script = script.replace(mark, text)
+    return script
+
+
+def completion_values(is_zsh: bool) -> Iterator[str]:
+    """A case for what may follow the options that take a value."""
+    endings = ZSH_VALUES if is_zsh else BASH_VALUES
+    options = {ending: [] for ending in (endings["file"], endings["none"])}
+    options[endings["file"]] = [f'" {name}"' for name in CONFIG_ARGUMENT.names]  # before the command
+    for command in COMMANDS:
+        for entry in command.all_arguments:
+            if entry.is_flag or entry.is_positional:
+                continue
+            ending = endings["file" if entry.completes == "file" else "none"]
+            if "choices" in entry.options:
+                ending = endings["words"].replace("@words@", " ".join(entry.options["choices"]))
+            options.setdefault(ending, []).extend(f'"{command.name} {name}"' for name in entry.names)
+    for ending, names in options.items():
+        yield f"        {'(' if is_zsh else ''}{'|'.join(names)}) {ending}"
+
+
+def completion_words(is_zsh: bool) -> Iterator[str]:
+    """A case for the words that each command takes; first for the commands themselves."""
+    offers = {"": [(command.name, command.about) for command in COMMANDS] + [("--config", "the configuration"), ("--version", "the version")]}
+    for command in COMMANDS:
+        known = [(word, str(entry.options.get("help"))) for entry in command.all_arguments for word in entry.offered]
+        offers[command.name] = [*known, ("--help", "help and an example")]
+    for name, words in offers.items():
+        if is_zsh:
+            described = " ".join("'" + f"{word}:{about}".replace("%%", "%").replace("'", "’") + "'" for word, about in words)
+            yield f"        ('{name}') offered=({described}) ;;"
+        else:
+            yield f'''        "{name}") COMPREPLY=($(compgen -W "{' '.join(word for word, _ in words)}" -- "$word")) ;;'''
+
+
+# ---- the program -----------------------------------------------------------
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [GUARD_COMMAND]:
         return guard_cluster()
-    import argparse
+    config_path = plain_start(arguments)
+    if config_path is not None:
+        return serve(config_path)
+    options = command_parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except ConfigError as error:
+        return _print_problems(error)
+    except CommandError as error:
+        say(error.message)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
-    parser = argparse.ArgumentParser(
-        prog="loadmanager.py", description="A control plane for Locust load testing.", allow_abbrev=False
-    )
-    parser.add_argument("command", nargs="?", default="serve", choices=["serve", "check"], help="default: serve")
-    parser.add_argument("-config", "--config", "-c", default="config.yaml", metavar="FILE", help="default: config.yaml")
-    parser.add_argument("--version", action="version", version=f"Load Manager {VERSION}")
-    options = parser.parse_args(arguments)
-    return {"serve": serve, "check": check_config}[options.command](options.config)
+
+def plain_start(arguments: list[str]) -> str | None:
+    """The configuration of a start as services do it, which needs no parser; None for all else."""
+    rest = arguments[1:] if arguments[:1] == ["serve"] else arguments
+    if not rest:
+        return DEFAULT_CONFIG
+    if len(rest) == 2 and rest[0] in CONFIG_ARGUMENT.names and not rest[1].startswith("-"):
+        return rest[1]
+    return None
 
 
 # ============================================================================
-# 17. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 20. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
