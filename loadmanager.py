@@ -2848,6 +2848,7 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
 # children in turn die with the guard (Linux), so no orphan is left by any death.
 
 GUARD_COMMAND = "guard-cluster"
+GUARD_WORDS = "guard: "  # begins what the guard writes into a log
 GUARD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0, 30.0)
 
 
@@ -2883,12 +2884,9 @@ class LaunchedCluster:
             return
         web_port, master_port = _free_port(), _free_port()
         self.base_url = f"http://127.0.0.1:{web_port}"
-        logs = os.path.join(self._folder, "loadmanager-logs")
+        logs = self._log_folder
         os.makedirs(logs, exist_ok=True)
-        plan = {
-            "commands": self._commands(web_port, master_port),
-            "logs": [os.path.join(logs, f"{quote(self.config.id, safe='')}-{name}.log") for name in self._names()],
-        }
+        plan = {"commands": self._commands(web_port, master_port), "logs": self._log_files()}
         self._guard = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), GUARD_COMMAND],
             stdin=subprocess.PIPE,
@@ -2901,6 +2899,19 @@ class LaunchedCluster:
         self._guard.stdin.flush()
         self.started_at = steady_s()
         log("cluster launched", cluster=self.config.id, url=self.base_url, workers=self._launcher.workers, logs=logs)
+
+    def why_dead(self) -> str | None:
+        """What the master said last when it has ended, and where its log is; None while it runs."""
+        try:
+            with open(self._log_files()[0], "rb") as file:
+                file.seek(max(0, os.path.getsize(file.name) - 4000))
+                lines = file.read().decode("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return None
+        if not lines or not lines[-1].startswith(GUARD_WORDS):
+            return None
+        said = next((line for line in reversed(lines) if not line.startswith(GUARD_WORDS)), "nothing")
+        return f"Locust ended, and said last: {_printable(said)}; its log is {self._log_files()[0]}"
 
     def stop(self, wait_s: float = 3.0) -> None:
         """End all its processes."""
@@ -2924,8 +2935,13 @@ class LaunchedCluster:
             return f"Locust is not installed for {sys.executable}: pip install locust, or set launcher.python to a Python that has it"
         return None
 
-    def _names(self) -> list[str]:
-        return ["master"] + [f"worker-{number + 1}" for number in range(self._launcher.workers)]
+    @property
+    def _log_folder(self) -> str:
+        return os.path.join(self._folder, "loadmanager-logs")
+
+    def _log_files(self) -> list[str]:
+        names = ["master"] + [f"worker-{number + 1}" for number in range(self._launcher.workers)]
+        return [os.path.join(self._log_folder, f"{quote(self.config.id, safe='')}-{name}.log") for name in names]
 
     def _commands(self, web_port: int, master_port: int) -> list[list[str]]:
         python = self._launcher.python or sys.executable
@@ -3008,8 +3024,11 @@ class _GuardedProcess:
             if self._process.poll() is None:
                 return False
             self._deaths = 0 if now - self._started_at > 60 else self._deaths
-            self._start_at = now + GUARD_BACKOFF_S[min(self._deaths, len(GUARD_BACKOFF_S) - 1)]
+            pause_s = GUARD_BACKOFF_S[min(self._deaths, len(GUARD_BACKOFF_S) - 1)]
+            self._start_at = now + pause_s
             self._deaths += 1
+            with open(self._log_file, "a") as output:
+                output.write(f"{GUARD_WORDS}ended with status {self._process.returncode}, starting it again in {pause_s:g} s\n")
             self._process = None
         if now < self._start_at:
             return False
@@ -3428,6 +3447,8 @@ class Engine:
             verdict, reading, error = self._look_for_idle(cluster)
             if verdict is Idleness.IDLE and reading:
                 return reading
+            if error and cluster.launched and (why := cluster.launched.why_dead()):
+                raise LocustUnreachable(f"cluster {cluster.id} does not run: {why}")
             patient = steady_s() < give_up_at
             just_stopped = steady_s() - cluster.stopped_at < IDLE_WAIT_S
             if error and not (patient and cluster.launched):

@@ -395,6 +395,7 @@ def test_detached_run_is_found_by_latest_and_by_the_beginning_of_its_id(server):
     assert busy.returncode == 1 and "--queue" in busy.stderr and f"stop {run_id}" in busy.stderr and busy.stderr.count("\n") == 1
     stopped = cli(server.url, "stop", run_id[:8])
     assert (stopped.returncode, stopped.stdout) == (0, f"run {run_id} is stopped\n")
+    assert cli(server.url, "wait", run_id).returncode == 0
     again = cli(server.url, "stop", run_id)
     assert again.returncode == 1 and "only a Running run can be stopped" in again.stderr
 

@@ -32,10 +32,13 @@ def test_sections_use_only_names_from_above():
             defined.setdefault(name, section_of(node.lineno))
     page = RULERS[-1][0] if RULERS[-1][1] == "DASHBOARD PAGE" else None
     below = []
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined:
-            if defined[node.id] > section_of(node.lineno) and defined[node.id] != page:
-                below.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
+    for top in TREE.body:
+        local = {node.arg for node in ast.walk(top) if isinstance(node, ast.arg)}
+        local |= {node.id for node in ast.walk(top) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        for node in ast.walk(top):
+            if isinstance(node, ast.Name) and node.id in defined and node.id not in local:
+                if defined[node.id] > section_of(node.lineno) and defined[node.id] != page:
+                    below.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
     assert not below, "\n".join(below)
 
 

@@ -378,3 +378,11 @@ def test_worker_of_a_launched_cluster_that_dies_is_started_again(launched):
     os.kill(workers[0], signal.SIGKILL)
     eventually(lambda: {w["id"] for w in launched.get("/v1/clusters").json[0]["workers"] if w["state"] != "missing"} - before, 15, what="a new worker is there")
     assert launched.run(run["id"])["status"] == "Running"
+
+
+def test_launched_cluster_whose_locustfile_does_not_load_says_what_locust_said(load_manager, tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_here\n")
+    launcher = {"locustfile": str(tmp_path / "broken.py"), "workers": 1}
+    lm = load_manager({"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES)
+    answer = lm.create()
+    assert answer.status == 502 and "nothing_here" in answer.json["message"] and "local-master.log" in answer.json["message"], answer
