@@ -104,3 +104,22 @@ def test_machine_made_requests_are_answered_as_documented(manager, case):
         checks=[not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance],
     )
 
+
+def test_call_can_be_tried_on_the_reference_page(manager):
+    """In a real browser: the page asks no other host, and its call is answered."""
+    from selenium.webdriver.common.by import By
+
+    from chromium import Chromium
+
+    with Chromium() as browser:
+        browser.driver.get(manager.url + "/docs")
+        cards = eventually(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#routes details"), 10)
+        assert len(cards) == len(loadmanager.ROUTES)
+        browser.driver.find_element(By.ID, "token").send_keys(API_TOKEN)
+        card = next(card for card in cards if card.text.startswith("GET") and "/v1/clusters" in card.text)
+        card.find_element(By.TAG_NAME, "summary").click()
+        card.find_element(By.TAG_NAME, "button").click()
+        shown = eventually(lambda: (lambda text: text if "{" in text else None)(card.find_element(By.TAG_NAME, "pre").text), 10)
+        assert shown.startswith("200") and '"activeRunId"' in shown
+        assert all(url.startswith((manager.url, "data:")) for url in browser.requests()) and not browser.complaints()
+        browser.screenshot("docs")
