@@ -171,6 +171,8 @@ def parse_utc(text: object) -> float:
     if not match:
         raise ValueError("allowed is an RFC 3339 moment such as 2026-11-23T12:00:00Z")
     year, month, day, hour, minute, second, fraction, offset = match.groups()
+    if int(year) < 1970:
+        raise ValueError("allowed is a moment from 1970 on")
     if second == "60":  # a leap second is the end of its minute
         second = "59"
     zone = 0 if offset in "Zz" else (int(offset[1:3]) * 3600 + int(offset[4:]) * 60)
@@ -1273,7 +1275,7 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
 
 def _accept_moment(value: Any) -> float:
     """RFC 3339, or epoch seconds as digits."""
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", value):
         return float(value)
     return parse_utc(value)
 
@@ -5717,12 +5719,12 @@ def get_session(api: Api, request: Request) -> Response:
 
 def post_session(api: Api, request: Request) -> Response:
     check_same_origin(request.head, api.config.server, required=False)
-    session, secret = api.sign_in(_given_token(request), request.address)
+    session, secret = api.sign_in(_sign_in_token(request), request.address)
     log("signed in", name=session.principal.name, address=request.address)
     return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
 
 
-def _given_token(request: Request) -> str:
+def _sign_in_token(request: Request) -> str:
     """The token of a sign-in, as JSON or as a form."""
     content_type = request.head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
     if content_type == "application/x-www-form-urlencoded":

@@ -22,6 +22,11 @@ def section_of(line: int) -> int:
     return max((number for number, _, start in RULERS if start <= line), default=0)
 
 
+def test_no_name_is_defined_twice():
+    names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
 def test_sections_use_only_names_from_above():
     defined: dict[str, int] = {}
     for node in TREE.body:

@@ -133,7 +133,7 @@ def test_everything_is_there_after_a_restart_and_gone_with_the_run(finished):
     assert manager.get(f"/v1/tests/{again['id']}/failures").status == 404
 
 
-@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": 5}, {"text": "x" * 1001}, {"text": "x", "at": "soon"}, {"text": "x", "more": 1}, {"text": "a\nb"}])
+@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": 5}, {"text": "x" * 1001}, {"text": "x", "at": "soon"}, {"text": "x", "more": 1}, {"text": "a\nb"}, {"text": "x", "at": "0001-01-01T00:00:00Z"}, {"text": "x", "at": "999999999999"}])
 def test_bad_annotation_is_refused_by_field(finished, body):
     manager, run, _ = finished
     answer = manager.post(f"/v1/tests/{run['id']}/annotations", body)
