@@ -2192,7 +2192,7 @@ class Store:
             if snapshot is not None:
                 record.set_snapshot(snapshot, "final")
                 self._journal.add_sample(sample_of(run_id, snapshot, "final"))
-            run = self._save(record, replace(run, status=to, **changes))
+            run = self._save(record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes}))
         if durable:
             self.wait_durable_or_log()
         return run
@@ -2205,6 +2205,13 @@ class Store:
             if record is None or (record.run.is_final and set(changes) != {"cleanup"}):
                 return record and record.run
             return self._save(record, replace(record.run, **changes))
+
+    def set_queue_position(self, run_id: str, position: int) -> None:
+        """Note a waiting run's place; one that was just given a cluster waits no more."""
+        with self._lock:
+            record = self._records.get(run_id)
+            if record is not None and record.run.queued and record.run.queue_position != position:
+                self._save(record, replace(record.run, queue_position=position))
 
     def add_warning(self, run_id: str, code: str, message: str, now: float) -> bool:
         """Note a warning once per code; False when it was there, or the run is final."""
@@ -3522,8 +3529,7 @@ class Engine:
                 continue
             pool = (run.tenant_id, run.env_id)
             places[pool] = places.get(pool, 0) + 1
-            if run.queue_position != places[pool]:
-                self.store.update(run_id, queue_position=places[pool])
+            self.store.set_queue_position(run_id, places[pool])
 
     def _dispatch_queue(self) -> None:
         """Give free clusters to those who wait, first come first served."""
@@ -3951,7 +3957,6 @@ class Engine:
     ) -> None:
         """End a run as Failed; with `cleanup` its load is stopped as soon as that is possible."""
         changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
-        changes.update(queued=False, queue_position=None)
         try:
             run = self.store.transition(
                 run_id, RunStatus.FAILED, snapshot=snapshot, failure_reason=reason, finished_at=time.time(), cleanup=cleanup, **changes
