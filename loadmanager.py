@@ -7076,11 +7076,14 @@ def tell_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
 
 
 def command_metrics(options: Any) -> int:
+    query = {"from": options.since, "to": options.until, "step": options.step}
+    if options.csv and any(value is not None for value in query.values()):
+        raise CommandError("--csv has all points; --from, --to and --step are for the table and for --json", EXIT_USAGE)
+    check_can_write(options.output)
     client = open_client(options)
     run_id = find_run(client, options.run)
-    query = {"from": options.since, "to": options.until, "step": options.step}
     if options.csv:
-        return put_document(client.get(run_path(run_id, "/metrics.csv"), **query).body, options.output)
+        return put_document(client.get(run_path(run_id, "/metrics.csv")).body, options.output)
     answer = client.get(run_path(run_id, "/metrics"), **query, maxPoints=options.max_points)
     if options.output:
         return put_document(answer.body, options.output)
@@ -7099,14 +7102,15 @@ REPORT_PATHS = {
     "html": "/report.html",
     "md": "/report.md",
     "csv": "/requests.csv",
+    "locust": "/locust-report.html",
     "junit": "/junit.xml",
     "summary": "/summary.md",
 }
 
 
 def command_report(options: Any) -> int:
-    if options.format == "html" and options.output is None and open_screen(options).is_terminal:
-        raise CommandError("a terminal cannot show the HTML report; name a file: -o report.html", EXIT_USAGE)
+    if options.format in ("html", "locust") and options.output is None and _is_terminal(sys.stdout, dict(os.environ)):
+        raise CommandError("a terminal cannot show an HTML report; name a file: -o report.html", EXIT_USAGE)
     check_can_write(options.output)
     client = open_client(options)
     run_id = find_run(client, options.run)
@@ -7340,7 +7344,7 @@ def start_and_follow(options: Any, client: ApiClient, start: Callable[[], ApiAns
                 return tell_done(options, answer, started_line(run))
             if not options.quiet:
                 screen.print(started_line(run))
-            return finish(options, client, screen, follower.until_final(), follower.answer)
+            return tell_end(options, client, screen, follower.until_final(), follower.answer)
         except KeyboardInterrupt:
             return stop_and_wait(options, client, screen, follower, run["id"])
 
@@ -7363,7 +7367,7 @@ def stop_and_wait(options: Any, client: ApiClient, screen: Screen, follower: Fol
         follower.notice(f"stopping run {run_id}; Ctrl-C again leaves at once")
         ask_to_stop(client, run_id)
         run = follower.until_final()
-        finish(options, client, screen, run, follower.answer)
+        tell_end(options, client, screen, run, follower.answer)
     except KeyboardInterrupt:
         client.close()
         follower.notice(f"left; {follower.whereabouts()}")
@@ -7395,7 +7399,7 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
         time.sleep(0.5)
 
 
-def finish(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
+def tell_end(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
     """Tell how a run ended, write the files that were asked for; the exit status."""
     if options.json and answer is not None:
         print_json(answer.body)
@@ -7447,7 +7451,7 @@ def follow_only(options: Any, quiet: bool) -> int:
     client, screen = open_client(options), open_screen(options)
     follower = Follower(client, find_run(client, options.run), screen, options)
     try:
-        return finish(options, client, screen, follower.until_final(), follower.answer)
+        return tell_end(options, client, screen, follower.until_final(), follower.answer)
     except KeyboardInterrupt:
         follower.notice(f"left; {follower.whereabouts()}")
         return EXIT_INTERRUPTED
@@ -7587,7 +7591,7 @@ def time_words(run: dict[str, Any], now: float) -> str:
     return clock_words(elapsed_s(run, now)) + of
 
 
-def title(run: dict[str, Any], screen: Screen) -> str:
+def run_title(run: dict[str, Any], screen: Screen) -> str:
     status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], ""))
     where = f" on {run['locustClusterId']}" if run["locustClusterId"] else ""
     return f"{status}  {printable(run['scenarioId'])}  " + printable(f"{run['tenantId']}/{run['envId']}{where}") + f"  run {run['id'][:8]}"
@@ -7600,7 +7604,7 @@ def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, ro
         room = min(40, columns - columns_of(progress) - 2)
         bar = screen.bar(elapsed_s(run, now) / run["durationSeconds"], room) if room >= 5 else ""
         progress = f"{bar}  {progress}" if bar else progress
-    lines = [title(run, screen), progress, *pack(figure_facts(run, screen), columns)]
+    lines = [run_title(run, screen), progress, *pack(figure_facts(run, screen), columns)]
     lines += [screen.paint(line, "orange") for line in warning_lines(run)[-3:]]
     lines += threshold_lines(run, screen)
     room_for_endpoints = rows - len(lines) - 2
@@ -7847,7 +7851,7 @@ COMMANDS = (
         "report", command_report, "a run's report", "report latest --format html -o report.html",
         (
             RUN_ARGUMENT,
-            argument("--format", choices=list(REPORT_PATHS), default="md", help="csv: of the endpoints; summary: for CI; default: md"),
+            argument("--format", choices=list(REPORT_PATHS), default="md", help="locust: Locust's own page; csv: the endpoints; summary: for CI; default: md"),
             OUTPUT,
         ),
     ),

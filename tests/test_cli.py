@@ -648,19 +648,21 @@ def test_files_for_ci_are_written_when_the_run_is_over(api, tmp_path):
     assert done.returncode == 2 and "the server does not offer this" in done.stderr
 
 
-def test_reports_go_to_a_file_or_to_stdout(api, tmp_path):
-    api.has_run()
-    api.answers["GET", f"/v1/tests/{RUN_ID}/report.html"] = (200, b"<!doctype html>\n")
-    api.answers["GET", f"/v1/tests/{RUN_ID}/report.md"] = (200, "# browse \u5b57\n".encode())
-    api.answers["GET", f"/v1/tests/{RUN_ID}/metrics.csv"] = (200, b"timestamp,totalRps\r\n")
-    assert cli(api.url, "report", "latest", "--format", "html", "-o", "report.html", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "report.html").read_bytes() == b"<!doctype html>\n"
-    assert cli(api.url, "report", "latest").stdout == "# browse \u5b57\n"
-    assert cli(api.url, "metrics", "latest", "--csv").stdout.startswith("timestamp,totalRps")
-    missing = cli(api.url, "report", "latest", "--format", "csv")
-    assert missing.returncode == 2 and "the server does not offer this" in missing.stderr
-    on_terminal = Terminal(api.url, "report", "latest", "--format", "html")
+def test_reports_go_to_a_file_or_to_stdout(server, finished_run, api, tmp_path):
+    run = finished_run["id"]
+    done = cli(server.url, "report", run, "--format", "html", "-o", "report.html", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "") and "report.html written" in done.stderr
+    assert (tmp_path / "report.html").read_bytes().lower().startswith(b"<!doctype html>")
+    for arguments, path in ((["report", run], "report.md"), (["report", run, "--format", "csv"], "requests.csv"), (["metrics", run, "--csv"], "metrics.csv")):
+        printed = subprocess.run([sys.executable, PROGRAM, *arguments], env=towards(server.url), capture_output=True, timeout=20).stdout
+        assert printed.rstrip(b"\n") == server.get(f"/v1/tests/{run}/{path}").body.rstrip(b"\n") != b""
+    on_terminal = Terminal(server.url, "report", run, "--format", "html")
     assert on_terminal.exit_status() == 2 and "-o report.html" in on_terminal.text()
+    unclear = cli(server.url, "metrics", run, "--csv", "--step", "10s")
+    assert unclear.returncode == 2 and "--csv has all points" in unclear.stderr
+    api.has_run()
+    missing = cli(api.url, "report", "latest")
+    assert missing.returncode == 2 and "the server does not offer this" in missing.stderr
 
 
 def test_compare_tells_regressions_and_fails_where_asked(api):
