@@ -6956,6 +6956,12 @@ def metadata_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def key_value(text: str) -> str:
+    if not re.fullmatch("[!-~]{1,255}", text):
+        raise ValueError("1 to 255 printable ASCII characters")
+    return text
+
+
 def run_value(text: str) -> str:
     if text != LATEST and len(text) < LEAST_PREFIX:
         raise ValueError(f"a run's id, at least its first {LEAST_PREFIX} characters, or {LATEST}")
@@ -7028,7 +7034,7 @@ def command_list(options: Any) -> int:
     now = time.time() + client.clock_offset_s
     screen.print(*paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns)))
     if "next" in (answer.headers.get("Link") or ""):
-        say(f"there are more; --limit {options.limit * 5} shows more of them")
+        say("there are more: give a larger --limit, at most 1000, or say which with --search, --status, --tenant, --env")
     return EXIT_DONE
 
 
@@ -7147,7 +7153,7 @@ def command_compare(options: Any) -> int:
     try:
         answer = client.get("/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance)
     except ServerRefused as error:
-        if error.http_status in (400, 404) and "compare" in error.message or "unknown parameter" in error.message:
+        if error.http_status == 404 and ("no run compare" in error.message or "does not offer" in error.message):
             raise CommandError("the server does not offer comparisons: it may be an older Load Manager", EXIT_USAGE) from None
         raise
     comparison = answer.json("regressions")
@@ -7275,7 +7281,7 @@ class Follower:
 
 
 def command_run(options: Any) -> int:
-    check_can_write(options.junit, options.summary)
+    check_start(options)
     client = open_client(options)
     body = create_body(options)
     key_ = options.idempotency_key or secrets.token_hex(16)
@@ -7286,11 +7292,11 @@ def command_run(options: Any) -> int:
 def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> ApiAnswer:
     """Create a run. When the answer is lost it is asked for again: with the same
     Idempotency-Key the same run is answered, not a second one."""
-    for seconds in (1.0, 2.0, 0.0):
+    for seconds in (0.5, 1.5, 0.0):
         try:
             return client.request("POST", "/v1/tests", body, {"Idempotency-Key": key_})
         except ServerGone as error:
-            if seconds == 1.0 and not error.maybe_taken:
+            if seconds == 0.5 and not error.maybe_taken:
                 raise
             last = error
         time.sleep(seconds)
@@ -7316,8 +7322,15 @@ def create_body(options: Any) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def command_rerun(options: Any) -> int:
+def check_start(options: Any) -> None:
+    """CommandError for what could not be done when the run is over."""
+    if options.detach and (options.junit or options.summary or options.require_trusted):
+        raise CommandError("--detach does not wait for the end; give --junit, --summary and --require-trusted to `wait`", EXIT_USAGE)
     check_can_write(options.junit, options.summary)
+
+
+def command_rerun(options: Any) -> int:
+    check_start(options)
     client = open_client(options)
     run_id = find_run(client, options.run)
     body = {"queue": True} if options.queue else {}
@@ -7813,7 +7826,7 @@ COMMANDS = (
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
-            argument("--idempotency-key", metavar="KEY", help="the same key within 24 h answers the same run, e.g. a CI job's id"),
+            argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
         ),
     ),
@@ -8026,6 +8039,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandError as error:
         say(error.message)
         return error.exit_status
+    except UnicodeEncodeError:
+        say("an argument is not UTF-8 text; nothing else is sent")
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

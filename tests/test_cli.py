@@ -176,10 +176,11 @@ class Terminal:
 
 
 @pytest.mark.parametrize("command", loadmanager.COMMANDS, ids=lambda command: command.name)
-def test_help_of_every_command_has_an_example_that_parses(command):
-    done = cli("", command.name, "--help")
-    assert done.returncode == 0
-    shown = re.search(r"example:\n  python loadmanager.py (.+)", done.stdout).group(1)
+def test_help_of_every_command_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        loadmanager.main([command.name, "--help"])
+    assert ended.value.code == 0
+    shown = re.search(r"example:\n  python loadmanager.py (.+)", capsys.readouterr().out).group(1)
     words = shlex.split(shown.partition(" > ")[0])
     options = loadmanager.command_parser().parse_args(words)
     assert options.function is command.function
@@ -205,6 +206,10 @@ def test_help_tells_exit_statuses_and_variables():
         (["run", *CREATE, "--meta", "a=1", "--meta", "a=2"], "stands twice"),
         (["run", *CREATE, "--compare-with", "tomorrow"], "invalid choice"),
         (["run", *CREATE, "--junit", "/no/such/folder/junit.xml"], "cannot be written"),
+        (["run", *CREATE, "--detach", "--summary", "summary.md"], "give --junit, --summary and --require-trusted to `wait`"),
+        (["run", *CREATE, "--idempotency-key", "two\nlines"], "1 to 255 printable ASCII characters"),
+        (["list", "--search", "\udcff"], "not UTF-8 text"),
+        (["show", "\udcff" * 40], "not UTF-8 text"),
         (["run", *CREATE, "--unknown"], "unrecognized arguments: --unknown"),
         (["show"], "required: RUN"),
         (["show", "1b4e"], "at least its first 6 characters"),
@@ -395,7 +400,7 @@ def test_detached_run_is_found_by_latest_and_by_the_beginning_of_its_id(server):
     assert busy.returncode == 1 and "--queue" in busy.stderr and f"stop {run_id}" in busy.stderr and busy.stderr.count("\n") == 1
     stopped = cli(server.url, "stop", run_id[:8])
     assert (stopped.returncode, stopped.stdout) == (0, f"run {run_id} is stopped\n")
-    assert cli(server.url, "wait", run_id).returncode == 0
+    server.wait_for(run_id, "Finished")
     again = cli(server.url, "stop", run_id)
     assert again.returncode == 1 and "only a Running run can be stopped" in again.stderr
 
@@ -508,8 +513,7 @@ def test_narrow_terminal_and_resize_keep_one_view(server):
     terminal = Terminal(server.url, "run", *CREATE, "-d", "60s", columns=110)
     terminal.wait_for(r"(?s)REQUESTS.*GET")
     terminal.resize(44, 16)
-    terminal.wait_for(r"(?s)NAME +REQUESTS.*…")
-    shown = terminal.wait_for(r"0:(?:0[4-9]|1\d) of 1:00")
+    shown = terminal.wait_for(r"(?s)NAME +REQUESTS.*…")
     assert shown.count(" of 1:00") == 1, shown
     terminal.resize(110, 30)
     terminal.wait_for("MAX MS")
@@ -557,7 +561,7 @@ def test_ctrl_c_while_a_run_is_starting_stops_it_once_it_has_started(api):
 
 
 def test_killed_server_that_comes_back_is_followed_again(server):
-    running = background(server.url, "run", *CREATE, "-d", "5s", "--every", "1s")
+    running = background(server.url, "run", *CREATE, "-d", "4s", "--every", "1s")
     eventually(lambda: newest(server).get("status") == "Running")
     server.kill9()
     assert "the run goes on, trying again for 5:00" in running.stderr.readline()
