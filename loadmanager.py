@@ -6532,7 +6532,8 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
         last = max(chosen, key=lambda index: columns[index].drop)
         over = sum(widths[index] + 2 for index in chosen) - 2 - width
         widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
-        if widths[widest] - over >= min(16, widths[widest]):  # a shorter name tells more than a missing number
+        least = 28 if columns[last].drop > 3 else 16  # a name that still tells is worth more than the lesser numbers
+        if widths[widest] - over >= min(least, widths[widest]):
             widths[widest] -= over
         elif columns[last].drop > 0:
             chosen.remove(last)
@@ -6631,6 +6632,11 @@ def count_text(value: float | None) -> str:
 
 def decimal_text(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent_text(value: float | None) -> str:
+    """Few failures of many are not shown as none."""
+    return "<0.01%" if value is not None and 0 < value < 0.005 else f"{decimal_text(value, 2)}%"
 
 
 def clock_words(seconds: float) -> str:
@@ -7583,7 +7589,7 @@ def figure_facts(run: dict[str, Any], screen: Screen) -> list[str]:
     """The newest figures in the colours of Locust's own page."""
     metrics = run.get("lastMetrics") or {}
     users = metrics.get("currentUsers")
-    failures = f"failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+    failures = f"failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
     return [
         screen.paint(f"users {count_text(users)}/{count_text(run['targetUsers'])}", "blue"),
         f"requests {count_text(metrics.get('totalRequests'))}",
@@ -7634,7 +7640,7 @@ def plain_line(run: dict[str, Any], now: float) -> str:
         return start
     return (
         f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(run['targetUsers'])} requests {count_text(metrics.get('totalRequests'))}"
-        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
         f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 {count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} ms"
     )
 
@@ -7683,7 +7689,7 @@ def threshold_failed(entry: dict[str, Any]) -> bool:
 
 def threshold_words(entry: dict[str, Any]) -> str:
     value = entry.get("value")
-    words = f"{entry.get('expr')}, is {decimal_text(value, 2).rstrip('0').rstrip('.')}" if isinstance(value, (int, float)) else str(entry.get("expr"))
+    words = f"{entry.get('expr')}, is {value:,.6g}" if isinstance(value, (int, float)) else str(entry.get("expr"))
     return one_line(f"{words} ({entry['message']})" if entry.get("message") else words)
 
 

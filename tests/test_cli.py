@@ -413,7 +413,7 @@ def test_rerun_follows_the_same_again(server, finished_run):
 
 
 def test_same_idempotency_key_answers_the_same_run(server):
-    ids = [json.loads(cli(server.url, "run", *CREATE, "-d", "1s", "--idempotency-key", "job-17", "--json", "-q").stdout)["id"] for _ in range(2)]
+    ids = [json.loads(cli(server.url, "run", *CREATE, "--idempotency-key", "job-17", "--json", "--detach").stdout)["id"] for _ in range(2)]
     assert ids[0] == ids[1]
 
 
@@ -700,6 +700,11 @@ def test_table_columns_stay_in_line_whatever_the_names():
         assert len({loadmanager.columns_of(line) for line in lines[1:]}) == 1, lines
         assert width is None or loadmanager.columns_of(lines[1]) <= width
         assert all(line.endswith(" 1") for line in lines[1:]) and not any("\x1b" in line for line in lines)
+
+
+def test_few_failures_are_not_shown_as_none():
+    assert [loadmanager.percent_text(value) for value in (None, 0.0, 0.0025, 0.5, 100.0)] == ["-%", "0.00%", "<0.01%", "0.50%", "100.00%"]
+    assert loadmanager.threshold_words({"expr": "errorRate < 0.001", "value": 0.0025}) == "errorRate < 0.001, is 0.0025"
 
 
 def test_clipped_colour_is_closed_and_combining_marks_are_bounded():
