@@ -6537,7 +6537,8 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
         last = max(chosen, key=lambda index: columns[index].drop)
         over = sum(widths[index] + 2 for index in chosen) - 2 - width
         widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
-        if widths[widest] - over >= min(16, widths[widest]):  # a shorter name tells more than a missing number
+        least = 28 if columns[last].drop > 3 else 16  # a name that still tells is worth more than the lesser numbers
+        if widths[widest] - over >= min(least, widths[widest]):
             widths[widest] -= over
         elif columns[last].drop > 0:
             chosen.remove(last)
@@ -6636,6 +6637,11 @@ def count_text(value: float | None) -> str:
 
 def decimal_text(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent_text(value: float | None) -> str:
+    """Few failures of many are not shown as none."""
+    return "<0.01%" if value is not None and 0 < value < 0.005 else f"{decimal_text(value, 2)}%"
 
 
 def clock_words(seconds: float) -> str:
@@ -6961,6 +6967,12 @@ def metadata_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def key_value(text: str) -> str:
+    if not re.fullmatch("[!-~]{1,255}", text):
+        raise ValueError("1 to 255 printable ASCII characters")
+    return text
+
+
 def run_value(text: str) -> str:
     if text != LATEST and len(text) < LEAST_PREFIX:
         raise ValueError(f"a run's id, at least its first {LEAST_PREFIX} characters, or {LATEST}")
@@ -7033,7 +7045,7 @@ def command_list(options: Any) -> int:
     now = time.time() + client.clock_offset_s
     screen.print(*paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns)))
     if "next" in (answer.headers.get("Link") or ""):
-        say(f"there are more; --limit {options.limit * 5} shows more of them")
+        say("there are more: give a larger --limit, at most 1000, or say which with --search, --status, --tenant, --env")
     return EXIT_DONE
 
 
@@ -7081,11 +7093,14 @@ def tell_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
 
 
 def command_metrics(options: Any) -> int:
+    query = {"from": options.since, "to": options.until, "step": options.step}
+    if options.csv and any(value is not None for value in query.values()):
+        raise CommandError("--csv has all points; --from, --to and --step are for the table and for --json", EXIT_USAGE)
+    check_can_write(options.output)
     client = open_client(options)
     run_id = find_run(client, options.run)
-    query = {"from": options.since, "to": options.until, "step": options.step}
     if options.csv:
-        return put_document(client.get(run_path(run_id, "/metrics.csv"), **query).body, options.output)
+        return put_document(client.get(run_path(run_id, "/metrics.csv")).body, options.output)
     answer = client.get(run_path(run_id, "/metrics"), **query, maxPoints=options.max_points)
     if options.output:
         return put_document(answer.body, options.output)
@@ -7104,14 +7119,15 @@ REPORT_PATHS = {
     "html": "/report.html",
     "md": "/report.md",
     "csv": "/requests.csv",
+    "locust": "/locust-report.html",
     "junit": "/junit.xml",
     "summary": "/summary.md",
 }
 
 
 def command_report(options: Any) -> int:
-    if options.format == "html" and options.output is None and open_screen(options).is_terminal:
-        raise CommandError("a terminal cannot show the HTML report; name a file: -o report.html", EXIT_USAGE)
+    if options.format in ("html", "locust") and options.output is None and _is_terminal(sys.stdout, dict(os.environ)):
+        raise CommandError("a terminal cannot show an HTML report; name a file: -o report.html", EXIT_USAGE)
     check_can_write(options.output)
     client = open_client(options)
     run_id = find_run(client, options.run)
@@ -7148,7 +7164,7 @@ def command_compare(options: Any) -> int:
     try:
         answer = client.get("/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance)
     except ServerRefused as error:
-        if error.http_status in (400, 404) and "compare" in error.message or "unknown parameter" in error.message:
+        if error.http_status == 404 and ("no run compare" in error.message or "does not offer" in error.message):
             raise CommandError("the server does not offer comparisons: it may be an older Load Manager", EXIT_USAGE) from None
         raise
     comparison = answer.json("regressions")
@@ -7276,7 +7292,7 @@ class Follower:
 
 
 def command_run(options: Any) -> int:
-    check_can_write(options.junit, options.summary)
+    check_start(options)
     client = open_client(options)
     body = create_body(options)
     key_ = options.idempotency_key or secrets.token_hex(16)
@@ -7287,11 +7303,11 @@ def command_run(options: Any) -> int:
 def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> ApiAnswer:
     """Create a run. When the answer is lost it is asked for again: with the same
     Idempotency-Key the same run is answered, not a second one."""
-    for seconds in (1.0, 2.0, 0.0):
+    for seconds in (0.5, 1.5, 0.0):
         try:
             return client.request("POST", "/v1/tests", body, {"Idempotency-Key": key_})
         except ServerGone as error:
-            if seconds == 1.0 and not error.maybe_taken:
+            if seconds == 0.5 and not error.maybe_taken:
                 raise
             last = error
         time.sleep(seconds)
@@ -7317,8 +7333,15 @@ def create_body(options: Any) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def command_rerun(options: Any) -> int:
+def check_start(options: Any) -> None:
+    """CommandError for what could not be done when the run is over."""
+    if options.detach and (options.junit or options.summary or options.require_trusted):
+        raise CommandError("--detach does not wait for the end; give --junit, --summary and --require-trusted to `wait`", EXIT_USAGE)
     check_can_write(options.junit, options.summary)
+
+
+def command_rerun(options: Any) -> int:
+    check_start(options)
     client = open_client(options)
     run_id = find_run(client, options.run)
     body = {"queue": True} if options.queue else {}
@@ -7345,7 +7368,7 @@ def start_and_follow(options: Any, client: ApiClient, start: Callable[[], ApiAns
                 return tell_done(options, answer, started_line(run))
             if not options.quiet:
                 screen.print(started_line(run))
-            return finish(options, client, screen, follower.until_final(), follower.answer)
+            return tell_end(options, client, screen, follower.until_final(), follower.answer)
         except KeyboardInterrupt:
             return stop_and_wait(options, client, screen, follower, run["id"])
 
@@ -7368,7 +7391,7 @@ def stop_and_wait(options: Any, client: ApiClient, screen: Screen, follower: Fol
         follower.notice(f"stopping run {run_id}; Ctrl-C again leaves at once")
         ask_to_stop(client, run_id)
         run = follower.until_final()
-        finish(options, client, screen, run, follower.answer)
+        tell_end(options, client, screen, run, follower.answer)
     except KeyboardInterrupt:
         client.close()
         follower.notice(f"left; {follower.whereabouts()}")
@@ -7400,7 +7423,7 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
         time.sleep(0.5)
 
 
-def finish(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
+def tell_end(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
     """Tell how a run ended, write the files that were asked for; the exit status."""
     if options.json and answer is not None:
         print_json(answer.body)
@@ -7452,7 +7475,7 @@ def follow_only(options: Any, quiet: bool) -> int:
     client, screen = open_client(options), open_screen(options)
     follower = Follower(client, find_run(client, options.run), screen, options)
     try:
-        return finish(options, client, screen, follower.until_final(), follower.answer)
+        return tell_end(options, client, screen, follower.until_final(), follower.answer)
     except KeyboardInterrupt:
         follower.notice(f"left; {follower.whereabouts()}")
         return EXIT_INTERRUPTED
@@ -7571,7 +7594,7 @@ def figure_facts(run: dict[str, Any], screen: Screen) -> list[str]:
     """The newest figures in the colours of Locust's own page."""
     metrics = run.get("lastMetrics") or {}
     users = metrics.get("currentUsers")
-    failures = f"failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+    failures = f"failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
     return [
         screen.paint(f"users {count_text(users)}/{count_text(run['targetUsers'])}", "blue"),
         f"requests {count_text(metrics.get('totalRequests'))}",
@@ -7592,7 +7615,7 @@ def time_words(run: dict[str, Any], now: float) -> str:
     return clock_words(elapsed_s(run, now)) + of
 
 
-def title(run: dict[str, Any], screen: Screen) -> str:
+def run_title(run: dict[str, Any], screen: Screen) -> str:
     status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], ""))
     where = f" on {run['locustClusterId']}" if run["locustClusterId"] else ""
     return f"{status}  {printable(run['scenarioId'])}  " + printable(f"{run['tenantId']}/{run['envId']}{where}") + f"  run {run['id'][:8]}"
@@ -7605,7 +7628,7 @@ def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, ro
         room = min(40, columns - columns_of(progress) - 2)
         bar = screen.bar(elapsed_s(run, now) / run["durationSeconds"], room) if room >= 5 else ""
         progress = f"{bar}  {progress}" if bar else progress
-    lines = [title(run, screen), progress, *pack(figure_facts(run, screen), columns)]
+    lines = [run_title(run, screen), progress, *pack(figure_facts(run, screen), columns)]
     lines += [screen.paint(line, "orange") for line in warning_lines(run)[-3:]]
     lines += threshold_lines(run, screen)
     room_for_endpoints = rows - len(lines) - 2
@@ -7622,7 +7645,7 @@ def plain_line(run: dict[str, Any], now: float) -> str:
         return start
     return (
         f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(run['targetUsers'])} requests {count_text(metrics.get('totalRequests'))}"
-        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({decimal_text(metrics.get('errorRate'), 2)}%)"
+        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
         f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 {count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} ms"
     )
 
@@ -7671,7 +7694,7 @@ def threshold_failed(entry: dict[str, Any]) -> bool:
 
 def threshold_words(entry: dict[str, Any]) -> str:
     value = entry.get("value")
-    words = f"{entry.get('expr')}, is {decimal_text(value, 2).rstrip('0').rstrip('.')}" if isinstance(value, (int, float)) else str(entry.get("expr"))
+    words = f"{entry.get('expr')}, is {value:,.6g}" if isinstance(value, (int, float)) else str(entry.get("expr"))
     return one_line(f"{words} ({entry['message']})" if entry.get("message") else words)
 
 
@@ -7814,7 +7837,7 @@ COMMANDS = (
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
-            argument("--idempotency-key", metavar="KEY", help="the same key within 24 h answers the same run, e.g. a CI job's id"),
+            argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
         ),
     ),
@@ -7852,7 +7875,7 @@ COMMANDS = (
         "report", command_report, "a run's report", "report latest --format html -o report.html",
         (
             RUN_ARGUMENT,
-            argument("--format", choices=list(REPORT_PATHS), default="md", help="csv: of the endpoints; summary: for CI; default: md"),
+            argument("--format", choices=list(REPORT_PATHS), default="md", help="locust: Locust's own page; csv: the endpoints; summary: for CI; default: md"),
             OUTPUT,
         ),
     ),
@@ -8027,6 +8050,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandError as error:
         say(error.message)
         return error.exit_status
+    except UnicodeEncodeError:
+        say("an argument is not UTF-8 text; nothing else is sent")
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

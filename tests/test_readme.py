@@ -1,8 +1,10 @@
 """What README.md shows works: its examples are run as they stand, its tables are the program's own."""
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,6 +52,25 @@ def test_every_example_of_the_api_works_as_it_stands(shipped_program, tmp_path):
     assert '"status":"Pending"' in done.stdout, "the second run did not wait in the queue"
     assert "Test stopped successfully" in done.stdout, "the stop was not confirmed"
     assert done.stdout.rstrip().endswith('{"status":"healthy"}'), "the last example is not the health check"
+
+
+def test_every_example_of_the_command_line_works_as_it_stands(shipped_program, tmp_path):
+    script = re.search(r"## Command line.*?```bash\n(.*?)```", README, re.S).group(1)
+    script = script.replace("http://127.0.0.1:8080", shipped_program).replace("-d 5m", "-d 4s")
+    script = script.replace("python loadmanager.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'loadmanager.py'))}")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, f"an example failed:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
+    assert "Finished (duration)" in done.stdout and "is stopped" in done.stdout
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert json.loads((tmp_path / "run.json").read_text())["stopReason"] == "user"
+
+
+def test_tables_of_the_command_line_are_the_program_s():
+    section = re.search(r"\n## Command line\n(.*?)\n## ", README, re.S).group(1)
+    shown = set(re.findall(r"^\| `([^`]+)` \| (.*?) \|", section, re.M))
+    real = {(command.name, command.about) for command in loadmanager.COMMANDS}
+    real |= {(str(number), about) for number, about in loadmanager.EXITS.items()} | set(loadmanager.VARIABLES.items())
+    assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
 
 
 def test_table_of_routes_is_the_route_table():
