@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench check packages clean
+.PHONY: help run demo test bench chaos check packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -20,6 +20,9 @@ test: $(VENV)/test.stamp packages  ## all tests
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
 	$(PY) tests/bench.py
+
+chaos: $(VENV)/test.stamp  ## random faults and kills, then the invariants
+	$(PY) tests/chaos.py
 
 check: $(VENV)/run.stamp  ## the module compiles, the shipped configuration is good
 	$(PY) -m compileall -q loadmanager.py locust tests
