@@ -22,7 +22,7 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  8. LOCUST CLIENT   every call to a Locust master
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
-11. REPORTS         a run as a page, as Markdown, as CSV
+11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
 12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 13. EVENTS          changes of runs, told to event streams
 14. SESSIONS        browsers that signed in, and what they must prove
@@ -874,6 +874,32 @@ class Warning_(NamedTuple):
     message: str
 
 
+class Baseline(NamedTuple):
+    """The run that others of its tenant, environment and scenario are compared with."""
+
+    tenant_id: str
+    env_id: str
+    scenario_id: str
+    run_id: str
+    set_at: float  # epoch seconds
+    set_by: str
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.tenant_id, self.env_id, self.scenario_id
+
+
+def baseline_to_wire(baseline: Baseline) -> dict[str, Any]:
+    return {
+        "tenantId": baseline.tenant_id,
+        "envId": baseline.env_id,
+        "scenarioId": baseline.scenario_id,
+        "runId": baseline.run_id,
+        "setAt": utc_text(baseline.set_at),
+        "setBy": baseline.set_by,
+    }
+
+
 class Annotation(NamedTuple):
     """A moment somebody marked: epoch seconds, their words."""
 
@@ -909,6 +935,7 @@ class Run:
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
     comparison: dict[str, Any] | None = None  # what came of it
+    locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
@@ -974,6 +1001,7 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "failureReason": run.failure_reason,
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
+        "locustfileSha256": run.locustfile_sha256,
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.warnings:
@@ -1229,6 +1257,7 @@ class Reading:
     run_id: str = ""
     last_run_id: str = ""
     boot_id: str = ""
+    locustfile_sha256: str | None = None
     version: str = ""
     target_users: int | None = None
     test_started_at: float | None = None  # epoch seconds
@@ -1548,6 +1577,203 @@ def undecided(threshold: Threshold) -> Threshold:
     return threshold._replace(value=None, result="pending", first_failed_at=None, message=None)
 
 
+# ---- comparison of two runs -------------------------------------------------
+
+COMPARED = ("totalRequests", "totalRps", "errorRate", "avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+TOLERABLE = COMPARED[1:]
+LEAST_REQUESTS = {"avgResponseMs": 20, "p50ResponseMs": 20, "p95ResponseMs": 100, "p99ResponseMs": 500}  # fewer say nothing
+ROUNDING_STEPS = 2  # of Locust's own rounding that a response time must change by
+
+
+class Tolerance(NamedTuple):
+    """How much worse a figure may be: percent of the baseline's, or in its own unit."""
+
+    amount: float
+    is_percent: bool
+
+    def __str__(self) -> str:
+        return _decimal(self.amount) + ("%" if self.is_percent else "")
+
+
+DEFAULT_TOLERANCES = {
+    "p50ResponseMs": Tolerance(10, True),
+    "p95ResponseMs": Tolerance(10, True),
+    "errorRate": Tolerance(0.5, False),
+    "totalRps": Tolerance(10, True),
+}
+
+
+def _accept_tolerances(text: Any) -> dict[str, Tolerance]:
+    tolerances: dict[str, Tolerance] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*(%?)\s*", part, re.ASCII)
+        if not match or match.group(1) not in TOLERABLE or match.group(1) in tolerances:
+            raise ValueError
+        tolerances[match.group(1)] = Tolerance(float(match.group(2)), bool(match.group(3)))
+    return tolerances
+
+
+TOLERANCES = Check(f"metric:number or metric:number%, joined by commas; metrics are {', '.join(TOLERABLE)}", _accept_tolerances)
+
+
+def total_figures(run: dict[str, Any]) -> dict[str, float | None]:
+    """The compared figures of a run's totals, from its JSON."""
+    metrics = run.get("lastMetrics") or {}
+    return {name: metrics.get(name) for name in COMPARED}
+
+
+def endpoint_figures(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, float | None]]:
+    """The compared figures of each endpoint, from a run's JSON."""
+    names = {attribute: name for name, attribute in ENDPOINT_KEYS.items()}
+    figures: dict[tuple[str, str], dict[str, float | None]] = {}
+    for row in ((run.get("lastMetrics") or {}).get("requestStats") or {}).values():
+        found = {name: row.get(names[ENDPOINT_METRICS[name]]) for name in COMPARED if name != "errorRate"}
+        requests, failures = row.get("numRequests"), row.get("numFailures")
+        found["errorRate"] = 100.0 * failures / requests if requests and failures is not None else None
+        figures[row["method"], row["name"]] = found
+    return figures
+
+
+def _changes(baseline: dict[str, float | None], candidate: dict[str, float | None]) -> dict[str, Any]:
+    return {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
+
+
+def _change(before: float | None, after: float | None) -> dict[str, Any]:
+    known = before is not None and after is not None
+    return {
+        "baseline": before,
+        "candidate": after,
+        "change": after - before if known else None,
+        "changePercent": 100.0 * (after - before) / before if known and before else None,
+    }
+
+
+def locust_step_ms(value: float) -> float:
+    """How far apart the response times are that Locust can report near a value: it keeps two digits."""
+    return 1.0 if value < 100 else 10.0 if value < 1000 else 100.0 * 10 ** (len(str(int(value))) - 4)
+
+
+def is_worse(name: str, before: dict[str, float | None], after: dict[str, float | None], tolerance: Tolerance) -> bool:
+    """Whether a figure got worse by more than the tolerance, and by more than its own grain.
+
+    Response times: more than two of Locust's rounding steps. Error rate and requests/s: more
+    than three standard deviations of what chance makes of the counts."""
+    old, new = before[name], after[name]
+    if old is None or new is None:
+        return False
+    allowed = abs(old) * tolerance.amount / 100 if tolerance.is_percent else tolerance.amount
+    change = old - new if name == "totalRps" else new - old
+    if change <= allowed:
+        return False
+    if name.endswith("Ms"):
+        return change > ROUNDING_STEPS * locust_step_ms(max(old, new))
+    n0, n1 = before["totalRequests"] or 0, after["totalRequests"] or 0
+    if not n0 or not n1:
+        return n0 != n1
+    if name == "totalRps":
+        return change > 3 * math.hypot(old / math.sqrt(n0), new / math.sqrt(n1))
+    pooled = (old * n0 + new * n1) / (n0 + n1) / 100
+    return change / 100 > 3 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
+
+
+class _Judge:
+    """Collects the regressions of one comparison, and what could not be judged."""
+
+    def __init__(self, tolerances: dict[str, Tolerance]):
+        self.tolerances = tolerances
+        self.regressions: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+
+    def judge(self, endpoint: str | None, before: dict[str, float | None], after: dict[str, float | None]) -> None:
+        for name, tolerance in self.tolerances.items():
+            if endpoint is not None and name == "totalRps":
+                continue  # the shares of endpoints are drawn by chance
+            least, seen = LEAST_REQUESTS.get(name, 0), min(before["totalRequests"] or 0, after["totalRequests"] or 0)
+            if seen < least:
+                self.warnings.append(f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed")
+            elif is_worse(name, before, after, tolerance):
+                self._add(endpoint, name, _change(before[name], after[name]), tolerance)
+
+    def _add(self, endpoint: str | None, name: str, change: dict[str, Any], tolerance: Tolerance) -> None:
+        percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
+        figures = f"{_decimal(round(change['baseline'], 2))} to {_decimal(round(change['candidate'], 2))}"
+        message = f"{endpoint or 'totals'}: {name} went from {figures}{percent}, allowed is {tolerance}"
+        self.regressions.append({"endpoint": endpoint, "metric": name, **change, "message": message})
+
+
+def compare_runs(baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None) -> dict[str, Any]:
+    """Two runs as JSON, compared: changes, what makes it unfair, what got worse."""
+    wanted = {**DEFAULT_TOLERANCES, **(tolerances or {})}
+    judge = _Judge(wanted)
+    before, after = total_figures(baseline), total_figures(candidate)
+    judge.judge(None, before, after)
+    old, new = endpoint_figures(baseline), endpoint_figures(candidate)
+    differences = list(unfairness(baseline, candidate))
+    endpoints = []
+    for key_ in sorted({*old, *new}):
+        name = " ".join(part for part in key_ if part)
+        entry: dict[str, Any] = {"method": key_[0], "name": key_[1]}
+        if key_ in old and key_ in new:
+            judge.judge(name, old[key_], new[key_])
+        else:
+            entry["state"] = "new" if key_ in new else "gone"
+            differences.append(f"endpoint {name} is {entry['state']}")
+        endpoints.append({**entry, "metrics": _changes(old.get(key_, {}), new.get(key_, {}))})
+    return {
+        "baseline": baseline["id"],
+        "candidate": candidate["id"],
+        "tolerances": {name: str(tolerance) for name, tolerance in wanted.items()},
+        "totals": _changes(before, after),
+        "endpoints": endpoints,
+        "differences": differences,
+        "warnings": [*_comparison_doubts(baseline, candidate), *judge.warnings],
+        "regressions": judge.regressions,
+    }
+
+
+ASKED_FOR = {  # what two runs must share for a fair comparison, in words
+    "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users", "spawnRate": "spawn rate",
+    "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster",
+}  # fmt: skip
+
+
+def unfairness(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[str]:
+    """Sentences on what differs between the two beyond their results."""
+    for name, words in ASKED_FOR.items():
+        one, other = baseline.get(name), candidate.get(name)
+        if one != other and (one is not None and other is not None):
+            yield f"{words} differs: {one} and {other}"
+    lasted = [_lasted_s(run) for run in (baseline, candidate)]
+    if None not in lasted and abs(lasted[0] - lasted[1]) > max(2.0, 0.1 * max(lasted)):
+        yield f"duration differs: {lasted[0]:.0f} s and {lasted[1]:.0f} s"
+
+
+def _lasted_s(run: dict[str, Any]) -> float | None:
+    if not run.get("startedAt") or not run.get("finishedAt"):
+        return None
+    return parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
+
+
+def _comparison_doubts(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[str]:
+    for role, run in (("baseline", baseline), ("candidate", candidate)):
+        if run["status"] not in ("Finished", "Failed"):
+            yield f"the {role} is still {run['status']}: its numbers are not final"
+        for reason in run.get("trustReasons") or ():
+            yield f"the {role}'s numbers are doubtful: {reason}"
+        if not run.get("lastMetrics"):
+            yield f"the {role} has no numbers"
+
+
+def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[str, Any]:
+    """What a run keeps of its comparison."""
+    kept = {name: comparison[name] for name in ("baseline", "tolerances", "differences", "warnings")}
+    return {"with": compared_with, **kept, "regressions": [one["message"] for one in comparison["regressions"]]}
+
+
+def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
+    return {"with": compared_with, "baseline": None, "regressions": [], "message": why}
+
+
 # ---- thresholds: whether they hold ------------------------------------------
 
 
@@ -1683,7 +1909,8 @@ def judge_threshold(
 
 def verdict_of(thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool) -> str | None:
     """passed or failed; None when there is nothing to judge by."""
-    if not thresholds and comparison is None:
+    compared = comparison is not None and comparison["baseline"] is not None
+    if not thresholds and not compared:
         return None
     missed = any(one.result == "failed" and not one.warn_only for one in thresholds)
     regressed = comparison is not None and bool(comparison["regressions"])
@@ -2116,7 +2343,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 2  # 2: artefacts
+SCHEMA_VERSION = 3  # 2: artefacts; 3: baselines
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -2129,6 +2356,8 @@ SCHEMA = (
     " created_at DOUBLE PRECISION NOT NULL)",
     "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
     " PRIMARY KEY (run_id, name))",
+    "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
+    " run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL, set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
 )
 
 
@@ -2348,10 +2577,11 @@ class _Batch:
     samples: list[Sample] = field(default_factory=list)
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
+    baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.samples or self.keys or self.artefacts or self.tickets)
+        return bool(self.runs or self.samples or self.keys or self.artefacts or self.baselines or self.tickets)
 
 
 class Journal(threading.Thread):
@@ -2382,6 +2612,10 @@ class Journal(threading.Thread):
         packed = base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
         with self._changed:
             self._batch.artefacts.append((run_id, name, packed))
+
+    def save_baseline(self, place: tuple[str, str, str], baseline: Baseline | None) -> None:
+        with self._changed:
+            self._batch.baselines[place] = baseline
 
     def forget(self, run_id: str) -> None:
         with self._changed:
@@ -2446,9 +2680,10 @@ class Journal(threading.Thread):
 
     def _write(self, batch: _Batch) -> None:
         database = self._database
-        if batch.runs or batch.samples or batch.keys or batch.artefacts:
+        if batch.runs or batch.samples or batch.keys or batch.artefacts or batch.baselines:
             database.execute("BEGIN")
             self._write_runs(batch)
+            self._write_baselines(batch)
             if batch.artefacts:
                 database.execute_many(
                     "INSERT INTO artefacts VALUES (?, ?, ?) ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content",
@@ -2487,6 +2722,14 @@ class Journal(threading.Thread):
             self._database.execute_many("DELETE FROM idempotency WHERE run_id = ?", gone)
             self._database.execute_many("DELETE FROM artefacts WHERE run_id = ?", gone)
 
+    def _write_baselines(self, batch: _Batch) -> None:
+        if batch.baselines:
+            places = "DELETE FROM baselines WHERE tenant_id = ? AND env_id = ? AND scenario_id = ?"
+            self._database.execute_many(places, list(batch.baselines))
+        kept = [baseline for baseline in batch.baselines.values() if baseline is not None]
+        if kept:
+            self._database.execute_many("INSERT INTO baselines VALUES (?, ?, ?, ?, ?, ?)", kept)
+
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
             ticket.settle(error)
@@ -2504,6 +2747,7 @@ class Journal(threading.Thread):
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
+            self._batch.baselines = {**batch.baselines, **self._batch.baselines}
         self._settle(batch, error)
 
 
@@ -2595,6 +2839,7 @@ class Store:
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, Record] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
+        self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._next_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
@@ -2610,6 +2855,8 @@ class Store:
                 self._next_seq = run.seq + 1
             for key_, body_hash, run_id, at in database.query("SELECT key, body_hash, run_id, created_at FROM idempotency"):
                 self._keys[key_] = (body_hash, run_id, at)
+            for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
+                self._baselines[row[0], row[1], row[2]] = Baseline(*row)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -2813,15 +3060,53 @@ class Store:
             run = self._record(run_id).run
             if not run.is_final:
                 raise Conflict(f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted")
+            if self._is_baseline(run):
+                raise Conflict(f"run {run_id} is the baseline of {run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first")
             self._drop(run_id)
         self._journal.wait_durable()
 
     def delete_older(self, before_at: float) -> int:
         """Remove final runs that finished before a moment; how many."""
         with self._lock:
-            old = {run.id for run in self.list_runs() if run.is_final and (run.finished_at or run.created_at) < before_at}
+            final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
+            old = {run.id for run in final if (run.finished_at or run.created_at) < before_at}
             self._drop(*old)
         return len(old)
+
+    # ---- baselines ----
+
+    def find_baseline(self, place: tuple[str, str, str]) -> Baseline | None:
+        """The baseline of a tenant, environment and scenario, or None."""
+        return self._baselines.get(place)
+
+    def set_baseline(self, baseline: Baseline) -> None:
+        """Name a run as baseline; NotFound when it is gone meanwhile."""
+        with self._lock:
+            self._record(baseline.run_id)
+            self._baselines[baseline.place] = baseline
+            self._journal.save_baseline(baseline.place, baseline)
+        self._journal.wait_durable()
+
+    def drop_baseline(self, place: tuple[str, str, str]) -> None:
+        """Have no baseline there; NotFound when there is none."""
+        with self._lock:
+            if self._baselines.pop(place, None) is None:
+                raise NotFound("there is no baseline of " + "/".join(place))
+            self._journal.save_baseline(place, None)
+        self._journal.wait_durable()
+
+    def _is_baseline(self, run: Run) -> bool:
+        baseline = self._baselines.get((run.tenant_id, run.env_id, run.scenario_id))
+        return baseline is not None and baseline.run_id == run.id
+
+    def previous_run(self, run: Run) -> Run | None:
+        """The newest Finished run before this one of the same tenant, environment and scenario."""
+        place = (run.tenant_id, run.env_id, run.scenario_id)
+        for other in self.list_runs():
+            same = (other.tenant_id, other.env_id, other.scenario_id) == place
+            if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
+                return other
+        return None
 
     def wait_durable_or_log(self) -> None:
         try:
@@ -3394,6 +3679,7 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         run_id=str(document.get("runId") or ""),
         last_run_id=str(document.get("lastRunId") or ""),
         boot_id=str(document.get("bootId") or ""),
+        locustfile_sha256=str(document["locustfileSha256"])[:64] if document.get("locustfileSha256") else None,
         version=str(document.get("locustVersion") or ""),
         target_users=_count(document.get("targetUserCount")),
         test_started_at=_number(document.get("testStartedAt")),
@@ -3976,6 +4262,8 @@ class Engine:
             cluster.client.swarm(self._swarm_form(cluster, run, watch, reading))
         finally:
             cluster.operation.release()
+        if reading.locustfile_sha256:
+            self.store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
         if not reading.hooks:
             self._warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
         return self._started(run.id)
@@ -4524,8 +4812,14 @@ class Engine:
 
         Made before the transition, as a final run never changes; nothing that goes wrong
         here may keep a run from ending."""
-        if not run.thresholds:
+        if not run.thresholds and not run.compare_with:
             return {}
+        snapshot = final or self.store.newest_numbers(run.id)
+        thresholds = self._judged_thresholds(run, snapshot, finished_at)
+        comparison = self._comparison(run, snapshot, finished_at, has_failed) if run.compare_with else None
+        return {"thresholds": thresholds, "comparison": comparison, "verdict": verdict_of(thresholds, comparison, has_failed)}
+
+    def _judged_thresholds(self, run: Run, snapshot: Snapshot | None, finished_at: float) -> tuple[Threshold, ...]:
         watch = self._watches.get(run.id)
         live = watch.judge if watch else ThresholdWatch(run.thresholds)
         try:
@@ -4533,13 +4827,33 @@ class Engine:
         except NotReady as error:
             log("history not read for the verdict", run=run.id, why=error.message)
             samples = list(live.samples)
-        snapshot = final or self.store.newest_numbers(run.id)
         # Windows end with the last numbers of the Running run: while it stops, rates fall.
         moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
-        thresholds = tuple(
+        return tuple(
             judge_threshold(one, snapshot, samples, moments, live.first_failed[index]) for index, one in enumerate(run.thresholds)
         )
-        return {"thresholds": thresholds, "verdict": verdict_of(thresholds, None, has_failed)}
+
+    def _comparison(self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
+        """The run against its baseline or the run before, as the run keeps it."""
+        asked = run.compare_with or ""
+        if has_failed:
+            return no_comparison(asked, "not compared: the run failed")
+        if asked == "baseline":
+            baseline = self.store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+            other_id = baseline.run_id if baseline else None
+        else:
+            previous = self.store.previous_run(run)
+            other_id = previous.id if previous else None
+        try:
+            other = json.loads(self.store.wire(other_id)) if other_id else None
+        except NotFound:
+            other = None
+        if other is None:
+            return no_comparison(asked, "not compared: there is no " + ("baseline" if asked == "baseline" else "earlier finished run"))
+        wire = run_to_wire(run)
+        wire.update(status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run))
+        wire["lastMetrics"] = snapshot_to_wire(snapshot) if snapshot else None
+        return comparison_summary(asked, compare_runs(other, wire))
 
     def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
         last = watch.last
@@ -4804,7 +5118,7 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 11. REPORTS - a run as a page, as Markdown, as CSV
+# 11. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
@@ -5056,6 +5370,77 @@ def _round_up(value: float) -> float:
 
 def _tick_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:g}"
+
+
+# ---- for CI: JUnit and a summary ---------------------------------------------
+
+
+def junit_xml(run: dict[str, Any]) -> str:
+    """The run as JUnit XML: a test case for its end, for each threshold, for the comparison."""
+    cases = [_junit_case(run, "the run finished", run.get("failureReason") or "it failed" if run["status"] == "Failed" else None)]
+    for one in run.get("thresholds", ()):
+        why = f"is {_threshold_value(one)}" + (f" ({one['message']})" if one.get("message") else "")
+        is_failed = one["result"] == "failed" and not one.get("warnOnly")
+        cases.append(_junit_case(run, one["expr"], why if is_failed else None, skipped=one["result"] == "pending"))
+    comparison = run.get("comparison")
+    if comparison and comparison["baseline"]:
+        name = f"no regression against {comparison['with']} {comparison['baseline']}"
+        cases.append(_junit_case(run, name, "; ".join(comparison["regressions"]) or None))
+    lasted_s = parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"]) if run.get("startedAt") and run.get("finishedAt") else 0.0
+    facts = [("runId", run["id"]), ("trust", run.get("trust", "")), ("trustReasons", "; ".join(run.get("trustReasons", ())))]
+    properties = "".join(f'<property name="{name}" value="{_xml(value)}"/>' for name, value in facts)
+    failures, skipped = sum("<failure" in case for case in cases), sum("<skipped" in case for case in cases)
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f'<testsuites><testsuite name="{_xml("load test " + run["scenarioId"])}" tests="{len(cases)}" failures="{failures}" errors="0" '
+        f'skipped="{skipped}" time="{lasted_s:.3f}" timestamp="{run["createdAt"]}">'
+        f"<properties>{properties}</properties>{''.join(cases)}</testsuite></testsuites>\n"
+    )
+
+
+def _junit_case(run: dict[str, Any], name: str, why: str | None, skipped: bool = False) -> str:
+    inner = f'<failure message="{_xml(why)}">{_xml(why)}</failure>' if why is not None else "<skipped/>" if skipped else ""
+    return f'<testcase classname="{_xml(run["scenarioId"])}" name="{_xml(name)}">{inner}</testcase>'
+
+
+def _xml(text: object) -> str:
+    """Text for XML; characters that XML cannot hold at all become a question mark."""
+    return html.escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(text)))
+
+
+def summary_md(run: dict[str, Any]) -> str:
+    """The verdict as Markdown for a job's summary on GitHub or GitLab."""
+    metrics = run.get("lastMetrics") or {}
+    words = run.get("verdict") or run["status"]
+    lines = [f"## Load test {_md(run['scenarioId'])}: {words}", ""]
+    lines.append(f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`")
+    if run.get("failureReason"):
+        lines += ["", f"> {_md(run['failureReason'])}"]
+    if run.get("thresholds"):
+        rows = [[one["expr"], _threshold_value(one), _result_words(one)] for one in run["thresholds"]]
+        lines += ["", *_md_table(["Threshold", "Value", "Result"], rows, 3)]
+    if run.get("trust"):
+        lines += ["", f"Trust: **{run['trust']}**", *(f"- {_md(reason)}" for reason in run["trustReasons"])]
+    comparison = run.get("comparison")
+    if comparison:
+        lines += ["", *_comparison_md(comparison)]
+    lines += ["", *_md_table(ENDPOINT_TITLES, list(_endpoint_cells(run)), 2)] if metrics else []
+    return "\n".join(lines) + "\n"
+
+
+def _result_words(threshold: dict[str, Any]) -> str:
+    words = threshold["result"] + (" (warning only)" if threshold.get("warnOnly") else "")
+    return f"{words}: {threshold['message']}" if threshold.get("message") else words
+
+
+def _comparison_md(comparison: dict[str, Any]) -> Iterator[str]:
+    if comparison["baseline"] is None:
+        yield _md(comparison["message"])
+        return
+    found = len(comparison["regressions"])
+    yield f"Compared with {comparison['with']} `{comparison['baseline']}`: **{f'{found} regressions' if found else 'no regression'}**"
+    for kind in ("regressions", "differences", "warnings"):
+        yield from (f"- {kind[:-1]}: {_md(sentence)}" for sentence in comparison[kind])
 
 
 # ---- Markdown and CSV ------------------------------------------------------
@@ -6271,6 +6656,74 @@ def get_locust_report(api: Api, request: Request) -> Response:
     return api.file_response(request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy)
 
 
+def get_junit(api: Api, request: Request) -> Response:
+    run = json.loads(api.store.wire(api.visible_run(request).id))
+    return api.file_response(request, "junit.xml", XML_TYPE, junit_xml(run))
+
+
+def get_summary(api: Api, request: Request) -> Response:
+    run = json.loads(api.store.wire(api.visible_run(request).id))
+    return api.file_response(request, "summary.md", MARKDOWN_TYPE, summary_md(run))
+
+
+def get_comparison(api: Api, request: Request) -> Response:
+    missing = {name: "is missing; allowed is the id of a run" for name in ("baseline", "candidate") if name not in request.query}
+    if missing:
+        raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
+    documents = []
+    for name in ("baseline", "candidate"):
+        run = api.store.get(request.query[name])
+        if not request.principal.may_touch(run.tenant_id):
+            raise NotFound(f"there is no run {run.id}")
+        documents.append(json.loads(api.store.wire(run.id)))
+    return json_response(compare_runs(documents[0], documents[1], request.query.get("tolerance")))
+
+
+def _place(api: Api, request: Request) -> tuple[str, str, str]:
+    place = (request.params["tenantId"], request.params["envId"], request.params["scenarioId"])
+    api.check_tenant(request, place[0])
+    return place
+
+
+def get_baseline(api: Api, request: Request) -> Response:
+    place = _place(api, request)
+    baseline = api.store.find_baseline(place)
+    if baseline is None:
+        raise NotFound("there is no baseline of " + "/".join(place))
+    return json_response(baseline_to_wire(baseline))
+
+
+def put_baseline(api: Api, request: Request) -> Response:
+    place = _place(api, request)
+    run_id = check_body(parse_json(request.body), BASELINE_KEYS)["run_id"]
+    run = api.store.find(run_id)
+    if run is None or (run.tenant_id, run.env_id, run.scenario_id) != place:
+        raise InvalidInput(f"runId: there is no run {_printable(run_id)} of " + "/".join(place), {"runId": "is not a run of this tenant, environment and scenario"})
+    if run.status is not RunStatus.FINISHED:
+        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished run can be a baseline", status=run.status.value)
+    baseline = Baseline(*place, run.id, time.time(), request.principal.name)
+    api.store.set_baseline(baseline)
+    log("baseline named", run=run.id, by=request.principal.name)
+    return json_response(baseline_to_wire(baseline))
+
+
+def delete_baseline(api: Api, request: Request) -> Response:
+    api.store.drop_baseline(_place(api, request))
+    return Response(http_status=204)
+
+
+def get_trends(api: Api, request: Request) -> Response:
+    query, metric = request.query, request.query.get("metric", "p95ResponseMs")
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.tenants)
+    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][: query.get("limit", 100)]
+    points = []
+    for run in reversed(runs):
+        document = json.loads(api.store.brief(run.id)) if api.store.find(run.id) else {}
+        facts = {name: document.get(name) for name in ("scenarioId", "createdAt", "startedAt", "finishedAt", "targetUsers", "verdict", "trust")}
+        points.append({"runId": run.id, **facts, "value": (document.get("lastMetrics") or {}).get(metric)})
+    return json_response({"metric": metric, "points": points})
+
+
 def get_openapi(api: Api, request: Request) -> Response:
     return json_response(openapi_document())
 
@@ -6433,6 +6886,15 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
+TRENDS_QUERY = {
+    **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
+    "metric": one_of(*COMPARED),
+    "limit": number_value(1, 1000, whole=True),
+}
+BASELINE_KEYS = {"runId": BodyKey("run_id", ID_TEXT, required=True)}
+BASELINE_PATH = "/v1/baselines/{tenantId}/{envId}/{scenarioId}"
+XML_TYPE = "application/xml; charset=utf-8"
 DOWNLOAD_QUERY = {"download": one_of("0", "1")}
 CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 
@@ -6474,6 +6936,13 @@ ROUTES = (
     Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
     Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
+    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
+    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,)),
+    Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first", query=TRENDS_QUERY, answer="Trend"),
+    Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False, answer="Baseline"),
+    Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
+    Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204, errors=(503,)),
     Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route(
@@ -6543,13 +7012,24 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
-        comparison={"type": "object"}, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
     ),
     "Runs": _array("Run"),
+    "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
+    "Change": _object("baseline candidate change changePercent", baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE),
+    "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
+    "Comparison": _object(
+        "baseline candidate tolerances totals endpoints differences warnings regressions",
+        baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT}, totals={"$ref": "#/components/schemas/Changes"},
+        endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
+        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT},
+        regressions={"type": "array", "items": _object("endpoint metric message", endpoint=_NAME_OR_NULL, metric=_TEXT, baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, message=_TEXT)},
+    ),
+    "Trend": _object("metric points", metric=_TEXT, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
     "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
     "Failures": _object(
