@@ -16,13 +16,13 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  2. ERRORS          what can go wrong, with the HTTP status it becomes
  3. CONFIG          the configuration file: keys, defaults, checks, environment
  4. MODEL           run, snapshot, sample, and their translation to the wire's JSON
- 5. RULES           pure decisions: valid requests, idle clusters, downsampling
+ 5. RULES           pure decisions: valid requests, thresholds, idle clusters, downsampling
  6. TIME            the steady clock and the one thread that waits for moments
  7. STORE           every run in memory, written through to SQLite or PostgreSQL
  8. LOCUST CLIENT   every call to a Locust master
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
-11. REPORTS         a run as a page, as Markdown, as CSV
+11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
 12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 13. EVENTS          changes of runs, told to event streams
 14. SESSIONS        browsers that signed in, and what they must prove
@@ -126,6 +126,10 @@ MAX_DURATION_S = 366 * 24 * 3600
 IDEMPOTENCY_KEEP_S = 24 * 3600
 MAX_ANNOTATION = 1000  # characters
 MOST_ANNOTATIONS = 200  # of one run
+MOST_THRESHOLDS = 50  # of one run
+MAX_THRESHOLD = 1000  # characters of one threshold
+LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
+ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
 
 # Exit statuses of the commands; 99 is what k6 has for thresholds.
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTERRUPTED = 0, 1, 2, 3, 99, 130
@@ -211,6 +215,10 @@ class InvalidInput(LoadManagerError):
 
     def __init__(self, message: str, fields: dict[str, str] | None = None):
         super().__init__(message, **({"fields": fields} if fields else {}))
+
+
+class NotAllowed(ValueError):
+    """A value that is refused with words of its own, which go to the caller as they are."""
 
 
 class Unauthorized(LoadManagerError):
@@ -809,6 +817,39 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 # Ours is snake_case with units; the wire's camelCase is met only here and in CONFIG.
 
 
+class Threshold(NamedTuple):
+    """A limit declared before the run, and what became of it."""
+
+    expr: str  # the canonical form, from the fields below
+    metric: str  # a key of TOTAL_METRICS or ENDPOINT_METRICS
+    op: str
+    limit: float
+    endpoint: str | None = None  # "METHOD name"; None: the totals
+    is_pattern: bool = False  # a * in endpoint stands for any text
+    over_s: float | None = None  # must hold in every window of this length
+    after_s: float | None = None  # what was before, since the start, does not count
+    abort_on_fail: bool = False
+    delay_s: float = 0.0  # how long it must fail without a break before it aborts
+    warn_only: bool = False
+    value: float | None = None
+    result: str = "pending"  # passed or failed when the run is final
+    first_failed_at: float | None = None  # epoch seconds
+    message: str | None = None
+
+
+def threshold_to_wire(threshold: Threshold) -> dict[str, Any]:
+    wire: dict[str, Any] = {"expr": threshold.expr, "value": threshold.value, "result": threshold.result}
+    if threshold.first_failed_at is not None:
+        wire["firstFailedAt"] = utc_text(threshold.first_failed_at)
+    if threshold.message:
+        wire["message"] = threshold.message
+    if threshold.abort_on_fail:
+        wire.update(abortOnFail=True, delaySeconds=threshold.delay_s)
+    if threshold.warn_only:
+        wire["warnOnly"] = True
+    return wire
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
     """What a caller asks for."""
@@ -821,6 +862,8 @@ class RunRequest:
     duration_s: int | None = None
     metadata: dict[str, Any] | None = None
     queue: bool = False  # wait for a free cluster instead of a 409
+    thresholds: tuple[Threshold, ...] = ()
+    compare_with: str | None = None  # baseline or previous
 
 
 class Warning_(NamedTuple):
@@ -829,6 +872,32 @@ class Warning_(NamedTuple):
     code: str
     at: float
     message: str
+
+
+class Baseline(NamedTuple):
+    """The run that others of its tenant, environment and scenario are compared with."""
+
+    tenant_id: str
+    env_id: str
+    scenario_id: str
+    run_id: str
+    set_at: float  # epoch seconds
+    set_by: str
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.tenant_id, self.env_id, self.scenario_id
+
+
+def baseline_to_wire(baseline: Baseline) -> dict[str, Any]:
+    return {
+        "tenantId": baseline.tenant_id,
+        "envId": baseline.env_id,
+        "scenarioId": baseline.scenario_id,
+        "runId": baseline.run_id,
+        "setAt": utc_text(baseline.set_at),
+        "setBy": baseline.set_by,
+    }
 
 
 class Annotation(NamedTuple):
@@ -863,6 +932,11 @@ class Run:
     queue_position: int | None = None  # 1 is the next; kept in memory only
     warnings: tuple[Warning_, ...] = ()
     annotations: tuple[Annotation, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    compare_with: str | None = None  # baseline or previous
+    comparison: dict[str, Any] | None = None  # what came of it
+    locustfile_sha256: str | None = None  # known from the hooks
+    verdict: str | None = None  # passed or failed, once final and if there was something to judge
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
@@ -876,6 +950,32 @@ class Run:
         if self.started_at is None or self.duration_s is None:
             return None
         return self.started_at + self.duration_s
+
+
+# Warnings that put the numbers in doubt; the others say something else about the run.
+DOUBTS = frozenset({"workers_lost", "cpu_high", "users_not_reached", "users_changed", "stats_reset", "final_numbers_missing"})
+
+
+def doubts_of(run: Run) -> list[str]:
+    """Why the numbers of a run may not be those of the load that was asked for."""
+    reasons = [warning.message for warning in run.warnings if warning.code in DOUBTS]
+    if run.status is RunStatus.FAILED:
+        reasons.append(f"the run failed: {run.failure_reason}")
+    return reasons
+
+
+def judgement_to_wire(run: Run) -> dict[str, Any]:
+    """Thresholds, verdict, comparison and trust, as far as the run has them."""
+    wire: dict[str, Any] = {}
+    if run.thresholds:
+        wire["thresholds"] = [threshold_to_wire(threshold) for threshold in run.thresholds]
+    optional = {"verdict": run.verdict, "compareWith": run.compare_with, "comparison": run.comparison}
+    wire.update((name, value) for name, value in optional.items() if value is not None)
+    if run.is_final:
+        doubts = doubts_of(run)
+        wire["trust"] = "doubtful" if doubts else "ok"
+        wire["trustReasons"] = doubts
+    return wire
 
 
 def run_to_wire(run: Run) -> dict[str, Any]:
@@ -901,12 +1001,14 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "failureReason": run.failure_reason,
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
+        "locustfileSha256": run.locustfile_sha256,
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.warnings:
         wire["warnings"] = [{"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings]
     if run.annotations:
         wire["annotations"] = [annotation_to_wire(annotation) for annotation in run.annotations]
+    wire.update(judgement_to_wire(run))
     return wire
 
 
@@ -926,6 +1028,7 @@ def run_from_record(text: str) -> Run:
     record["status"] = RunStatus(record["status"])
     record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
     record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
+    record["thresholds"] = tuple(Threshold(*entry) for entry in record.get("thresholds", ()))
     known = set(Run.__slots__)
     return Run(**{name: value for name, value in record.items() if name in known})
 
@@ -1154,6 +1257,7 @@ class Reading:
     run_id: str = ""
     last_run_id: str = ""
     boot_id: str = ""
+    locustfile_sha256: str | None = None
     version: str = ""
     target_users: int | None = None
     test_started_at: float | None = None  # epoch seconds
@@ -1172,7 +1276,7 @@ class Reading:
 
 
 # ============================================================================
-# 5. RULES - pure decisions: valid requests, idle clusters, downsampling
+# 5. RULES - pure decisions: valid requests, thresholds, idle clusters, downsampling
 # ============================================================================
 
 
@@ -1191,6 +1295,676 @@ def _accept_metadata(value: Any) -> dict[str, Any]:
     return value
 
 
+# ---- thresholds: what they may say ------------------------------------------
+# expr: [endpoint ":"] metric op number [unit] ["over" seconds] ["after" seconds]
+
+TOTAL_METRICS = {  # what may be judged of the totals, and where it stands in a Snapshot
+    "totalRequests": "requests",
+    "totalFailures": "failures",
+    "totalRps": "rps",
+    "errorRate": "error_percent",
+    "avgResponseMs": "avg_ms",
+    "p50ResponseMs": "p50_ms",
+    "p95ResponseMs": "p95_ms",
+    "p99ResponseMs": "p99_ms",
+}
+ENDPOINT_METRICS = {  # the same of an endpoint, in EndpointStats; errorRate comes from its counts
+    **{name: attribute for name, attribute in TOTAL_METRICS.items() if name not in ("totalRps", "errorRate")},
+    "totalRps": "per_s",
+    "errorRate": "error_percent",
+    "minResponseMs": "min_ms",
+    "maxResponseMs": "max_ms",
+}
+WINDOW_PERCENTILES = {"p50ResponseMs": "window_p50_ms", "p95ResponseMs": "window_p95_ms"}
+COUNTED = ("totalRequests", "totalFailures", "totalRps", "errorRate")  # from counters: any window has them
+METRIC_WORDS = {  # how people know them from elsewhere; lower case, only letters and digits
+    **{name.lower(): name for name in ENDPOINT_METRICS},
+    **{f"p{which}{rest}": f"p{which}ResponseMs" for which in (50, 95, 99) for rest in ("", "ms", "responsetime", "responsetimems")},
+    **dict.fromkeys(("median", "med", "medianresponsetime"), "p50ResponseMs"),
+    **dict.fromkeys(("avg", "mean", "avgms", "avgresponsetime", "averageresponsetime"), "avgResponseMs"),
+    **dict.fromkeys(("min", "minresponsetime"), "minResponseMs"),
+    **dict.fromkeys(("max", "maxresponsetime"), "maxResponseMs"),
+    **dict.fromkeys(("errorrate", "errorpercent", "failurerate", "failrate"), "errorRate"),
+    **dict.fromkeys(("rps", "requestspersec", "requestspersecond"), "totalRps"),
+    **dict.fromkeys(("requests", "numrequests"), "totalRequests"),
+    **dict.fromkeys(("failures", "errors", "numfailures"), "totalFailures"),
+}
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": lambda value, limit: value < limit,
+    "<=": lambda value, limit: value <= limit,
+    ">": lambda value, limit: value > limit,
+    ">=": lambda value, limit: value >= limit,
+    "==": lambda value, limit: value == limit,
+}
+SAME_COMPARISON = {"≤": "<=", "≥": ">=", "=": "=="}
+TIME_UNITS = {"ms": 1.0, "s": 1000.0}
+DURATION_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+NUMBER_WORD = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?", re.ASCII)
+
+
+class _Scanner:
+    """Reads one expression word by word; a refusal names the position, counted from 1."""
+
+    def __init__(self, text: str, at: int = 0):
+        self.text = text
+        self.at = at
+
+    def take(self, pattern: str) -> str:
+        """What stands next and fits, "" if nothing does; spaces before it are passed."""
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+        match = re.compile(pattern, re.ASCII).match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return match.group() if match else ""
+
+    def expected(self, what: str, at: int | None = None) -> NotAllowed:
+        at = self.at if at is None else at
+        found = _shown(self.text[at : at + 20]) if at < len(self.text) else "the end"
+        return NotAllowed(f"{_shown(self.text)}, position {at + 1}: expected {what}, found {found}")
+
+
+def parse_threshold(text: str) -> Threshold:
+    """The threshold that an expression means; NotAllowed names the position and what was expected."""
+    if len(text) > MAX_THRESHOLD or not text.isprintable():
+        raise NotAllowed(f"a threshold has at most {MAX_THRESHOLD} characters, all of them printable")
+    scanner = _Scanner(text)
+    endpoint, is_pattern = _scan_endpoint(scanner)
+    metric_at, metric, scale = _scan_metric(scanner)
+    op = scanner.take(r"<=|>=|==|[<>=≤≥]")
+    if not op:
+        raise scanner.expected("one of " + ", ".join(COMPARISONS))
+    limit = _scan_limit(scanner, metric, scale)
+    over_s, after_s = _scan_windows(scanner)
+    threshold = Threshold("", metric, SAME_COMPARISON.get(op, op), limit, endpoint, is_pattern, over_s, after_s)
+    why = _why_not(threshold)
+    if why:
+        raise NotAllowed(f"{_shown(text)}, position {metric_at + 1}: {why}")
+    return threshold._replace(expr=canonical_form(threshold))
+
+
+def _scan_endpoint(scanner: _Scanner) -> tuple[str | None, bool]:
+    """The endpoint before the last colon, and whether it is a pattern. In double quotes, as a
+    JSON string, it is a name as it stands."""
+    if scanner.take(r'"'):
+        try:
+            endpoint, end = json.JSONDecoder().raw_decode(scanner.text, scanner.at - 1)
+        except ValueError:
+            raise scanner.expected("the end of the quoted endpoint, a JSON string") from None
+        scanner.at = end
+        if not scanner.take(":"):
+            raise scanner.expected("a colon after the endpoint")
+        if not endpoint or not endpoint.isprintable():
+            raise scanner.expected("a name of printable characters", 0)
+        return endpoint, False
+    end = scanner.text.rfind(":")
+    if end < 0:
+        return None, False
+    endpoint = scanner.text[:end].strip()
+    if not endpoint:
+        raise scanner.expected("the name of an endpoint before the colon", 0)
+    scanner.at = end + 1
+    return endpoint, "*" in endpoint
+
+
+def _scan_metric(scanner: _Scanner) -> tuple[int, str, float]:
+    """Position, name and scale of the metric; a ratio of 0..1 becomes percent."""
+    scanner.take("")
+    at = scanner.at
+    word = scanner.take(r"p\s*\(\s*[0-9]{1,3}(\.[0-9]{1,3})?\s*\)|[A-Za-z][A-Za-z0-9_.\-]*")
+    plain = re.sub(r"[^a-z0-9]", "", word.lower())
+    if plain in ("failratio", "errorratio"):
+        return at, "errorRate", 100.0
+    if plain not in METRIC_WORDS:
+        raise scanner.expected("one of " + ", ".join(ENDPOINT_METRICS), at)
+    return at, METRIC_WORDS[plain], 1.0
+
+
+def _scan_limit(scanner: _Scanner, metric: str, scale: float) -> float:
+    scanner.take("")
+    at = scanner.at
+    number = scanner.take(NUMBER_WORD.pattern)
+    if not number:
+        raise scanner.expected("a number from 0")
+    unit = scanner.take(r"ms(?![A-Za-z])|s(?![A-Za-z])|%|/s(?![A-Za-z])|rps(?![A-Za-z])")
+    allowed = ("ms", "s") if metric.endswith("Ms") else ("%",) if metric == "errorRate" else ("/s", "rps") if metric == "totalRps" else ()
+    if unit and unit not in allowed:
+        raise scanner.expected(f"{' or '.join(allowed) or 'no unit'} for {metric}", scanner.at - len(unit))
+    limit = round(float(number) * scale * TIME_UNITS.get(unit, 1.0), 9)
+    if limit >= 1e12:
+        raise scanner.expected("a number below 1000000000000", at)
+    return limit
+
+
+def _scan_windows(scanner: _Scanner) -> tuple[float | None, float | None]:
+    """The seconds of `over` and of `after`, in either order, each once; nothing may follow."""
+    found: dict[str, float] = {}
+    while True:
+        scanner.take("")
+        at = scanner.at
+        word = scanner.take(r"(over|after)(?![A-Za-z])")
+        if not word:
+            break
+        if word in found:
+            raise scanner.expected(f"{word} only once", at)
+        found[word] = _scan_duration(scanner)
+    scanner.take("")
+    if scanner.at < len(scanner.text):
+        raise scanner.expected(" or ".join([*(word for word in ("over", "after") if word not in found), "the end"]))
+    return found.get("over"), found.get("after")
+
+
+def _scan_duration(scanner: _Scanner) -> float:
+    scanner.take("")
+    at = scanner.at
+    number = scanner.take(NUMBER_WORD.pattern)
+    unit = scanner.take(r"(min|[smh])(?![A-Za-z])")
+    if not number or not unit:
+        raise scanner.expected("a time such as 30s or 2m", at if not number else None)
+    seconds = float(number) * DURATION_UNITS[unit]
+    if not 1 <= seconds <= MAX_DURATION_S:
+        raise scanner.expected("a time from 1s to 366 days", at)
+    return seconds
+
+
+def _why_not(threshold: Threshold) -> str | None:
+    """Why Locust's numbers cannot answer this threshold, or None."""
+    metric, over_s = threshold.metric, threshold.over_s
+    if threshold.endpoint is None and metric not in TOTAL_METRICS:
+        return f"Locust gives {metric} only for an endpoint: write 'GET /path: {metric} ...'"
+    if threshold.endpoint is not None and (over_s or threshold.after_s):
+        return "over and after are for the totals, not for an endpoint"
+    if metric in COUNTED:
+        return None
+    if over_s and (over_s != LOCUST_WINDOW_S or metric not in WINDOW_PERCENTILES):
+        return f"Locust gives windows of response times only for {' and '.join(WINDOW_PERCENTILES)} over {LOCUST_WINDOW_S:g}s"
+    if threshold.after_s and not over_s:
+        return f"Locust's response times of a whole run include its beginning: write p95ResponseMs ... over {LOCUST_WINDOW_S:g}s after ..."
+    return None
+
+
+def canonical_form(threshold: Threshold) -> str:
+    """The one way a threshold is printed; reading it again gives the same threshold."""
+    endpoint = threshold.endpoint
+    if endpoint is not None:
+        is_odd = not threshold.is_pattern and (re.search(r'[*":]', endpoint) or endpoint != endpoint.strip())
+        endpoint = json.dumps(endpoint, ensure_ascii=False) if is_odd else endpoint
+    words = [f"{endpoint}:"] if endpoint is not None else []
+    words += [threshold.metric, threshold.op, _decimal(threshold.limit)]
+    words += [f"over {_decimal(threshold.over_s)}s"] if threshold.over_s else []
+    words += [f"after {_decimal(threshold.after_s)}s"] if threshold.after_s else []
+    return " ".join(words)
+
+
+def _decimal(number: float) -> str:
+    """Up to nine decimals, no exponent, nothing superfluous."""
+    text = f"{number:.9f}"
+    return text.rstrip("0").rstrip(".")
+
+
+THRESHOLD_KEYS = ("expr", "metric", "op", "value", "endpoint", "over", "after", "warnOnly", "abortOnFail", "delaySeconds")
+
+
+def _accept_threshold(value: Any) -> Threshold:
+    """A threshold as expression, as {"expr", ...}, or in the long form {"metric", "op", "value", ...}."""
+    if isinstance(value, str):
+        return parse_threshold(value)
+    if not isinstance(value, dict):
+        raise NotAllowed(f"allowed is an expression or an object, got {_shown(value)}")
+    unknown = [name for name in value if name not in THRESHOLD_KEYS]
+    if unknown:
+        raise NotAllowed(f"unknown key {_shown(unknown[0])}; allowed are {', '.join(THRESHOLD_KEYS)}")
+    given = {name: entry for name, entry in value.items() if entry is not None}
+    flags = {name: given.pop(name, False) for name in ("warnOnly", "abortOnFail")}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise NotAllowed(f"{name}: allowed is true or false, got {_shown(flag)}")
+    delay_s = _threshold_number(given.pop("delaySeconds", 0), "delaySeconds", 3600)
+    if "expr" in given and len(given) > 1:
+        raise NotAllowed(f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr or metric, op, value")
+    threshold = _long_form(given) if "expr" not in given else parse_threshold(_threshold_text(given, "expr"))
+    abort = flags["abortOnFail"]
+    if abort and threshold.metric in ("totalRequests", "totalFailures") and threshold.op in (">", ">=", "=="):
+        raise NotAllowed(f"{threshold.expr}: a count that must be reached is known only at the end; abortOnFail is not allowed")
+    return threshold._replace(warn_only=flags["warnOnly"], abort_on_fail=abort, delay_s=float(delay_s))
+
+
+def _threshold_text(given: dict[str, Any], name: str) -> str:
+    if not isinstance(given.get(name), str) or not given[name]:
+        raise NotAllowed(f"{name}: allowed is a text, got {_shown(given.get(name))}")
+    return given[name]
+
+
+def _threshold_number(value: Any, name: str, highest: float) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= highest:
+        raise NotAllowed(f"{name}: allowed is a number from 0 to {_plain(highest)}, got {_shown(value)}")
+    return value
+
+
+def _long_form(given: dict[str, Any]) -> Threshold:
+    """The long form, by way of the expression it stands for: one grammar, one set of refusals."""
+    endpoint = _threshold_text(given, "endpoint") if "endpoint" in given else None
+    limit = _threshold_number(given.get("value"), "value", 1e12 - 1)
+    words = [json.dumps(endpoint, ensure_ascii=False) + ":"] if endpoint is not None else []
+    words += [_threshold_text(given, "metric"), _threshold_text(given, "op"), _decimal(limit)]
+    for name in ("over", "after"):
+        if name in given:
+            time_ = given[name]
+            words.append(f"{name} {time_}" if isinstance(time_, str) else f"{name} {_decimal(_threshold_number(time_, name, MAX_DURATION_S))}s")
+    return parse_threshold(" ".join(words))
+
+
+def _accept_thresholds(value: Any) -> tuple[Threshold, ...]:
+    if not isinstance(value, list) or len(value) > MOST_THRESHOLDS:
+        raise ValueError
+    thresholds = []
+    for index, entry in enumerate(value):
+        try:
+            thresholds.append(_accept_threshold(entry))
+        except NotAllowed as error:
+            raise NotAllowed(f"[{index}]: {error}") from None
+    return tuple(thresholds)
+
+
+THRESHOLDS = Check(
+    f'a list of at most {MOST_THRESHOLDS} expressions such as "p95ResponseMs < 500", or objects with the keys {", ".join(THRESHOLD_KEYS)}',
+    _accept_thresholds,
+    schema={"type": "array", "maxItems": MOST_THRESHOLDS, "items": {"type": ["string", "object"]}},
+)
+
+
+def undecided(threshold: Threshold) -> Threshold:
+    """The threshold as it was declared."""
+    return threshold._replace(value=None, result="pending", first_failed_at=None, message=None)
+
+
+# ---- comparison of two runs -------------------------------------------------
+
+COMPARED = ("totalRequests", "totalRps", "errorRate", "avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+TOLERABLE = COMPARED[1:]
+LEAST_REQUESTS = {"avgResponseMs": 20, "p50ResponseMs": 20, "p95ResponseMs": 100, "p99ResponseMs": 500}  # fewer say nothing
+ROUNDING_STEPS = 2  # of Locust's own rounding that a response time must change by
+
+
+class Tolerance(NamedTuple):
+    """How much worse a figure may be: percent of the baseline's, or in its own unit."""
+
+    amount: float
+    is_percent: bool
+
+    def __str__(self) -> str:
+        return _decimal(self.amount) + ("%" if self.is_percent else "")
+
+
+DEFAULT_TOLERANCES = {
+    "p50ResponseMs": Tolerance(10, True),
+    "p95ResponseMs": Tolerance(10, True),
+    "errorRate": Tolerance(0.5, False),
+    "totalRps": Tolerance(10, True),
+}
+
+
+def _accept_tolerances(text: Any) -> dict[str, Tolerance]:
+    tolerances: dict[str, Tolerance] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*(%?)\s*", part, re.ASCII)
+        if not match or match.group(1) not in TOLERABLE or match.group(1) in tolerances:
+            raise ValueError
+        tolerances[match.group(1)] = Tolerance(float(match.group(2)), bool(match.group(3)))
+    return tolerances
+
+
+TOLERANCES = Check(f"metric:number or metric:number%, joined by commas; metrics are {', '.join(TOLERABLE)}", _accept_tolerances)
+
+
+def total_figures(run: dict[str, Any]) -> dict[str, float | None]:
+    """The compared figures of a run's totals, from its JSON."""
+    metrics = run.get("lastMetrics") or {}
+    return {name: metrics.get(name) for name in COMPARED}
+
+
+def endpoint_figures(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, float | None]]:
+    """The compared figures of each endpoint, from a run's JSON."""
+    names = {attribute: name for name, attribute in ENDPOINT_KEYS.items()}
+    figures: dict[tuple[str, str], dict[str, float | None]] = {}
+    for row in ((run.get("lastMetrics") or {}).get("requestStats") or {}).values():
+        found = {name: row.get(names[ENDPOINT_METRICS[name]]) for name in COMPARED if name != "errorRate"}
+        requests, failures = row.get("numRequests"), row.get("numFailures")
+        found["errorRate"] = 100.0 * failures / requests if requests and failures is not None else None
+        figures[row["method"], row["name"]] = found
+    return figures
+
+
+def _changes(baseline: dict[str, float | None], candidate: dict[str, float | None]) -> dict[str, Any]:
+    return {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
+
+
+def _change(before: float | None, after: float | None) -> dict[str, Any]:
+    known = before is not None and after is not None
+    return {
+        "baseline": before,
+        "candidate": after,
+        "change": after - before if known else None,
+        "changePercent": 100.0 * (after - before) / before if known and before else None,
+    }
+
+
+def locust_step_ms(value: float) -> float:
+    """How far apart the response times are that Locust can report near a value: it keeps two digits."""
+    return 1.0 if value < 100 else 10.0 if value < 1000 else 100.0 * 10 ** (len(str(int(value))) - 4)
+
+
+def is_worse(name: str, before: dict[str, float | None], after: dict[str, float | None], tolerance: Tolerance) -> bool:
+    """Whether a figure got worse by more than the tolerance, and by more than its own grain.
+
+    Response times: more than two of Locust's rounding steps. Error rate and requests/s: more
+    than three standard deviations of what chance makes of the counts."""
+    old, new = before[name], after[name]
+    if old is None or new is None:
+        return False
+    allowed = abs(old) * tolerance.amount / 100 if tolerance.is_percent else tolerance.amount
+    change = old - new if name == "totalRps" else new - old
+    if change <= allowed:
+        return False
+    if name.endswith("Ms"):
+        return change > ROUNDING_STEPS * locust_step_ms(max(old, new))
+    n0, n1 = before["totalRequests"] or 0, after["totalRequests"] or 0
+    if not n0 or not n1:
+        return n0 != n1
+    if name == "totalRps":
+        return change > 3 * math.hypot(old / math.sqrt(n0), new / math.sqrt(n1))
+    pooled = (old * n0 + new * n1) / (n0 + n1) / 100
+    return change / 100 > 3 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
+
+
+class _Judge:
+    """Collects the regressions of one comparison, and what could not be judged."""
+
+    def __init__(self, tolerances: dict[str, Tolerance]):
+        self.tolerances = tolerances
+        self.regressions: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+
+    def judge(self, endpoint: str | None, before: dict[str, float | None], after: dict[str, float | None]) -> None:
+        for name, tolerance in self.tolerances.items():
+            if endpoint is not None and name == "totalRps":
+                continue  # the shares of endpoints are drawn by chance
+            least, seen = LEAST_REQUESTS.get(name, 0), min(before["totalRequests"] or 0, after["totalRequests"] or 0)
+            if seen < least:
+                self.warnings.append(f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed")
+            elif is_worse(name, before, after, tolerance):
+                self._add(endpoint, name, _change(before[name], after[name]), tolerance)
+
+    def _add(self, endpoint: str | None, name: str, change: dict[str, Any], tolerance: Tolerance) -> None:
+        percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
+        figures = f"{_decimal(round(change['baseline'], 2))} to {_decimal(round(change['candidate'], 2))}"
+        message = f"{endpoint or 'totals'}: {name} went from {figures}{percent}, allowed is {tolerance}"
+        self.regressions.append({"endpoint": endpoint, "metric": name, **change, "message": message})
+
+
+def compare_runs(baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None) -> dict[str, Any]:
+    """Two runs as JSON, compared: changes, what makes it unfair, what got worse."""
+    wanted = {**DEFAULT_TOLERANCES, **(tolerances or {})}
+    judge = _Judge(wanted)
+    before, after = total_figures(baseline), total_figures(candidate)
+    judge.judge(None, before, after)
+    old, new = endpoint_figures(baseline), endpoint_figures(candidate)
+    differences = list(unfairness(baseline, candidate))
+    endpoints = []
+    for key_ in sorted({*old, *new}):
+        name = " ".join(part for part in key_ if part)
+        entry: dict[str, Any] = {"method": key_[0], "name": key_[1]}
+        if key_ in old and key_ in new:
+            judge.judge(name, old[key_], new[key_])
+        else:
+            entry["state"] = "new" if key_ in new else "gone"
+            differences.append(f"endpoint {name} is {entry['state']}")
+        endpoints.append({**entry, "metrics": _changes(old.get(key_, {}), new.get(key_, {}))})
+    return {
+        "baseline": baseline["id"],
+        "candidate": candidate["id"],
+        "tolerances": {name: str(tolerance) for name, tolerance in wanted.items()},
+        "totals": _changes(before, after),
+        "endpoints": endpoints,
+        "differences": differences,
+        "warnings": [*_comparison_doubts(baseline, candidate), *judge.warnings],
+        "regressions": judge.regressions,
+    }
+
+
+ASKED_FOR = {  # what two runs must share for a fair comparison, in words
+    "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users", "spawnRate": "spawn rate",
+    "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster",
+}  # fmt: skip
+
+
+def unfairness(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[str]:
+    """Sentences on what differs between the two beyond their results."""
+    for name, words in ASKED_FOR.items():
+        one, other = baseline.get(name), candidate.get(name)
+        if one != other and (one is not None and other is not None):
+            yield f"{words} differs: {one} and {other}"
+    lasted = [_lasted_s(run) for run in (baseline, candidate)]
+    if None not in lasted and abs(lasted[0] - lasted[1]) > max(2.0, 0.1 * max(lasted)):
+        yield f"duration differs: {lasted[0]:.0f} s and {lasted[1]:.0f} s"
+
+
+def _lasted_s(run: dict[str, Any]) -> float | None:
+    if not run.get("startedAt") or not run.get("finishedAt"):
+        return None
+    return parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
+
+
+def _comparison_doubts(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[str]:
+    for role, run in (("baseline", baseline), ("candidate", candidate)):
+        if run["status"] not in ("Finished", "Failed"):
+            yield f"the {role} is still {run['status']}: its numbers are not final"
+        for reason in run.get("trustReasons") or ():
+            yield f"the {role}'s numbers are doubtful: {reason}"
+        if not run.get("lastMetrics"):
+            yield f"the {role} has no numbers"
+
+
+def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[str, Any]:
+    """What a run keeps of its comparison."""
+    kept = {name: comparison[name] for name in ("baseline", "tolerances", "differences", "warnings")}
+    return {"with": compared_with, **kept, "regressions": [one["message"] for one in comparison["regressions"]]}
+
+
+def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
+    return {"with": compared_with, "baseline": None, "regressions": [], "message": why}
+
+
+# ---- thresholds: whether they hold ------------------------------------------
+
+
+def _holds(threshold: Threshold, value: float) -> bool:
+    return COMPARISONS[threshold.op](value, threshold.limit)
+
+
+def _worst(threshold: Threshold, found: list[tuple[float, Any]]) -> tuple[float, Any]:
+    """Of several values the one that is farthest on the wrong side."""
+    if threshold.op == "==":
+        return max(found, key=lambda pair: abs(pair[0] - threshold.limit))
+    return (max if threshold.op in ("<", "<=") else min)(found, key=lambda pair: pair[0])
+
+
+def _is_meant(threshold: Threshold, row: EndpointStats) -> bool:
+    """An endpoint goes by "METHOD name", or by its name alone."""
+    names = (f"{row.method} {row.name}".strip(), row.name)
+    if not threshold.is_pattern:
+        return threshold.endpoint in names
+    pieces = (threshold.endpoint or "").split("*")
+    return any(_fits(name, pieces) for name in names)
+
+
+def _fits(name: str, pieces: list[str]) -> bool:
+    """Whether the name is the pieces in order with any text between; no regular expression,
+    which a pattern of many stars could keep busy for hours."""
+    first, *middle, last = pieces
+    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for piece in middle:
+        found = name.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
+
+
+def _value_of_row(metric: str, row: EndpointStats) -> float | None:
+    if metric == "errorRate":
+        return None if not row.requests or row.failures is None else min(100.0, 100.0 * row.failures / row.requests)
+    value = getattr(row, ENDPOINT_METRICS[metric])
+    return value if row.requests else None
+
+
+def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[float | None, str | None]:
+    """The value for the whole run so far, and a sentence: whose it is, or why there is none."""
+    if snapshot is None:
+        return None, "no numbers came from Locust"
+    if threshold.endpoint is None:
+        value = getattr(snapshot, TOTAL_METRICS[threshold.metric])
+        has_requests = bool(snapshot.requests) or threshold.metric in ("totalRequests", "totalFailures")
+        return (value, None) if value is not None and has_requests else (None, "there was no request")
+    rows = [row for row in snapshot.endpoints or () if _is_meant(threshold, row)]
+    if not rows:
+        return None, "there is no such endpoint"
+    found = [(value, row) for row in rows if (value := _value_of_row(threshold.metric, row)) is not None]
+    if not found:
+        return None, "the endpoint had no request"
+    value, row = _worst(threshold, found)
+    return value, f"of {row.method} {row.name}" if threshold.is_pattern else None
+
+
+def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float | None:
+    """The value between two samples, from their counters; None when they do not tell."""
+    if newest.requests is None or anchor.requests is None or newest.at <= anchor.at:
+        return None
+    requests = newest.requests - anchor.requests
+    failures = (newest.failures or 0) - (anchor.failures or 0)
+    if requests < 0 or failures < 0:
+        return None  # the statistics were reset
+    if threshold.metric == "errorRate":
+        return min(100.0, 100.0 * failures / requests) if requests else None
+    counts = {"totalRequests": requests, "totalFailures": failures, "totalRps": requests / (newest.at - anchor.at)}
+    return counts[threshold.metric]
+
+
+def newest_window(threshold: Threshold, samples: list[Sample], started_at: float) -> float | None:
+    """The value of the window that ends with the last of the samples; None before a whole
+    window has passed since the start or the warm-up, or when it has no data."""
+    newest = samples[-1]
+    begin = started_at + (threshold.after_s or 0.0)
+    if threshold.over_s is None:  # only `after`: from then to now
+        anchors = [sample for sample in samples if sample.at >= begin]
+        return window_value(threshold, newest, anchors[0]) if len(anchors) > 1 else None
+    if newest.at < begin + threshold.over_s:
+        return None
+    if threshold.metric in WINDOW_PERCENTILES:
+        return getattr(newest, WINDOW_PERCENTILES[threshold.metric])
+    last = bisect.bisect_right(samples, newest.at - threshold.over_s, key=lambda sample: sample.at) - 1
+    return window_value(threshold, newest, samples[last]) if last >= 0 and samples[last].at >= started_at else None
+
+
+def judge_windows(threshold: Threshold, samples: list[Sample], moments: tuple[float, float]) -> tuple[float | None, float | None]:
+    """The worst value of all windows, and the moment at which one failed first."""
+    started_at, finished_at = moments
+    live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
+    if threshold.over_s is None:
+        value = newest_window(threshold, live, started_at) if live else None
+        return value, None
+    found: list[tuple[float, float]] = []
+    for end in range(1, len(live) + 1):
+        begin = max(0, bisect.bisect_right(live, live[end - 1].at - threshold.over_s, hi=end, key=lambda sample: sample.at) - 1)
+        value = newest_window(threshold, live[begin:end], started_at)
+        if value is not None:
+            found.append((value, live[end - 1].at))
+    if not found:
+        return None, None
+    first = next((at for value, at in found if not _holds(threshold, value)), None)
+    return _worst(threshold, found)[0], first
+
+
+def judge_threshold(
+    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float], first_seen: float | None
+) -> Threshold:
+    """The threshold with its result, from a run's final numbers and its history.
+
+    moments: start and end; first_seen: when it was first seen to fail during the run. What
+    has no data has failed, and says so."""
+    first = first_seen
+    if threshold.over_s or threshold.after_s:
+        value, first_window = judge_windows(threshold, samples, moments)
+        message = None if value is not None else "no whole window had data"
+        first = first_window or first_seen
+    else:
+        value, message = whole_run_value(threshold, snapshot)
+    if value is not None and _holds(threshold, value):
+        return threshold._replace(value=value, result="passed", message=message)
+    if value is None:
+        message = f"no data: {message}"
+    return threshold._replace(value=value, result="failed", first_failed_at=first or moments[1], message=message)
+
+
+def verdict_of(thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool) -> str | None:
+    """passed or failed; None when there is nothing to judge by."""
+    compared = comparison is not None and comparison["baseline"] is not None
+    if not thresholds and not compared:
+        return None
+    missed = any(one.result == "failed" and not one.warn_only for one in thresholds)
+    regressed = comparison is not None and bool(comparison["regressions"])
+    return "failed" if missed or regressed or has_failed else "passed"
+
+
+class ThresholdWatch:
+    """Holds the numbers of a going run against its thresholds. Used by the poller and by
+    pushes: `note` takes its own lock."""
+
+    def __init__(self, thresholds: tuple[Threshold, ...]):
+        self.thresholds = thresholds
+        self.may_abort = any(one.abort_on_fail for one in thresholds)
+        self.first_failed: list[float | None] = [None] * len(thresholds)
+        self._failing_since: list[float | None] = [None] * len(thresholds)
+        self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0)
+        self._lock = threading.Lock()
+        self._anchors: list[Sample | None] = [None] * len(thresholds)  # where a warm-up ended
+        self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
+
+    def note(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
+        """Take new numbers; the threshold that now aborts the run, or None."""
+        with self._lock:
+            if self.samples and snapshot.taken_at <= self.samples[-1].at:
+                return None
+            self.samples.append(sample_of("", snapshot, ""))
+            while len(self.samples) > 1 and self.samples[1].at <= snapshot.taken_at - self._keep_s:
+                del self.samples[0]
+            aborting = [one for index, one in enumerate(self.thresholds) if self._aborts(index, one, snapshot, started_at)]
+            return aborting[0] if aborting else None
+
+    def _aborts(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> bool:
+        """Note whether it fails now; True when it has failed so long that it aborts."""
+        value = self._value(index, threshold, snapshot, started_at)
+        if value is None:
+            return False
+        if _holds(threshold, value):
+            self._failing_since[index] = None
+            return False
+        since = self._failing_since[index] = self._failing_since[index] or snapshot.taken_at
+        self.first_failed[index] = self.first_failed[index] or since
+        return threshold.abort_on_fail and snapshot.taken_at - since >= threshold.delay_s
+
+    def _value(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> float | None:
+        if threshold.over_s:
+            return newest_window(threshold, self.samples, started_at)
+        if threshold.after_s is None:
+            return whole_run_value(threshold, snapshot)[0]
+        if snapshot.taken_at < started_at + threshold.after_s:
+            return None
+        anchor = self._anchors[index] = self._anchors[index] or self.samples[-1]
+        return window_value(threshold, self.samples[-1], anchor)
+
+
 METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
 USERS = number_value(1, MAX_USERS, whole=True)
 SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
@@ -1204,6 +1978,8 @@ CREATE_KEYS = {
     "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
     "metadata": BodyKey("metadata", METADATA),
     "queue": BodyKey("queue", BOOLEAN),
+    "thresholds": BodyKey("thresholds", THRESHOLDS),
+    "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
 }
 ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
 RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata")}
@@ -1242,6 +2018,8 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
             continue
         try:
             values[entry.to] = entry.check.accept(value)
+        except NotAllowed as error:
+            problems[name] = str(error)
         except (ValueError, TypeError, OverflowError, RecursionError):
             problems[name] = f"allowed is {entry.check.allowed}, got {_shown(value)}"
     if problems:
@@ -1266,6 +2044,8 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
         elif text:
             try:
                 values[name] = check.accept(check.from_text(text))
+            except NotAllowed as error:
+                problems[name] = str(error)
             except (ValueError, TypeError, OverflowError):
                 problems[name] = f"allowed is {check.allowed}, got {_shown(text)}"
     if problems:
@@ -1563,7 +2343,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 2  # 2: artefacts
+SCHEMA_VERSION = 3  # 2: artefacts; 3: baselines
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -1576,6 +2356,8 @@ SCHEMA = (
     " created_at DOUBLE PRECISION NOT NULL)",
     "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
     " PRIMARY KEY (run_id, name))",
+    "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
+    " run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL, set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
 )
 
 
@@ -1795,10 +2577,11 @@ class _Batch:
     samples: list[Sample] = field(default_factory=list)
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
+    baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.samples or self.keys or self.artefacts or self.tickets)
+        return bool(self.runs or self.samples or self.keys or self.artefacts or self.baselines or self.tickets)
 
 
 class Journal(threading.Thread):
@@ -1829,6 +2612,10 @@ class Journal(threading.Thread):
         packed = base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
         with self._changed:
             self._batch.artefacts.append((run_id, name, packed))
+
+    def save_baseline(self, place: tuple[str, str, str], baseline: Baseline | None) -> None:
+        with self._changed:
+            self._batch.baselines[place] = baseline
 
     def forget(self, run_id: str) -> None:
         with self._changed:
@@ -1893,9 +2680,10 @@ class Journal(threading.Thread):
 
     def _write(self, batch: _Batch) -> None:
         database = self._database
-        if batch.runs or batch.samples or batch.keys or batch.artefacts:
+        if batch.runs or batch.samples or batch.keys or batch.artefacts or batch.baselines:
             database.execute("BEGIN")
             self._write_runs(batch)
+            self._write_baselines(batch)
             if batch.artefacts:
                 database.execute_many(
                     "INSERT INTO artefacts VALUES (?, ?, ?) ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content",
@@ -1934,6 +2722,14 @@ class Journal(threading.Thread):
             self._database.execute_many("DELETE FROM idempotency WHERE run_id = ?", gone)
             self._database.execute_many("DELETE FROM artefacts WHERE run_id = ?", gone)
 
+    def _write_baselines(self, batch: _Batch) -> None:
+        if batch.baselines:
+            places = "DELETE FROM baselines WHERE tenant_id = ? AND env_id = ? AND scenario_id = ?"
+            self._database.execute_many(places, list(batch.baselines))
+        kept = [baseline for baseline in batch.baselines.values() if baseline is not None]
+        if kept:
+            self._database.execute_many("INSERT INTO baselines VALUES (?, ?, ?, ?, ?, ?)", kept)
+
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
             ticket.settle(error)
@@ -1951,6 +2747,7 @@ class Journal(threading.Thread):
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
+            self._batch.baselines = {**batch.baselines, **self._batch.baselines}
         self._settle(batch, error)
 
 
@@ -2042,6 +2839,7 @@ class Store:
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, Record] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
+        self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._next_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
@@ -2057,6 +2855,8 @@ class Store:
                 self._next_seq = run.seq + 1
             for key_, body_hash, run_id, at in database.query("SELECT key, body_hash, run_id, created_at FROM idempotency"):
                 self._keys[key_] = (body_hash, run_id, at)
+            for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
+                self._baselines[row[0], row[1], row[2]] = Baseline(*row)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -2095,6 +2895,15 @@ class Store:
             if record is None or record.snapshot is None:
                 return None
             return sample_of(run_id, record.snapshot, record.source)
+
+    def newest_numbers(self, run_id: str) -> Snapshot | None:
+        """The newest numbers of a run with its endpoints, whatever process saw them; None when there are none."""
+        with self._lock:
+            record = self._record(run_id)
+            snapshot, metrics = record.snapshot, record.metrics
+        if snapshot is not None or metrics is None:
+            return snapshot
+        return check_metrics({"lastMetrics": json.loads(metrics)}, "lastMetrics", math.inf)
 
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
         """The runs, newest first."""
@@ -2258,15 +3067,53 @@ class Store:
             run = self._record(run_id).run
             if not run.is_final:
                 raise Conflict(f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted")
+            if self._is_baseline(run):
+                raise Conflict(f"run {run_id} is the baseline of {run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first")
             self._drop(run_id)
         self._journal.wait_durable()
 
     def delete_older(self, before_at: float) -> int:
         """Remove final runs that finished before a moment; how many."""
         with self._lock:
-            old = {run.id for run in self.list_runs() if run.is_final and (run.finished_at or run.created_at) < before_at}
+            final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
+            old = {run.id for run in final if (run.finished_at or run.created_at) < before_at}
             self._drop(*old)
         return len(old)
+
+    # ---- baselines ----
+
+    def find_baseline(self, place: tuple[str, str, str]) -> Baseline | None:
+        """The baseline of a tenant, environment and scenario, or None."""
+        return self._baselines.get(place)
+
+    def set_baseline(self, baseline: Baseline) -> None:
+        """Name a run as baseline; NotFound when it is gone meanwhile."""
+        with self._lock:
+            self._record(baseline.run_id)
+            self._baselines[baseline.place] = baseline
+            self._journal.save_baseline(baseline.place, baseline)
+        self._journal.wait_durable()
+
+    def drop_baseline(self, place: tuple[str, str, str]) -> None:
+        """Have no baseline there; NotFound when there is none."""
+        with self._lock:
+            if self._baselines.pop(place, None) is None:
+                raise NotFound("there is no baseline of " + "/".join(place))
+            self._journal.save_baseline(place, None)
+        self._journal.wait_durable()
+
+    def _is_baseline(self, run: Run) -> bool:
+        baseline = self._baselines.get((run.tenant_id, run.env_id, run.scenario_id))
+        return baseline is not None and baseline.run_id == run.id
+
+    def previous_run(self, run: Run) -> Run | None:
+        """The newest Finished run before this one of the same tenant, environment and scenario."""
+        place = (run.tenant_id, run.env_id, run.scenario_id)
+        for other in self.list_runs():
+            same = (other.tenant_id, other.env_id, other.scenario_id) == place
+            if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
+                return other
+        return None
 
     def wait_durable_or_log(self) -> None:
         try:
@@ -2839,6 +3686,7 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         run_id=str(document.get("runId") or ""),
         last_run_id=str(document.get("lastRunId") or ""),
         boot_id=str(document.get("bootId") or ""),
+        locustfile_sha256=str(document["locustfileSha256"])[:64] if document.get("locustfileSha256") else None,
         version=str(document.get("locustVersion") or ""),
         target_users=_count(document.get("targetUserCount")),
         test_started_at=_number(document.get("testStartedAt")),
@@ -3141,6 +3989,7 @@ class Watch:
         self.boot_id = ""
         self.respread_at = -math.inf
         self.failures: tuple[Failure, ...] = ()  # of the last reading
+        self.judge = ThresholdWatch(run.thresholds)
 
     @property
     def age_s(self) -> float:
@@ -3340,7 +4189,8 @@ class Engine:
         """Start again what a run was asked for."""
         old = self.store.get(run_id)
         request = RunRequest(
-            old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata
+            old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata,
+            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with,
         )
         return self.create(replace(request, **changes), created_by)
 
@@ -3419,6 +4269,8 @@ class Engine:
             cluster.client.swarm(self._swarm_form(cluster, run, watch, reading))
         finally:
             cluster.operation.release()
+        if reading.locustfile_sha256:
+            self.store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
         if not reading.hooks:
             self._warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
         return self._started(run.id)
@@ -3588,6 +4440,8 @@ class Engine:
             except LocustError as error:
                 self._not_heard(watch, run, error)
             interval = self.rules.poll_interval_s if watch.users_seen else min(1.0, self.rules.poll_interval_s)
+            if watch.judge.may_abort:
+                interval = min(interval, ABORT_LOOK_S)
             due = max(due + interval, steady_s())
 
     def _look(self, watch: Watch, run: Run) -> None:
@@ -3642,8 +4496,18 @@ class Engine:
         if reading.snapshot and reading.snapshot.requests is not None:
             self.store.add_snapshot(run.id, reading.snapshot, "poll")
             watch.last_requests = reading.requests
+            self._judge(watch, reading.snapshot)
         self._mind_users(watch, run, reading, workers_before)
         watch.last, watch.failures = reading, reading.failures
+
+    def _judge(self, watch: Watch, snapshot: Snapshot) -> None:
+        """Hold new numbers against the thresholds; stop the run when one says so."""
+        run = self.store.find(watch.run_id)
+        if run is None or run.status is not RunStatus.RUNNING or not run.thresholds or run.started_at is None:
+            return
+        failed = watch.judge.note(snapshot, run.started_at)
+        if failed is not None and self._begin_stop(run.id, "threshold"):
+            log("run aborted by a threshold", run=run.id, threshold=failed.expr)
 
     def _mind_users(self, watch: Watch, run: Run, reading: Reading, workers_before: int) -> None:
         """Spread the users again after workers came or went; note users changed in Locust's page."""
@@ -3940,12 +4804,62 @@ class Engine:
             self._fail(run.id, "Locust ended the test without starting a user: is a host set? Its log tells", snapshot=final)
             return
         self._note_users_never_reached(run, watch)
+        finished_at = max(finished_at, run.started_at or 0)
+        judged = self._judgement(run, final, finished_at, has_failed=False)
         try:
-            self.store.transition(run.id, RunStatus.FINISHED, snapshot=final, finished_at=max(finished_at, run.started_at or 0))
+            self.store.transition(run.id, RunStatus.FINISHED, snapshot=final, finished_at=finished_at, **judged)
         except Conflict:
             return
         log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
         self._run_is_final(run.id)
+
+    def _judgement(self, run: Run, final: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
+        """The thresholds with their results and the verdict of a run that is about to be final.
+
+        Made before the transition, as a final run never changes; nothing that goes wrong
+        here may keep a run from ending."""
+        if not run.thresholds and not run.compare_with:
+            return {}
+        snapshot = final or self.store.newest_numbers(run.id)
+        thresholds = self._judged_thresholds(run, snapshot, finished_at)
+        comparison = self._comparison(run, snapshot, finished_at, has_failed) if run.compare_with else None
+        return {"thresholds": thresholds, "comparison": comparison, "verdict": verdict_of(thresholds, comparison, has_failed)}
+
+    def _judged_thresholds(self, run: Run, snapshot: Snapshot | None, finished_at: float) -> tuple[Threshold, ...]:
+        watch = self._watches.get(run.id)
+        live = watch.judge if watch else ThresholdWatch(run.thresholds)
+        try:
+            samples = self.store.samples(run.id) if any(one.over_s or one.after_s for one in run.thresholds) else []
+        except NotReady as error:
+            log("history not read for the verdict", run=run.id, why=error.message)
+            samples = list(live.samples)
+        # Windows end with the last numbers of the Running run: while it stops, rates fall.
+        moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
+        return tuple(
+            judge_threshold(one, snapshot, samples, moments, live.first_failed[index]) for index, one in enumerate(run.thresholds)
+        )
+
+    def _comparison(self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
+        """The run against its baseline or the run before, as the run keeps it."""
+        asked = run.compare_with or ""
+        if has_failed:
+            return no_comparison(asked, "not compared: the run failed")
+        if asked == "baseline":
+            baseline = self.store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+            other_id = baseline.run_id if baseline else None
+        else:
+            previous = self.store.previous_run(run)
+            other_id = previous.id if previous else None
+        try:
+            other = json.loads(self.store.wire(other_id)) if other_id else None
+        except NotFound:
+            other = None
+        if other is None:
+            return no_comparison(asked, "not compared: there is no " + ("baseline" if asked == "baseline" else "earlier finished run"))
+        wire = run_to_wire(run)
+        wire.update(status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run))
+        wire["lastMetrics"] = snapshot_to_wire(snapshot) if snapshot else None
+        return comparison_summary(asked, compare_runs(other, wire))
 
     def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
         last = watch.last
@@ -3957,6 +4871,9 @@ class Engine:
     ) -> None:
         """End a run as Failed; with `cleanup` its load is stopped as soon as that is possible."""
         changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
+        found = self.store.find(run_id)
+        if found is not None and not found.is_final:
+            changes.update(self._judgement(found, snapshot, time.time(), has_failed=True))
         try:
             run = self.store.transition(
                 run_id, RunStatus.FAILED, snapshot=snapshot, failure_reason=reason, finished_at=time.time(), cleanup=cleanup, **changes
@@ -4062,6 +4979,7 @@ class Engine:
             watch.users_seen = watch.users_seen or bool(snapshot.users or snapshot.requests)
             watch.cluster.heard_at = steady_s()
             watch.last_requests = snapshot.requests or watch.last_requests
+            self._judge(watch, snapshot)
 
     def locust_stopped(self, run_id: str, snapshot: Snapshot | None, complete: bool) -> None:
         """The hooks saw the test end. With `complete` numbers (ours flush the workers) the run
@@ -4168,6 +5086,8 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         created_at=time.time(),
         duration_s=request.duration_s,
         metadata=request.metadata,
+        thresholds=request.thresholds,
+        compare_with=request.compare_with,
         created_by=created_by,
         source=source,
     )
@@ -4203,7 +5123,7 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 11. REPORTS - a run as a page, as Markdown, as CSV
+# 11. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
@@ -4455,6 +5375,77 @@ def _round_up(value: float) -> float:
 
 def _tick_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:g}"
+
+
+# ---- for CI: JUnit and a summary ---------------------------------------------
+
+
+def junit_xml(run: dict[str, Any]) -> str:
+    """The run as JUnit XML: a test case for its end, for each threshold, for the comparison."""
+    cases = [_junit_case(run, "the run finished", run.get("failureReason") or "it failed" if run["status"] == "Failed" else None)]
+    for one in run.get("thresholds", ()):
+        why = f"is {_threshold_value(one)}" + (f" ({one['message']})" if one.get("message") else "")
+        is_failed = one["result"] == "failed" and not one.get("warnOnly")
+        cases.append(_junit_case(run, one["expr"], why if is_failed else None, skipped=one["result"] == "pending"))
+    comparison = run.get("comparison")
+    if comparison and comparison["baseline"]:
+        name = f"no regression against {comparison['with']} {comparison['baseline']}"
+        cases.append(_junit_case(run, name, "; ".join(comparison["regressions"]) or None))
+    lasted_s = parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"]) if run.get("startedAt") and run.get("finishedAt") else 0.0
+    facts = [("runId", run["id"]), ("trust", run.get("trust", "")), ("trustReasons", "; ".join(run.get("trustReasons", ())))]
+    properties = "".join(f'<property name="{name}" value="{_xml(value)}"/>' for name, value in facts)
+    failures, skipped = sum("<failure" in case for case in cases), sum("<skipped" in case for case in cases)
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f'<testsuites><testsuite name="{_xml("load test " + run["scenarioId"])}" tests="{len(cases)}" failures="{failures}" errors="0" '
+        f'skipped="{skipped}" time="{lasted_s:.3f}" timestamp="{run["createdAt"]}">'
+        f"<properties>{properties}</properties>{''.join(cases)}</testsuite></testsuites>\n"
+    )
+
+
+def _junit_case(run: dict[str, Any], name: str, why: str | None, skipped: bool = False) -> str:
+    inner = f'<failure message="{_xml(why)}">{_xml(why)}</failure>' if why is not None else "<skipped/>" if skipped else ""
+    return f'<testcase classname="{_xml(run["scenarioId"])}" name="{_xml(name)}">{inner}</testcase>'
+
+
+def _xml(text: object) -> str:
+    """Text for XML; characters that XML cannot hold at all become a question mark."""
+    return html.escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(text)))
+
+
+def summary_md(run: dict[str, Any]) -> str:
+    """The verdict as Markdown for a job's summary on GitHub or GitLab."""
+    metrics = run.get("lastMetrics") or {}
+    words = run.get("verdict") or run["status"]
+    lines = [f"## Load test {_md(run['scenarioId'])}: {words}", ""]
+    lines.append(f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`")
+    if run.get("failureReason"):
+        lines += ["", f"> {_md(run['failureReason'])}"]
+    if run.get("thresholds"):
+        rows = [[one["expr"], _threshold_value(one), _result_words(one)] for one in run["thresholds"]]
+        lines += ["", *_md_table(["Threshold", "Value", "Result"], rows, 3)]
+    if run.get("trust"):
+        lines += ["", f"Trust: **{run['trust']}**", *(f"- {_md(reason)}" for reason in run["trustReasons"])]
+    comparison = run.get("comparison")
+    if comparison:
+        lines += ["", *_comparison_md(comparison)]
+    lines += ["", *_md_table(ENDPOINT_TITLES, list(_endpoint_cells(run)), 2)] if metrics else []
+    return "\n".join(lines) + "\n"
+
+
+def _result_words(threshold: dict[str, Any]) -> str:
+    words = threshold["result"] + (" (warning only)" if threshold.get("warnOnly") else "")
+    return f"{words}: {threshold['message']}" if threshold.get("message") else words
+
+
+def _comparison_md(comparison: dict[str, Any]) -> Iterator[str]:
+    if comparison["baseline"] is None:
+        yield _md(comparison["message"])
+        return
+    found = len(comparison["regressions"])
+    yield f"Compared with {comparison['with']} `{comparison['baseline']}`: **{f'{found} regressions' if found else 'no regression'}**"
+    for kind in ("regressions", "differences", "warnings"):
+        yield from (f"- {kind[:-1]}: {_md(sentence)}" for sentence in comparison[kind])
 
 
 # ---- Markdown and CSV ------------------------------------------------------
@@ -5670,6 +6661,74 @@ def get_locust_report(api: Api, request: Request) -> Response:
     return api.file_response(request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy)
 
 
+def get_junit(api: Api, request: Request) -> Response:
+    run = json.loads(api.store.wire(api.visible_run(request).id))
+    return api.file_response(request, "junit.xml", XML_TYPE, junit_xml(run))
+
+
+def get_summary(api: Api, request: Request) -> Response:
+    run = json.loads(api.store.wire(api.visible_run(request).id))
+    return api.file_response(request, "summary.md", MARKDOWN_TYPE, summary_md(run))
+
+
+def get_comparison(api: Api, request: Request) -> Response:
+    missing = {name: "is missing; allowed is the id of a run" for name in ("baseline", "candidate") if name not in request.query}
+    if missing:
+        raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
+    documents = []
+    for name in ("baseline", "candidate"):
+        run = api.store.get(request.query[name])
+        if not request.principal.may_touch(run.tenant_id):
+            raise NotFound(f"there is no run {run.id}")
+        documents.append(json.loads(api.store.wire(run.id)))
+    return json_response(compare_runs(documents[0], documents[1], request.query.get("tolerance")))
+
+
+def _place(api: Api, request: Request) -> tuple[str, str, str]:
+    place = (request.params["tenantId"], request.params["envId"], request.params["scenarioId"])
+    api.check_tenant(request, place[0])
+    return place
+
+
+def get_baseline(api: Api, request: Request) -> Response:
+    place = _place(api, request)
+    baseline = api.store.find_baseline(place)
+    if baseline is None:
+        raise NotFound("there is no baseline of " + "/".join(place))
+    return json_response(baseline_to_wire(baseline))
+
+
+def put_baseline(api: Api, request: Request) -> Response:
+    place = _place(api, request)
+    run_id = check_body(parse_json(request.body), BASELINE_KEYS)["run_id"]
+    run = api.store.find(run_id)
+    if run is None or (run.tenant_id, run.env_id, run.scenario_id) != place:
+        raise InvalidInput(f"runId: there is no run {_printable(run_id)} of " + "/".join(place), {"runId": "is not a run of this tenant, environment and scenario"})
+    if run.status is not RunStatus.FINISHED:
+        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished run can be a baseline", status=run.status.value)
+    baseline = Baseline(*place, run.id, time.time(), request.principal.name)
+    api.store.set_baseline(baseline)
+    log("baseline named", run=run.id, by=request.principal.name)
+    return json_response(baseline_to_wire(baseline))
+
+
+def delete_baseline(api: Api, request: Request) -> Response:
+    api.store.drop_baseline(_place(api, request))
+    return Response(http_status=204)
+
+
+def get_trends(api: Api, request: Request) -> Response:
+    query, metric = request.query, request.query.get("metric", "p95ResponseMs")
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.tenants)
+    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][: query.get("limit", 100)]
+    points = []
+    for run in reversed(runs):
+        document = json.loads(api.store.brief(run.id)) if api.store.find(run.id) else {}
+        facts = {name: document.get(name) for name in ("scenarioId", "createdAt", "startedAt", "finishedAt", "targetUsers", "verdict", "trust")}
+        points.append({"runId": run.id, **facts, "value": (document.get("lastMetrics") or {}).get(metric)})
+    return json_response({"metric": metric, "points": points})
+
+
 def get_openapi(api: Api, request: Request) -> Response:
     return json_response(openapi_document())
 
@@ -5832,6 +6891,15 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
+TRENDS_QUERY = {
+    **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
+    "metric": one_of(*COMPARED),
+    "limit": number_value(1, 1000, whole=True),
+}
+BASELINE_KEYS = {"runId": BodyKey("run_id", ID_TEXT, required=True)}
+BASELINE_PATH = "/v1/baselines/{tenantId}/{envId}/{scenarioId}"
+XML_TYPE = "application/xml; charset=utf-8"
 DOWNLOAD_QUERY = {"download": one_of("0", "1")}
 CALLBACK_BYTES = 8 * 1024 * 1024  # statistics of thousands of endpoints
 
@@ -5873,6 +6941,13 @@ ROUTES = (
     Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
     Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
+    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
+    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,)),
+    Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first", query=TRENDS_QUERY, answer="Trend"),
+    Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False, answer="Baseline"),
+    Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
+    Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204, errors=(503,)),
     Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route(
@@ -5941,8 +7016,25 @@ SCHEMAS: dict[str, Any] = {
         durationSeconds=_WHOLE, status={"enum": [status.value for status in RunStatus]}, createdAt=_MOMENT, createdBy=_TEXT, source={"enum": list(SOURCES)},
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
+        thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+    ),
+    "Threshold": _object(
+        "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
+        message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
     ),
     "Runs": _array("Run"),
+    "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
+    "Change": _object("baseline candidate change changePercent", baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE),
+    "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
+    "Comparison": _object(
+        "baseline candidate tolerances totals endpoints differences warnings regressions",
+        baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT}, totals={"$ref": "#/components/schemas/Changes"},
+        endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
+        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT},
+        regressions={"type": "array", "items": _object("endpoint metric message", endpoint=_NAME_OR_NULL, metric=_TEXT, baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, message=_TEXT)},
+    ),
+    "Trend": _object("metric points", metric=_TEXT, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
     "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
     "Failures": _object(

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 import loadmanager
 from target import Target
@@ -71,6 +73,40 @@ def test_tables_of_the_command_line_are_the_program_s():
     real = {(command.name, command.about) for command in loadmanager.COMMANDS}
     real |= {(str(number), about) for number, about in loadmanager.EXITS.items()} | set(loadmanager.VARIABLES.items())
     assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
+
+
+def test_thresholds_of_the_example_are_accepted():
+    example = re.search(r"## Did it pass.*?```json\n(.*?)```", README, re.S).group(1)
+    assert len(loadmanager.check_body(json.loads(example), loadmanager.CREATE_KEYS)["thresholds"]) == 8
+
+
+def ci_steps():
+    section = README.split("## Did it pass")[1].split("\n## ")[0]
+    gitlab, github = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", section, re.S))
+    steps = [step["run"] for step in github["jobs"]["load-test"]["steps"] if "run" in step]
+    return {"gitlab": gitlab["load-test"]["script"], "github": steps}
+
+
+@pytest.mark.parametrize("ci", ["gitlab", "github"])
+def test_shell_steps_of_the_ci_jobs_pass_and_leave_their_files(ci, shipped_program, tmp_path):
+    token = yaml.safe_load((ROOT / "config.yaml").read_text())["security"]["apiToken"]
+    (tmp_path / "loadmanager.py").write_text((ROOT / "loadmanager.py").read_text())
+    environment = {**os.environ, "LOADMANAGER_URL": shipped_program, "LOADMANAGER_TOKEN": token, "GITHUB_STEP_SUMMARY": str(tmp_path / "step.md")}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
+    done = subprocess.run(["bash", "-euc", "\n".join(ci_steps()[ci])], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [case.attrib["name"] for case in ElementTree.parse(tmp_path / "loadtest.xml").iter("testcase")]
+    assert cases == ["the run finished", "p95ResponseMs < 500", "errorRate < 1"]
+    assert "passed" in (tmp_path / ("step.md" if ci == "github" else "loadtest.md")).read_text()
+
+
+def test_a_failed_threshold_makes_the_ci_step_exit_99(shipped_program, tmp_path):
+    token = yaml.safe_load((ROOT / "config.yaml").read_text())["security"]["apiToken"]
+    step = ci_steps()["gitlab"][0].replace("errorRate < 1", "GET /nope: errorRate < 1").replace("python loadmanager.py", f"{sys.executable} {ROOT / 'loadmanager.py'}")
+    environment = {**os.environ, "LOADMANAGER_URL": shipped_program, "LOADMANAGER_TOKEN": token}
+    done = subprocess.run(["bash", "-euc", step], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 99, done.stdout + done.stderr
+    assert ElementTree.parse(tmp_path / "loadtest.xml").find("testsuite").attrib["failures"] == "1"
 
 
 def test_table_of_routes_is_the_route_table():
