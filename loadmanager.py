@@ -4816,8 +4816,8 @@ class Engine:
     def _judgement(self, run: Run, final: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
         """The thresholds with their results and the verdict of a run that is about to be final.
 
-        Made before the transition, as a final run never changes; nothing that goes wrong
-        here may keep a run from ending."""
+        Made before the transition, as a final run never changes. A history that cannot be
+        read does not keep the run from ending: the numbers in memory serve then."""
         if not run.thresholds and not run.compare_with:
             return {}
         snapshot = final or self.store.newest_numbers(run.id)
