@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import jsonschema
 import pytest
 
+import loadmanager
 from fake_locust import FakeLocust
 from waiting import eventually
 
@@ -117,9 +119,11 @@ class LoadManager:
         try:
             connection.request(method, path, body, sent)
             response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            answer = Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:
             connection.close()
+        assert_documented(method, path, answer)
+        return answer
 
     def get(self, path: str, **how: Any) -> Answer:
         return self.request("GET", path, **how)
@@ -158,6 +162,25 @@ class LoadManager:
         with self.connect() as sock:
             sock.sendall(sent)
             return read_answers(sock, until_closed=until_closed)
+
+
+DOCUMENT = loadmanager.openapi_document()
+TEMPLATES = [(re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), operations) for path, operations in DOCUMENT["paths"].items()]
+TEMPLATES.sort(key=lambda template: template[0].pattern.count("[^/]+"))  # /v1/tests/compare before /v1/tests/{id}
+
+
+def assert_documented(method: str, path: str, answer: Answer) -> None:
+    """Every answer that any test gets is one that the API's document has, of its type and schema."""
+    operations = next((operations for pattern, operations in TEMPLATES if pattern.fullmatch(path.partition("?")[0])), {})
+    operation = operations.get(method.lower())
+    if operation is None:
+        return  # an odd path or method: 404 or 405, which tests look at themselves
+    described = operation["responses"].get(str(answer.status))
+    assert described is not None, f"{method} {path} answered {answer.status}, which the document does not have: {answer.body[:300]!r}"
+    for media, content in described.get("content", {}).items():
+        assert answer.headers["content-type"] == media, f"{method} {path}: {answer.headers['content-type']} instead of {media}"
+        if media == loadmanager.JSON_TYPE and len(answer.body) < 200_000:
+            jsonschema.validate(answer.json, {**content["schema"], "components": DOCUMENT["components"]})
 
 
 def read_answers(sock: socket.socket, count: int = 1, until_closed: bool = False) -> bytes:
