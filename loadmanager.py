@@ -4448,7 +4448,7 @@ class Engine:
         """One look: the uncached state first where it matters, then the numbers."""
         cluster = watch.cluster
         if not watch.users_seen or self._lease_needs_us(run):
-            state = cluster.read_state(min(LOCUST_CALL_S, max(2.0, self.rules.lost_after_s)))
+            state = cluster.read_state(self._look_timeout_s)
             self._note_start(watch, state)
             if state.hooks and self._is_over(watch, run, state):
                 self._ended_by_locust(watch, state)
@@ -4457,7 +4457,7 @@ class Engine:
                 return
         if watch.age_s < STATS_CACHE_S + 0.2:
             return  # the cache may still hold the numbers of the test before
-        reading = cluster.read_stats(min(LOCUST_CALL_S, max(2.0, self.rules.lost_after_s)))
+        reading = cluster.read_stats(self._look_timeout_s)
         self._note_start(watch, reading)
         if watch.over.is_set():
             return
@@ -4465,6 +4465,11 @@ class Engine:
             self._confirm_end(watch, run, reading)
             return
         self._note_reading(watch, run, reading)
+
+    @property
+    def _look_timeout_s(self) -> float:
+        """A look must not outlast the silence after which a cluster is lost."""
+        return min(LOCUST_CALL_S, max(2.0, self.rules.lost_after_s))
 
     def _lease_needs_us(self, run: Run) -> bool:
         return run.duration_s is None and self.rules.lease_s > 0
@@ -4517,7 +4522,7 @@ class Engine:
         ready = [worker for worker in reading.live_workers if worker.state == "ready"]
         lost = reading.users < watch.users_now and len(reading.live_workers) < len(before.live_workers)
         if reading.live_workers and (lost or (ready and workers_before)):
-            self._respread(watch, run, watch.users_now)
+            self._respread(watch, run)
             return
         stable = before.users == reading.users and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
         if stable and 0 < reading.users != watch.users_now and watch.age_s > ramp_s(run) + 5 and before.state == "running":
@@ -4526,7 +4531,7 @@ class Engine:
             self._warn(run.id, "users_changed", f"users were changed in Locust from {watch.users_now} to {reading.users}")
             watch.users_now = reading.users
             if watch.deadline is not None:
-                self._respread(watch, run, reading.users)  # Locust forgot run_time with the change
+                self._respread(watch, run)  # Locust forgot run_time with the change
 
     def _changed_by_hand(self, watch: Watch, reading: Reading) -> bool:
         """Fewer users than asked may be a cluster that cannot; the hooks know what was asked."""
@@ -4536,7 +4541,7 @@ class Engine:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def _respread(self, watch: Watch, run: Run, users: int) -> None:
+    def _respread(self, watch: Watch, run: Run) -> None:
         """Swarm again with the same run and its remaining time: Locust spreads users over the
         workers it has only then (2.47.0)."""
         cluster = watch.cluster
@@ -4551,7 +4556,7 @@ class Engine:
                 return  # it just ended: a swarm would start it anew
             watch.respread_at = steady_s()
             cluster.client.swarm(self._swarm_form(cluster, run, watch, None))
-        log("users spread again", run=run.id, cluster=cluster.id, users=users)
+        log("users spread again", run=run.id, cluster=cluster.id, users=watch.users_now)
 
     def _not_heard(self, watch: Watch, run: Run, error: LocustError) -> None:
         cluster = watch.cluster

@@ -263,3 +263,15 @@ def fake_locust() -> Iterator[Callable[..., FakeLocust]]:
     yield start
     for fake in started:
         fake.close()
+
+
+@pytest.fixture
+def fake(fake_locust: Callable[..., FakeLocust]) -> FakeLocust:
+    """An idle fake master with hooks."""
+    return fake_locust(hooks=True)
+
+
+@pytest.fixture
+def lm(load_manager: Callable[..., LoadManager], fake: FakeLocust) -> LoadManager:
+    """A Load Manager with one cluster, that fake master."""
+    return load_manager(cluster_config(fake.url))

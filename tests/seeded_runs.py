@@ -5,7 +5,6 @@ import math
 import random
 import time
 import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import loadmanager as lm

@@ -17,17 +17,6 @@ from waiting import eventually, holds_for
 BEARER = f"Host: lm\r\nAuthorization: Bearer {API_TOKEN}\r\n".encode()
 
 
-@pytest.fixture
-def fake(fake_locust):
-    return fake_locust(hooks=True)
-
-
-@pytest.fixture
-def lm(load_manager, fake):
-    """A Load Manager with one cluster, an idle fake master with hooks."""
-    return load_manager(cluster_config(fake.url))
-
-
 def finished_run(lm, **changes):
     run = lm.create(**changes).json
     lm.post(f"/v1/tests/{run['id']}/stop")

@@ -15,18 +15,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 import fake_locust as faults
-from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config, create_body
+from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config
 from waiting import eventually, holds_for
-
-
-@pytest.fixture
-def fake(fake_locust):
-    return fake_locust(hooks=True)
-
-
-@pytest.fixture
-def lm(load_manager, fake):
-    return load_manager(cluster_config(fake.url))
 
 
 def failed_create(lm, status, words):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import loadmanager
-from conftest import CALLBACK_TOKEN, ROOT, cluster_config, create_body
+from conftest import CALLBACK_TOKEN, ROOT, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from waiting import eventually, holds_for
