@@ -130,6 +130,8 @@ MOST_THRESHOLDS = 50  # of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
+MOST_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
+NOISE_BLOCKS = 20  # stretches of a run by which it is judged how much it scatters
 
 # Exit statuses of the commands; 99 is what k6 has for thresholds.
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTERRUPTED = 0, 1, 2, 3, 99, 130
@@ -1047,6 +1049,7 @@ class EndpointStats(NamedTuple):
     per_s: float | None
     p95_ms: float | None
     p99_ms: float | None
+    times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
 
 
 class Snapshot(NamedTuple):
@@ -1068,6 +1071,7 @@ class Snapshot(NamedTuple):
     fails_per_s: float | None = None
     window_p50_ms: float | None = None  # of about the last 10 s
     window_p95_ms: float | None = None
+    times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
 
 
 # The wire's keys, read in both directions; in the order of the tuples' fields.
@@ -1127,6 +1131,103 @@ class Sample(NamedTuple):
     window_p95_ms: float | None
     users: int | None
     source: str  # poll, push (from the hooks) or final
+
+
+class Histogram(NamedTuple):
+    """Requests of one endpoint, or of the totals, by how long they took: the counts from
+    which Locust makes its percentiles, its times rounded to two digits."""
+
+    requests: int
+    failures: int
+    total_ms: float
+    times: dict[int, int]  # whole ms -> requests; those without a time are not in it
+
+
+Endpoint = tuple[str, str]  # method, name
+Histograms = dict[Endpoint | None, Histogram]  # None: the totals
+
+
+class HistogramPoint(NamedTuple):
+    """All histograms of a run from its start to a moment (epoch seconds)."""
+
+    at: float
+    histograms: Histograms
+
+
+def histograms_of(snapshot: Snapshot) -> Histograms | None:
+    """What a snapshot carries of response times; None: nothing, or not of the totals."""
+    if snapshot.times is None:
+        return None
+    found: Histograms = {None: _histogram(snapshot)}
+    for row in snapshot.endpoints or ():
+        if row.times is not None:
+            found[row.method, row.name] = _histogram(row)
+    return found
+
+
+def _histogram(row: Snapshot | EndpointStats) -> Histogram:
+    times = row.times or {}
+    return Histogram(row.requests or 0, row.failures or 0, (row.avg_ms or 0.0) * sum(times.values()), times)
+
+
+def histograms_to_record(now: Histograms, before: Histograms | None) -> str:
+    """What came since `before`, or all when that is None, as the JSON text that the store keeps."""
+    rows = []
+    for key_, histogram in now.items():
+        part = since(histogram, before.get(key_)) if before else histogram
+        if part is not None and part.requests:
+            pairs = [number for pair in part.times.items() for number in pair]
+            rows.append([*(key_ or (None, None)), part.requests, part.failures, round(part.total_ms, 3), pairs])
+    return dump_json(rows)
+
+
+def histograms_from_record(text: str, before: Histograms | None) -> Histograms:
+    """The histograms that stood at a record: what it holds, on top of `before`."""
+    found = dict(before or {})
+    for method, name, requests, failures, total_ms, pairs in json.loads(text):
+        key_ = None if method is None else (method, name)
+        part = Histogram(requests, failures, total_ms, dict(zip(pairs[::2], pairs[1::2])))
+        found[key_] = _sum(found[key_], part) if key_ in found else part
+    return found
+
+
+def _sum(one: Histogram, other: Histogram) -> Histogram:
+    times = dict(one.times)
+    for ms, requests in other.times.items():
+        times[ms] = times.get(ms, 0) + requests
+    return Histogram(one.requests + other.requests, one.failures + other.failures, one.total_ms + other.total_ms, times)
+
+
+def since(newer: Histogram, older: Histogram | None) -> Histogram | None:
+    """What came between two moments; None when the counters went back meanwhile."""
+    if older is None:
+        return newer
+    times = {ms: more for ms, requests in newer.times.items() if (more := requests - older.times.get(ms, 0))}
+    part = Histogram(newer.requests - older.requests, newer.failures - older.failures, max(0.0, newer.total_ms - older.total_ms), times)
+    gone = older.times.keys() - newer.times.keys()
+    return None if gone or part.requests < 0 or part.failures < 0 or any(more < 0 for more in times.values()) else part
+
+
+def percentile_ms(times: dict[int, int], ratio: float) -> int | None:
+    """As Locust does it (calculate_response_time_percentile, 2.47.0); ratio 0..1, None without requests."""
+    requests = sum(times.values())
+    seen, wanted = 0, int(requests * ratio)
+    for ms in sorted(times, reverse=True):
+        seen += times[ms]
+        if requests - seen <= wanted:
+            return ms
+    return None
+
+
+def histogram_to_wire(histogram: Histogram) -> dict[str, Any]:
+    times = histogram.times
+    return {
+        "requests": histogram.requests,
+        "failures": histogram.failures,
+        "avgResponseMs": histogram.total_ms / sum(times.values()) if times else None,
+        **{f"p{which}ResponseMs": percentile_ms(times, which / 100) for which in (50, 95, 99)},
+        "responseTimes": {str(ms): times[ms] for ms in sorted(times)},
+    }
 
 
 SAMPLE_KEYS = {
@@ -1315,6 +1416,7 @@ ENDPOINT_METRICS = {  # the same of an endpoint, in EndpointStats; errorRate com
     "minResponseMs": "min_ms",
     "maxResponseMs": "max_ms",
 }
+PERCENTILE_RATIOS = {"p50ResponseMs": 0.5, "p95ResponseMs": 0.95, "p99ResponseMs": 0.99}
 WINDOW_PERCENTILES = {"p50ResponseMs": "window_p50_ms", "p95ResponseMs": "window_p95_ms"}
 COUNTED = ("totalRequests", "totalFailures", "totalRps", "errorRate")  # from counters: any window has them
 METRIC_WORDS = {  # how people know them from elsewhere; lower case, only letters and digits
@@ -1471,15 +1573,20 @@ def _why_not(threshold: Threshold) -> str | None:
     metric, over_s = threshold.metric, threshold.over_s
     if threshold.endpoint is None and metric not in TOTAL_METRICS:
         return f"Locust gives {metric} only for an endpoint: write 'GET /path: {metric} ...'"
-    if threshold.endpoint is not None and (over_s or threshold.after_s):
-        return "over and after are for the totals, not for an endpoint"
-    if metric in COUNTED:
-        return None
-    if over_s and (over_s != LOCUST_WINDOW_S or metric not in WINDOW_PERCENTILES):
-        return f"Locust gives windows of response times only for {' and '.join(WINDOW_PERCENTILES)} over {LOCUST_WINDOW_S:g}s"
-    if threshold.after_s and not over_s:
-        return f"Locust's response times of a whole run include its beginning: write p95ResponseMs ... over {LOCUST_WINDOW_S:g}s after ..."
+    if (over_s or threshold.after_s) and metric not in TOTAL_METRICS:
+        return f"{metric} is known of a whole run only, not over a window or after a warm-up"
     return None
+
+
+def needs_histograms(threshold: Threshold) -> bool:
+    """Whether only histograms tell: Locust itself has windows of counters of the totals, and
+    its own current percentiles, of LOCUST_WINDOW_S."""
+    if not threshold.over_s and not threshold.after_s:
+        return False
+    if threshold.endpoint is not None:
+        return True
+    is_locusts = threshold.over_s == LOCUST_WINDOW_S and threshold.metric in WINDOW_PERCENTILES
+    return threshold.metric not in COUNTED and not is_locusts
 
 
 def canonical_form(threshold: Threshold) -> str:
@@ -1634,8 +1741,11 @@ def endpoint_figures(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, flo
     return figures
 
 
-def _changes(baseline: dict[str, float | None], candidate: dict[str, float | None]) -> dict[str, Any]:
-    return {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
+def _changes(baseline: dict[str, float | None], candidate: dict[str, float | None], p_values: dict[str, float]) -> dict[str, Any]:
+    changes = {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
+    for name, p_value in p_values.items():
+        changes[name]["pValue"] = p_value
+    return changes
 
 
 def _change(before: float | None, after: float | None) -> dict[str, Any]:
@@ -1676,15 +1786,95 @@ def is_worse(name: str, before: dict[str, float | None], after: dict[str, float 
     return change / 100 > 3 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
 
 
+# Whether a percentile differs by more than chance: the quantile test (Mood's median test, for
+# any quantile). Under the pooled requests of both runs one time has, say, 5% above it; were both
+# runs alike, each had about 5% above it. Requests of one moment are alike, so plain counting
+# would see differences everywhere: the variance is multiplied by how much more the stretches of
+# a run scatter than independent requests would (the overdispersion of quasi-likelihood).
+
+NOISE_P_VALUE = 0.005  # one-sided: a difference as large or larger by chance
+LEAST_ABOVE = 10  # requests of both runs above the pooled percentile
+
+
+def quantile_test(before: list[Histogram], after: list[Histogram], ratio: float) -> float | None:
+    """The p-value of `after` being slower than `before` at a percentile, each run in
+    stretches; None when there are too few requests to tell."""
+    pooled: dict[int, int] = {}
+    for part in (*before, *after):
+        for ms, requests in part.times.items():
+            pooled[ms] = pooled.get(ms, 0) + requests
+    limit = _limit_between(pooled, ratio)
+    ones, others = ([(sum(part.times.values()), _slower(part, limit)) for part in parts] for parts in (before, after))
+    n1, n2 = (sum(n for n, _ in stretches) for stretches in (ones, others))
+    k1, k2 = (sum(k for _, k in stretches) for stretches in (ones, others))
+    if not n1 or not n2 or k1 + k2 < LEAST_ABOVE or k1 + k2 == n1 + n2:
+        return None
+    share = (k1 + k2) / (n1 + n2)
+    variance = share * (1 - share) * (_overdispersion(ones) / n1 + _overdispersion(others) / n2)
+    return 0.5 * math.erfc((k2 / n2 - k1 / n1) / math.sqrt(2 * variance))
+
+
+def _limit_between(times: dict[int, int], ratio: float) -> float:
+    """Just below or just above the percentile, where the share above is nearer to 1 - ratio:
+    Locust's rounded times come in heaps."""
+    ms = percentile_ms(times, ratio)
+    if ms is None:
+        return 0.0
+    heap, above = times[ms], sum(requests for one, requests in times.items() if one > ms)
+    wanted = (1 - ratio) * sum(times.values())
+    return ms - 0.5 if abs(above + heap - wanted) < abs(above - wanted) else ms + 0.5
+
+
+def _slower(part: Histogram, limit: float) -> int:
+    return sum(requests for ms, requests in part.times.items() if ms > limit)
+
+
+def _overdispersion(stretches: list[tuple[int, int]]) -> float:
+    """How many times more the counts (n, of them k) scatter than chance makes them; at least 1."""
+    n, k = sum(n for n, _ in stretches), sum(k for _, k in stretches)
+    known = [pair for pair in stretches if pair[0]]
+    share = k / n
+    if len(known) < 5 or not 0 < share < 1:
+        return 1.0
+    return max(1.0, sum((k - n * share) ** 2 / (n * share * (1 - share)) for n, k in known) / (len(known) - 1))
+
+
+Stretches = dict[Endpoint | None, list[Histogram]]
+
+
+def last_of_each_step(points: Iterable[HistogramPoint], step_s: float) -> list[HistogramPoint]:
+    return list({math.floor(point.at / step_s): point for point in points}.values())
+
+
+def stretches_of(points: list[HistogramPoint], total_requests: int | None) -> Stretches | None:
+    """A run's histograms in stretches, from those of moments; None when they do not hold all
+    of its requests, as when a Locust without hooks ended it."""
+    if not points or points[-1].histograms.get(None, Histogram(0, 0, 0, {})).requests != total_requests:
+        return None
+    found: Stretches = {key_: [] for key_ in points[-1].histograms}
+    for before, point in zip([HistogramPoint(0, {}), *points], points):
+        for key_, histogram in point.histograms.items():
+            part = since(histogram, before.histograms.get(key_))
+            if part is None:
+                return None
+            found[key_].append(part)
+    return found
+
+
 class _Judge:
     """Collects the regressions of one comparison, and what could not be judged."""
 
-    def __init__(self, tolerances: dict[str, Tolerance]):
+    def __init__(self, tolerances: dict[str, Tolerance], stretches: tuple[Stretches | None, Stretches | None]):
         self.tolerances = tolerances
+        self.stretches = stretches
         self.regressions: list[dict[str, Any]] = []
         self.warnings: list[str] = []
+        self.noise: list[str] = []
 
-    def judge(self, endpoint: str | None, before: dict[str, float | None], after: dict[str, float | None]) -> None:
+    def judge(self, key_: Endpoint | None, before: dict[str, float | None], after: dict[str, float | None]) -> dict[str, float]:
+        """Note what got worse; returns the p-values of the percentiles, as far as they are known."""
+        endpoint = None if key_ is None else " ".join(part for part in key_ if part)
+        p_values = self._p_values(key_)
         for name, tolerance in self.tolerances.items():
             if endpoint is not None and name == "totalRps":
                 continue  # the shares of endpoints are drawn by chance
@@ -1692,41 +1882,64 @@ class _Judge:
             if seen < least:
                 self.warnings.append(f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed")
             elif is_worse(name, before, after, tolerance):
-                self._add(endpoint, name, _change(before[name], after[name]), tolerance)
+                change = _change(before[name], after[name])
+                if p_values.get(name, 0.0) > NOISE_P_VALUE:
+                    self.noise.append(f"{self._sentence(endpoint, name, change)}; that is within the noise of the runs (p = {p_values[name]:.3f})")
+                else:
+                    self._add(endpoint, name, change, tolerance)
+        return p_values
+
+    def _p_values(self, key_: Endpoint | None) -> dict[str, float]:
+        before, after = (stretches.get(key_, []) if stretches else [] for stretches in self.stretches)
+        if not before or not after:
+            return {}
+        tested = ((name, quantile_test(before, after, ratio)) for name, ratio in PERCENTILE_RATIOS.items())
+        return {name: p_value for name, p_value in tested if p_value is not None}
 
     def _add(self, endpoint: str | None, name: str, change: dict[str, Any], tolerance: Tolerance) -> None:
-        percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
-        figures = f"{_decimal(round(change['baseline'], 2))} to {_decimal(round(change['candidate'], 2))}"
-        message = f"{endpoint or 'totals'}: {name} went from {figures}{percent}, allowed is {tolerance}"
+        message = f"{self._sentence(endpoint, name, change)}, allowed is {tolerance}"
         self.regressions.append({"endpoint": endpoint, "metric": name, **change, "message": message})
 
 
-def compare_runs(baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None) -> dict[str, Any]:
-    """Two runs as JSON, compared: changes, what makes it unfair, what got worse."""
+    def _sentence(self, endpoint: str | None, name: str, change: dict[str, Any]) -> str:
+        percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
+        figures = f"{_decimal(round(change['baseline'], 2))} to {_decimal(round(change['candidate'], 2))}"
+        return f"{endpoint or 'totals'}: {name} went from {figures}{percent}"
+
+
+def compare_runs(
+    baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None,
+    stretches: tuple[Stretches | None, Stretches | None] = (None, None),
+) -> dict[str, Any]:  # fmt: skip
+    """Two runs as JSON, compared: changes, what makes it unfair, what got worse. With the
+    stretches of both, only what is more than noise is a regression of a percentile."""
     wanted = {**DEFAULT_TOLERANCES, **(tolerances or {})}
-    judge = _Judge(wanted)
+    judge = _Judge(wanted, stretches)
     before, after = total_figures(baseline), total_figures(candidate)
-    judge.judge(None, before, after)
+    totals = _changes(before, after, judge.judge(None, before, after))
     old, new = endpoint_figures(baseline), endpoint_figures(candidate)
     differences = list(unfairness(baseline, candidate))
     endpoints = []
     for key_ in sorted({*old, *new}):
         name = " ".join(part for part in key_ if part)
         entry: dict[str, Any] = {"method": key_[0], "name": key_[1]}
+        p_values: dict[str, float] = {}
         if key_ in old and key_ in new:
-            judge.judge(name, old[key_], new[key_])
+            p_values = judge.judge(key_, old[key_], new[key_])
         else:
             entry["state"] = "new" if key_ in new else "gone"
             differences.append(f"endpoint {name} is {entry['state']}")
-        endpoints.append({**entry, "metrics": _changes(old.get(key_, {}), new.get(key_, {}))})
+        endpoints.append({**entry, "metrics": _changes(old.get(key_, {}), new.get(key_, {}), p_values)})
     return {
         "baseline": baseline["id"],
         "candidate": candidate["id"],
         "tolerances": {name: str(tolerance) for name, tolerance in wanted.items()},
-        "totals": _changes(before, after),
+        "noiseJudged": None not in stretches,
+        "totals": totals,
         "endpoints": endpoints,
         "differences": differences,
         "warnings": [*_comparison_doubts(baseline, candidate), *judge.warnings],
+        "noise": judge.noise,
         "regressions": judge.regressions,
     }
 
@@ -1766,7 +1979,7 @@ def _comparison_doubts(baseline: dict[str, Any], candidate: dict[str, Any]) -> I
 
 def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[str, Any]:
     """What a run keeps of its comparison."""
-    kept = {name: comparison[name] for name in ("baseline", "tolerances", "differences", "warnings")}
+    kept = {name: comparison[name] for name in ("baseline", "tolerances", "differences", "warnings", "noise", "noiseJudged")}
     return {"with": compared_with, **kept, "regressions": [one["message"] for one in comparison["regressions"]]}
 
 
@@ -1788,9 +2001,9 @@ def _worst(threshold: Threshold, found: list[tuple[float, Any]]) -> tuple[float,
     return (max if threshold.op in ("<", "<=") else min)(found, key=lambda pair: pair[0])
 
 
-def _is_meant(threshold: Threshold, row: EndpointStats) -> bool:
+def _is_meant(threshold: Threshold, method: str, name: str) -> bool:
     """An endpoint goes by "METHOD name", or by its name alone."""
-    names = (f"{row.method} {row.name}".strip(), row.name)
+    names = (f"{method} {name}".strip(), name)
     if not threshold.is_pattern:
         return threshold.endpoint in names
     pieces = (threshold.endpoint or "").split("*")
@@ -1827,7 +2040,7 @@ def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[fl
         value = getattr(snapshot, TOTAL_METRICS[threshold.metric])
         has_requests = bool(snapshot.requests) or threshold.metric in ("totalRequests", "totalFailures")
         return (value, None) if value is not None and has_requests else (None, "there was no request")
-    rows = [row for row in snapshot.endpoints or () if _is_meant(threshold, row)]
+    rows = [row for row in snapshot.endpoints or () if _is_meant(threshold, row.method, row.name)]
     if not rows:
         return None, "there is no such endpoint"
     found = [(value, row) for row in rows if (value := _value_of_row(threshold.metric, row)) is not None]
@@ -1886,18 +2099,117 @@ def judge_windows(threshold: Threshold, samples: list[Sample], moments: tuple[fl
     return _worst(threshold, found)[0], first
 
 
+class HistogramWindow:
+    """The windows of one threshold over a run's histograms, taken in as they come.
+
+    A window ends with each of them, and began with an earlier one, at least over_s before."""
+
+    ANCHORS = 60  # kept within over_s: a window is longer than it by a sixtieth at most, or by one push
+
+    def __init__(self, threshold: Threshold, started_at: float):
+        self.threshold = threshold
+        self._begin = started_at + (threshold.after_s or 0.0)
+        self._anchors = deque([] if threshold.after_s else [HistogramPoint(started_at, {})])
+        self._newest_at = -math.inf
+
+    def value(self, point: HistogramPoint) -> float | None:
+        """The value of the window that ends with `point`; None before there is one, and without data."""
+        if point.at <= max(self._begin, self._newest_at):
+            return None
+        self._newest_at = point.at
+        meant = HistogramPoint(point.at, {key_: one for key_, one in point.histograms.items() if self._means(key_)})
+        anchor = self._anchor(meant)
+        self._keep(meant)
+        return None if anchor is None else self._between(anchor, meant)
+
+    def _means(self, key_: Endpoint | None) -> bool:
+        if key_ is None or self.threshold.endpoint is None:
+            return key_ is None and self.threshold.endpoint is None
+        return _is_meant(self.threshold, *key_)
+
+    def _anchor(self, point: HistogramPoint) -> HistogramPoint | None:
+        begin = point.at - (self.threshold.over_s or 0.0)
+        while len(self._anchors) > 1 and self.threshold.over_s and self._anchors[1].at <= begin:
+            self._anchors.popleft()
+        return self._anchors[0] if self._anchors and self._anchors[0].at <= begin else None
+
+    def _keep(self, point: HistogramPoint) -> None:
+        over_s = self.threshold.over_s
+        if not self._anchors or (over_s and point.at - self._anchors[-1].at >= over_s / self.ANCHORS):
+            self._anchors.append(point)
+
+    def _between(self, anchor: HistogramPoint, point: HistogramPoint) -> float | None:
+        found = []
+        for key_, histogram in point.histograms.items():
+            part = since(histogram, anchor.histograms.get(key_))
+            value = part and _value_of_histogram(self.threshold.metric, part, point.at - anchor.at)
+            if value is not None:
+                found.append((value, None))
+        return _worst(self.threshold, found)[0] if found else None
+
+
+def _value_of_histogram(metric: str, part: Histogram, seconds: float) -> float | None:
+    if metric in PERCENTILE_RATIOS:
+        return percentile_ms(part.times, PERCENTILE_RATIOS[metric])
+    if metric == "avgResponseMs":
+        return part.total_ms / sum(part.times.values()) if part.times else None
+    if metric == "errorRate":
+        return min(100.0, 100.0 * part.failures / part.requests) if part.requests else None
+    return {"totalRequests": part.requests, "totalFailures": part.failures, "totalRps": part.requests / seconds}[metric]
+
+
+class Window(NamedTuple):
+    """What became of a threshold's windows: the value that counts, when one failed first, why there is no value."""
+
+    value: float | None
+    first_failed_at: float | None = None
+    message: str | None = "no whole window had data"
+
+
+def judge_histogram_windows(
+    thresholds: Iterable[Threshold], points: Iterable[HistogramPoint], moments: tuple[float, float]
+) -> dict[Threshold, Window]:
+    """The windows of those thresholds that need histograms, in one pass over a run's history."""
+    started_at, finished_at = moments
+    windows = [HistogramWindow(one, started_at) for one in dict.fromkeys(thresholds) if needs_histograms(one)]
+    found = {window.threshold: Window(None) for window in windows}
+    seen = False
+    for point in points if windows else ():
+        seen = True
+        for window in windows:
+            over_s = window.threshold.over_s
+            if over_s and point.at > finished_at + 0.001:
+                continue  # while a run stops its rates fall; a warm-up's rest counts to the very end
+            value = window.value(point)
+            if value is not None:
+                found[window.threshold] = _next_window(window.threshold, found[window.threshold], value, point.at)
+    if not seen:
+        why = "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, and none came"
+        return {one: window._replace(message=why) for one, window in found.items()}
+    return found
+
+
+def _next_window(threshold: Threshold, so_far: Window, value: float, at: float) -> Window:
+    if not threshold.over_s:
+        return Window(value)  # from the warm-up to now
+    first = at if so_far.first_failed_at is None and not _holds(threshold, value) else so_far.first_failed_at
+    known = so_far.value
+    return Window(value if known is None else _worst(threshold, [(known, None), (value, None)])[0], first)
+
+
 def judge_threshold(
-    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float], first_seen: float | None
-) -> Threshold:
+    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float],
+    first_seen: float | None, window: Window | None = None,
+) -> Threshold:  # fmt: skip
     """The threshold with its result, from a run's final numbers and its history.
 
-    moments: start and end; first_seen: when it was first seen to fail during the run. What
-    has no data has failed, and says so."""
+    moments: start and end; first_seen: when it was first seen to fail during the run; window:
+    of one that needs histograms. What has no data has failed, and says so."""
     first = first_seen
     if threshold.over_s or threshold.after_s:
-        value, first_window = judge_windows(threshold, samples, moments)
-        message = None if value is not None else "no whole window had data"
-        first = first_window or first_seen
+        window = window or Window(*judge_windows(threshold, samples, moments))
+        value, first = window.value, window.first_failed_at or first_seen
+        message = None if value is not None else window.message
     else:
         value, message = whole_run_value(threshold, snapshot)
     if value is not None and _holds(threshold, value):
@@ -1929,30 +2241,43 @@ class ThresholdWatch:
         self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0)
         self._lock = threading.Lock()
         self._anchors: list[Sample | None] = [None] * len(thresholds)  # where a warm-up ended
+        self._windows: dict[int, HistogramWindow] = {}
         self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
 
     def note(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
         """Take new numbers; the threshold that now aborts the run, or None."""
         with self._lock:
-            if self.samples and snapshot.taken_at <= self.samples[-1].at:
-                return None
-            self.samples.append(sample_of("", snapshot, ""))
+            is_newest = not self.samples or snapshot.taken_at > self.samples[-1].at
+            histograms = histograms_of(snapshot) if any(map(needs_histograms, self.thresholds)) else None
+            if is_newest:
+                self.samples.append(sample_of("", snapshot, ""))
             while len(self.samples) > 1 and self.samples[1].at <= snapshot.taken_at - self._keep_s:
                 del self.samples[0]
-            aborting = [one for index, one in enumerate(self.thresholds) if self._aborts(index, one, snapshot, started_at)]
+            aborting = []
+            for index, threshold in enumerate(self.thresholds):
+                if needs_histograms(threshold):
+                    value = self._histogram_value(index, HistogramPoint(snapshot.taken_at, histograms), started_at) if histograms else None
+                else:
+                    value = self._value(index, threshold, snapshot, started_at) if is_newest else None
+                if self._aborts(index, threshold, value, snapshot.taken_at):
+                    aborting.append(threshold)
             return aborting[0] if aborting else None
 
-    def _aborts(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> bool:
+    def _histogram_value(self, index: int, point: HistogramPoint, started_at: float) -> float | None:
+        if index not in self._windows:
+            self._windows[index] = HistogramWindow(self.thresholds[index], started_at)
+        return self._windows[index].value(point)
+
+    def _aborts(self, index: int, threshold: Threshold, value: float | None, at: float) -> bool:
         """Note whether it fails now; True when it has failed so long that it aborts."""
-        value = self._value(index, threshold, snapshot, started_at)
         if value is None:
             return False
         if _holds(threshold, value):
             self._failing_since[index] = None
             return False
-        since = self._failing_since[index] = self._failing_since[index] or snapshot.taken_at
-        self.first_failed[index] = self.first_failed[index] or since
-        return threshold.abort_on_fail and snapshot.taken_at - since >= threshold.delay_s
+        failing_since = self._failing_since[index] = self._failing_since[index] or at
+        self.first_failed[index] = self.first_failed[index] or failing_since
+        return threshold.abort_on_fail and at - failing_since >= threshold.delay_s
 
     def _value(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> float | None:
         if threshold.over_s:
@@ -2107,9 +2432,26 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
         problems[f"{name}.timestamp"] = str(error)
         taken_at = now
     endpoints = _checked_endpoints(metrics.get("requestStats"), f"{name}.requestStats", problems)
+    times = _checked_times(metrics.get("responseTimes"), f"{name}.responseTimes", problems)
     if problems:
         raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items())[:2000], problems)
-    return Snapshot(min(taken_at, now), *numbers, endpoints)
+    return Snapshot(min(taken_at, now), *numbers, endpoints, times=times)
+
+
+def _is_whole_ms(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def _checked_times(times: Any, where: str, problems: dict[str, str]) -> dict[int, int] | None:
+    """Requests by whole ms, from JSON whose keys are digits."""
+    if times is None:
+        return None
+    if isinstance(times, dict) and len(times) <= MOST_BUCKETS:
+        found = {int(ms): requests for ms, requests in times.items() if _is_whole_ms(ms) and type(requests) is int and 0 <= requests < 1 << 53}
+        if len(found) == len(times):
+            return found
+    problems[where] = f"allowed is an object of at most {MOST_BUCKETS} entries: whole ms to number of requests"
+    return None
 
 
 def _checked_numbers(
@@ -2143,7 +2485,9 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
         method, name = entry.get("method", key_method), entry.get("name", key_name)
         if type(method) is not str or type(name) is not str:
             problems[place] = "allowed are strings for method and name"
-        rows.append(EndpointStats(method, name, *_checked_numbers(entry, ENDPOINT_NUMBERS, place, problems)))
+        numbers = _checked_numbers(entry, ENDPOINT_NUMBERS, place, problems)
+        times = _checked_times(entry.get("responseTimes"), f"{place}.responseTimes", problems)
+        rows.append(EndpointStats(method, name, *numbers, times))
         if len(problems) > 20:
             return None
     return tuple(rows)
@@ -2343,7 +2687,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 3  # 2: artefacts; 3: baselines
+SCHEMA_VERSION = 4  # 2: artefacts; 3: baselines; 4: histograms
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -2352,6 +2696,8 @@ SCHEMA = (
     " avg_ms DOUBLE PRECISION, p50_ms DOUBLE PRECISION, p95_ms DOUBLE PRECISION, p99_ms DOUBLE PRECISION,"
     " window_p50_ms DOUBLE PRECISION, window_p95_ms DOUBLE PRECISION, users BIGINT, source TEXT NOT NULL)",
     "CREATE INDEX IF NOT EXISTS samples_of_run ON samples (run_id, at)",
+    "CREATE TABLE IF NOT EXISTS histograms (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL, is_whole BIGINT NOT NULL, content TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS histograms_of_run ON histograms (run_id, at)",
     "CREATE TABLE IF NOT EXISTS idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL, run_id TEXT NOT NULL,"
     " created_at DOUBLE PRECISION NOT NULL)",
     "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
@@ -2575,13 +2921,32 @@ class _Batch:
 
     runs: dict[str, Record | None] = field(default_factory=dict)  # None: deleted
     samples: list[Sample] = field(default_factory=list)
+    histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; the last ones of the run
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.samples or self.keys or self.artefacts or self.baselines or self.tickets)
+        return self.has_rows or bool(self.tickets)
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self.runs or self.samples or self.histograms or self.keys or self.artefacts or self.baselines)
+
+
+def _packed(content: bytes) -> str:
+    return base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
+
+
+def _unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b85decode(text))
+
+
+def _goes_on(before: HistogramPoint, point: HistogramPoint) -> bool:
+    """Whether the later counters contain the earlier ones."""
+    now = point.histograms
+    return all(key_ in now and since(now[key_], histogram) is not None for key_, histogram in before.histograms.items())
 
 
 class Journal(threading.Thread):
@@ -2590,6 +2955,9 @@ class Journal(threading.Thread):
 
     LAZY_S = 0.5  # how long samples nobody waits for may stay unwritten
     MOST_SAMPLES = 500_000  # kept while the disk is full; then the oldest go
+    MOST_HISTOGRAMS = 5_000  # likewise
+    HISTOGRAM_STEP_S = 0.9  # not more often
+    WHOLE_EVERY = 60  # the others hold what came since the one before
 
     def __init__(self, database: Database, records_lock: threading.RLock):
         super().__init__(name="journal", daemon=True)
@@ -2598,6 +2966,7 @@ class Journal(threading.Thread):
         self._changed = threading.Condition()
         self._batch = _Batch()
         self._closing = False
+        self._histograms: dict[str, tuple[HistogramPoint, int]] = {}  # of each run the newest written, and its number
         self.problem: str | None = None
 
     def save(self, record: Record) -> None:
@@ -2609,9 +2978,8 @@ class Journal(threading.Thread):
             self._batch.keys.append(row)
 
     def save_artefact(self, run_id: str, name: str, content: bytes) -> None:
-        packed = base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
         with self._changed:
-            self._batch.artefacts.append((run_id, name, packed))
+            self._batch.artefacts.append((run_id, name, _packed(content)))
 
     def save_baseline(self, place: tuple[str, str, str], baseline: Baseline | None) -> None:
         with self._changed:
@@ -2632,6 +3000,10 @@ class Journal(threading.Thread):
     def read(self, work: Callable[[Database], Any], timeout_s: float = 30.0) -> Any:
         """The result of `work` on the database, after everything saved before it."""
         return self._enqueue(_Ticket(work), timeout_s).result
+
+    def add_histograms(self, run_id: str, point: HistogramPoint, are_last: bool) -> None:
+        with self._changed:
+            self._batch.histograms.append((run_id, point, are_last))
 
     def _enqueue(self, ticket: _Ticket, timeout_s: float) -> _Ticket:
         with self._changed:
@@ -2680,8 +3052,10 @@ class Journal(threading.Thread):
 
     def _write(self, batch: _Batch) -> None:
         database = self._database
-        if batch.runs or batch.samples or batch.keys or batch.artefacts or batch.baselines:
+        if batch.has_rows:
             database.execute("BEGIN")
+            if batch.histograms:
+                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", list(self._histogram_rows(batch)))
             self._write_runs(batch)
             self._write_baselines(batch)
             if batch.artefacts:
@@ -2703,10 +3077,24 @@ class Journal(threading.Thread):
             if ticket.read:
                 ticket.result = ticket.read(database)
 
+    def _histogram_rows(self, batch: _Batch) -> Iterator[tuple[str, float, int, str]]:
+        """Rows of the table; one that holds everything since the start comes first, after a
+        restart, after a reset of Locust's statistics, and every WHOLE_EVERY rows."""
+        for run_id, point, are_last in batch.histograms:
+            before, number = self._histograms.get(run_id, (None, 0))
+            if before is not None and (point.at <= before.at or (not are_last and point.at - before.at < self.HISTOGRAM_STEP_S)):
+                continue
+            is_whole = before is None or number % self.WHOLE_EVERY == 0 or not _goes_on(before, point)
+            content = histograms_to_record(point.histograms, None if is_whole else before.histograms)
+            yield run_id, point.at, int(is_whole), _packed(content.encode())
+            self._histograms[run_id] = point, number + 1
+
     def _write_runs(self, batch: _Batch) -> None:
         gone = [(run_id,) for run_id, record in batch.runs.items() if record is None]
         rows = []
-        for record in batch.runs.values():
+        for run_id, record in batch.runs.items():
+            if record is None or record.run.is_final:
+                self._histograms.pop(run_id, None)
             if record is not None:
                 with self._records_lock:
                     rows.append(record.row())
@@ -2719,6 +3107,7 @@ class Journal(threading.Thread):
         if gone:
             self._database.execute_many("DELETE FROM runs WHERE id = ?", gone)
             self._database.execute_many("DELETE FROM samples WHERE run_id = ?", gone)
+            self._database.execute_many("DELETE FROM histograms WHERE run_id = ?", gone)
             self._database.execute_many("DELETE FROM idempotency WHERE run_id = ?", gone)
             self._database.execute_many("DELETE FROM artefacts WHERE run_id = ?", gone)
 
@@ -2745,6 +3134,8 @@ class Journal(threading.Thread):
         with self._changed:
             self._batch.runs = {**batch.runs, **self._batch.runs}
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
+            self._batch.histograms[:0] = batch.histograms[-self.MOST_HISTOGRAMS :]
+            self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
             self._batch.baselines = {**batch.baselines, **self._batch.baselines}
@@ -2807,6 +3198,13 @@ class Record:
     def row(self) -> tuple[str, int, str, str | None]:
         metrics = self.metrics_json()
         return self.run.id, self.run.seq, run_to_record(self.run), metrics.decode() if metrics else None
+
+
+def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[HistogramPoint]:
+    so_far: Histograms | None = None
+    for at, is_whole, content in rows:
+        so_far = histograms_from_record(_unpacked(content).decode(), None if is_whole else so_far)
+        yield HistogramPoint(at, so_far)
 
 
 class RunFilter(NamedTuple):
@@ -2950,7 +3348,25 @@ class Store:
         rows = self._journal.read(
             lambda database: database.query("SELECT content FROM artefacts WHERE run_id = ? AND name = ?", (run_id, name))
         )
-        return zlib.decompress(base64.b85decode(rows[0][0])) if rows else None
+        return _unpacked(rows[0][0]) if rows else None
+
+    def histograms(self, run_id: str, to_at: float = 1e12) -> Iterator[HistogramPoint]:
+        """The run's histograms up to a moment, each from its start, oldest first, decoded one
+        by one as they are taken; NotReady when they cannot be read."""
+        rows = self._journal.read(
+            lambda database: database.query(
+                "SELECT at, is_whole, content FROM histograms WHERE run_id = ? AND at <= ? ORDER BY at", (run_id, to_at)
+            )
+        )
+        return _decoded_histograms(rows)
+
+    def stretches(self, run_id: str, total_requests: int | None) -> Stretches | None:
+        """The histograms of a run in stretches of time; None when they do not hold all its requests."""
+        run = self.find(run_id)
+        if run is None or run.started_at is None:
+            return None
+        lasted_s = (run.finished_at or time.time()) - run.started_at
+        return stretches_of(last_of_each_step(self.histograms(run_id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests)
 
     @property
     def problem(self) -> str | None:
@@ -3000,7 +3416,7 @@ class Store:
                 raise Conflict(f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value)
             if snapshot is not None:
                 record.set_snapshot(snapshot, "final")
-                self._journal.add_sample(sample_of(run_id, snapshot, "final"))
+                self._keep_sample(run_id, snapshot, "final")
             run = self._save(record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes}))
         if durable:
             self.wait_durable_or_log()
@@ -3047,14 +3463,20 @@ class Store:
             self._save(record, replace(record.run, annotations=annotations))
         self._journal.wait_durable()
 
-    def add_snapshot(self, run_id: str, snapshot: Snapshot, source: str) -> bool:
+    def _keep_sample(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = True) -> None:
+        self._journal.add_sample(sample_of(run_id, snapshot, source))
+        histograms = histograms_of(snapshot)
+        if histograms is not None:
+            self._journal.add_histograms(run_id, HistogramPoint(snapshot.taken_at, histograms), is_last)
+
+    def add_snapshot(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = False) -> bool:
         """Keep a sample of a run that is not final; shown as its newest unless it is older
         than the one shown. False: the run is final or gone, nothing was kept."""
         with self._lock:
             record = self._records.get(run_id)
             if record is None or record.run.is_final:
                 return False
-            self._journal.add_sample(sample_of(run_id, snapshot, source))
+            self._keep_sample(run_id, snapshot, source, is_last)
             if snapshot.taken_at >= record.snapshot_at:
                 record.set_snapshot(snapshot, source)
                 self._journal.save(record)
@@ -4833,15 +5255,20 @@ class Engine:
     def _judged_thresholds(self, run: Run, snapshot: Snapshot | None, finished_at: float) -> tuple[Threshold, ...]:
         watch = self._watches.get(run.id)
         live = watch.judge if watch else ThresholdWatch(run.thresholds)
+        # Windows end with the last numbers of the Running run: while it stops, rates fall.
+        moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
+        windows: dict[Threshold, Window] = {}
         try:
             samples = self.store.samples(run.id) if any(one.over_s or one.after_s for one in run.thresholds) else []
+            if any(map(needs_histograms, run.thresholds)):
+                windows = judge_histogram_windows(run.thresholds, self.store.histograms(run.id), moments)
         except NotReady as error:
             log("history not read for the verdict", run=run.id, why=error.message)
             samples = list(live.samples)
-        # Windows end with the last numbers of the Running run: while it stops, rates fall.
-        moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
+            windows = judge_histogram_windows(run.thresholds, (), moments)
         return tuple(
-            judge_threshold(one, snapshot, samples, moments, live.first_failed[index]) for index, one in enumerate(run.thresholds)
+            judge_threshold(one, snapshot, samples, moments, live.first_failed[index], windows.get(one))
+            for index, one in enumerate(run.thresholds)
         )
 
     def _comparison(self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
@@ -4864,7 +5291,18 @@ class Engine:
         wire = run_to_wire(run)
         wire.update(status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run))
         wire["lastMetrics"] = snapshot_to_wire(snapshot) if snapshot else None
-        return comparison_summary(asked, compare_runs(other, wire))
+        return comparison_summary(asked, self.compare(other, wire))
+
+    def compare(self, baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None) -> dict[str, Any]:
+        """Two runs as JSON, compared, with the noise of both where their histograms were kept."""
+        return compare_runs(baseline, candidate, tolerances, (self._stretches(baseline), self._stretches(candidate)))
+
+    def _stretches(self, run: dict[str, Any]) -> Stretches | None:
+        try:
+            return self.store.stretches(run["id"], (run.get("lastMetrics") or {}).get("totalRequests"))
+        except NotReady as error:
+            log("histograms not read for a comparison", run=run["id"], why=error.message)
+            return None
 
     def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
         last = watch.last
@@ -4997,7 +5435,7 @@ class Engine:
             return
         watch.cluster.heard_at = steady_s()
         if snapshot is not None:
-            self.store.add_snapshot(run_id, snapshot, "push")
+            self.store.add_snapshot(run_id, snapshot, "push", is_last=True)
         if not (complete and snapshot is not None):
             self._claim_end(watch, self._finish)
         elif not self._claim_end(watch, functools.partial(self._finish_with, snapshot)):
@@ -6623,6 +7061,24 @@ def get_metrics(api: Api, request: Request) -> Response:
     return json_response({"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points})
 
 
+def get_histograms(api: Api, request: Request) -> Response:
+    """Response times between two moments: what stood at the later minus what stood at the earlier."""
+    run, query = api.visible_run(request), request.query
+    start, end = HistogramPoint(run.started_at or run.created_at, {}), None
+    for point in api.store.histograms(run.id, query.get("to", 1e12)):
+        if point.at <= query.get("from", 0.0):
+            start = point
+        end = point
+    if end is None:
+        raise NotFound("there are no histograms in this time: loadmanager_hooks inside Locust push them")
+    parts = {key_: since(histogram, start.histograms.get(key_)) for key_, histogram in end.histograms.items()}
+    if None in parts.values():
+        raise Conflict("Locust's statistics were reset in this time")
+    endpoints = [{"method": key_[0], "name": key_[1], **histogram_to_wire(part)} for key_, part in parts.items() if key_ and part]
+    totals = histogram_to_wire(parts[None])  # type: ignore[arg-type]
+    return json_response({"runId": run.id, "from": utc_text(start.at), "to": utc_text(end.at), "totals": totals, "endpoints": endpoints})
+
+
 def get_failures(api: Api, request: Request) -> Response:
     return json_response(api.engine.failures(api.visible_run(request)))
 
@@ -6686,7 +7142,7 @@ def get_comparison(api: Api, request: Request) -> Response:
         if not request.principal.may_touch(run.tenant_id):
             raise NotFound(f"there is no run {run.id}")
         documents.append(json.loads(api.store.wire(run.id)))
-    return json_response(compare_runs(documents[0], documents[1], request.query.get("tolerance")))
+    return json_response(api.engine.compare(documents[0], documents[1], request.query.get("tolerance")))
 
 
 def _place(api: Api, request: Request) -> tuple[str, str, str]:
@@ -6896,6 +7352,7 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
     **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
@@ -6938,6 +7395,10 @@ ROUTES = (
         "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
     ),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
+    Route(
+        "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times between two moments",
+        query=HISTOGRAMS_QUERY, answer="Histograms", errors=(409, 503),
+    ),
     Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions", answer="Failures", errors=LOCUST_ANSWERS),
     Route(
         "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run",
@@ -7030,18 +7491,24 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Runs": _array("Run"),
     "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
-    "Change": _object("baseline candidate change changePercent", baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE),
+    "Change": _object("baseline candidate change changePercent", baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, pValue={"type": "number"}),
     "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
     "Comparison": _object(
-        "baseline candidate tolerances totals endpoints differences warnings regressions",
+        "baseline candidate tolerances noiseJudged totals endpoints differences warnings noise regressions",
         baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT}, totals={"$ref": "#/components/schemas/Changes"},
         endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
         differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT},
+        noiseJudged={"type": "boolean", "description": "both runs have histograms of all their requests"}, noise={"type": "array", "items": _TEXT},
         regressions={"type": "array", "items": _object("endpoint metric message", endpoint=_NAME_OR_NULL, metric=_TEXT, baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, message=_TEXT)},
     ),
     "Trend": _object("metric points", metric=_TEXT, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
     "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
+    "Histogram": _object(
+        "requests failures responseTimes", requests=_WHOLE, failures=_WHOLE, avgResponseMs=_MEASURE, p50ResponseMs=_MEASURE, p95ResponseMs=_MEASURE,
+        p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object", "additionalProperties": _WHOLE, "description": "whole ms to requests"},
+    ),
+    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=_array("Histogram"), **{"from": _MOMENT}),
     "Failures": _object(
         "failures exceptions",
         failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT, error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},

@@ -45,6 +45,7 @@ GUARD_TICK_S = 0.25
 STOP_AGAIN_AFTER_S = 5.0
 MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
+MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
 
 ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease")  # fields of the /swarm form
 ACTIVE_STATES = ("spawning", "running")
@@ -127,9 +128,14 @@ def metrics_of(environment, final: bool = False) -> dict:
         "p95ResponseMs": _percentile_ms(total, 0.95),
         "p99ResponseMs": _percentile_ms(total, 0.99),
         "currentUsers": environment.runner.user_count,
+        "responseTimes": _response_times(total),
         "requestStats": {f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final)
                          for entry in entries},
     }
+    busiest = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:MAX_HISTOGRAMS]
+    for entry in busiest:
+        row = metrics["requestStats"][f"{_text(entry.method)}_{_text(entry.name)}"]
+        row["responseTimes"] = _response_times(entry)
     cut = len(environment.stats.entries) - len(entries)
     if cut > 0:
         metrics["endpointsCut"] = cut
@@ -150,6 +156,15 @@ def _endpoint_metrics(entry, final: bool) -> dict:
         "p95ResponseTime": _percentile_ms(entry, 0.95),
         "p99ResponseTime": _percentile_ms(entry, 0.99),
     }
+
+
+def _response_times(entry) -> dict:
+    """Requests by whole ms, since the start: the counts from which Locust makes its percentiles."""
+    counts: dict[str, int] = {}
+    for ms, requests_ in list(entry.response_times.items()):
+        if _number(ms) is not None:
+            counts[str(round(ms))] = counts.get(str(round(ms)), 0) + requests_
+    return counts
 
 
 def _rate(entry, final: bool):

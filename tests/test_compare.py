@@ -1,6 +1,8 @@
 """Two runs compared: pure, over HTTP, and with real Locust against the same and a slower target."""
 from __future__ import annotations
 
+import random
+from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
@@ -125,6 +127,49 @@ def test_junit_is_xml_whatever_the_names_are(name):
     assert [case.attrib["name"] for case in suite.iter("testcase")] == ["the run finished", f"{name}: p95ResponseMs < 5"]
 
 
+def stretches(shifts, seed, requests=200):
+    """A run in stretches; in each the response times are drawn around 100 ms plus its shift."""
+    draw = random.Random(seed)
+    parts = []
+    for shift in shifts:
+        times = Counter(max(1, int(round(draw.gauss(100 + shift, 15), -1))) for _ in range(requests))
+        parts.append(loadmanager.Histogram(requests, 0, float(sum(ms * n for ms, n in times.items())), dict(times)))
+    return parts
+
+
+def alarms(shifts_before, shifts_after, ratio, times=100):
+    """In how many of so many pairs of runs the second is said to be slower."""
+    p_values = [loadmanager.quantile_test(stretches(shifts_before(2 * seed), 2 * seed), stretches(shifts_after(2 * seed + 1), 2 * seed + 1), ratio) for seed in range(times)]
+    return sum(p_value is not None and p_value <= loadmanager.NOISE_P_VALUE for p_value in p_values)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.95, 0.99])
+def test_runs_alike_are_noise_and_slower_ones_are_not(ratio):
+    assert alarms(lambda seed: [0] * 20, lambda seed: [0] * 20, ratio) <= 3
+    assert alarms(lambda seed: [0] * 20, lambda seed: [30] * 20, ratio) >= 97
+
+
+def test_a_run_that_scatters_in_itself_is_no_proof_of_a_change():
+    def scattered(seed):
+        return [random.Random(seed * 1000 + index).choice([0, 60]) for index in range(20)]
+
+    assert alarms(scattered, scattered, 0.5) <= 5, "the stretches of both runs differ more than the runs do"
+
+
+def test_a_change_within_the_noise_is_told_and_is_no_regression():
+    def at(shifts, seed):
+        return {None: stretches(shifts, seed), ("GET", "/a"): stretches(shifts, seed)}
+
+    quiet = at([0] * 20, 1), at([0] * 20, 2)
+    found = loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, quiet)
+    assert found["regressions"] == [] and found["noiseJudged"] is True
+    assert [sentence.partition(";")[0] for sentence in found["noise"]] == [f"{where}: p95ResponseMs went from 200 to 260 (+30.0%)" for where in ("totals", "GET /a")]
+    assert found["totals"]["p95ResponseMs"]["pValue"] > loadmanager.NOISE_P_VALUE
+    slower = loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, (at([0] * 20, 1), at([60] * 20, 2)))
+    assert {(one["endpoint"], one["metric"]) for one in slower["regressions"]} == {(None, "p95ResponseMs"), ("GET /a", "p95ResponseMs")}
+    assert loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, (None, quiet[1]))["noiseJudged"] is False
+
+
 # ---- real Locust -------------------------------------------------------------
 
 
@@ -186,6 +231,7 @@ def test_same_target_no_regression_and_a_slower_endpoint_is_found(lm, target):
     assert slower["verdict"] == "failed" and slower["comparison"]["baseline"] == first["id"]
     generous = ",".join(f"{metric}:400%" for metric in ("avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs"))
     answer = lm.get(f"/v1/tests/compare?baseline={first['id']}&candidate={slower['id']}&tolerance={generous}").json
+    assert answer["noiseJudged"], "the hooks carried the histograms of both runs"
     worse = {one["endpoint"] for one in answer["regressions"] if one["endpoint"]}
     assert worse == {"GET /api/slow"}, answer["regressions"]
 

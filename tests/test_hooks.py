@@ -237,6 +237,9 @@ def test_final_numbers_of_a_master_equal_locusts_own_report(master, control_plan
     assert final["currentUsers"] == 0
     assert final["errorRate"] == pytest.approx(100 * final["totalFailures"] / final["totalRequests"])
     assert 0 <= target.total - final["totalRequests"] <= 6, "all but the requests that the stop cut off"
+    assert sum(final["responseTimes"].values()) == final["totalRequests"]
+    for row in final["requestStats"].values():
+        assert sum(row["responseTimes"].values()) == row["numRequests"]
     # Nothing comes after it, not even with the workers' next regular reports.
     at_end = master.csv_rows()
     assert_equals_csv(final, at_end)

@@ -1,8 +1,10 @@
 """What a threshold may say, how a refusal reads, and whether it holds: pure, without a server."""
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, strategies
@@ -75,10 +77,8 @@ def test_what_people_write_becomes_the_one_canonical_form(given_, canonical):
         ('"GET /a p95 < 5', 2, "quoted endpoint"),
         ('"\\ud800": p95 < 5', 1, "printable"),
         ("max < 5", 1, "only for an endpoint"),
-        ("p95 < 5 over 30s", 1, "over 10s"),
-        ("p99 < 5 over 10s", 1, "over 10s"),
-        ("p95 < 5 after 60s", 1, "include its beginning"),
-        ("GET /a: errorRate < 5 over 30s", 9, "for the totals"),
+        ("GET /a: max < 5 over 30s", 9, "of a whole run only"),
+        ("GET /a: min < 5 after 60s", 9, "of a whole run only"),
         ("p95 < 999999999999s", 7, "below 1000000000000"),
     ],
 )
@@ -191,6 +191,84 @@ def test_window_percentiles_are_locust_s_own():
     samples = [sample(at, at, window_p95=900.0 if at < 15 else 100.0) for at in range(0, 60, 2)]
     assert judged("p95 < 500 over 10s", snapshot(), samples).first_failed_at == 10.0
     assert judged("p95 < 500 over 10s after 10s", snapshot(), samples).result == "passed"
+
+
+def point(at, **endpoints):
+    """Histograms of `GET /<name>` at a moment: name=(requests so far, of them failed, {ms: requests so far})."""
+    histograms = {("GET", f"/{name}"): loadmanager.Histogram(requests, failures, float(sum(ms * n for ms, n in times.items())), times)
+                  for name, (requests, failures, times) in endpoints.items()}  # fmt: skip
+    total = functools.reduce(loadmanager._sum, histograms.values(), loadmanager.Histogram(0, 0, 0.0, {}))
+    return loadmanager.HistogramPoint(float(at), {None: total, **histograms})
+
+
+# 10 requests/s: 100 ms each, but 900 ms from 40 s to 60 s, where one in ten fails.
+HALFWAY_SLOW = [
+    point(at, a=(10 * at, max(0, min(at, 60) - 40), {100: 10 * (at - slow), **({900: 10 * slow} if slow else {})}), b=(at, 0, {5: at}))
+    for at in range(5, 101, 5)
+    for slow in [max(0, min(at, 60) - 40)]
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "first_failed_at"),
+    [
+        ("GET /a: p95 < 500 over 10s", 900, 45.0),
+        ("GET /a: p50 < 500 over 10s", 900, 45.0),
+        ("GET /a: p95 < 500 over 10s after 70s", 100, None),
+        ("GET /a: p95 < 500 after 70s", 100, None),
+        ("GET /a: p99 < 500 after 50s", 900, 100.0),
+        ("GET /a: avg < 600 over 20s", 900.0, 55.0),
+        ("GET /a: errorRate < 5 over 20s", 10.0, 50.0),
+        ("GET /a: totalRps >= 10 over 30s", 10.0, None),
+        ("GET /b: totalRps >= 10 over 30s", 1.0, 30.0),
+        ("GET /*: p95 < 500 over 10s", 900, 45.0),
+        ("GET /b: p95 < 500 over 10s", 5, None),
+        ("p99 < 500 over 30s", 900, 45.0),
+        ("GET /a: totalFailures < 11 over 10s", 10, None),
+    ],
+)
+def test_windows_of_response_times_and_endpoints_are_made_from_histograms(text, value, first_failed_at):
+    threshold = parse_threshold(text)
+    windows = loadmanager.judge_histogram_windows([threshold], HALFWAY_SLOW, (0.0, 100.0))
+    found = judge_threshold(threshold, snapshot(), [], (0.0, 100.0), None, windows[threshold])
+    assert (found.value, found.first_failed_at) == (value, first_failed_at)
+
+
+def test_a_window_over_a_reset_of_the_statistics_tells_nothing():
+    threshold = parse_threshold("p99 < 500 over 10s")
+    points = [point(10, a=(100, 0, {900: 100})), point(20, a=(5, 0, {9: 5})), point(30, a=(10, 0, {9: 10}))]
+    window = loadmanager.judge_histogram_windows([threshold], points, (0.0, 100.0))[threshold]
+    assert (window.value, window.first_failed_at) == (900, 10.0)
+    window = loadmanager.judge_histogram_windows([threshold], points[1:], (0.0, 100.0))[threshold]
+    assert window.value == 9
+
+
+def test_a_window_that_needs_histograms_says_where_they_come_from():
+    threshold = parse_threshold("p95 < 500 over 30s")
+    window = loadmanager.judge_histogram_windows([threshold], [], (0.0, 100.0))[threshold]
+    found = judge_threshold(threshold, snapshot(), [], (0.0, 100.0), None, window)
+    assert found.result == "failed" and "loadmanager_hooks" in found.message
+
+
+@given(strategies.lists(strategies.integers(0, 5000), min_size=1, max_size=300), strategies.sampled_from([0.5, 0.95, 0.99]))
+def test_a_percentile_is_the_time_that_this_share_of_the_requests_stays_below(times, ratio):
+    assert loadmanager.percentile_ms(Counter(times), ratio) == sorted(times)[int(len(times) * ratio)]
+
+
+@given(strategies.lists(strategies.tuples(strategies.sampled_from("ab"), strategies.integers(0, 9), strategies.booleans()), max_size=60))
+def test_histograms_are_the_same_after_they_were_kept_piece_by_piece(requests):
+    kept, before = [], None
+    for at, (name, ms, is_failed) in enumerate(requests):
+        so_far = [one for one in requests[: at + 1]]
+        now = {key_: histogram_of([one for one in so_far if key_ in (None, ("GET", one[0]))]) for key_ in {None, *(("GET", one[0]) for one in so_far)}}
+        kept.append((float(at), int(before is None), loadmanager._packed(loadmanager.histograms_to_record(now, before).encode())))
+        before = now
+    decoded = list(loadmanager._decoded_histograms(kept))
+    assert not requests or decoded[-1].histograms == before
+
+
+def histogram_of(requests):
+    return loadmanager.Histogram(len(requests), sum(one[2] for one in requests), float(sum(one[1] for one in requests)), dict(Counter(one[1] for one in requests)))
 
 
 def test_verdict_counts_what_is_not_only_a_warning():

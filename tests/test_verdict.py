@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+import loadmanager
 from conftest import CALLBACK_TOKEN, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
@@ -54,23 +55,35 @@ def test_a_target_made_slow_halfway_aborts_the_run_within_its_window_and_delay(l
 
     window_s, delay_s = 10, 2
     entry = {"expr": "p(95) < 200ms over 10s", "abortOnFail": True, "delaySeconds": delay_s}
-    run = run_to_its_end(lm, [entry, "errorRate < 50"], 90, make_slow)
+    run = run_to_its_end(lm, [entry, "errorRate < 50", "GET /api/*: p50 < 200 over 6s", "p99 < 200 after 1s"], 90, make_slow)
     took_s = time.time() - slow_at[0]
     assert (run["status"], run["stopReason"], run["verdict"]) == ("Finished", "threshold", "failed")
-    aborting, other = run["thresholds"]
+    aborting, other, of_endpoints, after_warm_up = run["thresholds"]
     assert aborting["expr"] == "p95ResponseMs < 200 over 10s" and aborting["result"] == "failed" and aborting["value"] >= 200
     assert "firstFailedAt" in aborting
     assert other["result"] == "passed"
+    assert of_endpoints["result"] == "failed" and of_endpoints["value"] >= 200
+    assert slow_at[0] < loadmanager.parse_utc(of_endpoints["firstFailedAt"]) < time.time()
+    assert after_warm_up["result"] == "failed" and after_warm_up["value"] >= 400
     assert took_s < window_s + delay_s + 6, f"aborted {took_s:.1f} s after the target became slow"
 
 
 def test_final_numbers_of_locust_decide_and_the_answer_never_changes_again(lm):
-    run = run_to_its_end(lm, ["p95 < 60s", "GET /nope: p95 < 5", "totalRequests > 0", {"expr": "totalRequests < 1", "warnOnly": True}])
+    windowed = ["GET /api/items: p95 < 60s over 2s", "p99 < 60s after 2s", "GET /api/*: totalRps < 1000 over 2s"]
+    run = run_to_its_end(lm, [*windowed, "p95 < 60s", "GET /nope: p95 < 5", "totalRequests > 0", {"expr": "totalRequests < 1", "warnOnly": True}])
     by_expr = {one["expr"]: one for one in run["thresholds"]}
     assert by_expr["p95ResponseMs < 60000"]["value"] == run["lastMetrics"]["p95ResponseMs"]
     assert by_expr["totalRequests > 0"]["value"] == run["lastMetrics"]["totalRequests"]
     assert by_expr["GET /nope: p95ResponseMs < 5"]["message"] == "no data: there is no such endpoint"
     assert by_expr["totalRequests < 1"]["warnOnly"] and by_expr["totalRequests < 1"]["result"] == "failed"
+    assert [(one["result"], one.get("message")) for one in run["thresholds"][:3]] == [("passed", None)] * 3
+    histograms = lm.get(f"/v1/tests/{run['id']}/histograms").json
+    for name in ("p50ResponseMs", "p95ResponseMs", "p99ResponseMs"):
+        assert histograms["totals"][name] == run["lastMetrics"][name], "the histogram is not the one of Locust's own percentiles"
+    assert histograms["totals"]["requests"] == run["lastMetrics"]["totalRequests"] == sum(one["requests"] for one in histograms["endpoints"])
+    half = loadmanager.parse_utc(histograms["from"]) + 3
+    parts = [lm.get(f"/v1/tests/{run['id']}/histograms?{which}={half}").json["totals"] for which in ("to", "from")]
+    assert sum(part["requests"] for part in parts) == histograms["totals"]["requests"] and parts[0]["requests"] and parts[1]["requests"]
     assert run["verdict"] == "failed"
     assert (run["trust"], run["trustReasons"]) == ("ok", [])
     before = lm.get(f"/v1/tests/{run['id']}").body
