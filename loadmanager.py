@@ -23,15 +23,16 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
 11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-13. EVENTS          changes of runs, told to event streams
-14. SESSIONS        browsers that signed in, and what they must prove
-15. HTTP API        routes, authentication, handlers
-16. SERVICE         the whole program put together, and its configuration checked
-17. TERMINAL        text, tables and a live view that any terminal can show
-18. API CLIENT      which server a command talks to, and requests to it
-19. COMMAND LINE    commands, what they take, and what they print
-20. DASHBOARD PAGE  what a browser gets at / and at /docs
+12. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
+13. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+14. EVENTS          changes of runs, told to event streams
+15. SESSIONS        browsers that signed in, and what they must prove
+16. HTTP API        routes, authentication, handlers
+17. SERVICE         the whole program put together, and its configuration checked
+18. TERMINAL        text, tables and a live view that any terminal can show
+19. API CLIENT      which server a command talks to, and requests to it
+20. COMMAND LINE    commands, what they take, and what they print
+21. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -159,8 +160,7 @@ def _log_word(value: object) -> str:
 
 def utc_text(epoch_s: float) -> str:
     """RFC 3339 in UTC with milliseconds, e.g. `2026-11-23T12:00:00.123Z`."""
-    whole = math.floor(epoch_s)
-    millis = int((epoch_s - whole) * 1000)
+    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a moment read back is the same moment
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
@@ -939,6 +939,7 @@ class Run:
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
+    imported_at: float | None = None  # it came from a file
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
@@ -1004,6 +1005,7 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
         "locustfileSha256": run.locustfile_sha256,
+        "importedAt": run.imported_at and utc_text(run.imported_at),
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.warnings:
@@ -2922,6 +2924,7 @@ class _Batch:
     runs: dict[str, Record | None] = field(default_factory=dict)  # None: deleted
     samples: list[Sample] = field(default_factory=list)
     histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; the last ones of the run
+    packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
@@ -2932,7 +2935,7 @@ class _Batch:
 
     @property
     def has_rows(self) -> bool:
-        return bool(self.runs or self.samples or self.histograms or self.keys or self.artefacts or self.baselines)
+        return bool(self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines)
 
 
 def _packed(content: bytes) -> str:
@@ -2972,6 +2975,14 @@ class Journal(threading.Thread):
     def save(self, record: Record) -> None:
         with self._changed:
             self._batch.runs[record.run.id] = record
+
+    def save_history(self, record: Record, samples: list[Sample], histograms: list[tuple[float, int, str]]) -> None:
+        """A run with its whole history, for one commit."""
+        rows = [(record.run.id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
+        with self._changed:
+            self._batch.runs[record.run.id] = record
+            self._batch.samples += samples
+            self._batch.packed_histograms += rows
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -3054,8 +3065,9 @@ class Journal(threading.Thread):
         database = self._database
         if batch.has_rows:
             database.execute("BEGIN")
-            if batch.histograms:
-                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", list(self._histogram_rows(batch)))
+            rows = [*batch.packed_histograms, *self._histogram_rows(batch)]
+            if rows:
+                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", rows)
             self._write_runs(batch)
             self._write_baselines(batch)
             if batch.artefacts:
@@ -3135,6 +3147,7 @@ class Journal(threading.Thread):
             self._batch.runs = {**batch.runs, **self._batch.runs}
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
             self._batch.histograms[:0] = batch.histograms[-self.MOST_HISTOGRAMS :]
+            self._batch.packed_histograms[:0] = batch.packed_histograms
             self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
@@ -3205,6 +3218,9 @@ def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[Hist
     for at, is_whole, content in rows:
         so_far = histograms_from_record(_unpacked(content).decode(), None if is_whole else so_far)
         yield HistogramPoint(at, so_far)
+
+
+FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
 
 
 class RunFilter(NamedTuple):
@@ -3353,12 +3369,19 @@ class Store:
     def histograms(self, run_id: str, to_at: float = 1e12) -> Iterator[HistogramPoint]:
         """The run's histograms up to a moment, each from its start, oldest first, decoded one
         by one as they are taken; NotReady when they cannot be read."""
-        rows = self._journal.read(
+        return _decoded_histograms(self._histogram_rows(run_id, to_at))
+
+    def histogram_records(self, run_id: str) -> list[tuple[float, int, str]]:
+        """The run's histograms as they are kept: epoch seconds, whether it holds all since the
+        start or what came since the one before, and its record."""
+        return [(at, is_whole, _unpacked(content).decode()) for at, is_whole, content in self._histogram_rows(run_id)]
+
+    def _histogram_rows(self, run_id: str, to_at: float = 1e12) -> list[tuple[float, int, str]]:
+        return self._journal.read(
             lambda database: database.query(
                 "SELECT at, is_whole, content FROM histograms WHERE run_id = ? AND at <= ? ORDER BY at", (run_id, to_at)
             )
         )
-        return _decoded_histograms(rows)
 
     def stretches(self, run_id: str, total_requests: int | None) -> Stretches | None:
         """The histograms of a run in stretches of time; None when they do not hold all its requests."""
@@ -3402,6 +3425,29 @@ class Store:
             self._drop(run.id)
             raise
         return run
+
+    def add_imported(
+        self, run: Run, snapshot: Snapshot | None, samples: list[Sample], histograms: list[tuple[float, int, str]], failures: bytes | None
+    ) -> None:
+        """Keep a run from a file with its history; returns once durable. Conflict when there
+        is a run of its id; NotReady, and nothing is kept, when it cannot be written."""
+        with self._lock:
+            if run.id in self._records:
+                raise Conflict(f"there is a run {run.id} already")
+            run = replace(run, seq=self._next_seq)
+            self._next_seq += 1
+            record = self._records[run.id] = Record(run)
+            if snapshot is not None:
+                record.set_snapshot(snapshot, "final")
+            self._journal.save_history(record, samples, histograms)
+            if failures is not None:
+                self._journal.save_artefact(run.id, FAILURES, failures)
+            self._tell(run)
+        try:
+            self._journal.wait_durable(60.0)
+        except NotReady:
+            self._drop(run.id)
+            raise
 
     def transition(
         self, run_id: str, to: RunStatus, snapshot: Snapshot | None = None, durable: bool = True, **changes: Any
@@ -3498,7 +3544,7 @@ class Store:
         """Remove final runs that finished before a moment; how many."""
         with self._lock:
             final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
-            old = {run.id for run in final if (run.finished_at or run.created_at) < before_at}
+            old = {run.id for run in final if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at}
             self._drop(*old)
         return len(old)
 
@@ -4419,9 +4465,6 @@ class Watch:
 
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - steady_s())
-
-
-FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
 
 
 class StopOutcome:
@@ -5964,7 +6007,458 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 12. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 12. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
+# ============================================================================
+# A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
+# in is a stranger's: everything is checked, and nothing of it may count for more than it is.
+
+EXPORT_FORMAT, EXPORT_VERSION = "loadmanager-run", 1
+LOCUST_JSON, LOCUST_CSV = "locust-json", "locust-csv"
+IMPORT_BYTES = 64 * 1024 * 1024
+MOST_IMPORTED_SAMPLES = 500_000
+LATEST_MOMENT_S = 4_102_444_800.0  # the year 2100
+IMPORT_NAMESPACE = "b0f6c0de-5d5c-4f0e-9d0b-6c6f6164746d"  # of ids made from a file's content
+
+
+class ImportedRun(NamedTuple):
+    """A run from a file, checked."""
+
+    run: Run
+    snapshot: Snapshot | None
+    samples: list[Sample]
+    histograms: list[tuple[float, int, str]]  # epoch seconds, whether it is whole, its record
+    failures: dict[str, Any] | None
+
+
+def export_parts(
+    run: dict[str, Any], samples: list[Sample], histograms: list[tuple[float, int, str]], failures: dict[str, Any]
+) -> Iterator[str]:
+    """The export of a run in pieces of JSON: one document, with all samples."""
+    head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "loadManager": VERSION, "exportedAt": utc_text(time.time()), "run": run, "failures": failures}
+    yield dump_json(head)[:-1] + ',"samples":['
+    yield ",".join(dump_json(sample_to_wire(sample)) for sample in samples)
+    yield '],"histograms":['
+    yield ",".join(f'{{"timestamp":"{utc_text(at)}","isWhole":{"true" if is_whole else "false"},"rows":{text}}}' for at, is_whole, text in histograms)
+    yield "]}"
+
+
+def _only(allowed: str, is_good: Callable[[Any], bool]) -> Check:
+    def accept(value: Any) -> Any:
+        if not is_good(value):
+            raise ValueError
+        return value
+
+    return Check(allowed, accept)
+
+
+def _long_text(most: int) -> Check:
+    return _only(f"a text of at most {most} characters", lambda value: isinstance(value, str) and len(value) <= most and "\0" not in value)
+
+
+def _list_of(keys: dict[str, BodyKey], most: int, make: Callable[[dict[str, Any]], Any]) -> Check:
+    """A list of objects with these keys; each becomes what `make` makes of its values."""
+
+    def accept(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or len(value) > most:
+            raise ValueError
+        found = []
+        for index, entry in enumerate(value):
+            try:
+                found.append(make(check_body(entry, keys)))
+            except (InvalidInput, NotAllowed) as error:
+                raise NotAllowed(f"[{index}]: {error.message if isinstance(error, InvalidInput) else error}") from None
+        return tuple(found)
+
+    return Check(f"a list of at most {most} objects with the keys {', '.join(keys)}", accept)
+
+
+def _accept_run_id(value: Any) -> str:
+    import uuid
+
+    if not isinstance(value, str) or str(uuid.UUID(value)) != value:
+        raise ValueError
+    return value
+
+
+def _imported_threshold(values: dict[str, Any]) -> Threshold:
+    return parse_threshold(values.pop("expr"))._replace(**values)
+
+
+LONG_TEXT = _long_text(4000)
+ANY_JSON = _only("JSON", lambda value: True)
+MEASURE = _only(NUMBER_KINDS[_is_measure], _is_measure)
+TEXTS = _only("a list of texts", lambda value: isinstance(value, list) and len(value) <= 10_000 and all(isinstance(one, str) for one in value))
+RUN_ID = Check("a UUID", _accept_run_id)
+USERS_OR_NONE = number_value(0, MAX_USERS, whole=True)
+WARNING_KEYS = {"code": BodyKey("code", ID_TEXT, required=True), "at": BodyKey("at", MOMENT, required=True), "message": BodyKey("message", LONG_TEXT, required=True)}
+JUDGED_KEYS = {
+    "expr": BodyKey("expr", _long_text(MAX_THRESHOLD), required=True),
+    "value": BodyKey("value", MEASURE),
+    "result": BodyKey("result", one_of("passed", "failed"), required=True),
+    "firstFailedAt": BodyKey("first_failed_at", MOMENT),
+    "message": BodyKey("message", LONG_TEXT),
+    "abortOnFail": BodyKey("abort_on_fail", BOOLEAN),
+    "delaySeconds": BodyKey("delay_s", number_value(0, 3600)),
+    "warnOnly": BodyKey("warn_only", BOOLEAN),
+}
+COMPARISON_KEYS = {
+    "with": BodyKey("with", one_of("baseline", "previous"), required=True),
+    "baseline": BodyKey("baseline", RUN_ID),
+    "tolerances": BodyKey("tolerances", _only("an object of texts", lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
+    **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions")},
+    "noiseJudged": BodyKey("noiseJudged", BOOLEAN),
+    "message": BodyKey("message", LONG_TEXT),
+}  # fmt: skip
+COMPARISON = Check("an object with the keys " + ", ".join(COMPARISON_KEYS), lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)})
+IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attribute are derived, and ignored
+    "id": BodyKey("id", RUN_ID, required=True),
+    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
+    "envId": BodyKey("env_id", ID_TEXT, required=True),
+    "locustClusterId": BodyKey("cluster_id", text_value("a string", empty=True), required=True),
+    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
+    "targetUsers": BodyKey("target_users", USERS_OR_NONE, required=True),
+    "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE), required=True),
+    "status": BodyKey("status", one_of(*sorted(status.value for status in FINAL)), required=True),
+    "createdAt": BodyKey("created_at", MOMENT, required=True),
+    "createdBy": BodyKey("created_by", LONG_TEXT),
+    "source": BodyKey("source", one_of(*SOURCES)),
+    "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
+    "startedAt": BodyKey("started_at", MOMENT),
+    "finishedAt": BodyKey("finished_at", MOMENT, required=True),
+    "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
+    "failureReason": BodyKey("failure_reason", LONG_TEXT),
+    "metadata": BodyKey("metadata", METADATA),
+    "locustfileSha256": BodyKey("locustfile_sha256", text_value("64 hexadecimal digits", "[0-9a-f]{64}")),
+    "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100, lambda values: Warning_(values["code"], values["at"], values["message"]))),
+    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MOST_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
+    "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MOST_THRESHOLDS, _imported_threshold)),
+    "verdict": BodyKey("verdict", one_of("passed", "failed")),
+    "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "comparison": BodyKey("comparison", COMPARISON),
+    "importedAt": BodyKey("", MOMENT),
+    "trust": BodyKey("", ANY_JSON),
+    "trustReasons": BodyKey("", ANY_JSON),
+    "queuePosition": BodyKey("", ANY_JSON),
+    "lastMetrics": BodyKey("", ANY_JSON),
+}  # fmt: skip
+SAMPLE_NUMBERS = tuple((name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure) for name in SAMPLE_KEYS if name != "source")
+CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
+    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
+    "envId": BodyKey("env_id", ID_TEXT, required=True),
+    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
+    "targetUsers": BodyKey("target_users", USERS_OR_NONE),
+    "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE)),
+    "startedAt": BodyKey("started_at", MOMENT),
+    "finishedAt": BodyKey("finished_at", MOMENT),
+    "metadata": BodyKey("metadata", METADATA),
+}
+EXPORT_KEYS = {name: BodyKey(name, ANY_JSON) for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")}
+LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS, "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds", lambda value: isinstance(value, list)), required=True)}  # fmt: skip
+CSV_TEXT = _only("the text of a CSV file", lambda value: isinstance(value, str))
+LOCUST_CSV_KEYS = {
+    "format": BodyKey("format", ANY_JSON),
+    **CARRIED_KEYS,
+    "stats": BodyKey("stats", CSV_TEXT, required=True),
+    "history": BodyKey("history", CSV_TEXT),
+    "failures": BodyKey("failures", CSV_TEXT),
+    "exceptions": BodyKey("exceptions", CSV_TEXT),
+}
+
+
+def read_import(body: Any, now: float) -> ImportedRun:
+    """The run in the body of an import; InvalidInput names what is wrong in it."""
+    readers = {EXPORT_FORMAT: _read_export, LOCUST_JSON: _read_locust_json, LOCUST_CSV: _read_locust_csv}
+    kind = body.get("format") if isinstance(body, dict) else None
+    if not isinstance(kind, str) or kind not in readers:
+        why = f"allowed is {', '.join(readers)}, got {_shown(kind)}"
+        raise InvalidInput(f"format: {why}", {"format": why})
+    found = readers[kind](body, now)
+    run = found.run
+    for name, at in (("createdAt", run.created_at), ("startedAt", run.started_at or 0.0), ("finishedAt", run.finished_at or 0.0)):
+        if not 0 <= at <= LATEST_MOMENT_S:
+            raise _bad(name, "allowed is a moment before the year 2100")
+    if (run.finished_at or 0.0) < (run.started_at or 0.0):
+        raise _bad("finishedAt", "is before startedAt")
+    _check_sizes(found)
+    return found
+
+
+def _check_sizes(found: ImportedRun) -> None:
+    """Refuse numbers that no database column takes, wherever they were computed from."""
+    if found.snapshot is not None:
+        check_metrics({"stats": snapshot_to_wire(found.snapshot)}, "stats", math.inf)
+    problems: dict[str, str] = {}
+    for sample in found.samples:
+        if not 0 <= sample.at <= LATEST_MOMENT_S:
+            raise _bad("samples", f"allowed are moments before the year 2100, got {_shown(sample.at)}")
+        _checked_numbers(sample_to_wire(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems)
+        if problems:
+            raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
+
+
+# ---- our own export ----
+
+
+def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
+    check_body(body, EXPORT_KEYS)
+    if body.get("version") != EXPORT_VERSION:
+        why = f"allowed is {EXPORT_VERSION}, got {_shown(body.get('version'))}"
+        raise InvalidInput(f"version: {why}", {"version": why})
+    document = body.get("run")
+    try:
+        values = check_body(document, IMPORTED_RUN_KEYS)
+    except InvalidInput as error:
+        fields = {f"run.{name}": why for name, why in error.extra.get("fields", {}).items()} or {"run": error.message}
+        raise InvalidInput("run: " + error.message, fields) from None
+    values.pop("", None)
+    values["status"] = RunStatus(values["status"])
+    run = Run(**values, imported_at=now)
+    snapshot = check_metrics(document, "lastMetrics", math.inf)
+    samples = _read_samples(body.get("samples"), run.id)
+    return ImportedRun(run, snapshot, samples, list(_read_histograms(body.get("histograms"))), _read_failures(body.get("failures")))
+
+
+def _read_samples(rows: Any, run_id: str) -> list[Sample]:
+    if rows is None:
+        return []
+    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
+        raise _bad("samples", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} points")
+    samples = []
+    problems: dict[str, str] = {}
+    for index, row in enumerate(rows):
+        place = f"samples[{index}]"
+        if not isinstance(row, dict) or set(row) - {"timestamp", *SAMPLE_KEYS}:
+            raise _bad(place, f"allowed is an object with the keys timestamp, {', '.join(SAMPLE_KEYS)}")
+        numbers = _checked_numbers(row, SAMPLE_NUMBERS, place, problems)
+        if row.get("source") not in ("poll", "push", "final"):
+            problems[f"{place}.source"] = "allowed is poll, push or final"
+        if problems:
+            raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
+        samples.append(Sample(run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]))
+    return sorted(samples, key=lambda sample: sample.at)
+
+
+def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
+    if rows is None:
+        return
+    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
+        raise _bad("histograms", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} entries")
+    for index, row in enumerate(rows):
+        place = f"histograms[{index}]"
+        if not isinstance(row, dict) or set(row) != {"timestamp", "isWhole", "rows"} or not isinstance(row["isWhole"], bool):
+            raise _bad(place, "allowed is an object with the keys timestamp, isWhole (true or false) and rows")
+        if not isinstance(row["rows"], list) or not all(map(_is_histogram_row, row["rows"])):
+            raise _bad(f"{place}.rows", "allowed is a list of [method, name, requests, failures, total ms, [ms, requests, ...]]")
+        yield _moment_at(row["timestamp"], f"{place}.timestamp"), int(row["isWhole"]), dump_json(row["rows"])
+
+
+def _is_histogram_row(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 6:
+        return False
+    method, name, requests, failures, total_ms, pairs = row
+    is_named = (method is None and name is None) or (type(method) is str and type(name) is str)
+    counted = all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures))
+    is_measured = total_ms is not None and _is_measure(total_ms)
+    return is_named and counted and is_measured and isinstance(pairs, list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MOST_BUCKETS and all(
+        type(number) is int and 0 <= number < 1 << 53 for number in pairs
+    )  # fmt: skip
+
+
+FAILURE_KEYS = {
+    "method": BodyKey("method", LONG_TEXT, required=True),
+    "name": BodyKey("name", LONG_TEXT, required=True),
+    "error": BodyKey("error", _long_text(100_000), required=True),
+    "occurrences": BodyKey("occurrences", number_value(0, 1e15, whole=True), required=True),
+    "firstSeen": BodyKey("first_seen_at", MOMENT),
+    "lastSeen": BodyKey("last_seen_at", MOMENT),
+}
+EXCEPTION_KEYS = {
+    "count": BodyKey("count", number_value(0, 1e15, whole=True), required=True),
+    **{name: BodyKey(name, _long_text(100_000), required=True) for name in ("message", "traceback", "nodes")},
+}
+FAILURES_KEYS = {
+    "failures": BodyKey("failures", _list_of(FAILURE_KEYS, 10_000, lambda values: Failure(**{"first_seen_at": None, "last_seen_at": None, **values}))),
+    "exceptions": BodyKey("exceptions", _list_of(EXCEPTION_KEYS, 10_000, lambda values: TaskException(**values))),
+}
+
+
+def _read_failures(document: Any) -> dict[str, Any] | None:
+    if document is None:
+        return None
+    values = check_body(document, FAILURES_KEYS)
+    return failures_to_wire(values.get("failures", ()), values.get("exceptions", ()))
+
+
+def _bad(place: str, why: str) -> InvalidInput:
+    return InvalidInput(f"{place}: {why}", {place: why})
+
+
+def _moment_at(value: Any, place: str) -> float:
+    try:
+        return parse_utc(value)
+    except (ValueError, TypeError, OverflowError):
+        raise _bad(place, f"allowed is {MOMENT.allowed}, got {_shown(value)}") from None
+
+
+# ---- files of a headless Locust ----
+
+
+def _run_of_file(values: dict[str, Any], body: dict[str, Any], began: float, ended: float, most_users: int, now: float) -> Run:
+    """The run a file of Locust tells of. Its id is made from the content, so that a file is imported once."""
+    import uuid
+
+    return Run(
+        id=str(uuid.uuid5(uuid.UUID(IMPORT_NAMESPACE), hashlib.sha256(dump_json(body).encode()).hexdigest())),
+        tenant_id=values["tenant_id"], env_id=values["env_id"], cluster_id="", scenario_id=values["scenario_id"],
+        target_users=values.get("target_users", most_users), spawn_rate=values.get("spawn_rate", 0),
+        status=RunStatus.FINISHED, created_at=began, started_at=began, finished_at=ended, metadata=values.get("metadata"),
+        created_by="locust", source="ui", stop_reason="locust", imported_at=now,
+    )  # fmt: skip
+
+
+def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
+    """What `locust --json-file` wrote (2.47.0): a list with an object for each endpoint."""
+    values = check_body(body, LOCUST_JSON_KEYS)
+    entries = [_LocustEntry(entry, f"stats[{index}]") for index, entry in enumerate(values["stats"])]
+    if not entries or not any(entry.requests for entry in entries):
+        raise _bad("stats", "holds no request; allowed is what Locust's --json-file holds")
+    began, ended = min(entry.began for entry in entries), max(entry.ended for entry in entries)
+    if ended > LATEST_MOMENT_S:
+        raise _bad("stats", f"allowed are moments before the year 2100, got {_shown(ended)}")
+    lasted_s = ended - began
+    histograms: Histograms = {(entry.method, entry.name): entry.histogram for entry in entries}
+    total = functools.reduce(_sum, histograms.values())
+    snapshot = _snapshot_of_entries(entries, total, lasted_s, ended)
+    run = _run_of_file(values, body, values.get("started_at", began), values.get("finished_at", ended), 0, now)
+    histograms[None] = total
+    return ImportedRun(run, snapshot, _samples_of_entries(entries, run.id), [(ended, 1, histograms_to_record(histograms, None))], None)
+
+
+class _LocustEntry:
+    """One entry of Locust's JSON file, checked."""
+
+    def __init__(self, entry: Any, place: str):
+        if not isinstance(entry, dict):
+            raise _bad(place, "allowed is an object")
+        self._entry, self._place = entry, place
+        self.method, self.name = (self._take(name, lambda value: isinstance(value, str) or value is None, "a text") or "" for name in ("method", "name"))
+        self.requests = int(self._number("num_requests"))
+        self.none_requests = int(self._number("num_none_requests"))
+        total_ms = self._number("total_response_time")
+        self.began, self.ended = self._number("start_time"), self._number("last_request_timestamp")
+        self.min_ms, self.max_ms = self._number("min_response_time"), self._number("max_response_time")
+        self.per_second, self.fails_per_second = (self._counts(name) for name in ("num_reqs_per_sec", "num_fail_per_sec"))
+        self.histogram = Histogram(self.requests, int(self._number("num_failures")), total_ms, self._counts("response_times"))
+        self.ended = max(self.ended, self.began)
+
+    def _take(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> Any:
+        value = self._entry.get(name)
+        if not is_good(value):
+            raise _bad(f"{self._place}.{name}", f"allowed is {allowed}, got {_shown(value)}")
+        return value
+
+    def _number(self, name: str) -> float:
+        return self._take(name, _is_measure, "a number from 0, or null") or 0
+
+    def _counts(self, name: str) -> dict[int, int]:
+        """Whole ms, or whole seconds, to a number of requests."""
+        given = self._take(name, lambda value: isinstance(value, dict) and len(value) <= MOST_IMPORTED_SAMPLES, "an object")
+        found: dict[int, int] = {}
+        for key_, count in given.items():
+            if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", key_) or type(count) is not int or not 0 <= count < 1 << 53:
+                raise _bad(f"{self._place}.{name}", f"allowed are numbers to whole numbers, got {_shown(key_)}: {_shown(count)}")
+            found[round(float(key_))] = found.get(round(float(key_)), 0) + count
+        return found
+
+    @property
+    def median_ms(self) -> float | None:
+        """As Locust does it: the middle one, within the exact least and most."""
+        times, before = self.histogram.times, 0
+        middle = (sum(times.values()) - 1) // 2
+        for ms in sorted(times):
+            before += times[ms]
+            if before > middle:
+                return max(self.min_ms, min(self.max_ms, ms))
+        return None
+
+    def row(self, lasted_s: float) -> EndpointStats:
+        times, has_times = self.histogram.times, bool(self.histogram.times)
+        return EndpointStats(
+            self.method, self.name, self.requests, self.histogram.failures, self.histogram.total_ms / sum(times.values()) if has_times else None,
+            self.min_ms if has_times else None, self.max_ms if has_times else None, self.median_ms, self.requests / lasted_s if lasted_s else None,
+            percentile_ms(times, 0.95), percentile_ms(times, 0.99),
+        )  # fmt: skip
+
+
+def _snapshot_of_entries(entries: list[_LocustEntry], total: Histogram, lasted_s: float, ended: float) -> Snapshot:
+    percentiles = [percentile_ms(total.times, ratio) for ratio in PERCENTILE_RATIOS.values()]
+    average = total.total_ms / sum(total.times.values()) if total.times else None
+    error_percent = 100.0 * total.failures / total.requests
+    per_s = total.requests / lasted_s if lasted_s else None
+    return Snapshot(ended, per_s, total.requests, total.failures, error_percent, average, *percentiles, 0, tuple(entry.row(lasted_s) for entry in entries))
+
+
+def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
+    """A sample for each second that had requests; percentiles of moments are not in the file."""
+    per_second: dict[int, list[int]] = {}
+    for entry in entries:
+        for which, counts in enumerate((entry.per_second, entry.fails_per_second)):
+            for second, count in counts.items():
+                per_second.setdefault(second, [0, 0])[which] += count
+    samples, requests, failures = [], 0, 0
+    for second in sorted(per_second):
+        requests, failures = requests + per_second[second][0], failures + per_second[second][1]
+        percent = min(100.0, 100.0 * failures / requests) if requests else None
+        now = per_second[second]
+        samples.append(Sample(run_id, float(second), float(now[0]), float(now[1]), requests, failures, percent, None, None, None, None, None, None, None, "poll"))
+    return samples
+
+
+def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
+    """What `locust --csv` wrote: the texts of _stats.csv and, if there are, of the other files."""
+    values = check_body(body, LOCUST_CSV_KEYS)
+    history = _csv_rows(values.get("history", ""), "history")
+    totals = [row for row in history if row.get("Name") == "Aggregated"]
+    moments = [moment for row in totals if (moment := _csv_number(row.get("Timestamp"))) is not None]
+    began, ended = values.get("started_at", min(moments, default=None)), values.get("finished_at", max(moments, default=None))
+    if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
+        raise _bad("startedAt", "is missing; allowed is startedAt with finishedAt, or history, the text of _stats_history.csv, which has them")
+    try:
+        snapshot = _snapshot_of_csv(values["stats"], ended)
+    except (LocustBadAnswer, csv.Error, ValueError, OverflowError):
+        raise _bad("stats", "is not the text of Locust's _stats.csv") from None
+    users = [int(_csv_number(row.get("User Count")) or 0) for row in totals]
+    run = _run_of_file(values, body, began, ended, max(users, default=0), now)
+    samples = [_sample_of_history(row, run.id, is_current=len(totals) < len(history)) for row in totals if _csv_number(row.get("Timestamp")) is not None]
+    failures = tuple(map(_failure_of_csv, _csv_rows(values.get("failures", ""), "failures")))
+    exceptions = tuple(
+        TaskException(int(_csv_number(row.get("Count")) or 0), row.get("Message") or "", row.get("Traceback") or "", row.get("Nodes") or "")
+        for row in _csv_rows(values.get("exceptions", ""), "exceptions")
+    )
+    return ImportedRun(run, snapshot, samples, [], failures_to_wire(failures, exceptions))
+
+
+def _csv_rows(text: str, place: str) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise _bad(place, f"is not CSV: {error}") from None
+
+
+def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sample:
+    """One row of _stats_history.csv; with --csv-full-history its percentiles are the current ones."""
+    p50, p95, p99 = (_csv_number(row.get(column)) for column in ("50%", "95%", "99%"))
+    requests, failures = (int(_csv_number(row.get(f"Total {what} Count")) or 0) for what in ("Request", "Failure"))
+    whole_run = (None, None, None) if is_current else (p50, p95, p99)
+    return Sample(
+        run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")), _csv_number(row.get("Failures/s")), requests, failures,
+        _error_percent(requests, failures), _csv_number(row.get("Total Average Response Time")), *whole_run,
+        *((p50, p95) if is_current else (None, None)), int(_csv_number(row.get("User Count")) or 0), "poll",
+    )  # fmt: skip
+
+
+# ============================================================================
+# 13. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
@@ -6591,7 +7085,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 13. EVENTS - changes of runs, told to event streams
+# 14. EVENTS - changes of runs, told to event streams
 # ============================================================================
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
@@ -6801,7 +7295,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 14. SESSIONS - browsers that signed in, and what they must prove
+# 15. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -6941,7 +7435,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 15. HTTP API - routes, authentication, handlers
+# 16. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -7059,6 +7553,24 @@ def get_metrics(api: Api, request: Request) -> Response:
     samples = downsample(samples, query.get("maxPoints", 500))
     points = [sample_to_wire(sample) for sample in samples]
     return json_response({"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points})
+
+
+def get_export(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    if not run.is_final:
+        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished or Failed run can be exported", status=run.status.value)
+    document = json.loads(api.store.wire(run.id))
+    parts = export_parts(document, api.store.samples(run.id), api.store.histogram_records(run.id), api.engine.failures(run))
+    return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
+
+
+def post_import(api: Api, request: Request) -> Response:
+    found = read_import(parse_json(request.body), time.time())
+    api.check_tenant(request, found.run.tenant_id)
+    failures = dump_json(found.failures).encode() if found.failures else None
+    api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, failures)
+    log("run imported", run=found.run.id, by=request.principal.name)
+    return api.run_response(found.run.id, 201)
 
 
 def get_histograms(api: Api, request: Request) -> Response:
@@ -7410,6 +7922,12 @@ ROUTES = (
     Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
     Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
     Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,)),
+    Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file", query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
+    Route(
+        "POST", "/v1/tests/import", post_import, "operator", "Keep a run from a file: an export, or what a headless Locust wrote",
+        body={"format": BodyKey("format", one_of(EXPORT_FORMAT, LOCUST_JSON, LOCUST_CSV), required=True)}, most_body_bytes=IMPORT_BYTES,
+        answer="Run", success=201, errors=(409, 503), more_body={name: {} for name in (*EXPORT_KEYS, *LOCUST_CSV_KEYS) if name != "format"},
+    ),
     Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first", query=TRENDS_QUERY, answer="Trend"),
     Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False, answer="Baseline"),
     Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
@@ -7483,7 +8001,7 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
-        comparison={"type": "object"}, locustfileSha256=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
@@ -7509,6 +8027,10 @@ SCHEMAS: dict[str, Any] = {
         p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object", "additionalProperties": _WHOLE, "description": "whole ms to requests"},
     ),
     "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=_array("Histogram"), **{"from": _MOMENT}),
+    "Export": _object(
+        "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE, loadManager=_TEXT, exportedAt=_MOMENT,
+        run={"$ref": "#/components/schemas/Run"}, samples=_array("Point"), histograms={"type": "array", "items": {"type": "object"}}, failures={"$ref": "#/components/schemas/Failures"},
+    ),
     "Failures": _object(
         "failures exceptions",
         failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT, error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},
@@ -7879,7 +8401,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 16. SERVICE - the whole program put together, and its configuration checked
+# 17. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -8002,7 +8524,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 17. TERMINAL - text, tables and a live view that any terminal can show
+# 18. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -8216,7 +8738,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 18. API CLIENT - which server a command talks to, and requests to it
+# 19. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -8457,7 +8979,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 19. COMMAND LINE - commands, what they take, and what they print
+# 20. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -8696,6 +9218,59 @@ def command_report(options: Any) -> int:
     client = open_client(options)
     run_id = find_run(client, options.run)
     return put_document(client.get(run_path(run_id, REPORT_PATHS[options.format])).body, options.output)
+
+
+def command_export(options: Any) -> int:
+    check_can_write(options.output)
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    return put_document(client.get(run_path(run_id, "/export")).body, options.output)
+
+
+def command_import(options: Any) -> int:
+    body = import_body(options)
+    answer = open_client(options).request("POST", "/v1/tests/import", body)
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    run = answer.json(*RUN_KEYS)
+    open_screen(options).print(f"run {run['id']} of {run['scenarioId']} is imported")
+    return EXIT_DONE
+
+
+def import_body(options: Any) -> dict[str, Any]:
+    """What is sent of a file: an export as it is, files of Locust with what the options say."""
+    given = {"tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario}
+    if options.file.endswith("_stats.csv"):
+        start = options.file.removesuffix("_stats.csv")
+        others = {name: read_text(f"{start}_{suffix}.csv") for name, suffix in CSV_FILES.items() if os.path.isfile(f"{start}_{suffix}.csv")}
+        return {"format": LOCUST_CSV, **_needed(given), "stats": read_text(options.file), **others}
+    try:
+        document = json.loads(read_text(options.file))
+    except (ValueError, RecursionError):
+        raise CommandError(f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a file of Locust's --json-file or --csv", EXIT_USAGE) from None
+    if isinstance(document, list):
+        return {"format": LOCUST_JSON, **_needed(given), "stats": document}
+    if isinstance(document, dict) and not any(given.values()):
+        return document
+    raise CommandError("--tenant, --env and --scenario are for files of Locust; an export has its own", EXIT_USAGE)
+
+
+CSV_FILES = {"history": "stats_history", "failures": "failures", "exceptions": "exceptions"}  # beside _stats.csv
+
+
+def _needed(given: dict[str, str | None]) -> dict[str, str | None]:
+    if not all(given.values()):
+        raise CommandError("a file of Locust does not say whose run it was: give --tenant, --env and --scenario", EXIT_USAGE)
+    return given
+
+
+def read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
 
 
 def put_document(data: bytes, path: str | None) -> int:
@@ -9443,6 +10018,17 @@ COMMANDS = (
             OUTPUT,
         ),
     ),
+    Command("export", command_export, "a run with all samples as one file, to carry elsewhere", "export latest -o run.json", (RUN_ARGUMENT, OUTPUT)),
+    Command(
+        "import", command_import, "keep a run from a file: an export, or what a headless Locust wrote",
+        "import results_stats.csv --tenant tenant-1 --env dev --scenario browse",
+        (
+            argument("file", metavar="FILE", help="an export, a file of Locust's --json-file, or the _stats.csv of its --csv with those beside it"),
+            argument(*TENANT, metavar="ID", help="of a file of Locust: whose run it was"),
+            argument(*ENV, metavar="ID", help="the environment that was loaded"),
+            argument("--scenario", "--scenario-id", metavar="NAME", help="what was run"),
+        ),
+    ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
     Command(
         "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
@@ -9632,7 +10218,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 20. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 21. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
