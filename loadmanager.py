@@ -96,6 +96,14 @@ TRANSITIONS = {
 }
 FINAL = frozenset({RunStatus.FINISHED, RunStatus.FAILED})
 
+class Stage(NamedTuple):
+    """A stretch of a run with its own load."""
+
+    users: int
+    spawn_rate: float  # users/s
+    duration_s: int
+
+
 STOP_REASONS = ("duration", "user", "threshold", "locust", "lost", "shutdown")
 SOURCES = ("api", "ui", "schedule")
 
@@ -128,6 +136,9 @@ IDEMPOTENCY_KEEP_S = 24 * 3600
 MAX_ANNOTATION = 1000  # characters
 MOST_ANNOTATIONS = 200  # of one run
 MOST_THRESHOLDS = 50  # of one run
+MOST_STAGES = 100  # of one run
+MOST_LOAD_CHANGES = 1000  # of one run
+MOST_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
@@ -434,6 +445,60 @@ def _accept_host_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _accept_names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST_NAMES:
+        raise ValueError
+    if not all(isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable() for name in names):
+        raise ValueError
+    return tuple(dict.fromkeys(names))
+
+
+def _accept_options(value: Any) -> dict[str, Any]:
+    """Custom arguments of a locustfile, by the names of the command line or of Python."""
+    if not isinstance(value, dict) or len(value) > MOST_NAMES:
+        raise ValueError
+    options = {str(name).lstrip("-").replace("-", "_"): entry for name, entry in value.items()}
+    for name, entry in options.items():
+        if not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII) or type(entry) not in (str, int, float, bool) or len(str(entry)) > 4000:
+            raise ValueError
+        if type(entry) is float and not math.isfinite(entry):
+            raise ValueError
+        if name in SWARM_FIELDS:
+            raise ValueError(f"{name} is not a custom option")
+    return options
+
+
+def _accept_stages(value: Any) -> tuple[Stage, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_STAGES:
+        raise ValueError
+    checks = {"targetUsers": USERS, "spawnRate": SPAWN_RATE, "durationSeconds": DURATION}
+    stages = []
+    for stage in value:
+        if not isinstance(stage, dict) or set(stage) != set(checks):
+            raise ValueError
+        stages.append(Stage(*(check.accept(stage[name]) for name, check in checks.items())))
+    if sum(stage.duration_s for stage in stages) > MAX_DURATION_S:
+        raise ValueError
+    return tuple(stages)
+
+
+SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
+    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_tags lm_exclude_tags"
+    " tags exclude_tags num_users users".split()
+)
+USERS = number_value(1, MAX_USERS, whole=True)
+SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
+DURATION = number_value(1, MAX_DURATION_S, whole=True)
+NAMES = Check(f"a list of 1 to {MOST_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}})
+OPTIONS = Check(
+    f"an object of at most {MOST_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false", _accept_options, schema={"type": "object"}
+)
+STAGES = Check(
+    f"a list of 1 to {MOST_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
+    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MOST_STAGES},
+)  # fmt: skip
+RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
@@ -553,11 +618,32 @@ class StorageConfig:
 
 
 @dataclass(frozen=True)
+class ScenarioConfig:
+    """What a scenarioId means: all that a create may leave out."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "the scenarioId")
+    description: str = key("description", "", text_value("a string", empty=True), "for those who choose")
+    host: str | None = key("host", None, BASE_URL, "the target system")
+    user_classes: tuple[str, ...] = key("userClasses", (), NAMES, "the user classes to run; default: all")
+    tags: tuple[str, ...] = key("tags", (), NAMES, "run only tasks with one of these tags")
+    exclude_tags: tuple[str, ...] = key("excludeTags", (), NAMES, "run no tasks with one of these tags")
+    locustfile: str | None = key("locustfile", None, text_value("a file name"), "what a launched cluster runs, relative to this file")
+    options: dict[str, Any] | None = key("options", None, OPTIONS, "custom arguments of the locustfile")
+    target_users: int | None = key("targetUsers", None, USERS, "users at the same time")
+    spawn_rate: float | None = key("spawnRate", None, SPAWN_RATE, "users started per second")
+    duration_s: int | None = key("durationSeconds", None, DURATION, "how long")
+    stages: tuple[Stage, ...] = key("stages", (), STAGES, "instead of the three numbers")
+    thresholds: tuple[Any, ...] = key("thresholds", (), RAW_LIST, "as on create")
+    tenants: tuple[str, ...] = key("tenants", (), NAMES, "who may run it; default: all")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
     server: ServerConfig = key("server", {}, ServerConfig, "where Load Manager listens")
     clusters: tuple[ClusterConfig, ...] = key("locustClusters", (), [ClusterConfig], "the Locust clusters")
+    scenarios: tuple[ScenarioConfig, ...] = key("scenarios", (), [ScenarioConfig], "what scenarioIds mean")
     security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
     orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
     storage: StorageConfig = key("storage", {}, StorageConfig, "where runs are kept")
@@ -852,6 +938,46 @@ def threshold_to_wire(threshold: Threshold) -> dict[str, Any]:
     return wire
 
 
+class Plan(NamedTuple):
+    """What of a locustfile is run, and against what, beyond users and time."""
+
+    host: str | None = None
+    user_classes: tuple[str, ...] = ()  # empty: all
+    tags: tuple[str, ...] = ()
+    exclude_tags: tuple[str, ...] = ()
+    options: dict[str, Any] | None = None
+    stages: tuple[Stage, ...] = ()
+    locustfile: str | None = None  # for a launched cluster
+
+
+def plan_to_wire(plan: Plan) -> dict[str, Any]:
+    wire = {"host": plan.host, "userClasses": list(plan.user_classes), "tags": list(plan.tags), "excludeTags": list(plan.exclude_tags), "options": plan.options}
+    wire["stages"] = [stage_to_wire(stage) for stage in plan.stages]
+    return {name: value for name, value in wire.items() if value}
+
+
+def stage_to_wire(stage: Stage) -> dict[str, Any]:
+    return {"targetUsers": stage.users, "spawnRate": stage.spawn_rate, "durationSeconds": stage.duration_s}
+
+
+def plan_from_record(entry: list[Any]) -> Plan:
+    host, user_classes, tags, exclude_tags, options, stages, locustfile = entry
+    return Plan(host, tuple(user_classes), tuple(tags), tuple(exclude_tags), options, tuple(Stage(*stage) for stage in stages), locustfile)
+
+
+class LoadChange(NamedTuple):
+    """Users of a running load that somebody changed: epoch seconds, users, users/s, who."""
+
+    at: float
+    users: int
+    spawn_rate: float
+    by: str
+
+
+def load_change_to_wire(change: LoadChange) -> dict[str, Any]:
+    return {"at": utc_text(change.at), "targetUsers": change.users, "spawnRate": change.spawn_rate, "by": change.by}
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
     """What a caller asks for."""
@@ -866,6 +992,7 @@ class RunRequest:
     queue: bool = False  # wait for a free cluster instead of a 409
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
+    plan: Plan = Plan()
 
 
 class Warning_(NamedTuple):
@@ -940,6 +1067,8 @@ class Run:
     locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     imported_at: float | None = None  # it came from a file
+    plan: Plan = Plan()
+    load_changes: tuple[LoadChange, ...] = ()
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
@@ -1008,6 +1137,9 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "importedAt": run.imported_at and utc_text(run.imported_at),
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
+    wire.update(plan_to_wire(run.plan))
+    if run.load_changes:
+        wire["usersChanges"] = [load_change_to_wire(change) for change in run.load_changes]
     if run.warnings:
         wire["warnings"] = [{"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings]
     if run.annotations:
@@ -1033,6 +1165,8 @@ def run_from_record(text: str) -> Run:
     record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
     record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
     record["thresholds"] = tuple(Threshold(*entry) for entry in record.get("thresholds", ()))
+    record["plan"] = plan_from_record(record["plan"]) if "plan" in record else Plan()
+    record["load_changes"] = tuple(LoadChange(*entry) for entry in record.get("load_changes", ()))
     known = set(Run.__slots__)
     return Run(**{name: value for name, value in record.items() if name in known})
 
@@ -1342,6 +1476,15 @@ class Worker:
     cpu_percent: float | None
 
 
+class Abilities(NamedTuple):
+    """What a Locust can be asked to run. None: it does not say."""
+
+    user_classes: tuple[str, ...] | None = None
+    can_choose: bool = False  # it was started with --class-picker
+    options: tuple[str, ...] | None = None  # custom arguments
+    tags: tuple[str, ...] | None = None  # None: tags cannot be chosen
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a Locust master says of itself at one moment.
@@ -1368,6 +1511,7 @@ class Reading:
     flush: bool = False  # numbers are complete as soon as the test has stopped
     host: str | None = None
     failures: tuple[Failure, ...] = ()
+    abilities: Abilities | None = None  # None: it does not say
 
     @property
     def live_workers(self) -> tuple[Worker, ...]:
@@ -2293,20 +2437,33 @@ class ThresholdWatch:
 
 
 METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
-USERS = number_value(1, MAX_USERS, whole=True)
-SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
-
+PLAN_KEYS = {
+    "host": BodyKey("host", BASE_URL),
+    "userClasses": BodyKey("user_classes", NAMES),
+    "tags": BodyKey("tags", NAMES),
+    "excludeTags": BodyKey("exclude_tags", NAMES),
+    "options": BodyKey("options", OPTIONS),
+    "stages": BodyKey("stages", STAGES),
+}
+LOAD_KEYS = {  # stages, or a scenario of the configuration, stand for them
+    "targetUsers": BodyKey("target_users", USERS),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
+    "durationSeconds": BodyKey("duration_s", DURATION),
+}
 CREATE_KEYS = {
     "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
     "envId": BodyKey("env_id", ID_TEXT, required=True),
     "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
-    "targetUsers": BodyKey("target_users", USERS, required=True),
-    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
-    "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
+    **LOAD_KEYS,
     "metadata": BodyKey("metadata", METADATA),
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    **PLAN_KEYS,
+}
+USERS_KEYS = {
+    "targetUsers": BodyKey("target_users", USERS, required=True),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
 }
 ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
 RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata")}
@@ -2352,6 +2509,138 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
     if problems:
         raise InvalidInput("; ".join(f"{name}: {why}" for name, why in problems.items())[:2000], problems)
     return values
+
+
+def plan_of(values: dict[str, Any]) -> Plan:
+    """The plan among checked values, taken out of them."""
+    return Plan(**{name: values.pop(name) for name in Plan._fields if name in values})
+
+
+def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
+    """What a create asks for, with what its scenario gives; InvalidInput with every bad key."""
+    given = check_body(body, CREATE_KEYS)
+    if "stages" in given and any(entry.to in given for entry in LOAD_KEYS.values()):
+        raise InvalidInput("stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either", {"stages": "stand for targetUsers, spawnRate and durationSeconds; allowed are either"})
+    values = {**_of_scenario(given, scenarios), **given}
+    stages = values.get("stages")
+    if stages:
+        values.update(target_users=max(stage.users for stage in stages), spawn_rate=stages[0].spawn_rate, duration_s=sum(stage.duration_s for stage in stages))
+    missing = {
+        name: f"is missing; allowed is {entry.check.allowed}" for name, entry in LOAD_KEYS.items() if entry.to not in values and name != "durationSeconds"
+    }
+    if missing:
+        raise InvalidInput("; ".join(f"{name}: {why}" for name, why in missing.items()), missing)
+    return RunRequest(plan=plan_of(values), **values)
+
+
+def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
+    """What the scenario gives where the create is silent; {} without scenarios in the configuration."""
+    allowed = {scenario.id: scenario for scenario in scenarios if is_scenario_for(scenario, given["tenant_id"])}
+    if not scenarios:
+        return {}
+    scenario = allowed.get(given["scenario_id"])
+    if scenario is None:
+        why = f"there is no such scenario; there are {', '.join(sorted(allowed)) or 'none for this tenant'}"
+        raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
+    names = {entry.to for entry in (*LOAD_KEYS.values(), *PLAN_KEYS.values())} | {"locustfile"}
+    found = {name: getattr(scenario, name) for name in names if getattr(scenario, name) not in (None, ())}
+    if scenario.thresholds:
+        found["thresholds"] = THRESHOLDS.accept(list(scenario.thresholds))
+    if any(entry.to in given for entry in LOAD_KEYS.values()):
+        found.pop("stages", None)
+    if "stages" in given:
+        found = {name: value for name, value in found.items() if name not in {entry.to for entry in LOAD_KEYS.values()}}
+    if found.get("options") and given.get("options"):
+        given["options"] = {**found["options"], **given["options"]}
+    return found
+
+
+def is_scenario_for(scenario: ScenarioConfig, tenant_id: str) -> bool:
+    return not scenario.tenants or tenant_id in scenario.tenants
+
+
+def scenario_problems(config: Config) -> Iterator[str]:
+    """What is wrong in the configuration's scenarios beyond single keys."""
+    seen: set[str] = set()
+    for index, scenario in enumerate(config.scenarios):
+        where = f"scenarios[{index}]"
+        if scenario.id in seen:
+            yield f"{where}.id: {scenario.id!r} stands twice; allowed is a unique id"
+        seen.add(scenario.id)
+        if scenario.stages and (scenario.target_users or scenario.spawn_rate or scenario.duration_s):
+            yield f"{where}.stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either"
+        try:
+            THRESHOLDS.accept(list(scenario.thresholds))
+        except ValueError as error:
+            yield f"{where}.thresholds: {error}" if isinstance(error, NotAllowed) else f"{where}.thresholds: allowed is {THRESHOLDS.allowed}"
+        if scenario.locustfile and not os.path.isfile(os.path.join(config.folder, scenario.locustfile)):
+            yield f"{where}.locustfile: {scenario.locustfile} is not a file"
+
+
+def scenario_to_wire(scenario: ScenarioConfig) -> dict[str, Any]:
+    plan = Plan(scenario.host, scenario.user_classes, scenario.tags, scenario.exclude_tags, scenario.options, scenario.stages)
+    wire: dict[str, Any] = {"id": scenario.id, **plan_to_wire(plan)}
+    optional = {
+        "description": scenario.description, "targetUsers": scenario.target_users, "spawnRate": scenario.spawn_rate, "durationSeconds": scenario.duration_s,
+        "thresholds": [one.expr for one in THRESHOLDS.accept(list(scenario.thresholds))], "tenants": list(scenario.tenants),
+    }  # fmt: skip
+    wire.update((name, value) for name, value in optional.items() if value)
+    return wire
+
+
+def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | None:
+    """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
+    if abilities is None:
+        return None
+    classes = abilities.user_classes
+    if plan.user_classes and classes is not None:
+        unknown = [name for name in plan.user_classes if name not in classes]
+        if unknown:
+            return "userClasses", f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}"
+        if not abilities.can_choose and set(plan.user_classes) != set(classes):
+            return "userClasses", f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}"
+    unknown = [name for name in plan.options or () if abilities.options is not None and name not in abilities.options]
+    if unknown:
+        return "options", f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}"
+    if (plan.tags or plan.exclude_tags) and abilities.tags is None:
+        return "tags", "the cluster's Locust does not take tags with a start: its locustfile does not import loadmanager_hooks"
+    for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
+        unknown = [name for name in names if name not in (abilities.tags or ())]
+        if unknown:
+            return field_name, f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}"
+    return None
+
+
+class LoadTarget(NamedTuple):
+    """The load a run should have, and since when (epoch seconds)."""
+
+    users: int
+    spawn_rate: float
+    since: float
+
+
+def load_target(run: Run, now: float) -> LoadTarget:
+    """What the run should have at a moment: its stages as they come, and changes by people,
+    of which the newest holds until the next stage."""
+    began = run.started_at if run.started_at is not None else now
+    target = LoadTarget(run.target_users, run.spawn_rate, began)
+    at = began
+    for stage in run.plan.stages:
+        if at <= now or stage is run.plan.stages[0]:
+            target = LoadTarget(stage.users, stage.spawn_rate, at)
+        at += stage.duration_s
+    if run.load_changes and target.since <= run.load_changes[-1].at:
+        last = run.load_changes[-1]
+        return LoadTarget(last.users, last.spawn_rate, last.at)
+    return target
+
+
+def stage_starts(run: Run) -> Iterator[float]:
+    """Seconds after the start at which each stage but the first begins."""
+    at = 0.0
+    for stage in run.plan.stages[:-1]:
+        at += stage.duration_s
+        yield at
 
 
 def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
@@ -2520,15 +2809,13 @@ def idleness(reading: Reading, workers_wanted: int = 1) -> Idleness:
     return Idleness.IDLE
 
 
-def ramp_s(run: Run) -> float:
-    """Seconds until all users should be there."""
-    return run.target_users / run.spawn_rate
-
-
-def watch_warnings(run: Run, before: Reading | None, now_reading: Reading, most_workers: int, age_s: float) -> Iterator[tuple[str, str]]:
+def watch_warnings(
+    target: LoadTarget, before: Reading | None, now_reading: Reading, most_workers: int, wanted_for_s: float
+) -> Iterator[tuple[str, str]]:
     """Code and sentence of what one reading of a running test makes worth a warning.
 
-    before: the reading before; most_workers: the most seen in this run; age_s: since the start."""
+    before: the reading before; most_workers: the most seen in this run; wanted_for_s: how long
+    the target should have been reached, negative before."""
     live = len(now_reading.live_workers)
     if now_reading.distributed and live < most_workers:
         yield "workers_lost", f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing"
@@ -2537,8 +2824,8 @@ def watch_warnings(run: Run, before: Reading | None, now_reading: Reading, most_
         yield "cpu_high", f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's"
     if before and now_reading.requests < before.requests:
         yield "stats_reset", f"Locust's counters went back from {before.requests} to {now_reading.requests} requests"
-    if age_s > ramp_s(run) + 30 and now_reading.users < run.target_users:
-        yield "users_not_reached", f"{now_reading.users} of {run.target_users} users are running {age_s:.0f} s after the start"
+    if wanted_for_s > 30 and now_reading.users < target.users:
+        yield "users_not_reached", f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been"
     if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
         yield "endpoints_cut", f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all"
 
@@ -3703,6 +3990,16 @@ class LocustClient:
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
 
+    def read_abilities(self) -> Abilities | None:
+        """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
+        _, _, page = self._call("GET", "/", None, 3.0)
+        text = page.decode("utf-8", "replace")
+        classes, options = _list_in_page(text, "available_user_classes"), _object_in_page(text, "extra_options")
+        can_choose = re.search(r'"show_userclass_picker":\s*true', text) is not None
+        if classes is None and options is None:
+            return None
+        return Abilities(classes, can_choose, None if options is None else tuple(options))
+
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
         for _ in range(2):
@@ -3810,7 +4107,7 @@ class LocustClient:
                 connection.connect()
             if expired.is_set():
                 raise TimeoutError
-            body = urlencode(form) if form is not None and method == "POST" else None
+            body = urlencode(form, doseq=True) if form is not None and method == "POST" else None
             sent = True
             connection.request(method, (urlsplit(self.base_url).path or "") + path, body, self._headers(path, body))
             response = connection.getresponse()
@@ -4161,7 +4458,34 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         callbacks=bool(document.get("callbacks")),
         flush=bool(document.get("flush")),
         host=document.get("host"),
+        abilities=_abilities_of_hooks(document),
     )
+
+
+def _abilities_of_hooks(document: dict[str, Any]) -> Abilities | None:
+    classes, options, tags = (document.get(name) for name in ("availableUserClasses", "options", "tags"))
+    if not isinstance(classes, list) or not isinstance(options, list) or not isinstance(tags, list):
+        return None  # hooks of an earlier version
+    return Abilities(tuple(map(str, classes)), bool(document.get("classPicker")), tuple(map(str, options)), tuple(map(str, tags)))
+
+
+def _list_in_page(page: str, name: str) -> tuple[str, ...] | None:
+    value = _json_in_page(page, name)
+    return tuple(map(str, value)) if isinstance(value, list) else None
+
+
+def _object_in_page(page: str, name: str) -> dict[str, Any] | None:
+    value = _json_in_page(page, name)
+    return value if isinstance(value, dict) else None
+
+
+def _json_in_page(page: str, name: str) -> Any:
+    """A value of window.templateArgs in Locust's page (2.47.0); None when it is not there."""
+    match = re.search(rf'"{name}":\s*', page)
+    try:
+        return json.JSONDecoder().raw_decode(page, match.end())[0] if match else None
+    except (ValueError, RecursionError):
+        return None
 
 
 # ============================================================================
@@ -4451,7 +4775,7 @@ class Watch:
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # somebody saw a user or a request
         self.most_workers = 0
-        self.users_now = run.target_users
+        self.target = load_target(run, time.time())
         self.last: Reading | None = None
         self.last_requests = 0
         self.boot_id = ""
@@ -4462,6 +4786,11 @@ class Watch:
     @property
     def age_s(self) -> float:
         return steady_s() - self.started
+
+    @property
+    def wanted_for_s(self) -> float:
+        """How long all users should be there; negative while they are started."""
+        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
 
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - steady_s())
@@ -4568,6 +4897,8 @@ class Engine:
         watch.last_requests = self._last_requests(run.id)
         watch.users_seen = watch.last_requests > 0
         watch.start_seen = watch.users_seen or time.time() - (run.started_at or 0) > 3
+        if run.plan.stages:
+            self._apply_target_soon(watch)  # a stage may have begun meanwhile
         log("run adopted", run=run.id, cluster=cluster.id, remaining_s=remaining)
 
     def _reconcile_pending(self, run: Run, cluster: Cluster) -> None:
@@ -4655,7 +4986,7 @@ class Engine:
         old = self.store.get(run_id)
         request = RunRequest(
             old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata,
-            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with,
+            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with, plan=old.plan,
         )
         return self.create(replace(request, **changes), created_by)
 
@@ -4724,6 +5055,7 @@ class Engine:
             raise LocustTimeout(f"cluster {cluster.id} is still busy with an earlier stop")
         try:
             reading = self._wait_until_idle(cluster)
+            self._check_plan(cluster, run.plan, reading)
             run = replace(run, cluster_id=cluster.id, queued=False, queue_position=None)
             if self.store.find(run.id) is None:
                 run = self.store.add(run, idempotency)
@@ -4746,17 +5078,33 @@ class Engine:
         ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
         lease = str(self.rules.lease_s) if run.duration_s is None and self.rules.lease_s else ""
         form: dict[str, Any] = {
-            "user_count": watch.users_now,
-            "spawn_rate": run.spawn_rate or 1,
+            "user_count": watch.target.users,
+            "spawn_rate": watch.target.spawn_rate or 1,
             "run_id": run.id,
             "tenant_id": run.tenant_id,
             "env_id": run.env_id,
             "lm_stop_after": ends_in,
             "lm_lease": lease,
+            "lm_tags": ",".join(run.plan.tags),
+            "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }
+        form.update((name, str(value).lower() if isinstance(value, bool) else value) for name, value in (run.plan.options or {}).items())
+        if run.plan.host:
+            form["host"] = run.plan.host
+        if run.plan.user_classes:
+            form["user_classes"] = run.plan.user_classes
         if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
             form["run_time"] = ends_in
         return form
+
+    def _check_plan(self, cluster: Cluster, plan: Plan, reading: Reading) -> None:
+        """InvalidInput when the cluster's Locust cannot run what is planned."""
+        abilities = reading.abilities
+        if abilities is None and not reading.hooks and (plan.user_classes or plan.options or plan.tags or plan.exclude_tags):
+            abilities = cluster.client.read_abilities()
+        refusal = plan_refusal(plan, abilities)
+        if refusal:
+            raise InvalidInput(f"{refusal[0]}: {refusal[1]}", {refusal[0]: refusal[1]})
 
     def _wait_until_idle(self, cluster: Cluster) -> Reading:
         """The reading of an idle cluster, waiting (bounded) for one that is starting or still
@@ -4822,6 +5170,11 @@ class Engine:
         watch.deadline = None if remaining_s is None else watch.started + remaining_s
         if watch.deadline is not None:
             watch.alarms.append(self.timer.at(watch.deadline, functools.partial(self._begin_stop, run.id, "duration")))
+        elapsed_s = time.time() - (run.started_at or time.time())
+        for start_s in stage_starts(run):
+            if start_s > elapsed_s:
+                apply = functools.partial(self._apply_target_soon, watch)
+                watch.alarms.append(self.timer.at(watch.started + start_s - elapsed_s, apply))
         proof_at = watch.started + self.rules.start_timeout_s
         watch.alarms.append(self.timer.at(proof_at, functools.partial(self._proof_is_due, watch)))
         in_background(f"watch-{run.id[:8]}", functools.partial(self._watch, watch))
@@ -4885,6 +5238,8 @@ class Engine:
                 log("queued run waits on", run=run.id, why=error.message)
                 with self._lock:
                     cluster.busy_with = None
+        except InvalidInput as error:
+            self._fail(run.id, error.message)  # waiting does not make it possible
         except LoadManagerError as error:
             log("queued run waits on", run=run.id, why=error.message)
             with self._lock:
@@ -4961,7 +5316,7 @@ class Engine:
     def _note_reading(self, watch: Watch, run: Run, reading: Reading) -> None:
         workers_before = watch.most_workers
         watch.most_workers = max(watch.most_workers, len(reading.live_workers))
-        for code, sentence in watch_warnings(run, watch.last, reading, watch.most_workers, watch.age_s):
+        for code, sentence in watch_warnings(watch.target, watch.last, reading, watch.most_workers, watch.wanted_for_s):
             self._warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
             self.store.add_snapshot(run.id, reading.snapshot, "poll")
@@ -4985,16 +5340,17 @@ class Engine:
         if before is None or reading.state != "running" or steady_s() - watch.respread_at < 5:
             return
         ready = [worker for worker in reading.live_workers if worker.state == "ready"]
-        lost = reading.users < watch.users_now and len(reading.live_workers) < len(before.live_workers)
+        wanted = watch.target.users
+        lost = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
         if reading.live_workers and (lost or (ready and workers_before)):
             self._respread(watch, run)
             return
         stable = before.users == reading.users and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
-        if stable and 0 < reading.users != watch.users_now and watch.age_s > ramp_s(run) + 5 and before.state == "running":
-            if reading.users < watch.users_now and watch.respread_at == -math.inf and not self._changed_by_hand(watch, reading):
+        if stable and 0 < reading.users != wanted and watch.wanted_for_s > 5 and before.state == "running":
+            if reading.users < wanted and watch.respread_at == -math.inf and not self._changed_by_hand(watch, reading):
                 return
-            self._warn(run.id, "users_changed", f"users were changed in Locust from {watch.users_now} to {reading.users}")
-            watch.users_now = reading.users
+            self._warn(run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}")
+            watch.target = watch.target._replace(users=reading.users)
             if watch.deadline is not None:
                 self._respread(watch, run)  # Locust forgot run_time with the change
 
@@ -5006,22 +5362,67 @@ class Engine:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def _respread(self, watch: Watch, run: Run) -> None:
+    def _respread(self, watch: Watch, run: Run) -> bool:
         """Swarm again with the same run and its remaining time: Locust spreads users over the
-        workers it has only then (2.47.0)."""
+        workers it has only then (2.47.0). False when the run is about to end anyway."""
         cluster = watch.cluster
         remaining = watch.remaining_s()
         if remaining is not None and remaining < 2:
-            return
+            return False
         with cluster.operation:
             current = self.store.find(run.id)
             if current is None or current.status is not RunStatus.RUNNING:
-                return
+                return False
             if not cluster.read_state().is_loaded:
-                return  # it just ended: a swarm would start it anew
+                return False  # it just ended: a swarm would start it anew
             watch.respread_at = steady_s()
             cluster.client.swarm(self._swarm_form(cluster, run, watch, None))
-        log("users spread again", run=run.id, cluster=cluster.id, users=watch.users_now)
+        log("users spread again", run=run.id, cluster=cluster.id, users=watch.target.users)
+        return True
+
+    def change_users(self, run_id: str, users: int, spawn_rate: float | None, by: str) -> Run:
+        """Give a running load another number of users; returns when Locust took it. Conflict
+        when the run is not Running, LocustError when Locust does not."""
+        run = self.store.get(run_id)
+        watch = self._watches.get(run_id)
+        if run.status is not RunStatus.RUNNING or watch is None:
+            raise Conflict(f"run {run_id} is {run.status.value}; only the users of a Running one can be changed", status=run.status.value)
+        if len(run.load_changes) >= MOST_LOAD_CHANGES:
+            raise Conflict(f"the users of run {run_id} were changed {MOST_LOAD_CHANGES} times, the most there may be")
+        before, change = watch.target, LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by)
+        with watch.cluster.operation:
+            watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
+            is_taken = False
+            try:
+                is_taken = self._respread(watch, run)
+            finally:
+                if not is_taken:
+                    watch.target = before
+        if not is_taken:
+            raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
+        self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
+        self.store.wait_durable_or_log()
+        log("users changed", run=run_id, users=users, by=by)
+        return self.store.get(run_id)
+
+    def _apply_target_soon(self, watch: Watch) -> None:
+        in_background("stage", functools.partial(self._apply_target, watch))
+
+    def _apply_target(self, watch: Watch) -> None:
+        """Give Locust the load that the run should have now; tried again while it does not answer."""
+        for pause_s in (*RETRY_STEPS_S, None):
+            run = self.store.find(watch.run_id)
+            if run is None or run.status is not RunStatus.RUNNING:
+                return
+            watch.target = load_target(run, time.time() + 0.05)
+            try:
+                self._respread(watch, run)
+                log("stage begins", run=run.id, users=watch.target.users, spawn_rate=watch.target.spawn_rate)
+                return
+            except LocustError as error:
+                if pause_s is None or watch.over.wait(pause_s):
+                    self._warn(run.id, "users_not_reached", f"a stage of {watch.target.users} users could not begin: {error.message}")
+                    return
 
     def _not_heard(self, watch: Watch, run: Run, error: LocustError) -> None:
         cluster = watch.cluster
@@ -5349,8 +5750,9 @@ class Engine:
 
     def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
         last = watch.last
-        if last and watch.users_now == run.target_users and watch.age_s > ramp_s(run) + 5 and last.users < run.target_users:
-            self._warn(run.id, "users_not_reached", f"{last.users} of {run.target_users} users were running at the last reading")
+        unchanged = watch.target.users == load_target(run, time.time()).users  # by nobody in Locust's page
+        if last and unchanged and watch.wanted_for_s > 5 and last.users < watch.target.users:
+            self._warn(run.id, "users_not_reached", f"{last.users} of {watch.target.users} users were running at the last reading")
 
     def _fail(
         self, run_id: str, reason: str, stop_reason: str | None = None, cleanup: bool = False, snapshot: Snapshot | None = None
@@ -5574,6 +5976,7 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         metadata=request.metadata,
         thresholds=request.thresholds,
         compare_with=request.compare_with,
+        plan=request.plan,
         created_by=created_by,
         source=source,
     )
@@ -6101,6 +6504,12 @@ JUDGED_KEYS = {
     "delaySeconds": BodyKey("delay_s", number_value(0, 3600)),
     "warnOnly": BodyKey("warn_only", BOOLEAN),
 }
+LOAD_CHANGE_KEYS = {
+    "at": BodyKey("at", MOMENT, required=True),
+    "targetUsers": BodyKey("users", USERS, required=True),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
+    "by": BodyKey("by", LONG_TEXT, required=True),
+}
 COMPARISON_KEYS = {
     "with": BodyKey("with", one_of("baseline", "previous"), required=True),
     "baseline": BodyKey("baseline", RUN_ID),
@@ -6135,6 +6544,8 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
     "comparison": BodyKey("comparison", COMPARISON),
+    **PLAN_KEYS,
+    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MOST_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
     "importedAt": BodyKey("", MOMENT),
     "trust": BodyKey("", ANY_JSON),
     "trustReasons": BodyKey("", ANY_JSON),
@@ -6212,7 +6623,7 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
         raise InvalidInput("run: " + error.message, fields) from None
     values.pop("", None)
     values["status"] = RunStatus(values["status"])
-    run = Run(**values, imported_at=now)
+    run = Run(plan=plan_of(values), **values, imported_at=now)
     snapshot = check_metrics(document, "lastMetrics", math.inf)
     samples = _read_samples(body.get("samples"), run.id)
     return ImportedRun(run, snapshot, samples, list(_read_histograms(body.get("histograms"))), _read_failures(body.get("failures")))
@@ -7487,9 +7898,8 @@ def get_health(api: Api, request: Request) -> Response:
 
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
-    values = check_body(body, CREATE_KEYS)
-    api.check_tenant(request, values["tenant_id"])
-    run_request = RunRequest(**values)
+    run_request = read_create(body, api.config.scenarios)
+    api.check_tenant(request, run_request.tenant_id)
     key_ = request.head.headers.get("idempotency-key")
     if key_ is None:
         run = api.engine.create(run_request, request.principal.name)
@@ -7535,6 +7945,19 @@ def post_stop(api: Api, request: Request) -> Response:
     api.engine.stop(run.id, "user")
     api.store.wait_durable_or_log()
     return json_response({"success": True, "message": "Test stopped successfully"})
+
+
+def post_users(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    values = check_body(parse_json(request.body), USERS_KEYS)
+    api.engine.change_users(run.id, values["target_users"], values.get("spawn_rate"), request.principal.name)
+    return api.run_response(run.id, 200)
+
+
+def get_scenarios(api: Api, request: Request) -> Response:
+    tenants = {cluster.tenant_id for cluster in api.config.clusters if request.principal.may_touch(cluster.tenant_id)}
+    shown = [scenario for scenario in api.config.scenarios if not scenario.tenants or tenants & set(scenario.tenants)]
+    return json_response([scenario_to_wire(scenario) for scenario in shown])
 
 
 def post_rerun(api: Api, request: Request) -> Response:
@@ -7906,6 +8329,10 @@ ROUTES = (
     Route(
         "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
     ),
+    Route(
+        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load", body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS
+    ),
+    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios"),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
         "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times between two moments",
@@ -7977,6 +8404,9 @@ _MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no fig
 _COUNT = {"type": ["integer", "null"]}
 _NAME_OR_NULL = {"type": ["string", "null"]}
 
+_TEXTS = {"type": "array", "items": _TEXT}
+_PLAN = {"host": _TEXT, "userClasses": _TEXTS, "tags": _TEXTS, "excludeTags": _TEXTS, "options": {"type": "object"}, "stages": _array("Stage")}
+
 SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
@@ -8001,8 +8431,14 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
-        comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
+    "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
+    "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE),
+    "Scenario": _object(
+        "id", id=_TEXT, description=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE, thresholds=_TEXTS, tenants=_TEXTS, **_PLAN
+    ),
+    "Scenarios": _array("Scenario"),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
@@ -8405,10 +8841,19 @@ def _options_route(allow: str) -> Route:
 # ============================================================================
 
 
+def checked_config(path: str) -> Config:
+    """The configuration of a file, checked as a whole; ConfigError lists every problem."""
+    config = load_config(path)
+    problems = list(scenario_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
 def serve(config_path: str) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status."""
     try:
-        config = load_config(config_path)
+        config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
     _raise_file_limit()
@@ -8507,7 +8952,7 @@ def _raise_file_limit() -> None:
 def check_config(config_path: str) -> int:
     """Print every problem of a configuration; 0 when there is none, 2 otherwise."""
     try:
-        config = load_config(config_path)
+        config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
     print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
@@ -9053,6 +9498,14 @@ def metadata_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def stage_value(text: str) -> dict[str, Any]:
+    """A stage written as USERS:RATE:TIME."""
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise ValueError("users, users per second and a time, such as 50:5:60s")
+    return {"targetUsers": count_value(parts[0]), "spawnRate": rate_value(parts[1]), "durationSeconds": duration_value(parts[2])}
+
+
 def key_value(text: str) -> str:
     if not re.fullmatch("[!-~]{1,255}", text):
         raise ValueError("1 to 255 printable ASCII characters")
@@ -9154,6 +9607,35 @@ def command_clusters(options: Any) -> int:
     screen = open_screen(options)
     screen.print(*paint_head(screen, table(CLUSTER_COLUMNS, [cluster_row(cluster) for cluster in answer.json_list("id", "workers")], screen.columns)))
     return EXIT_DONE
+
+
+SCENARIO_COLUMNS = (Column("SCENARIO"), Column("USERS", right=True), Column("TIME", right=True), Column("HOST", drop=2), Column("DESCRIPTION", drop=1))
+
+
+def scenario_row(scenario: dict[str, Any]) -> list[str]:
+    stages = scenario.get("stages") or [scenario]
+    users = [stage["targetUsers"] for stage in stages if stage.get("targetUsers")]
+    seconds = sum(stage.get("durationSeconds") or 0 for stage in stages)
+    shown = [scenario["id"], str(max(users)) if users else "", clock_words(seconds) if seconds else "", scenario.get("host", ""), scenario.get("description", "")]
+    return [printable(value) for value in shown]
+
+
+def command_scenarios(options: Any) -> int:
+    answer = open_client(options).get("/v1/scenarios")
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    screen.print(*paint_head(screen, table(SCENARIO_COLUMNS, [scenario_row(scenario) for scenario in answer.json_list("id")], screen.columns)))
+    return EXIT_DONE
+
+
+def command_users(options: Any) -> int:
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    body = {"targetUsers": options.users, "spawnRate": options.spawn_rate}
+    answer = client.request("POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None})
+    return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
 
 
 def command_stop(options: Any) -> int:
@@ -9454,9 +9936,10 @@ def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> A
 
 
 def create_body(options: Any) -> dict[str, Any]:
-    metadata = dict(options.meta)
-    if len(metadata) < len(options.meta):
-        raise CommandError("--meta: a name stands twice; allowed is each once", EXIT_USAGE)
+    metadata, custom = dict(options.meta), dict(options.option)
+    for name, pairs, given in (("--meta", metadata, options.meta), ("--option", custom, options.option)):
+        if len(pairs) < len(given):
+            raise CommandError(f"{name}: a name stands twice; allowed is each once", EXIT_USAGE)
     body = {
         "tenantId": options.tenant,
         "envId": options.env,
@@ -9468,6 +9951,12 @@ def create_body(options: Any) -> dict[str, Any]:
         "thresholds": options.threshold or None,
         "compareWith": options.compare_with or ("baseline" if options.fail_on_regression else None),
         "queue": options.queue or None,
+        "host": options.host,
+        "userClasses": options.user_class or None,
+        "tags": options.tag or None,
+        "excludeTags": options.exclude_tag or None,
+        "options": custom or None,
+        "stages": options.stage or None,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -9969,10 +10458,16 @@ COMMANDS = (
             argument(*TENANT, required=True, metavar="ID", help="whose run it is"),
             argument(*ENV, required=True, metavar="ID", help="the environment to load"),
             argument("--scenario", "--scenario-id", required=True, metavar="NAME", help="what is run"),
-            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k"),
-            argument("-r", "--spawn-rate", required=True, metavar="RATE", value=rate_value, help="users started per second"),
+            argument("-u", "--users", metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k; default: the scenario's"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started per second; default: the scenario's"),
             argument("-d", "--duration", metavar="TIME", value=duration_value, help="90s, 5m, 1h30m; default: until it is stopped"),
             argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value, help="kept with the run; repeatable"),
+            argument("--stage", action="append", default=[], metavar="N:RATE:TIME", value=stage_value, help="instead of -u, -r and -d, e.g. 50:5:60s; repeatable"),
+            argument("--host", metavar="URL", help="the target system; default: the scenario's, or the cluster's"),
+            argument("--user-class", action="append", default=[], metavar="NAME", help="run only this user class; repeatable"),
+            argument("--tag", action="append", default=[], metavar="TAG", help="run only tasks with this tag; repeatable"),
+            argument("--exclude-tag", action="append", default=[], metavar="TAG", help="run no tasks with this tag; repeatable"),
+            argument("--option", action="append", default=[], metavar="K=V", value=metadata_value, help="a custom argument of the locustfile; repeatable"),
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
@@ -9996,6 +10491,15 @@ COMMANDS = (
         "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
     ),
     Command("stop", command_stop, "stop a run, or take it out of the queue", "stop latest", (RUN_ARGUMENT,)),
+    Command(
+        "users", command_users, "change the users of a running load", "users latest -u 200 -r 20",
+        (
+            RUN_ARGUMENT,
+            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users from now on"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started, or ended, per second; default: as before"),
+        ),
+    ),
+    Command("scenarios", command_scenarios, "the scenarios of the configuration", "scenarios"),
     Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, *START_ARGUMENTS)),
     Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
     Command(

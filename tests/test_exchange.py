@@ -73,9 +73,10 @@ def test_a_run_that_is_not_final_is_not_exported(lm):
 def test_every_key_of_a_run_can_be_imported():
     everything = {
         field.name: 1 for field in dataclasses.fields(loadmanager.Run)
-        if field.name not in ("status", "warnings", "annotations", "thresholds", "comparison", "metadata")
+        if field.name not in ("status", "warnings", "annotations", "thresholds", "comparison", "metadata", "plan", "load_changes")
     }  # fmt: skip
-    run = loadmanager.Run(**everything, status=loadmanager.RunStatus.FAILED, comparison={}, metadata={},
+    run = loadmanager.Run(**everything, status=loadmanager.RunStatus.FAILED, comparison={}, metadata={}, load_changes=(loadmanager.LoadChange(1.0, 2, 3.0, "me"),),
+                          plan=loadmanager.Plan("http://t", ("A",), ("b",), ("c",), {"d": 1}, (loadmanager.Stage(1, 1.0, 1),)),
                           warnings=(loadmanager.Warning_("c", 1.0, "m"),), annotations=(loadmanager.Annotation(1.0, "a"),),
                           thresholds=(loadmanager.parse_threshold("p95 < 5"),))  # fmt: skip
     missing = set(loadmanager.run_to_wire(run)) - set(loadmanager.IMPORTED_RUN_KEYS)
