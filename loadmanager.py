@@ -25,13 +25,14 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
 12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 13. EVENTS          changes of runs, told to event streams
-14. SESSIONS        browsers that signed in, and what they must prove
-15. HTTP API        routes, authentication, handlers
-16. SERVICE         the whole program put together, and its configuration checked
-17. TERMINAL        text, tables and a live view that any terminal can show
-18. API CLIENT      which server a command talks to, and requests to it
-19. COMMAND LINE    commands, what they take, and what they print
-20. DASHBOARD PAGE  what a browser gets at / and at /docs
+14. ACCESS          who a token says the caller is, and how much they may ask
+15. SESSIONS        browsers that signed in, and what they must prove
+16. HTTP API        routes, authentication, handlers
+17. SERVICE         the whole program put together, and its configuration checked
+18. TERMINAL        text, tables and a live view that any terminal can show
+19. API CLIENT      which server a command talks to, and requests to it
+20. COMMAND LINE    commands, what they take, and what they print
+21. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ FINAL = frozenset({RunStatus.FINISHED, RunStatus.FAILED})
 
 STOP_REASONS = ("duration", "user", "threshold", "locust", "lost", "shutdown")
 SOURCES = ("api", "ui", "schedule")
+ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 
 # Facts of Locust that the engine builds on (measured on 2.47.0 unless said).
 WORKER_REPORT_S = 3.0  # a worker reports its requests every 3 s
@@ -202,6 +204,7 @@ class LoadManagerError(Exception):
 
     http_status = 500
     error = "internal error"
+    caller: Any = None  # the Principal that was refused, where only who raises this knows it
 
     def __init__(self, message: str, retry_after_s: int | None = None, **extra: object):
         super().__init__(message)
@@ -228,11 +231,20 @@ class Unauthorized(LoadManagerError):
 
 
 class Forbidden(LoadManagerError):
+    """Not allowed to this caller; `fields` names what of the request is not."""
+
     http_status, error = 403, "forbidden"
+
+    def __init__(self, message: str, fields: dict[str, str] | None = None):
+        super().__init__(message, **({"fields": fields} if fields else {}))
 
 
 class NotFound(LoadManagerError):
     http_status, error = 404, "not found"
+
+
+class NotYours(NotFound):
+    """It is there, and the caller may not know: answered as what is not there."""
 
 
 class MethodNotAllowed(LoadManagerError):
@@ -351,6 +363,7 @@ class ServerRefused(CommandError):
 # environment overrides, `check` and the README's table all read these declarations.
 
 REQUIRED = object()
+RESERVED_NAMES = ("api", "anonymous", "locust")  # of callers that are no token of a list
 EXAMPLE_TOKENS = ("change-me-api-token", "change-me-callback-token")
 
 
@@ -434,9 +447,73 @@ def _accept_host_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _accept_words(value: Any) -> tuple[str, ...]:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not words:
+        raise ValueError
+    if not all(isinstance(word, str) and word and len(word) <= MAX_TEXT and word.isprintable() for word in words):
+        raise ValueError
+    return tuple(words)
+
+
+def _accept_networks(value: Any) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in _accept_words(value))
+
+
+def _accept_expiry(value: Any) -> float:
+    """RFC 3339, or a day, which ends at its start in UTC; YAML makes dates of either."""
+    import datetime
+
+    if isinstance(value, datetime.date):
+        value = value.isoformat() if not isinstance(value, datetime.datetime) or value.tzinfo else f"{value.isoformat()}Z"
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        value += "T00:00:00Z"
+    return parse_utc(value)
+
+
+HOST_PATTERN = re.compile(
+    r"(?P<name>\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]|[0-9.]+/[0-9]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/[0-9]+)(?::(?P<port>[0-9]{1,5}))?"
+)
+
+
+def _accept_host_patterns(value: Any) -> tuple[str, ...]:
+    patterns = _accept_words(value)
+    for pattern in patterns:
+        match = HOST_PATTERN.fullmatch(pattern)
+        if match is None or not 0 < int(match.group("port") or 1) < 65536:
+            raise ValueError
+        if "/" in match.group("name"):
+            ipaddress.ip_network(match.group("name"), strict=False)
+    return patterns
+
+
+def _accept_role_map(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(word, str) and word and role in ROLES for word, role in value.items()):
+        raise ValueError
+    return value
+
+
+def _accept_jwt_algorithms(value: Any) -> tuple[str, ...]:
+    words = _accept_words(value)
+    if not set(words) <= set(JWT_ALGORITHMS):
+        raise ValueError
+    return words
+
+
+JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it takes
+    "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC", "ES512": "EC", "EdDSA": "OKP",
+}  # fmt: skip
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
+WORDS = Check("a list of names", _accept_words)
+NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
+EXPIRY = Check("an RFC 3339 moment or a day such as 2027-01-31", _accept_expiry)
+HOST_PATTERNS = Check("a list of host, *.host, address or network, each with or without :port", _accept_host_patterns)
+ROLE_MAP = Check("a mapping of words of the claim to " + ", ".join(ROLES), _accept_role_map)
+ALGORITHMS = Check("a list of " + ", ".join(JWT_ALGORITHMS), _accept_jwt_algorithms)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
+USERS = number_value(1, MAX_USERS, whole=True)
+URL_TEXT = text_value("an http(s) URL", r"https?://[^\s/@?#]+[^\s@#]*")
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
 )
@@ -456,6 +533,17 @@ def key(name: str, default: Any, check: Any, about: str, secret: bool = False) -
 
 
 @dataclass(frozen=True)
+class ServerTlsConfig:
+    """https of our own. The files are read again when they change."""
+
+    cert_file: str = key("certFile", REQUIRED, text_value("a file name"), "our certificate and those that signed it, PEM")
+    key_file: str = key("keyFile", REQUIRED, text_value("a file name"), "its private key, PEM, without a password")
+    client_ca_file: str | None = key(
+        "clientCaFile", None, text_value("a file name"), "every client must show a certificate signed by one of these"
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Where Load Manager listens."""
 
@@ -469,6 +557,10 @@ class ServerConfig:
     )
     allowed_hosts: tuple[str, ...] = key(
         "allowedHosts", (), HOST_NAMES, "more host names under which a browser may sign in"
+    )
+    tls: ServerTlsConfig | None = key("tls", None, ServerTlsConfig, "serve https instead of http")
+    trusted_proxies: tuple[str, ...] = key(
+        "trustedProxies", (), NETWORKS, "proxies whose X-Forwarded-For tells the client's address"
     )
 
 
@@ -507,7 +599,90 @@ class ClusterConfig:
     username: str = key("username", "", text_value("a string", empty=True), "for a Locust with --web-login")
     password: str = key("password", "", text_value("a string", empty=True), "for a Locust with --web-login", secret=True)
     tls: TlsConfig = key("tls", {}, TlsConfig, "for an https baseUrl")
+    callback_token: str = key(
+        "callbackToken", "", text_value("a string", empty=True), "secret of this cluster's callbacks, instead of locustCallbackToken", secret=True
+    )
     launcher: LauncherConfig | None = key("launcher", None, LauncherConfig, "start the cluster on this machine")
+
+
+@dataclass(frozen=True)
+class ApiTokenConfig:
+    """A token of the API, and what its bearer may do."""
+
+    name: str = key("name", REQUIRED, text_value("1 to 64 of A-Z a-z 0-9 . _ @ -", r"[A-Za-z0-9._@-]{1,64}"), "who it is: runs and the audit name it")
+    token_sha256: str = key(
+        "tokenSha256", "", text_value("64 hexadecimal digits", r"[0-9A-Fa-f]{64}", empty=True), "SHA-256 of the token; `token new` prints it"
+    )
+    token: str = key("token", "", text_value("a string", empty=True), "the token itself, instead of tokenSha256", secret=True)
+    role: str = key("role", REQUIRED, one_of(*ROLES), "viewer reads, operator also starts and stops, admin also reads the audit")
+    tenants: tuple[str, ...] = key("tenants", (), WORDS, "the tenants it sees and touches; * for all; an admin without has all")
+    environments: tuple[str, ...] = key("environments", (), WORDS, "the environments of these; absent: all")
+    expires_at: float | None = key("expiresAt", None, EXPIRY, "refused from this moment on")
+
+
+@dataclass(frozen=True)
+class JwtConfig:
+    """JSON Web Tokens (RFC 7519) of a single sign-on, as Bearer tokens."""
+
+    issuer: str = key("issuer", REQUIRED, text_value(), "what the claim iss must be")
+    audience: str = key("audience", REQUIRED, text_value(), "what the claim aud must be or hold")
+    jwks_url: str | None = key("jwksUrl", None, URL_TEXT, "where the issuer's public keys are")
+    jwks_file: str | None = key("jwksFile", None, text_value("a file name"), "a file with the issuer's public keys (JWKS), where there is no network")
+    secret: str = key("secret", "", text_value("a string", empty=True), "the shared secret of HS256", secret=True)
+    algorithms: tuple[str, ...] = key("algorithms", (), ALGORITHMS, "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA")
+    leeway_s: float = key("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
+    tenants_claim: str = key("tenantsClaim", "tenants", text_value(), "the claim with the tenants, a list or words; * for all; a.b for a nested one")
+    role_claim: str = key("roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts")
+    role_map: dict[str, str] | None = key("roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves")
+
+
+@dataclass(frozen=True)
+class OidcConfig:
+    """Signing in to the dashboard by OpenID Connect (authorization code with PKCE)."""
+
+    issuer: str = key("issuer", REQUIRED, URL_TEXT, "the provider; its /.well-known/openid-configuration is read")
+    client_id: str = key("clientId", REQUIRED, text_value(), "our name there")
+    client_secret: str = key("clientSecret", "", text_value("a string", empty=True), "our secret there; none for a public client", secret=True)
+    redirect_url: str = key("redirectUrl", REQUIRED, URL_TEXT, "our /session/oidc/callback as browsers reach it")
+    scopes: str = key("scopes", "openid profile email", text_value(), "what is asked for, joined by blanks; openid must be one")
+
+
+@dataclass(frozen=True)
+class TenantConfig:
+    """What the loads of a tenant may be."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "the tenant")
+    max_users: int | None = key("maxUsers", None, USERS, "users of all its runs at the same time")
+    max_concurrent_runs: int | None = key("maxConcurrentRuns", None, number_value(1, 100_000, whole=True), "runs at the same time")
+    max_duration_s: int | None = key("maxDurationSeconds", None, number_value(1, MAX_DURATION_S, whole=True), "the longest run; one without an end is refused")
+    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets its loads may aim at")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What loads on one environment of a tenant need."""
+
+    tenant_id: str = key("tenantId", REQUIRED, ID_TEXT, "whose environment")
+    id: str = key("id", REQUIRED, ID_TEXT, "the environment")
+    protected: bool = key("protected", False, BOOLEAN, "a start must say confirm: <the environment's id>")
+    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets loads on it may aim at")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Who did what, kept in the database and, if asked, in a file."""
+
+    file: str | None = key("file", None, text_value("a file name"), "also append each entry to this file, as a line of JSON")
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """How much one caller may ask. A normal user never meets the defaults."""
+
+    requests_per_s: float = key("requestsPerSecond", 100_000.0, number_value(1, 10_000_000), "requests of one token in a second")
+    event_streams: int = key("eventStreams", 1000, number_value(1, 100_000, whole=True), "event streams of one token at the same time")
+    body_bytes: int = key("bodyBytes", MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a request")
+    callback_bytes: int = key("callbackBytes", 8 * MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a callback from Locust")
 
 
 @dataclass(frozen=True)
@@ -517,8 +692,16 @@ class SecurityConfig:
     callback_token: str = key(
         "locustCallbackToken", "", text_value("a string", empty=True), "shared secret of callbacks from Locust", secret=True
     )
-    api_token: str = key("apiToken", "", text_value("a string", empty=True), "Bearer token of API clients", secret=True)
+    api_token: str = key("apiToken", "", text_value("a string", empty=True), "Bearer token of an administrator", secret=True)
+    api_tokens: tuple[ApiTokenConfig, ...] = key("apiTokens", (), [ApiTokenConfig], "more tokens, each with a role and tenants")
+    jwt: JwtConfig | None = key("jwt", None, JwtConfig, "accept the tokens of a single sign-on")
+    oidc: OidcConfig | None = key("oidc", None, OidcConfig, "sign in to the dashboard by OpenID Connect")
     allow_anonymous: bool = key("allowAnonymous", False, BOOLEAN, "serve without tokens (a risk)")
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody may call: no way to prove who one is, is configured."""
+        return not (self.api_token or self.api_tokens or self.jwt or self.oidc)
 
 
 @dataclass(frozen=True)
@@ -561,6 +744,10 @@ class Config:
     security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
     orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
     storage: StorageConfig = key("storage", {}, StorageConfig, "where runs are kept")
+    tenants: tuple[TenantConfig, ...] = key("tenants", (), [TenantConfig], "limits of tenants")
+    environments: tuple[EnvironmentConfig, ...] = key("environments", (), [EnvironmentConfig], "protected environments")
+    audit: AuditConfig = key("audit", {}, AuditConfig, "who did what")
+    limits: LimitsConfig = key("limits", {}, LimitsConfig, "how much one caller may ask")
     folder: str = "."
 
 
@@ -787,15 +974,70 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
+def token_digest(token: str) -> bytes:
+    """SHA-256 of a token: what is kept, and compared in the same time whatever was sent."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
 def _whole_config_problems(config: Config) -> Iterator[str]:
     """Problems that no key has alone."""
     yield from _cluster_problems(config)
+    yield from _token_problems(config)
+    yield from _sign_on_problems(config)
+    yield from _twice("tenants", [(item.id,) for item in config.tenants])
+    yield from _twice("environments", [(item.tenant_id, item.id) for item in config.environments])
+    tls = config.server.tls
+    for name, file in (("certFile", tls.cert_file), ("keyFile", tls.key_file), ("clientCaFile", tls.client_ca_file)) if tls else ():
+        if file and not os.path.isfile(os.path.join(config.folder, file)):
+            yield f"server.tls.{name}: {file} is not a file"
+
+
+def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
+    for index, item in enumerate(ids):
+        if item in ids[:index]:
+            yield f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; allowed is a unique id"
+
+
+def _token_problems(config: Config) -> Iterator[str]:
+    """No missing, shipped, doubled or half-declared token."""
     security = config.security
+    all_guarded = bool(config.clusters) and all(cluster.callback_token for cluster in config.clusters)
+    needed = {"apiToken": security.is_open, "locustCallbackToken": not security.callback_token and not all_guarded}
     for name, token in (("apiToken", security.api_token), ("locustCallbackToken", security.callback_token)):
-        if not token and not security.allow_anonymous:
+        if needed[name] and not security.allow_anonymous:
             yield f"security.{name}: is missing or empty; set it, or security.allowAnonymous: true to serve without"
         if token in EXAMPLE_TOKENS and not is_loopback(config.server.host):
             yield f"security.{name}: is the shipped example's; listening on {config.server.host} needs one of your own"
+    names, digests = list(RESERVED_NAMES), [token_digest(security.api_token)] if security.api_token else []
+    for index, item in enumerate(security.api_tokens):
+        where = f"security.apiTokens[{index}]"
+        if item.name in names:
+            yield f"{where}.name: {item.name} is taken; allowed is a unique name other than {', '.join(RESERVED_NAMES)}"
+        if bool(item.token) == bool(item.token_sha256):
+            yield f"{where}: allowed is one of tokenSha256, token and tokenFile"
+        if not item.tenants and item.role != "admin":
+            yield f'{where}.tenants: is missing; allowed is a list of tenants, or ["*"] for all'
+        digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
+        if digest in digests:
+            yield f"{where}: another token is the same; each needs one of its own"
+        names.append(item.name)
+        digests.append(digest)
+
+
+def _sign_on_problems(config: Config) -> Iterator[str]:
+    """What the keys of security.jwt and security.oidc ask of each other."""
+    jwt, oidc = config.security.jwt, config.security.oidc
+    if jwt:
+        sources = [name for name, value in (("jwksUrl", jwt.jwks_url), ("jwksFile", jwt.jwks_file), ("secret", jwt.secret)) if value]
+        if len(sources) != 1:
+            yield f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
+        wrong = [name for name in jwt.algorithms if (JWT_ALGORITHMS[name] == "oct") != bool(jwt.secret)]
+        if wrong:
+            yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
+        if jwt.secret and len(jwt.secret.encode()) < 32:
+            yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
+    if oidc and "openid" not in oidc.scopes.split():
+        yield "security.oidc.scopes: openid is missing"
 
 
 def _cluster_problems(config: Config) -> Iterator[str]:
@@ -817,6 +1059,19 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 # 4. MODEL - run, snapshot, sample, and their translation to the wire's JSON
 # ============================================================================
 # Ours is snake_case with units; the wire's camelCase is met only here and in CONFIG.
+
+
+class Scope(NamedTuple):
+    """What somebody may see and touch: tenants and their environments; None: all."""
+
+    tenants: frozenset[str] | None = None
+    environments: frozenset[str] | None = None
+
+    def covers(self, tenant_id: str, env_id: str) -> bool:
+        return (self.tenants is None or tenant_id in self.tenants) and (self.environments is None or env_id in self.environments)
+
+
+EVERYTHING = Scope()
 
 
 class Threshold(NamedTuple):
@@ -866,6 +1121,8 @@ class RunRequest:
     queue: bool = False  # wait for a free cluster instead of a 409
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
+    host: str | None = None  # the target; None: the cluster's own
+    confirm: str | None = None  # the id of a protected environment
 
 
 class Warning_(NamedTuple):
@@ -900,6 +1157,36 @@ def baseline_to_wire(baseline: Baseline) -> dict[str, Any]:
         "setAt": utc_text(baseline.set_at),
         "setBy": baseline.set_by,
     }
+
+
+class AuditEntry(NamedTuple):
+    """Somebody did, or was refused, something. A field that does not apply is empty."""
+
+    at: float  # epoch seconds
+    who: str
+    role: str
+    address: str
+    action: str  # method and path of the route, e.g. POST /v1/tests/{id}/stop
+    tenant_id: str
+    env_id: str
+    run_id: str
+    http_status: int
+    detail: str  # why it was refused or failed
+
+    @property
+    def outcome(self) -> str:
+        return "done" if self.http_status < 400 else "refused" if self.http_status in (401, 403, 404) else "failed"
+
+
+AUDIT_KEYS = {
+    "who": "who", "role": "role", "address": "address", "action": "action", "tenantId": "tenant_id", "envId": "env_id",
+    "runId": "run_id", "status": "http_status", "detail": "detail", "outcome": "outcome",
+}  # fmt: skip
+
+
+def audit_to_wire(entry: AuditEntry) -> dict[str, Any]:
+    wire = {"at": utc_text(entry.at), **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()}}
+    return {name: value for name, value in wire.items() if value != ""}
 
 
 class Annotation(NamedTuple):
@@ -938,6 +1225,7 @@ class Run:
     compare_with: str | None = None  # baseline or previous
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
+    host: str | None = None  # the target that was asked for
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
@@ -1004,6 +1292,7 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
         "locustfileSha256": run.locustfile_sha256,
+        "host": run.host,
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.warnings:
@@ -2291,7 +2580,6 @@ class ThresholdWatch:
 
 
 METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
-USERS = number_value(1, MAX_USERS, whole=True)
 SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
 
 CREATE_KEYS = {
@@ -2305,9 +2593,11 @@ CREATE_KEYS = {
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "host": BodyKey("host", BASE_URL),
+    "confirm": BodyKey("confirm", ID_TEXT),
 }
 ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
-RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata")}
+RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata", "confirm")}
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
     "tenantId": BodyKey("tenant_id", text_value("a string", empty=True)),
@@ -2491,6 +2781,61 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
         if len(problems) > 20:
             return None
     return tuple(rows)
+
+
+def host_allowed(host: str, patterns: Iterable[str]) -> bool:
+    """Whether the target `host`, an http(s) URL, is one of `patterns`: a name, *.name, an address or
+    a network, with :port for only that port. Names are compared, never resolved."""
+    parts = _split_target(host)
+    return parts is not None and any(_is_target(*parts, pattern) for pattern in patterns)
+
+
+def _split_target(url: str) -> tuple[str, int] | None:
+    """Host in lower case and port; None for what is no plain http(s) URL."""
+    try:
+        _accept_base_url(url)
+        parts = urlsplit(url)
+        return (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None
+
+
+def _is_target(name: str, port: int, pattern: str) -> bool:
+    match = HOST_PATTERN.fullmatch(pattern)
+    if match is None or (match.group("port") and int(match.group("port")) != port):
+        return False
+    wanted = match.group("name").lower().strip("[]").rstrip(".")
+    if wanted == "*":
+        return True
+    try:
+        return ipaddress.ip_address(name) in ipaddress.ip_network(wanted, strict=False)
+    except ValueError:
+        pass  # one of them is a name
+    if wanted.startswith("*."):
+        return name.endswith(wanted[1:]) and len(name) > len(wanted) - 1
+    return name == wanted
+
+
+def load_refusals(
+    request: RunRequest, tenant: TenantConfig | None, environment: EnvironmentConfig | None, own_hosts: Iterable[str | None]
+) -> dict[str, str]:
+    """Why a load may not be started, by the key of the request: limits of the tenant, hosts of
+    both, the confirmation of a protected environment. own_hosts: where the clusters that may
+    take it aim by themselves; None where that is not known."""
+    problems: dict[str, str] = {}
+    if tenant and tenant.max_users is not None and request.target_users > tenant.max_users:
+        problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
+    if tenant and tenant.max_duration_s is not None and (request.duration_s or math.inf) > tenant.max_duration_s:
+        problems["durationSeconds"] = f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
+    hosts = [request.host] if request.host else list(own_hosts)
+    for patterns in (tenant.allowed_hosts if tenant else (), environment.allowed_hosts if environment else ()):
+        refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
+        if refused:
+            what = _printable(refused[0]) if refused[0] else "the cluster's own target is not known; host is needed"
+            problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
+    if environment and environment.protected and request.confirm != environment.id:
+        problems["confirm"] = f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+    return problems
 
 
 class Idleness(Enum):
@@ -2687,7 +3032,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 4  # 2: artefacts; 3: baselines; 4: histograms
+SCHEMA_VERSION = 5  # 2: artefacts; 3: baselines; 4: histograms; 5: audit
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -2704,6 +3049,9 @@ SCHEMA = (
     " PRIMARY KEY (run_id, name))",
     "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
     " run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL, set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
+    "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL, who TEXT NOT NULL, role TEXT NOT NULL,"
+    " address TEXT NOT NULL, action TEXT NOT NULL, tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL,"
+    " http_status BIGINT NOT NULL, detail TEXT NOT NULL)",
 )
 
 
@@ -2925,6 +3273,7 @@ class _Batch:
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
+    audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -2932,7 +3281,7 @@ class _Batch:
 
     @property
     def has_rows(self) -> bool:
-        return bool(self.runs or self.samples or self.histograms or self.keys or self.artefacts or self.baselines)
+        return bool(self.runs or self.samples or self.histograms or self.keys or self.artefacts or self.baselines or self.audit)
 
 
 def _packed(content: bytes) -> str:
@@ -2958,10 +3307,12 @@ class Journal(threading.Thread):
     MOST_HISTOGRAMS = 5_000  # likewise
     HISTOGRAM_STEP_S = 0.9  # not more often
     WHOLE_EVERY = 60  # the others hold what came since the one before
+    MOST_AUDIT = 100_000  # likewise
 
-    def __init__(self, database: Database, records_lock: threading.RLock):
+    def __init__(self, database: Database, records_lock: threading.RLock, audit_file: str | None = None):
         super().__init__(name="journal", daemon=True)
         self._database = database
+        self._audit_file = audit_file
         self._records_lock = records_lock  # taken for each record while its row is made
         self._changed = threading.Condition()
         self._batch = _Batch()
@@ -2972,6 +3323,10 @@ class Journal(threading.Thread):
     def save(self, record: Record) -> None:
         with self._changed:
             self._batch.runs[record.run.id] = record
+
+    def add_audit(self, seq: int, entry: AuditEntry) -> None:
+        with self._changed:
+            self._batch.audit.append((seq, entry))
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -3072,10 +3427,28 @@ class Journal(threading.Thread):
                     " body_hash = excluded.body_hash, run_id = excluded.run_id, created_at = excluded.created_at",
                     batch.keys,
                 )
+            if batch.audit:
+                marks = ", ".join("?" * (len(AuditEntry._fields) + 1))
+                rows = [(seq, *entry) for seq, entry in batch.audit]
+                database.execute_many(f"INSERT INTO audit VALUES ({marks}) ON CONFLICT (seq) DO NOTHING", rows)
             database.execute("COMMIT")
+            self._append_audit(batch)
         for ticket in batch.tickets:
             if ticket.read:
                 ticket.result = ticket.read(database)
+
+    def _append_audit(self, batch: _Batch) -> None:
+        """The committed entries as lines of JSON. The file is opened for each batch, so that it
+        may be rotated; what cannot be written there is in the database all the same."""
+        entries, batch.audit = batch.audit, []
+        if not entries or self._audit_file is None:
+            return
+        lines = "".join(dump_json(audit_to_wire(entry)) + "\n" for _, entry in entries)
+        try:
+            with open(os.open(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640), "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            log("audit file not written", file=self._audit_file, entries=len(entries), why=error.strerror or error)
 
     def _histogram_rows(self, batch: _Batch) -> Iterator[tuple[str, float, int, str]]:
         """Rows of the table; one that holds everything since the start comes first, after a
@@ -3138,6 +3511,7 @@ class Journal(threading.Thread):
             self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
+            self._batch.audit[:0] = batch.audit[-self.MOST_AUDIT :]
             self._batch.baselines = {**batch.baselines, **self._batch.baselines}
         self._settle(batch, error)
 
@@ -3213,7 +3587,7 @@ class RunFilter(NamedTuple):
     tenant_id: str | None = None
     env_id: str | None = None
     statuses: frozenset[str] | None = None
-    tenants: frozenset[str] | None = None  # those the caller may see
+    scope: Scope = EVERYTHING  # what the caller may see
     search: str | None = None  # lower case; somewhere in the run's id, names or creator
 
     def takes(self, run: Run) -> bool:
@@ -3221,7 +3595,7 @@ class RunFilter(NamedTuple):
             (self.tenant_id is None or run.tenant_id == self.tenant_id)
             and (self.env_id is None or run.env_id == self.env_id)
             and (self.statuses is None or run.status.value in self.statuses)
-            and (self.tenants is None or run.tenant_id in self.tenants)
+            and self.scope.covers(run.tenant_id, run.env_id)
             and (self.search is None or self._finds(run))
         )
 
@@ -3230,18 +3604,47 @@ class RunFilter(NamedTuple):
         return any(self.search in word.lower() for word in words)  # type: ignore[operator]
 
 
+class AuditFilter(NamedTuple):
+    """Which entries of the audit are wanted; None: all."""
+
+    who: str | None = None
+    tenant_id: str | None = None
+    run_id: str | None = None
+    action: str | None = None  # somewhere in it
+    outcome: str | None = None  # done, refused or failed
+    from_at: float | None = None
+    to_at: float | None = None
+    before_seq: int | None = None
+
+    OUTCOMES = {"done": "http_status < 400", "refused": "http_status IN (401, 403, 404)", "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)"}
+
+    def where(self, scope: Scope) -> tuple[str, list[Any]]:
+        """The condition and its values; of a scope with limits only what is within them."""
+        exact = {"who = ?": self.who, "tenant_id = ?": self.tenant_id, "run_id = ?": self.run_id}
+        exact |= {"at >= ?": self.from_at, "at <= ?": self.to_at, "seq < ?": self.before_seq}
+        parts = [(condition, [value]) for condition, value in exact.items() if value is not None]
+        if self.action is not None:
+            parts.append(("LOWER(action) LIKE ? ESCAPE '!'", ["%" + re.sub("([!%_])", r"!\1", self.action.lower()) + "%"]))
+        if self.outcome is not None:
+            parts.append((self.OUTCOMES[self.outcome], []))
+        for column, allowed in (("tenant_id", scope.tenants), ("env_id", scope.environments)):
+            if allowed is not None:
+                parts.append((f"{column} IN ({', '.join('?' * len(allowed)) or 'NULL'})", sorted(allowed)))
+        return " AND ".join(condition for condition, _ in parts) or "1 = 1", [value for _, values in parts for value in values]
+
+
 class Store:
     """All runs. Every method may be called from any thread; a status changes only in transition()."""
 
-    def __init__(self, database: Database):
+    def __init__(self, database: Database, audit_file: str | None = None):
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, Record] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
-        self._next_seq = 1
+        self._next_seq = self._next_audit_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        self._journal = Journal(database, self._lock)
+        self._journal = Journal(database, self._lock, audit_file)
         self._journal.start()
 
     def _load(self, database: Database) -> None:
@@ -3255,6 +3658,7 @@ class Store:
                 self._keys[key_] = (body_hash, run_id, at)
             for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
                 self._baselines[row[0], row[1], row[2]] = Baseline(*row)
+            self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -3536,6 +3940,23 @@ class Store:
             if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
                 return other
         return None
+
+    # ---- audit ----
+
+    def audit(self, entry: AuditEntry) -> None:
+        """Append an entry; it is on disk within half a second."""
+        with self._lock:
+            self._journal.add_audit(self._next_audit_seq, entry)
+            self._next_audit_seq += 1
+
+    def audit_entries(self, wanted: AuditFilter, scope: Scope, limit: int) -> list[tuple[int, AuditEntry]]:
+        """Up to `limit` entries with their numbers, newest first; NotReady when they cannot be read."""
+        condition, values = wanted.where(scope)
+        columns = ", ".join(("seq", *AuditEntry._fields))
+        rows = self._journal.read(
+            lambda database: database.query(f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}", tuple(values))
+        )
+        return [(row[0], AuditEntry(*row[1:])) for row in rows]
 
     def wait_durable_or_log(self) -> None:
         try:
@@ -4372,6 +4793,7 @@ class Cluster:
         self.launched = launched
         self.operation = threading.RLock()  # a start, a stop or a change of users is going on
         self.busy_with: str | None = None  # run that has it; guarded by Engine._lock
+        self.claimed_users = 0  # of that run
         self.cleanup_for: str | None = None  # a run that is over whose load may still run here
         self.heard_at = steady_s()  # its last answer
         self.stopped_at = -math.inf  # our last stop there
@@ -4460,10 +4882,12 @@ class Engine:
         self._queue: list[str] = []  # ids of waiting runs, the next first
         self._queue_alarm: Alarm | None = None
         self._closing = False
+        self._limits = {tenant.id: tenant for tenant in config.tenants}
+        self._environments = {(item.tenant_id, item.id): item for item in config.environments}
         self.clusters = {item.id: self._cluster(item) for item in config.clusters}
 
     def _cluster(self, item: ClusterConfig) -> Cluster:
-        token, folder = self.config.security.callback_token, self.config.folder
+        token, folder = item.callback_token or self.config.security.callback_token, self.config.folder
         launched = LaunchedCluster(item, folder, token) if item.launcher else None
         return Cluster(item, LocustClient(item, token, folder, self.timer), launched)
 
@@ -4582,6 +5006,7 @@ class Engine:
         if self._closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         candidates = self._serving(request.tenant_id, request.env_id)
+        self._refuse_unsafe(request, candidates)
         run = _new_run(request, created_by, source)
         refusal: LoadManagerError | None = None
         for cluster in candidates:
@@ -4605,14 +5030,14 @@ class Engine:
             return self._enqueue(run, idempotency)
         if isinstance(refusal, LocustError):
             raise self._kept_as_failed(None, replace(run, cluster_id=candidates[0].id), refusal, idempotency)
-        raise refusal or self._busy(candidates)
+        raise refusal or self._limit_reached(run) or self._busy(candidates)
 
     def rerun(self, run_id: str, changes: dict[str, Any], created_by: str) -> Run:
         """Start again what a run was asked for."""
         old = self.store.get(run_id)
         request = RunRequest(
             old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata,
-            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with,
+            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with, host=old.host,
         )
         return self.create(replace(request, **changes), created_by)
 
@@ -4631,10 +5056,47 @@ class Engine:
         """Take a free cluster for a run; those who queue for it go first."""
         with self._lock:
             waiting = any(self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id)
-            if self._is_taken(cluster) or (waiting and run.id not in self._queue):
+            if self._is_taken(cluster) or (waiting and run.id not in self._queue) or self._over_limit(run):
                 return False
-            cluster.busy_with = run.id
+            cluster.busy_with, cluster.claimed_users = run.id, run.target_users
             return True
+
+    def _refuse_unsafe(self, request: RunRequest, candidates: list[Cluster]) -> None:
+        """Forbidden for a load that its tenant or environment may not have; InvalidInput where
+        only the confirmation is missing."""
+        tenant = self._limits.get(request.tenant_id)
+        environment = self._environments.get((request.tenant_id, request.env_id))
+        own_hosts = [cluster.config.launcher.host if cluster.config.launcher else None for cluster in candidates]
+        problems = load_refusals(request, tenant, environment, own_hosts)
+        if problems:
+            kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
+            raise kind("; ".join(f"{name}: {why}" for name, why in problems.items()), problems)
+
+    def _over_limit(self, run: Run) -> str | None:
+        """Why its tenant may not have this run beside those it has, or None. What counts is who
+        has a cluster: _claim() asks and takes under one lock."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None:
+            return None
+        with self._lock:
+            others = [
+                cluster for cluster in self.clusters.values()
+                if cluster.config.tenant_id == run.tenant_id and cluster.busy_with != run.id and self._is_taken(cluster)
+            ]
+            users = run.target_users + sum(map(self._users_on, others))
+        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
+            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
+        if limits.max_users is not None and users > limits.max_users:
+            return f"tenant {limits.id} may have {limits.max_users} users at the same time; with this run it would have {users}"
+        return None
+
+    def _users_on(self, cluster: Cluster) -> int:
+        run = self.store.find(cluster.busy_with or "")
+        return run.target_users if run else cluster.claimed_users  # claimed, and not kept yet
+
+    def _limit_reached(self, run: Run) -> Conflict | None:
+        why = self._over_limit(run)
+        return Conflict(f'{why}; stop one, wait, or create with "queue": true') if why else None
 
     def _is_taken(self, cluster: Cluster) -> bool:
         """A run has it that is not over: who sees a run final may start the next at once,
@@ -4713,6 +5175,9 @@ class Engine:
         }
         if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
             form["run_time"] = ends_in
+        host = run.host or (cluster.config.launcher.host if cluster.config.launcher else None)
+        if host:
+            form["host"] = host
         return form
 
     def _wait_until_idle(self, cluster: Cluster) -> Reading:
@@ -5027,6 +5492,42 @@ class Engine:
             raise LocustTimeout(f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does")
         if outcome.error:
             raise type(outcome.error)(f"{outcome.error.message}; the stop is tried again until it succeeds")
+
+    def stop_all(self, sees: Callable[[Run], bool]) -> dict[str, str | None]:
+        """Stop every run that `sees` takes, all clusters at once. By run: None once Locust
+        confirmed, else why not yet; what could not be stopped is tried until it is."""
+        wanted = [run for run in self.store.active_runs() if sees(run)]
+        outcomes: dict[str, str | None] = {run.id: "was not stopped in time; it is tried until it is" for run in wanted}
+        waiting = [run for run in wanted if self._leave_queue(run)]  # first, as they would take what gets free
+        for run in waiting:
+            self._fail(run.id, "cancelled while it waited in the queue", stop_reason="user")
+            outcomes[run.id] = None
+
+        def stop_one(run_id: str) -> None:
+            outcomes[run_id] = self._stop_whatever_it_does(run_id)
+
+        going = [run.id for run in wanted if run not in waiting]
+        threads = [in_background("stop-all", functools.partial(stop_one, run_id)) for run_id in going]
+        give_up_at = steady_s() + STOP_ANSWER_S + 2
+        for thread in threads:
+            thread.join(max(0.0, give_up_at - steady_s()))
+        return dict(outcomes)
+
+    def _stop_whatever_it_does(self, run_id: str) -> str | None:
+        """As stop(), for a run that may just be starting or stopping; None when it is stopped, else why not."""
+        give_up_at = steady_s() + STOP_ANSWER_S
+        while (left_s := give_up_at - steady_s()) > 0:
+            try:
+                self.stop(run_id, "user", left_s)
+                return None
+            except Conflict:
+                run = self.store.find(run_id)
+                if run is None or run.is_final:
+                    return None
+                time.sleep(0.1)
+            except LoadManagerError as error:
+                return error.message
+        return f"did not stop within {STOP_ANSWER_S:g} s; it is tried until it does"
 
     def _leave_queue(self, run: Run) -> bool:
         """Take a waiting run out of the queue, unless a cluster was just given to it."""
@@ -5446,10 +5947,14 @@ class Engine:
         self._keep_details(watch)
         self._conclude(watch, final, quiet_at)
 
-    def register_external(self, request: RunRequest, cluster_id: str | None) -> tuple[str, bool]:
+    def register_external(self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]) -> tuple[str, bool]:
         """The id of the run for a test started in Locust's own page, and whether it is new.
-        Conflict when the cluster is just being started or stopped."""
-        candidates = self._serving(request.tenant_id, request.env_id)
+        Conflict when the cluster is just being started or stopped, Forbidden when the caller's
+        token `reaches` none of the clusters that it may be on."""
+        candidates = [cluster for cluster in self._serving(request.tenant_id, request.env_id) if reaches(cluster.id)]
+        if not candidates:
+            why = "the callback token is not that of a cluster of this tenant and environment"
+            raise Forbidden(why, {"tenantId": why})
         if cluster_id:
             candidates = [cluster for cluster in candidates if cluster.id == cluster_id]
             if not candidates:
@@ -5531,6 +6036,7 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         metadata=request.metadata,
         thresholds=request.thresholds,
         compare_with=request.compare_with,
+        host=request.host,
         created_by=created_by,
         source=source,
     )
@@ -6078,9 +6584,10 @@ def _content_length(headers: dict[str, str]) -> int:
 
 
 class Request:
-    """A whole request as a handler gets it."""
+    """A whole request as a handler gets it. tenant_id, env_id, run_id and note: what it turned
+    out to be about, for the audit."""
 
-    __slots__ = ("head", "route", "params", "body", "query", "principal", "address")
+    __slots__ = ("head", "route", "params", "body", "query", "principal", "address", "tenant_id", "env_id", "run_id", "note")
 
     def __init__(self, head: RequestHead, route: Any, params: dict[str, str], principal: Any, address: str):
         self.head = head
@@ -6090,6 +6597,7 @@ class Request:
         self.address = address
         self.body = b""
         self.query: dict[str, Any] = {}
+        self.tenant_id = self.env_id = self.run_id = self.note = ""
 
 
 class Response:
@@ -6600,20 +7108,18 @@ class ApiServer(ThreadingHTTPServer):
 
 
 class Stream:
-    """One client's event stream. tenants: those it may see, None: all; is_allowed: False
-    once its sign-in has ended."""
+    """One client's event stream. scope: what it may see; is_allowed: False once its
+    sign-in or its token has ended; owner: whose streams are counted together."""
 
-    __slots__ = ("connection", "run_id", "tenants", "resume_id", "is_allowed")
+    __slots__ = ("connection", "run_id", "scope", "resume_id", "is_allowed", "owner")
 
-    def __init__(self, run_id: str | None, tenants: frozenset[str] | None, resume_id: str | None, is_allowed: Callable[[], bool]):
+    def __init__(self, run_id: str | None, scope: Scope, resume_id: str | None, is_allowed: Callable[[], bool], owner: str):
         self.connection: Connection | None = None
         self.run_id = run_id  # None: all runs
-        self.tenants = tenants
+        self.scope = scope
+        self.owner = owner
         self.resume_id = resume_id  # Last-Event-ID
         self.is_allowed = is_allowed
-
-    def sees(self, tenant_id: str) -> bool:
-        return self.tenants is None or tenant_id in self.tenants
 
     def push(self, raw: bytes) -> None:
         if raw and self.connection is not None:
@@ -6624,7 +7130,7 @@ class Change(NamedTuple):
     """The newest change of one run."""
 
     seq: int
-    tenant_id: str
+    place: tuple[str, str]  # tenant and environment
 
 
 class EventFeed:
@@ -6639,14 +7145,15 @@ class EventFeed:
     MOST_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
     MOST_REPLAYED = 500
 
-    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int):
+    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int, most_of_one: int = 1000):
         self._store = store
         self._loop = loop
         self._timer = timer
         self._most_streams = most_streams
+        self._most_of_one = most_of_one
         self._era = secrets.token_hex(4)  # ids of an earlier process are not ours
         self._lock = threading.Lock()  # guards _noted and _round_is_due
-        self._noted: dict[str, str] = {}  # changed run -> its tenant
+        self._noted: dict[str, tuple[str, str]] = {}  # changed run -> its tenant and environment
         self._round_is_due = False
         self._next_round_at = 0.0
         self._seq = 0
@@ -6662,7 +7169,7 @@ class EventFeed:
     def note(self, run: Run) -> None:
         """A run has changed or is gone; called under the store's lock."""
         with self._lock:
-            self._noted[run.id] = run.tenant_id
+            self._noted[run.id] = run.tenant_id, run.env_id
             if self._round_is_due:
                 return
             self._round_is_due = True
@@ -6675,9 +7182,13 @@ class EventFeed:
     # ---- streams come and go -----------------------------------------------
 
     def response(self, stream: Stream) -> Response:
-        """The answer that opens a stream; NotReady when there are too many."""
-        if sum(map(len, self._streams.values())) >= self._most_streams:
+        """The answer that opens a stream; NotReady when there are too many, TooManyRequests when
+        too many are of one owner."""
+        open_streams = self._all_streams()
+        if len(open_streams) >= self._most_streams:
             raise NotReady(f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10)
+        if sum(other.owner == stream.owner for other in open_streams) >= self._most_of_one:
+            raise TooManyRequests(f"{self._most_of_one} event streams of this token are open, the most there may be", retry_after_s=10)
         headers = {"X-Accel-Buffering": "no"}  # nginx would keep events back
         return Response(content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream))
 
@@ -6729,7 +7240,7 @@ class EventFeed:
         for run_id, change in reversed(self._changes.items()):
             if change.seq <= since:
                 break
-            if stream.run_id in (None, run_id) and stream.sees(change.tenant_id):
+            if stream.run_id in (None, run_id) and stream.scope.covers(*change.place):
                 missed.append((run_id, change.seq))
             if len(missed) > self.MOST_REPLAYED:
                 return None
@@ -6742,7 +7253,7 @@ class EventFeed:
             noted, self._noted = self._noted, {}
             self._round_is_due = False
             self._next_round_at = steady_s() + self.ROUND_S
-        changed = [(run_id, self._remember(run_id, tenant_id)) for run_id, tenant_id in noted.items()]
+        changed = [(run_id, self._remember(run_id, place)) for run_id, place in noted.items()]
         self._tell_followers_of_all(changed)
         for run_id, change in changed:
             if run_id in self._streams:
@@ -6750,9 +7261,9 @@ class EventFeed:
                 for stream in list(self._streams[run_id]):
                     stream.push(raw)
 
-    def _remember(self, run_id: str, tenant_id: str) -> Change:
+    def _remember(self, run_id: str, place: tuple[str, str]) -> Change:
         self._seq += 1
-        change = self._changes[run_id] = Change(self._seq, tenant_id)
+        change = self._changes[run_id] = Change(self._seq, place)
         self._changes.move_to_end(run_id)
         if len(self._changes) > self.MOST_REMEMBERED:
             self._forgotten_seq = self._changes.popitem(last=False)[1].seq
@@ -6762,12 +7273,12 @@ class EventFeed:
         streams = self._streams.get(None)
         if not streams:
             return
-        events = [(change.tenant_id, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
-        told: dict[frozenset[str] | None, bytes] = {}  # the same bytes for all who see the same tenants
+        events = [(change.place, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
+        told: dict[Scope, bytes] = {}  # the same bytes for all who see the same
         for stream in list(streams):
-            if stream.tenants not in told:
-                told[stream.tenants] = b"".join(event for tenant_id, event in events if stream.sees(tenant_id))
-            stream.push(told[stream.tenants])
+            if stream.scope not in told:
+                told[stream.scope] = b"".join(event for place, event in events if stream.scope.covers(*place))
+            stream.push(told[stream.scope])
 
     def _beat(self) -> None:
         """A comment to every stream: proxies keep it open, and a dead client is noticed."""
@@ -6801,7 +7312,179 @@ class EventFeed:
 
 
 # ============================================================================
-# 14. SESSIONS - browsers that signed in, and what they must prove
+# 14. ACCESS - who a token says the caller is, and how much they may ask
+# ============================================================================
+# Tokens are kept and compared as hashes, all of them for each try, so that neither the
+# time nor the number of tries tells anything of them. What a token says is remembered
+# under the header's exact bytes (good ones only): a request then costs one look-up.
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who calls. ends_at: epoch seconds after which it counts no more. clusters: those whose
+    runs a callback may touch; None: those without a callbackToken of their own."""
+
+    name: str
+    role: str
+    scope: Scope = EVERYTHING
+    ends_at: float = math.inf
+    clusters: frozenset[str] | None = None
+
+    def may_touch(self, tenant_id: str, env_id: str) -> bool:
+        return self.scope.covers(tenant_id, env_id)
+
+
+ANONYMOUS = Principal("anonymous", "admin")  # where no token is configured
+NOBODY = Principal("", "")  # who has not proven anything
+
+
+def scope_of(tenants: Iterable[str], environments: Iterable[str] = ()) -> Scope:
+    """The scope that names of tenants and environments mean: * is all of them."""
+    tenants, environments = frozenset(tenants), frozenset(environments)
+    return Scope(None if "*" in tenants else tenants, None if not environments or "*" in environments else environments)
+
+
+class ApiTokens:
+    """The API tokens of the configuration."""
+
+    def __init__(self, security: SecurityConfig):
+        self._owners: list[tuple[bytes, Principal]] = []
+        if security.api_token:
+            self._owners.append((token_digest(security.api_token), Principal("api", "admin")))
+        for item in security.api_tokens:
+            digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
+            scope = scope_of(item.tenants or ("*",), item.environments)
+            ends_at = math.inf if item.expires_at is None else item.expires_at
+            self._owners.append((digest, Principal(item.name, item.role, scope, ends_at)))
+
+    def owner(self, token: str) -> Principal | None:
+        """Whose token it is; None for a wrong one, and for one that has expired."""
+        given, found = token_digest(token), None
+        for digest, principal in self._owners:
+            if hmac.compare_digest(given, digest):
+                found = principal
+        return found if found is None or found.ends_at > time.time() else None
+
+
+class CallbackTokens:
+    """The secrets of Locust's callbacks: one for all clusters, or a cluster's own."""
+
+    def __init__(self, config: Config):
+        own = [(token_digest(item.callback_token), item.id) for item in config.clusters if item.callback_token]
+        self.guarded = frozenset(cluster_id for _, cluster_id in own)  # clusters that the common token does not reach
+        common = config.security.callback_token
+        self._common = token_digest(common) if common else None
+        self._is_open = not common and config.security.allow_anonymous
+        self._own = [(digest, frozenset(id_ for other, id_ in own if other == digest)) for digest, _ in own]
+
+    def owner(self, token: str) -> Principal | None:
+        given, found = token_digest(token), None
+        if self._is_open or (self._common is not None and hmac.compare_digest(given, self._common)):
+            found = Principal("locust", "locust")
+        for digest, clusters in self._own:
+            if hmac.compare_digest(given, digest):
+                found = Principal("locust", "locust", clusters=clusters)
+        return found
+
+    def may_touch(self, principal: Principal, cluster_id: str) -> bool:
+        return cluster_id not in self.guarded if principal.clusters is None else cluster_id in principal.clusters
+
+
+class FailedAttempts:
+    """Counts wrong tokens for each address. Only wrong ones are ever refused for it: the
+    right token is served whatever others did from the same address."""
+
+    MOST = 30
+    WINDOW_S = 60.0
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, float]] = {}
+
+    def note(self, address: str) -> int | None:
+        """Count one; the seconds to wait when there were too many."""
+        now = steady_s()
+        who = ":".join(address.split(":")[:4]) if ":" in address else address  # IPv6: who has one address has its /64
+        count, since = self._counts.get(who, (0, now))
+        if now - since > self.WINDOW_S:
+            count, since = 0, now
+        if len(self._counts) > 10_000:
+            self._counts.clear()
+        self._counts[who] = (count + 1, since)
+        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
+
+
+class Usage:
+    """What one caller asked for in this second; only the loop's thread counts."""
+
+    __slots__ = ("second", "count")
+
+    def __init__(self) -> None:
+        self.second = 0
+        self.count = 0
+
+    def note(self, most_per_s: float) -> None:
+        """Count one request; TooManyRequests beyond the limit."""
+        second = int(steady_s())
+        if second != self.second:
+            self.second, self.count = second, 0
+        self.count += 1
+        if self.count > most_per_s:
+            raise TooManyRequests(f"over {most_per_s:g} requests of this token in a second", retry_after_s=1)
+
+
+class Caller(NamedTuple):
+    """Who sent a header, as long as that holds."""
+
+    principal: Principal
+    usage: Usage
+
+
+class RefusalBudget:
+    """How many refusals are written to the audit: a flood must not fill the disk."""
+
+    BURST, PER_S = 1000.0, 20.0
+
+    def __init__(self) -> None:
+        self._left, self._at = self.BURST, steady_s()
+        self.skipped = 0  # since the last one written
+
+    def takes(self) -> bool:
+        now = steady_s()
+        self._left, self._at = min(self.BURST, self._left + (now - self._at) * self.PER_S), now
+        if self._left < 1:
+            self.skipped += 1
+            return False
+        self._left -= 1
+        return True
+
+
+def client_address(peer: str, forwarded_for: str | None, proxies: tuple[Any, ...]) -> str:
+    """The address of who asks: the last one in X-Forwarded-For that no trusted proxy has,
+    if the connection comes from a trusted proxy; what others put in front is not believed."""
+    if forwarded_for is None or not _is_within(peer, proxies):
+        return peer
+    address = peer
+    for word in reversed(forwarded_for.split(",")):
+        try:
+            address = str(ipaddress.ip_address(word.strip()))
+        except ValueError:
+            return address
+        if not _is_within(address, proxies):
+            return address
+    return address
+
+
+def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    known = getattr(known, "ipv4_mapped", None) or known
+    return any(known in network for network in networks)
+
+
+# ============================================================================
+# 15. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -6809,18 +7492,6 @@ class EventFeed:
 # token. A Bearer token needs none of this, as no browser adds it by itself.
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-
-
-@dataclass(frozen=True)
-class Principal:
-    """Who calls. tenants: those it may touch; None: all."""
-
-    name: str
-    role: str
-    tenants: frozenset[str] | None = None
-
-    def may_touch(self, tenant_id: str) -> bool:
-        return self.tenants is None or tenant_id in self.tenants
 
 
 @dataclass(frozen=True)
@@ -6845,7 +7516,8 @@ class Sessions:
     def begin(self, principal: Principal) -> tuple[Session, str]:
         """A new session and the secret for its cookie; beyond MOST the oldest ends."""
         secret = secrets.token_urlsafe(32)
-        session = Session(principal, secrets.token_urlsafe(32), steady_s() + self.KEEP_S)
+        keep_s = min(self.KEEP_S, principal.ends_at - time.time())
+        session = Session(principal, secrets.token_urlsafe(32), steady_s() + keep_s)
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
             while len(self._by_digest) > self.MOST:
@@ -6871,6 +7543,7 @@ def session_to_wire(session: Session) -> dict[str, Any]:
         "signedIn": True,
         "name": session.principal.name,
         "role": session.principal.role,
+        "tenants": None if session.principal.scope.tenants is None else sorted(session.principal.scope.tenants),
         "csrfToken": session.csrf_token,
         "expiresInSeconds": max(0, math.floor(session.ends_at - steady_s())),
     }
@@ -6941,13 +7614,11 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 15. HTTP API - routes, authentication, handlers
+# 16. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
 NO_SUCH_PATH = "there is no such path"
-ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
-
 
 @dataclass(frozen=True)
 class Route:
@@ -6975,6 +7646,11 @@ class Route:
     errors: tuple[int, ...] = ()
     more_body: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def is_audited(self) -> bool:
+        """What changes something is, but for the callbacks of runs that go on."""
+        return self.method not in SAFE_METHODS and (self.access != "locust" or self.handler is locust_register)
+
 
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(dump_json(value).encode(), http_status, headers=headers)
@@ -6994,11 +7670,12 @@ def get_health(api: Api, request: Request) -> Response:
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
     values = check_body(body, CREATE_KEYS)
-    api.check_tenant(request, values["tenant_id"])
+    api.check_place(request, values["tenant_id"], values["env_id"])
     run_request = RunRequest(**values)
     key_ = request.head.headers.get("idempotency-key")
     if key_ is None:
         run = api.engine.create(run_request, request.principal.name)
+        request.run_id = run.id
         return api.run_response(run.id, 201)
     if not 1 <= len(key_) <= 255 or not key_.isprintable():
         raise InvalidInput("Idempotency-Key: allowed are 1 to 255 printable characters")
@@ -7008,7 +7685,7 @@ def post_test(api: Api, request: Request) -> Response:
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
     search = query["search"].lower() if "search" in query else None
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants, search)
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.scope, search)
     limit = query.get("limit")
     page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
@@ -7047,7 +7724,41 @@ def post_rerun(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     changes = check_body(parse_json(request.body), RERUN_KEYS) if request.body else {}
     again = api.engine.rerun(run.id, changes, request.principal.name)
+    request.run_id, request.note = again.id, f"again {run.id}"
     return api.run_response(again.id, 201)
+
+
+def post_stop_all(api: Api, request: Request) -> Response:
+    """Stop every run the caller may touch. Always 200: what is not stopped yet is in `failed`."""
+    wanted = check_body(parse_json(request.body), STOP_ALL_KEYS) if request.body else {}
+    request.tenant_id, request.env_id = wanted.get("tenant_id", ""), wanted.get("env_id", "")
+
+    def is_meant(run: Run) -> bool:
+        named = run.tenant_id == wanted.get("tenant_id", run.tenant_id) and run.env_id == wanted.get("env_id", run.env_id)
+        return named and request.principal.may_touch(run.tenant_id, run.env_id)
+
+    log("stop of all asked for", by=request.principal.name, **wanted)
+    outcomes = api.engine.stop_all(is_meant)
+    api.store.wait_durable_or_log()
+    stopped = [run_id for run_id, why in outcomes.items() if why is None]
+    failed = [{"runId": run_id, "message": why} for run_id, why in outcomes.items() if why is not None]
+    request.note = f"{len(stopped)} stopped, {len(failed)} not yet"
+    return json_response({"success": not failed, "stopped": stopped, "failed": failed})
+
+
+def get_audit(api: Api, request: Request) -> Response:
+    query, limit = request.query, request.query.get("limit", 100)
+    wanted = AuditFilter(
+        query.get("who"), query.get("tenantId"), query.get("runId"), query.get("action"), query.get("outcome"),
+        query.get("from"), query.get("to"), query.get("cursor"),
+    )  # fmt: skip
+    found = api.store.audit_entries(wanted, request.principal.scope, limit + 1)
+    headers = {}
+    if len(found) > limit:
+        again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
+        again["cursor"] = _cursor_text(found[limit - 1][0])
+        headers["Link"] = f'</v1/audit?{urlencode(again)}>; rel="next"'
+    return json_response([audit_to_wire(entry) for _, entry in found[:limit]], headers=headers)
 
 
 def get_metrics(api: Api, request: Request) -> Response:
@@ -7138,16 +7849,19 @@ def get_comparison(api: Api, request: Request) -> Response:
         raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
     documents = []
     for name in ("baseline", "candidate"):
-        run = api.store.get(request.query[name])
-        if not request.principal.may_touch(run.tenant_id):
-            raise NotFound(f"there is no run {run.id}")
+        run = api.allowed_run(request, request.query[name])
         documents.append(json.loads(api.store.wire(run.id)))
     return json_response(api.engine.compare(documents[0], documents[1], request.query.get("tolerance")))
 
 
 def _place(api: Api, request: Request) -> tuple[str, str, str]:
     place = (request.params["tenantId"], request.params["envId"], request.params["scenarioId"])
-    api.check_tenant(request, place[0])
+    try:
+        api.check_place(request, *place[:2])
+    except Forbidden:
+        if request.head.method == "PUT":
+            raise
+        raise NotYours("there is no baseline of " + "/".join(place)) from None
     return place
 
 
@@ -7180,7 +7894,7 @@ def delete_baseline(api: Api, request: Request) -> Response:
 
 def get_trends(api: Api, request: Request) -> Response:
     query, metric = request.query, request.query.get("metric", "p95ResponseMs")
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.tenants)
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.scope)
     runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][: query.get("limit", 100)]
     points = []
     for run in reversed(runs):
@@ -7222,7 +7936,7 @@ def _page_headers(css: str, js: str) -> dict[str, str]:
 
 
 def get_clusters(api: Api, request: Request) -> Response:
-    return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id)))
+    return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)))
 
 
 def get_events(api: Api, request: Request) -> Response:
@@ -7245,6 +7959,7 @@ def get_session(api: Api, request: Request) -> Response:
 def post_session(api: Api, request: Request) -> Response:
     check_same_origin(request.head, api.config.server, required=False)
     session, secret = api.sign_in(_sign_in_token(request), request.address)
+    request.principal = session.principal
     log("signed in", name=session.principal.name, address=request.address)
     return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
 
@@ -7306,6 +8021,7 @@ def locust_metrics(api: Api, request: Request) -> Response:
 
 def locust_register(api: Api, request: Request) -> Response:
     values = check_body(parse_json(request.body), REGISTER_KEYS, strict=False)
+    request.tenant_id, request.env_id = values["tenant_id"], values["env_id"]
     run_request = RunRequest(
         values["tenant_id"],
         values["env_id"],
@@ -7313,7 +8029,8 @@ def locust_register(api: Api, request: Request) -> Response:
         values.get("target_users", 0),
         values.get("spawn_rate", 0),
     )
-    run_id, is_new = api.engine.register_external(run_request, values.get("cluster_id"))
+    run_id, is_new = api.engine.register_external(run_request, values.get("cluster_id"), functools.partial(api.reaches, request))
+    request.run_id = run_id
     message = "External test registered" if is_new else "The cluster's active run is this test"
     return json_response({"runId": run_id, "message": message})
 
@@ -7353,6 +8070,15 @@ METRICS_QUERY = {
     "maxPoints": number_value(1, 100_000, whole=True),
 }
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
+AUDIT_QUERY = {
+    **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
+    "outcome": one_of(*AuditFilter.OUTCOMES),
+    "from": MOMENT,
+    "to": MOMENT,
+    "limit": number_value(1, 1000, whole=True),
+    "cursor": LIST_QUERY["cursor"],
+}
+STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
     **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
@@ -7422,6 +8148,8 @@ ROUTES = (
     ),
     Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+    Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
+    Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
     Route(
         "POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began",
@@ -7463,9 +8191,12 @@ SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
     "Stopped": _object("success message", success=_FLAG, message=_TEXT),
+    "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT}, failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
+    "AuditEntry": _object("at action status outcome", at=_MOMENT, **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
+    "Audit": _array("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
-    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
@@ -7483,7 +8214,7 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
-        comparison={"type": "object"}, locustfileSha256=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, host=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
@@ -7647,33 +8378,10 @@ def _path_text(segment: str) -> str:
     return text
 
 
-class FailedAttempts:
-    """Counts wrong tokens for each address. Only wrong ones are ever refused for it: the
-    right token is served whatever others did from the same address."""
-
-    MOST = 30
-    WINDOW_S = 60.0
-
-    def __init__(self) -> None:
-        self._counts: dict[str, tuple[int, float]] = {}
-
-    def note(self, address: str) -> int | None:
-        """Count one; the seconds to wait when there were too many."""
-        now = steady_s()
-        count, since = self._counts.get(address, (0, now))
-        if now - since > self.WINDOW_S:
-            count, since = 0, now
-        if len(self._counts) > 10_000:
-            self._counts.clear()
-        self._counts[address] = (count + 1, since)
-        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
-
-
-ANONYMOUS = Principal("anonymous", "admin")
-
-
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
+
+    MOST_CALLERS = 10_000  # headers that are remembered
 
     def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed):
         self.config = config
@@ -7683,9 +8391,15 @@ class Api:
         self._sessions = Sessions()
         self._router = Router(ROUTES)
         self._failed = FailedAttempts()
-        self._api_digest = _digest(config.security.api_token)
-        self._callback_digest = _digest(config.security.callback_token)
-        self._api_principal = Principal("api", "admin")
+        self._refusals = RefusalBudget()
+        self._tokens = ApiTokens(config.security)
+        self._callback_tokens = CallbackTokens(config)
+        self._callers: dict[str, Caller] = {}  # by a good header Authorization
+        self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
+        self._usages: dict[str, Usage] = {}  # by the caller's name
+        self._proxies = tuple(ipaddress.ip_network(text) for text in config.server.trusted_proxies)
+        self._body_limits = {MAX_BODY_BYTES: config.limits.body_bytes, CALLBACK_BYTES: config.limits.callback_bytes}
+        self.is_open = config.security.is_open  # anybody may call
         self._creating: dict[str, threading.Lock] = {}  # Idempotency-Keys in work
 
     # ---- before the body ---------------------------------------------------
@@ -7695,36 +8409,70 @@ class Api:
         if head.matched is None:
             head.matched = self._router.match(head.method, head.path)
         route, params, allow = head.matched
+        if self._proxies:
+            address = client_address(address, head.headers.get("x-forwarded-for"), self._proxies)
         if route is None:
-            return Request(head, _options_route(allow), {}, None, address)
-        principal = self._principal(head, route, address)
-        if head.content_length > route.most_body_bytes:
-            raise TooLarge(f"the body has {head.content_length} bytes; allowed are {route.most_body_bytes}")
-        if head.content_length and route.body is not None:
+            return Request(head, _options_route(allow), {}, NOBODY, address)
+        principal = NOBODY
+        try:
+            principal = self._principal(head, route, address)
+            self._check_role(principal, route)
+        except (Unauthorized, Forbidden) as error:
+            request = Request(head, route, params, error.caller or principal, address)
+            self._note_refusal(request, error)
+            raise
+        if head.content_length:
+            self._check_body_head(head, route)
+        return Request(head, route, params, principal, address)
+
+    def _check_body_head(self, head: RequestHead, route: Route) -> None:
+        """TooLarge or UnsupportedMediaType before a byte of the body is read."""
+        most = self._body_limits.get(route.most_body_bytes, route.most_body_bytes)
+        if head.content_length > most:
+            raise TooLarge(f"the body has {head.content_length} bytes; allowed are {most}")
+        if route.body is not None:
             content_type = head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
             if content_type != JSON_TYPE and not content_type.endswith("+json"):
                 raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE}")
-        return Request(head, route, params, principal, address)
 
     def _principal(self, head: RequestHead, route: Route, address: str) -> Principal:
         if route.access == "anyone":
-            return ANONYMOUS
-        if route.access == "locust":
-            return self._locust(head, address)
-        principal = self._caller(head, address)
-        if ROLES.index(principal.role) < ROLES.index(route.access):
+            return NOBODY
+        return self._locust(head, address) if route.access == "locust" else self._caller(head, address)
+
+    def _check_role(self, principal: Principal, route: Route) -> None:
+        if route.access in ROLES and ROLES.index(principal.role) < ROLES.index(route.access):
             raise Forbidden(f"this needs the role {route.access}; the token has {principal.role}")
-        return principal
 
     def _locust(self, head: RequestHead, address: str) -> Principal:
         given = head.headers.get("x-locust-token", "")
-        if self._callback_digest is None or hmac.compare_digest(_digest(given) or b"", self._callback_digest):
-            return Principal("locust", "locust")
-        raise self._refused(address, "the header X-Locust-Token is missing or wrong")
+        principal = self._callback_callers.get(given)
+        if principal is not None:
+            return principal
+        principal = self._callback_tokens.owner(given)
+        if principal is None:
+            raise self._refused(address, "the header X-Locust-Token is missing or wrong")
+        if len(self._callback_callers) < self.MOST_CALLERS:  # with allowAnonymous any token is good
+            self._callback_callers[given] = principal
+        return principal
 
     def _caller(self, head: RequestHead, address: str) -> Principal:
         """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
-        given = head.headers.get("authorization")
+        given, limit = head.headers.get("authorization"), self.config.limits.requests_per_s
+        known = self._callers.get(given) if given else None
+        if known is not None and known.principal.ends_at > time.time():
+            known.usage.note(limit)
+            return known.principal
+        principal = self._new_caller(head, given, address)
+        usage = self._usages.setdefault(principal.name, Usage())
+        if given and not self.is_open:
+            if len(self._callers) >= self.MOST_CALLERS:
+                self._callers.clear()
+            self._callers[given] = Caller(principal, usage)
+        usage.note(limit)
+        return principal
+
+    def _new_caller(self, head: RequestHead, given: str | None, address: str) -> Principal:
         if self.is_open:
             if head.method not in SAFE_METHODS:
                 check_same_origin(head, self.config.server, required=False)
@@ -7738,13 +8486,7 @@ class Api:
         return principal
 
     def _owner_of(self, token: str) -> Principal | None:
-        is_right = self._api_digest is not None and hmac.compare_digest(_digest(token) or b"", self._api_digest)
-        return self._api_principal if is_right else None
-
-    @property
-    def is_open(self) -> bool:
-        """Anybody may call: no token is configured."""
-        return self._api_digest is None
+        return self._tokens.owner(token)
 
     # ---- browsers that signed in -------------------------------------------
 
@@ -7755,10 +8497,14 @@ class Api:
         session = self.session_of(head)
         if session is None:
             raise Unauthorized("the sign-in has ended; sign in again")
-        check_host(head, self.config.server)
-        if head.method not in SAFE_METHODS:
-            check_same_origin(head, self.config.server, required=True)
-            check_csrf(head, session)
+        try:
+            check_host(head, self.config.server)
+            if head.method not in SAFE_METHODS:
+                check_same_origin(head, self.config.server, required=True)
+                check_csrf(head, session)
+        except Forbidden as error:
+            error.caller = session.principal
+            raise
         return session.principal
 
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
@@ -7776,8 +8522,12 @@ class Api:
         """A stream of events of one run, or of all the caller may see."""
         headers = request.head.headers
         secret = None if self.is_open or "authorization" in headers else session_secret(request.head, self.config.server)
-        is_allowed = functools.partial(self._sessions.is_alive, secret) if secret else lambda: True
-        return self._feed.response(Stream(run_id, request.principal.tenants, headers.get("last-event-id"), is_allowed))
+        principal = request.principal
+
+        def is_allowed() -> bool:
+            return self._sessions.is_alive(secret) if secret else principal.ends_at > time.time()
+
+        return self._feed.response(Stream(run_id, principal.scope, headers.get("last-event-id"), is_allowed, principal.name))
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
         wait_s = self._failed.note(address)
@@ -7789,30 +8539,83 @@ class Api:
 
     def respond(self, request: Request) -> Response:
         """The handler's answer; every error becomes a JSON answer, never a traceback."""
+        failure: LoadManagerError | None = None
         try:
             if request.head.query:
                 request.query = check_query(request.head.query, request.route.query)
-            return request.route.handler(self, request)
+            response = request.route.handler(self, request)
         except LoadManagerError as error:
-            return error_response(error)
+            failure = error
         except Exception as error:  # noqa: BLE001 - the edge: a bug is logged and answered 500
             import traceback
 
             log("request failed", route=request.route.path, error=repr(error), trace=traceback.format_exc())
-            return error_response(LoadManagerError("an error of Load Manager itself; its log has the details"))
+            failure = LoadManagerError("an error of Load Manager itself; its log has the details")
+        if failure is not None:
+            response = error_response(failure)
+            if isinstance(failure, (Unauthorized, Forbidden, NotYours)):
+                self._note_refusal(request, failure)
+                return response
+        if request.route.is_audited:
+            self._note_done(request, response.http_status, failure)
+        return response
+
+    # ---- the audit ---------------------------------------------------------
+
+    def _note_done(self, request: Request, http_status: int, failure: LoadManagerError | None) -> None:
+        """What changed something, or was to, is in the audit before it is answered."""
+        if failure is not None:
+            request.run_id = request.run_id or str(failure.extra.get("runId", ""))
+        detail = request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
+        self.store.audit(self._entry(request, http_status, detail))
+        if request.route.waits:
+            self.store.wait_durable_or_log()
+
+    def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
+        if not self._refusals.takes():
+            return
+        skipped, self._refusals.skipped = self._refusals.skipped, 0
+        more = f" ({skipped} refusals before this one were too many to write)" if skipped else ""
+        self.store.audit(self._entry(request, failure.http_status, failure.message + more))
+
+    def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
+        """An entry with what of the request may be known: never a header, a query or a body."""
+        run_id = request.run_id or request.params.get("id", "")
+        run = self.store.find(run_id)
+        tenant_id = request.tenant_id or request.params.get("tenantId", "") or (run.tenant_id if run else "")
+        env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
+        texts = (audit_text(text) for text in (tenant_id, env_id, run_id))
+        who, action = request.principal, f"{request.route.method} {request.route.path}"
+        return AuditEntry(time.time(), who.name, who.role, request.address, action, *texts, http_status, audit_text(detail))
 
     # ---- what handlers share -----------------------------------------------
 
-    def check_tenant(self, request: Request, tenant_id: str) -> None:
-        if not request.principal.may_touch(tenant_id):
-            raise Forbidden(f"the token may not use tenant {tenant_id!r}")
+    def check_place(self, request: Request, tenant_id: str, env_id: str) -> None:
+        """Forbidden when the caller may not touch this environment of this tenant."""
+        request.tenant_id, request.env_id = tenant_id, env_id
+        scope = request.principal.scope
+        if scope.covers(tenant_id, env_id):
+            return
+        is_tenant = scope.tenants is not None and tenant_id not in scope.tenants
+        name, value = ("tenantId", tenant_id) if is_tenant else ("envId", env_id)
+        allowed = ", ".join(sorted((scope.tenants if is_tenant else scope.environments) or ())) or "none"
+        why = f"the token may not use {_shown(value)}; allowed are {allowed}"
+        raise Forbidden(f"{name}: {why}", {name: why})
 
     def visible_run(self, request: Request) -> Run:
-        """The run of the path, NotFound also for another tenant's."""
-        run = self.store.get(request.params["id"])
-        if not request.principal.may_touch(run.tenant_id):
-            raise NotFound(f"there is no run {run.id}")
+        """The run of the path, NotFound also for one that the caller may not see."""
+        return self.allowed_run(request, request.params["id"])
+
+    def allowed_run(self, request: Request, run_id: str) -> Run:
+        run = self.store.get(run_id)
+        if not request.principal.may_touch(run.tenant_id, run.env_id):
+            request.run_id = run.id
+            raise NotYours(f"there is no run {run.id}")
         return run
+
+    def reaches(self, request: Request, cluster_id: str) -> bool:
+        """Whether a callback's token is one of this cluster."""
+        return self._callback_tokens.may_touch(request.principal, cluster_id)
 
     def report_parts(self, request: Request) -> tuple[dict[str, Any], list[Sample], dict[str, Any]]:
         """What a report is made of: the run as on the wire, its history, its failures."""
@@ -7844,12 +8647,14 @@ class Api:
                 known = self.store.recall_key(key_, time.time())
                 if known is None:
                     run = self.engine.create(run_request, request.principal.name, idempotency=(key_, body_hash))
+                    request.run_id = run.id
                     return self.run_response(run.id, 201)
             finally:
                 self._creating.pop(key_, None)
         known_hash, run_id = known
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body")
+        request.run_id, request.note = run_id, "replayed"
         return self.run_response(run_id, 201, replayed=True)
 
     def callback(self, request: Request) -> tuple[str, dict[str, Any]]:
@@ -7858,6 +8663,8 @@ class Api:
         body = parse_json(request.body, unique_keys=False)
         values = check_body(body, CALLBACK_KEYS, strict=False)
         run = self.store.get(values["run_id"])
+        if run.cluster_id and not self.reaches(request, run.cluster_id):
+            raise NotYours(f"there is no run {run.id}")
         if values.get("tenant_id", run.tenant_id) not in (run.tenant_id, ""):
             raise NotFound(f"there is no run {run.id} of this tenant")
         if values.get("env_id", run.env_id) not in (run.env_id, ""):
@@ -7865,9 +8672,9 @@ class Api:
         return run.id, body
 
 
-def _digest(token: str) -> bytes | None:
-    """SHA-256 of a token, so that comparing takes the same time whatever was sent."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest() if token else None
+def audit_text(text: str, most: int = 500) -> str:
+    """A text that both databases and a terminal take: what is not printable is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
 
 
 @functools.lru_cache(maxsize=64)
@@ -7879,7 +8686,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 16. SERVICE - the whole program put together, and its configuration checked
+# 17. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -7916,13 +8723,14 @@ class Service:
         except OSError as error:
             raise StartupError(f"cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}") from None
         try:
-            self._store = Store(open_database(config.storage.url, config.folder))
+            audit_file = os.path.join(config.folder, config.audit.file) if config.audit.file else None
+            self._store = Store(open_database(config.storage.url, config.folder), audit_file)
         except BaseException:
             self._server.server_close()
             raise
         self._timer = Timer()
         self._engine = Engine(config, self._store, self._timer)
-        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2)
+        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2, config.limits.event_streams)
         self._loop.api = Api(config, self._store, self._engine, feed)
         self.url = f"http://{host_to_call(config.server.host)}:{self._server.server_port}"
 
@@ -8002,7 +8810,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 17. TERMINAL - text, tables and a live view that any terminal can show
+# 18. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -8216,7 +9024,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 18. API CLIENT - which server a command talks to, and requests to it
+# 19. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -8457,7 +9265,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 19. COMMAND LINE - commands, what they take, and what they print
+# 20. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -9632,7 +10440,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 20. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 21. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
