@@ -6016,7 +6016,14 @@ class Engine:
         give_up_at = steady_s() + 2.2
         for thread in threads:
             thread.join(max(0.0, give_up_at - steady_s()))
-        return [_cluster_to_wire(cluster, answers.get(cluster.id, "did not answer within 2 s")) for cluster in wanted]
+        return [
+            {**_cluster_to_wire(cluster, answers.get(cluster.id, "did not answer within 2 s")), "protected": self._is_protected(cluster)}
+            for cluster in wanted
+        ]
+
+    def _is_protected(self, cluster: Cluster) -> bool:
+        environment = self._environments.get((cluster.config.tenant_id, cluster.config.env_id))
+        return environment is not None and environment.protected
 
 
 def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
@@ -8248,7 +8255,7 @@ SCHEMAS: dict[str, Any] = {
     "Cluster": _object(
         "id tenantId envId state workers",
         id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
-        locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL,
+        locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL, protected=_FLAG,
         workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
     ),
     "Clusters": _array("Cluster"),
@@ -9443,10 +9450,49 @@ def command_clusters(options: Any) -> int:
 
 
 def command_stop(options: Any) -> int:
+    if (options.run is None) != options.all:
+        raise CommandError("allowed is a RUN or --all", EXIT_USAGE)
     client = open_client(options)
+    if options.all:
+        return stop_all(options, client)
     run_id = find_run(client, options.run)
     answer = client.request("POST", run_path(run_id, "/stop"))
     return tell_done(options, answer, f"run {run_id} is stopped")
+
+
+def stop_all(options: Any, client: ApiClient) -> int:
+    """Stop every run that the token may touch; EXIT_FAILED when one goes on."""
+    answer = client.request("POST", "/v1/stop-all", {})
+    outcome = answer.json("stopped", "failed")
+    tell_done(options, answer, f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]))
+    for item in outcome["failed"]:
+        say(f"run {item.get('runId')} goes on: {item.get('message')}")
+    return EXIT_FAILED if outcome["failed"] else EXIT_DONE
+
+
+def command_token(options: Any) -> int:
+    """Print a new token, once, and the line of the configuration that knows its hash."""
+    if not options.tenant and options.role != "admin":
+        raise CommandError("--tenant: is missing; allowed is a tenant, or * for all", EXIT_USAGE)
+    token = "lm_" + secrets.token_urlsafe(32)
+    entry: dict[str, Any] = {"name": options.name, "tokenSha256": token_digest(token).hex(), "role": options.role}
+    if options.tenant:
+        entry["tenants"] = options.tenant
+    if options.env:
+        entry["environments"] = options.env
+    if options.expires_in:
+        entry["expiresAt"] = utc_text(time.time() + options.expires_in)
+    reader = _ConfigReader(".", {})
+    reader.section(ApiTokenConfig, entry, "")
+    if reader.problems:
+        raise CommandError("; ".join(f"--{problem}" for problem in reader.problems), EXIT_USAGE)
+    if options.json:
+        print_json(dump_json({"token": token, "entry": entry}).encode())
+        return EXIT_DONE
+    line = json.dumps(entry, ensure_ascii=False)  # YAML takes JSON as it is
+    say("this is the only time that the token is shown; below it, the line for security.apiTokens")
+    print(f"{token}\n- {line}")
+    return EXIT_DONE
 
 
 def command_delete(options: Any) -> int:
@@ -9701,6 +9747,8 @@ def create_body(options: Any) -> dict[str, Any]:
         "thresholds": options.threshold or None,
         "compareWith": options.compare_with or ("baseline" if options.fail_on_regression else None),
         "queue": options.queue or None,
+        "host": options.host,
+        "confirm": options.confirm,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -9716,7 +9764,7 @@ def command_rerun(options: Any) -> int:
     check_start(options)
     client = open_client(options)
     run_id = find_run(client, options.run)
-    body = {"queue": True} if options.queue else {}
+    body = {**({"queue": True} if options.queue else {}), **({"confirm": options.confirm} if options.confirm else {})}
     return start_and_follow(options, client, lambda: client.request("POST", run_path(run_id, "/rerun"), body))
 
 
@@ -10185,6 +10233,7 @@ FOLLOW_ARGUMENTS = (
     argument("--every", metavar="TIME", value=duration_value, default=10, help="time between two lines in a pipe; default: 10s"),
     argument("--patience", metavar="TIME", value=duration_value, default=300, help="how long a server that went away is asked again; default: 5m"),
 )
+CONFIRM_ARGUMENT = argument("--confirm", metavar="ENV", help="the id of the environment again, if it is protected")
 START_ARGUMENTS = (
     argument("--queue", action="store_true", help="wait for a free cluster instead of being refused"),
     argument("--detach", action="store_true", help="only start it"),
@@ -10209,6 +10258,8 @@ COMMANDS = (
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
+            argument("--host", metavar="URL", help="the target; default: the cluster's own"),
+            CONFIRM_ARGUMENT,
             argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
         ),
@@ -10228,8 +10279,14 @@ COMMANDS = (
     Command(
         "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
     ),
-    Command("stop", command_stop, "stop a run, or take it out of the queue", "stop latest", (RUN_ARGUMENT,)),
-    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, *START_ARGUMENTS)),
+    Command(
+        "stop", command_stop, "stop a run, or take it out of the queue", "stop latest",
+        (
+            argument("run", metavar="RUN", nargs="?", value=run_value, completes="run", help="a run's id, its first 6 or more characters, or latest"),
+            argument("--all", action="store_true", help="every run that the token may touch"),
+        ),
+    ),
+    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, CONFIRM_ARGUMENT, *START_ARGUMENTS)),
     Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
     Command(
         "metrics", command_metrics, "a run's numbers over time", "metrics latest --max-points 50",
@@ -10260,6 +10317,19 @@ COMMANDS = (
             argument("--tolerance", metavar="LIST", help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
             argument("--fail-on-regression", action="store_true", help="exit 99 when it got worse"),
         ),
+    ),
+    Command(
+        "token", command_token, "make an API token", "token new --name ci --role operator --tenant tenant-1",
+        (
+            argument("what", choices=["new"], help="new: print a token, and the line of the configuration with its hash"),
+            argument("--name", required=True, metavar="NAME", help="who it is for: runs and the audit name it"),
+            argument("--role", required=True, choices=list(ROLES), help="viewer reads, operator also starts and stops, admin also reads the audit"),
+            argument(*TENANT, action="append", metavar="ID", help="a tenant that it may touch, or * for all; repeatable"),
+            argument(*ENV, action="append", metavar="ID", help="an environment; default: all of its tenants; repeatable"),
+            argument("--expires-in", metavar="TIME", value=duration_value, help="refused after this time, e.g. 90d; default: never"),
+            argument("--json", action="store_true", help="print JSON"),
+        ),
+        calls_server=False,
     ),
     Command(
         "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
@@ -10667,7 +10737,7 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
-  #top { padding: 8px 10px; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
+  #top { padding: 8px 10px; flex-wrap: wrap; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
   .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
@@ -11032,6 +11102,26 @@ async function stopRun(run) {
   if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
 }
 
+async function stopAll() {
+  if (!(await confirmed("Stop all tests?", "Every running, starting and waiting test that you may touch ends now.", "Stop all tests", "danger"))) return;
+  const answer = await attempt(() => api("POST", "/v1/stop-all", {}));
+  if (!answer) return;
+  const {stopped, failed} = answer.data;
+  if (failed.length) toast(stopped.length + " stopped, " + failed.length + " not yet: " + failed[0].message, "bad");
+  else toast(stopped.length ? stopped.length + " stopped." : "Nothing was running.");
+}
+
+/** Ask for what a protected environment needs, and start again with it. */
+async function startConfirmed(path, body, envId) {
+  try {
+    return await api("POST", path, body);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.body.fields && error.body.fields.confirm)) throw error;
+    if (!(await confirmed("\u201c" + envId + "\u201d is protected", "This test loads a protected environment. Is that meant?", "Load " + envId, "danger"))) throw error;
+    return api("POST", path, {...body, confirm: envId});
+  }
+}
+
 async function rerun(run) {
   if (
     !(await confirmed(
@@ -11041,7 +11131,7 @@ async function rerun(run) {
     ))
   )
     return;
-  const answer = await attempt(() => api("POST", runPath(run.id, "/rerun"), {queue: true}));
+  const answer = await attempt(() => startConfirmed(runPath(run.id, "/rerun"), {queue: true}, run.envId));
   if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
 }
 
@@ -11170,12 +11260,13 @@ async function startDialog() {
     if (Object.keys(problems).length) return;
     start.disabled = true;
     try {
-      const {data} = await api("POST", "/v1/tests", body);
+      const {data} = await startConfirmed("/v1/tests", body, body.envId);
       dialog.close();
       location.hash = "#/runs/" + encodeURIComponent(data.id);
     } catch (error) {
       const body_ = error.body || {};
-      showProblems(body_.fields || {}, body_.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      const shown = Object.keys(body_.fields || {}).every((name) => fields[name]);
+      showProblems(body_.fields || {}, body_.fields && shown ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
       if (body_.activeRunId)
         problem.append(
           " ",
@@ -11266,6 +11357,7 @@ function showTop() {
           h("span", {class: "live on", id: "live"}, "Live"),
           h("span", {class: "space"}),
           mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+          mayAct() ? h("button", {class: "danger", id: "stop-all", onclick: stopAll}, "Stop all") : null,
           h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
           session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
         ].filter(Boolean)
