@@ -26,13 +26,14 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 12. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
 13. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 14. EVENTS          changes of runs, told to event streams
-15. SESSIONS        browsers that signed in, and what they must prove
-16. HTTP API        routes, authentication, handlers
-17. SERVICE         the whole program put together, and its configuration checked
-18. TERMINAL        text, tables and a live view that any terminal can show
-19. API CLIENT      which server a command talks to, and requests to it
-20. COMMAND LINE    commands, what they take, and what they print
-21. DASHBOARD PAGE  what a browser gets at / and at /docs
+15. ACCESS          who a token says the caller is, and how much they may ask
+16. SESSIONS        browsers that signed in, and what they must prove
+17. HTTP API        routes, authentication, handlers
+18. SERVICE         the whole program put together, and its configuration checked
+19. TERMINAL        text, tables and a live view that any terminal can show
+20. API CLIENT      which server a command talks to, and requests to it
+21. COMMAND LINE    commands, what they take, and what they print
+22. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Stage(NamedTuple):
 
 STOP_REASONS = ("duration", "user", "threshold", "locust", "lost", "shutdown")
 SOURCES = ("api", "ui", "schedule")
+ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 
 # Facts of Locust that the engine builds on (measured on 2.47.0 unless said).
 WORKER_REPORT_S = 3.0  # a worker reports its requests every 3 s
@@ -217,6 +219,7 @@ class LoadManagerError(Exception):
 
     http_status = 500
     error = "internal error"
+    caller: Any = None  # the Principal that was refused, where only who raises this knows it
 
     def __init__(self, message: str, retry_after_s: int | None = None, **extra: object):
         super().__init__(message)
@@ -243,11 +246,20 @@ class Unauthorized(LoadManagerError):
 
 
 class Forbidden(LoadManagerError):
+    """Not allowed to this caller; `fields` names what of the request is not."""
+
     http_status, error = 403, "forbidden"
+
+    def __init__(self, message: str, fields: dict[str, str] | None = None):
+        super().__init__(message, **({"fields": fields} if fields else {}))
 
 
 class NotFound(LoadManagerError):
     http_status, error = 404, "not found"
+
+
+class NotYours(NotFound):
+    """It is there, and the caller may not know: answered as what is not there."""
 
 
 class MethodNotAllowed(LoadManagerError):
@@ -366,6 +378,7 @@ class ServerRefused(CommandError):
 # environment overrides, `check` and the README's table all read these declarations.
 
 REQUIRED = object()
+RESERVED_NAMES = ("api", "anonymous", "locust")  # of callers that are no token of a list
 EXAMPLE_TOKENS = ("change-me-api-token", "change-me-callback-token")
 
 
@@ -512,9 +525,74 @@ ARGUMENT_LIST = Check(
     "a list of program and arguments, which no shell reads", _accept_arguments, schema={"type": "array", "items": {"type": "string"}}
 )
 RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
+
+
+def _accept_words(value: Any) -> tuple[str, ...]:
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not words:
+        raise ValueError
+    if not all(isinstance(word, str) and word and len(word) <= MAX_TEXT and word.isprintable() for word in words):
+        raise ValueError
+    return tuple(words)
+
+
+def _accept_networks(value: Any) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in _accept_words(value))
+
+
+def _accept_expiry(value: Any) -> float:
+    """RFC 3339, or a day, which ends at its start in UTC; YAML makes dates of either."""
+    import datetime
+
+    if isinstance(value, datetime.date):
+        value = value.isoformat() if not isinstance(value, datetime.datetime) or value.tzinfo else f"{value.isoformat()}Z"
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        value += "T00:00:00Z"
+    return parse_utc(value)
+
+
+HOST_PATTERN = re.compile(
+    r"(?P<name>\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]|[0-9.]+/[0-9]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/[0-9]+)(?::(?P<port>[0-9]{1,5}))?"
+)
+
+
+def _accept_host_patterns(value: Any) -> tuple[str, ...]:
+    patterns = _accept_words(value)
+    for pattern in patterns:
+        match = HOST_PATTERN.fullmatch(pattern)
+        if match is None or not 0 < int(match.group("port") or 1) < 65536:
+            raise ValueError
+        if "/" in match.group("name"):
+            ipaddress.ip_network(match.group("name"), strict=False)
+    return patterns
+
+
+def _accept_role_map(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(word, str) and word and role in ROLES for word, role in value.items()):
+        raise ValueError
+    return value
+
+
+def _accept_jwt_algorithms(value: Any) -> tuple[str, ...]:
+    words = _accept_words(value)
+    if not set(words) <= set(JWT_ALGORITHMS):
+        raise ValueError
+    return words
+
+
+JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it takes
+    "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC", "ES512": "EC", "EdDSA": "OKP",
+}  # fmt: skip
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
+WORDS = Check("a list of names", _accept_words)
+NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
+EXPIRY = Check("an RFC 3339 moment or a day such as 2027-01-31", _accept_expiry)
+HOST_PATTERNS = Check("a list of host, *.host, address or network, each with or without :port", _accept_host_patterns)
+ROLE_MAP = Check("a mapping of words of the claim to " + ", ".join(ROLES), _accept_role_map)
+ALGORITHMS = Check("a list of " + ", ".join(JWT_ALGORITHMS), _accept_jwt_algorithms)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
+URL_TEXT = text_value("an http(s) URL", r"https?://[^\s/@?#]+[^\s@#]*")
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
 )
@@ -534,6 +612,17 @@ def key(name: str, default: Any, check: Any, about: str, secret: bool = False) -
 
 
 @dataclass(frozen=True)
+class ServerTlsConfig:
+    """https of our own. The files are read again when they change."""
+
+    cert_file: str = key("certFile", REQUIRED, text_value("a file name"), "our certificate and those that signed it, PEM")
+    key_file: str = key("keyFile", REQUIRED, text_value("a file name"), "its private key, PEM, without a password")
+    client_ca_file: str | None = key(
+        "clientCaFile", None, text_value("a file name"), "every client must show a certificate signed by one of these"
+    )
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Where Load Manager listens."""
 
@@ -547,6 +636,10 @@ class ServerConfig:
     )
     allowed_hosts: tuple[str, ...] = key(
         "allowedHosts", (), HOST_NAMES, "more host names under which a browser may sign in"
+    )
+    tls: ServerTlsConfig | None = key("tls", None, ServerTlsConfig, "serve https instead of http")
+    trusted_proxies: tuple[str, ...] = key(
+        "trustedProxies", (), NETWORKS, "proxies whose X-Forwarded-For tells the client's address"
     )
 
 
@@ -598,7 +691,90 @@ class ClusterConfig:
     username: str = key("username", "", text_value("a string", empty=True), "for a Locust with --web-login")
     password: str = key("password", "", text_value("a string", empty=True), "for a Locust with --web-login", secret=True)
     tls: TlsConfig = key("tls", {}, TlsConfig, "for an https baseUrl")
+    callback_token: str = key(
+        "callbackToken", "", text_value("a string", empty=True), "secret of this cluster's callbacks, instead of locustCallbackToken", secret=True
+    )
     launcher: LauncherConfig | None = key("launcher", None, LauncherConfig, "start the cluster on this machine")
+
+
+@dataclass(frozen=True)
+class ApiTokenConfig:
+    """A token of the API, and what its bearer may do."""
+
+    name: str = key("name", REQUIRED, text_value("1 to 64 of A-Z a-z 0-9 . _ @ -", r"[A-Za-z0-9._@-]{1,64}"), "who it is: runs and the audit name it")
+    token_sha256: str = key(
+        "tokenSha256", "", text_value("64 hexadecimal digits", r"[0-9A-Fa-f]{64}", empty=True), "SHA-256 of the token; `token new` prints it"
+    )
+    token: str = key("token", "", text_value("a string", empty=True), "the token itself, instead of tokenSha256", secret=True)
+    role: str = key("role", REQUIRED, one_of(*ROLES), "viewer reads, operator also starts and stops, admin also reads the audit")
+    tenants: tuple[str, ...] = key("tenants", (), WORDS, "the tenants it sees and touches; * for all; an admin without has all")
+    environments: tuple[str, ...] = key("environments", (), WORDS, "the environments of these; absent: all")
+    expires_at: float | None = key("expiresAt", None, EXPIRY, "refused from this moment on")
+
+
+@dataclass(frozen=True)
+class JwtConfig:
+    """JSON Web Tokens (RFC 7519) of a single sign-on, as Bearer tokens."""
+
+    issuer: str = key("issuer", REQUIRED, text_value(), "what the claim iss must be")
+    audience: str = key("audience", REQUIRED, text_value(), "what the claim aud must be or hold")
+    jwks_url: str | None = key("jwksUrl", None, URL_TEXT, "where the issuer's public keys are")
+    jwks_file: str | None = key("jwksFile", None, text_value("a file name"), "a file with the issuer's public keys (JWKS), where there is no network")
+    secret: str = key("secret", "", text_value("a string", empty=True), "the shared secret of HS256", secret=True)
+    algorithms: tuple[str, ...] = key("algorithms", (), ALGORITHMS, "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA")
+    leeway_s: float = key("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
+    tenants_claim: str = key("tenantsClaim", "tenants", text_value(), "the claim with the tenants, a list or words; * for all; a.b for a nested one")
+    role_claim: str = key("roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts")
+    role_map: dict[str, str] | None = key("roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves")
+
+
+@dataclass(frozen=True)
+class OidcConfig:
+    """Signing in to the dashboard by OpenID Connect (authorization code with PKCE)."""
+
+    issuer: str = key("issuer", REQUIRED, URL_TEXT, "the provider; its /.well-known/openid-configuration is read")
+    client_id: str = key("clientId", REQUIRED, text_value(), "our name there")
+    client_secret: str = key("clientSecret", "", text_value("a string", empty=True), "our secret there; none for a public client", secret=True)
+    redirect_url: str = key("redirectUrl", REQUIRED, URL_TEXT, "our /session/oidc/callback as browsers reach it")
+    scopes: str = key("scopes", "openid profile email", text_value(), "what is asked for, joined by blanks; openid must be one")
+
+
+@dataclass(frozen=True)
+class TenantConfig:
+    """What the loads of a tenant may be."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "the tenant")
+    max_users: int | None = key("maxUsers", None, USERS, "users of all its runs at the same time")
+    max_concurrent_runs: int | None = key("maxConcurrentRuns", None, number_value(1, 100_000, whole=True), "runs at the same time")
+    max_duration_s: int | None = key("maxDurationSeconds", None, number_value(1, MAX_DURATION_S, whole=True), "the longest run; one without an end is refused")
+    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets its loads may aim at")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What loads on one environment of a tenant need."""
+
+    tenant_id: str = key("tenantId", REQUIRED, ID_TEXT, "whose environment")
+    id: str = key("id", REQUIRED, ID_TEXT, "the environment")
+    protected: bool = key("protected", False, BOOLEAN, "a start must say confirm: <the environment's id>")
+    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets loads on it may aim at")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Who did what, kept in the database and, if asked, in a file."""
+
+    file: str | None = key("file", None, text_value("a file name"), "also append each entry to this file, as a line of JSON")
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """How much one caller may ask. A normal user never meets the defaults."""
+
+    requests_per_s: float = key("requestsPerSecond", 100_000.0, number_value(1, 10_000_000), "requests of one token in a second")
+    event_streams: int = key("eventStreams", 1000, number_value(1, 100_000, whole=True), "event streams of one token at the same time")
+    body_bytes: int = key("bodyBytes", MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a request")
+    callback_bytes: int = key("callbackBytes", 8 * MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a callback from Locust")
 
 
 @dataclass(frozen=True)
@@ -608,8 +784,16 @@ class SecurityConfig:
     callback_token: str = key(
         "locustCallbackToken", "", text_value("a string", empty=True), "shared secret of callbacks from Locust", secret=True
     )
-    api_token: str = key("apiToken", "", text_value("a string", empty=True), "Bearer token of API clients", secret=True)
+    api_token: str = key("apiToken", "", text_value("a string", empty=True), "Bearer token of an administrator", secret=True)
+    api_tokens: tuple[ApiTokenConfig, ...] = key("apiTokens", (), [ApiTokenConfig], "more tokens, each with a role and tenants")
+    jwt: JwtConfig | None = key("jwt", None, JwtConfig, "accept the tokens of a single sign-on")
+    oidc: OidcConfig | None = key("oidc", None, OidcConfig, "sign in to the dashboard by OpenID Connect")
     allow_anonymous: bool = key("allowAnonymous", False, BOOLEAN, "serve without tokens (a risk)")
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody may call: no way to prove who one is, is configured."""
+        return not (self.api_token or self.api_tokens or self.jwt or self.oidc)
 
 
 @dataclass(frozen=True)
@@ -673,6 +857,10 @@ class Config:
     security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
     orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
     storage: StorageConfig = key("storage", {}, StorageConfig, "where runs are kept")
+    tenants: tuple[TenantConfig, ...] = key("tenants", (), [TenantConfig], "limits of tenants")
+    environments: tuple[EnvironmentConfig, ...] = key("environments", (), [EnvironmentConfig], "protected environments")
+    audit: AuditConfig = key("audit", {}, AuditConfig, "who did what")
+    limits: LimitsConfig = key("limits", {}, LimitsConfig, "how much one caller may ask")
     folder: str = "."
 
 
@@ -899,15 +1087,70 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
+def token_digest(token: str) -> bytes:
+    """SHA-256 of a token: what is kept, and compared in the same time whatever was sent."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
 def _whole_config_problems(config: Config) -> Iterator[str]:
     """Problems that no key has alone."""
     yield from _cluster_problems(config)
+    yield from _token_problems(config)
+    yield from _sign_on_problems(config)
+    yield from _twice("tenants", [(item.id,) for item in config.tenants])
+    yield from _twice("environments", [(item.tenant_id, item.id) for item in config.environments])
+    tls = config.server.tls
+    for name, file in (("certFile", tls.cert_file), ("keyFile", tls.key_file), ("clientCaFile", tls.client_ca_file)) if tls else ():
+        if file and not os.path.isfile(os.path.join(config.folder, file)):
+            yield f"server.tls.{name}: {file} is not a file"
+
+
+def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
+    for index, item in enumerate(ids):
+        if item in ids[:index]:
+            yield f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; allowed is a unique id"
+
+
+def _token_problems(config: Config) -> Iterator[str]:
+    """No missing, shipped, doubled or half-declared token."""
     security = config.security
+    all_guarded = bool(config.clusters) and all(cluster.callback_token for cluster in config.clusters)
+    needed = {"apiToken": security.is_open, "locustCallbackToken": not security.callback_token and not all_guarded}
     for name, token in (("apiToken", security.api_token), ("locustCallbackToken", security.callback_token)):
-        if not token and not security.allow_anonymous:
+        if needed[name] and not security.allow_anonymous:
             yield f"security.{name}: is missing or empty; set it, or security.allowAnonymous: true to serve without"
         if token in EXAMPLE_TOKENS and not is_loopback(config.server.host):
             yield f"security.{name}: is the shipped example's; listening on {config.server.host} needs one of your own"
+    names, digests = list(RESERVED_NAMES), [token_digest(security.api_token)] if security.api_token else []
+    for index, item in enumerate(security.api_tokens):
+        where = f"security.apiTokens[{index}]"
+        if item.name in names:
+            yield f"{where}.name: {item.name} is taken; allowed is a unique name other than {', '.join(RESERVED_NAMES)}"
+        if bool(item.token) == bool(item.token_sha256):
+            yield f"{where}: allowed is one of tokenSha256, token and tokenFile"
+        if not item.tenants and item.role != "admin":
+            yield f'{where}.tenants: is missing; allowed is a list of tenants, or ["*"] for all'
+        digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
+        if digest in digests:
+            yield f"{where}: another token is the same; each needs one of its own"
+        names.append(item.name)
+        digests.append(digest)
+
+
+def _sign_on_problems(config: Config) -> Iterator[str]:
+    """What the keys of security.jwt and security.oidc ask of each other."""
+    jwt, oidc = config.security.jwt, config.security.oidc
+    if jwt:
+        sources = [name for name, value in (("jwksUrl", jwt.jwks_url), ("jwksFile", jwt.jwks_file), ("secret", jwt.secret)) if value]
+        if len(sources) != 1:
+            yield f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
+        wrong = [name for name in jwt.algorithms if (JWT_ALGORITHMS[name] == "oct") != bool(jwt.secret)]
+        if wrong:
+            yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
+        if jwt.secret and len(jwt.secret.encode()) < 32:
+            yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
+    if oidc and "openid" not in oidc.scopes.split():
+        yield "security.oidc.scopes: openid is missing"
 
 
 def _launcher_problems(cluster: ClusterConfig, where: str) -> Iterator[str]:
@@ -945,6 +1188,19 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 # 4. MODEL - run, snapshot, sample, and their translation to the wire's JSON
 # ============================================================================
 # Ours is snake_case with units; the wire's camelCase is met only here and in CONFIG.
+
+
+class Scope(NamedTuple):
+    """What somebody may see and touch: tenants and their environments; None: all."""
+
+    tenants: frozenset[str] | None = None
+    environments: frozenset[str] | None = None
+
+    def covers(self, tenant_id: str, env_id: str) -> bool:
+        return (self.tenants is None or tenant_id in self.tenants) and (self.environments is None or env_id in self.environments)
+
+
+EVERYTHING = Scope()
 
 
 class Threshold(NamedTuple):
@@ -1035,6 +1291,7 @@ class RunRequest:
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
     plan: Plan = Plan()
+    confirm: str | None = None  # the id of a protected environment
 
 
 class Warning_(NamedTuple):
@@ -1069,6 +1326,36 @@ def baseline_to_wire(baseline: Baseline) -> dict[str, Any]:
         "setAt": utc_text(baseline.set_at),
         "setBy": baseline.set_by,
     }
+
+
+class AuditEntry(NamedTuple):
+    """Somebody did, or was refused, something. A field that does not apply is empty."""
+
+    at: float  # epoch seconds
+    who: str
+    role: str
+    address: str
+    action: str  # method and path of the route, e.g. POST /v1/tests/{id}/stop
+    tenant_id: str
+    env_id: str
+    run_id: str
+    http_status: int
+    detail: str  # why it was refused or failed
+
+    @property
+    def outcome(self) -> str:
+        return "done" if self.http_status < 400 else "refused" if self.http_status in (401, 403, 404) else "failed"
+
+
+AUDIT_KEYS = {
+    "who": "who", "role": "role", "address": "address", "action": "action", "tenantId": "tenant_id", "envId": "env_id",
+    "runId": "run_id", "status": "http_status", "detail": "detail", "outcome": "outcome",
+}  # fmt: skip
+
+
+def audit_to_wire(entry: AuditEntry) -> dict[str, Any]:
+    wire = {"at": utc_text(entry.at), **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()}}
+    return {name: value for name, value in wire.items() if value != ""}
 
 
 class Annotation(NamedTuple):
@@ -1107,6 +1394,7 @@ class Run:
     compare_with: str | None = None  # baseline or previous
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
+    host: str | None = None  # the target that was asked for
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     imported_at: float | None = None  # it came from a file
     plan: Plan = Plan()
@@ -2501,6 +2789,7 @@ CREATE_KEYS = {
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "confirm": BodyKey("confirm", ID_TEXT),
     **PLAN_KEYS,
 }
 SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MOST_WORKERS, whole=True), required=True)}
@@ -2509,7 +2798,7 @@ USERS_KEYS = {
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
 }
 ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
-RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata")}
+RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata", "confirm")}
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
     "tenantId": BodyKey("tenant_id", text_value("a string", empty=True)),
@@ -2834,6 +3123,61 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
     return tuple(rows)
 
 
+def host_allowed(host: str, patterns: Iterable[str]) -> bool:
+    """Whether the target `host`, an http(s) URL, is one of `patterns`: a name, *.name, an address or
+    a network, with :port for only that port. Names are compared, never resolved."""
+    parts = _split_target(host)
+    return parts is not None and any(_is_target(*parts, pattern) for pattern in patterns)
+
+
+def _split_target(url: str) -> tuple[str, int] | None:
+    """Host in lower case and port; None for what is no plain http(s) URL."""
+    try:
+        _accept_base_url(url)
+        parts = urlsplit(url)
+        return (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None
+
+
+def _is_target(name: str, port: int, pattern: str) -> bool:
+    match = HOST_PATTERN.fullmatch(pattern)
+    if match is None or (match.group("port") and int(match.group("port")) != port):
+        return False
+    wanted = match.group("name").lower().strip("[]").rstrip(".")
+    if wanted == "*":
+        return True
+    try:
+        return ipaddress.ip_address(name) in ipaddress.ip_network(wanted, strict=False)
+    except ValueError:
+        pass  # one of them is a name
+    if wanted.startswith("*."):
+        return name.endswith(wanted[1:]) and len(name) > len(wanted) - 1
+    return name == wanted
+
+
+def load_refusals(
+    request: RunRequest, tenant: TenantConfig | None, environment: EnvironmentConfig | None, own_hosts: Iterable[str | None]
+) -> dict[str, str]:
+    """Why a load may not be started, by the key of the request: limits of the tenant, hosts of
+    both, the confirmation of a protected environment. own_hosts: where the clusters that may
+    take it aim by themselves; None where that is not known."""
+    problems: dict[str, str] = {}
+    if tenant and tenant.max_users is not None and request.target_users > tenant.max_users:
+        problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
+    if tenant and tenant.max_duration_s is not None and (request.duration_s or math.inf) > tenant.max_duration_s:
+        problems["durationSeconds"] = f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
+    hosts = [request.plan.host] if request.plan.host else list(own_hosts)
+    for patterns in (tenant.allowed_hosts if tenant else (), environment.allowed_hosts if environment else ()):
+        refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
+        if refused:
+            what = _printable(refused[0]) if refused[0] else "the cluster's own target is not known; host is needed"
+            problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
+    if environment and environment.protected and request.confirm != environment.id:
+        problems["confirm"] = f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+    return problems
+
+
 class Idleness(Enum):
     """What a cluster is doing, seen by somebody who wants to start a test there."""
 
@@ -3026,7 +3370,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 4  # 2: artefacts; 3: baselines; 4: histograms
+SCHEMA_VERSION = 5  # 2: artefacts; 3: baselines; 4: histograms; 5: audit
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -3043,6 +3387,9 @@ SCHEMA = (
     " PRIMARY KEY (run_id, name))",
     "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
     " run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL, set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
+    "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL, who TEXT NOT NULL, role TEXT NOT NULL,"
+    " address TEXT NOT NULL, action TEXT NOT NULL, tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL,"
+    " http_status BIGINT NOT NULL, detail TEXT NOT NULL)",
 )
 
 
@@ -3265,6 +3612,7 @@ class _Batch:
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
+    audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -3272,7 +3620,7 @@ class _Batch:
 
     @property
     def has_rows(self) -> bool:
-        return bool(self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines)
+        return bool(self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit)
 
 
 def _packed(content: bytes) -> str:
@@ -3298,10 +3646,12 @@ class Journal(threading.Thread):
     MOST_HISTOGRAMS = 5_000  # likewise
     HISTOGRAM_STEP_S = 0.9  # not more often
     WHOLE_EVERY = 60  # the others hold what came since the one before
+    MOST_AUDIT = 100_000  # likewise
 
-    def __init__(self, database: Database, records_lock: threading.RLock):
+    def __init__(self, database: Database, records_lock: threading.RLock, audit_file: str | None = None):
         super().__init__(name="journal", daemon=True)
         self._database = database
+        self._audit_file = audit_file
         self._records_lock = records_lock  # taken for each record while its row is made
         self._changed = threading.Condition()
         self._batch = _Batch()
@@ -3320,6 +3670,10 @@ class Journal(threading.Thread):
             self._batch.runs[record.run.id] = record
             self._batch.samples += samples
             self._batch.packed_histograms += rows
+
+    def add_audit(self, seq: int, entry: AuditEntry) -> None:
+        with self._changed:
+            self._batch.audit.append((seq, entry))
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -3421,10 +3775,28 @@ class Journal(threading.Thread):
                     " body_hash = excluded.body_hash, run_id = excluded.run_id, created_at = excluded.created_at",
                     batch.keys,
                 )
+            if batch.audit:
+                marks = ", ".join("?" * (len(AuditEntry._fields) + 1))
+                rows = [(seq, *entry) for seq, entry in batch.audit]
+                database.execute_many(f"INSERT INTO audit VALUES ({marks}) ON CONFLICT (seq) DO NOTHING", rows)
             database.execute("COMMIT")
+            self._append_audit(batch)
         for ticket in batch.tickets:
             if ticket.read:
                 ticket.result = ticket.read(database)
+
+    def _append_audit(self, batch: _Batch) -> None:
+        """The committed entries as lines of JSON. The file is opened for each batch, so that it
+        may be rotated; what cannot be written there is in the database all the same."""
+        entries, batch.audit = batch.audit, []
+        if not entries or self._audit_file is None:
+            return
+        lines = "".join(dump_json(audit_to_wire(entry)) + "\n" for _, entry in entries)
+        try:
+            with open(os.open(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640), "a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            log("audit file not written", file=self._audit_file, entries=len(entries), why=error.strerror or error)
 
     def _histogram_rows(self, batch: _Batch) -> Iterator[tuple[str, float, int, str]]:
         """Rows of the table; one that holds everything since the start comes first, after a
@@ -3488,6 +3860,7 @@ class Journal(threading.Thread):
             self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
+            self._batch.audit[:0] = batch.audit[-self.MOST_AUDIT :]
             self._batch.baselines = {**batch.baselines, **self._batch.baselines}
         self._settle(batch, error)
 
@@ -3566,7 +3939,7 @@ class RunFilter(NamedTuple):
     tenant_id: str | None = None
     env_id: str | None = None
     statuses: frozenset[str] | None = None
-    tenants: frozenset[str] | None = None  # those the caller may see
+    scope: Scope = EVERYTHING  # what the caller may see
     search: str | None = None  # lower case; somewhere in the run's id, names or creator
 
     def takes(self, run: Run) -> bool:
@@ -3574,7 +3947,7 @@ class RunFilter(NamedTuple):
             (self.tenant_id is None or run.tenant_id == self.tenant_id)
             and (self.env_id is None or run.env_id == self.env_id)
             and (self.statuses is None or run.status.value in self.statuses)
-            and (self.tenants is None or run.tenant_id in self.tenants)
+            and self.scope.covers(run.tenant_id, run.env_id)
             and (self.search is None or self._finds(run))
         )
 
@@ -3583,18 +3956,47 @@ class RunFilter(NamedTuple):
         return any(self.search in word.lower() for word in words)  # type: ignore[operator]
 
 
+class AuditFilter(NamedTuple):
+    """Which entries of the audit are wanted; None: all."""
+
+    who: str | None = None
+    tenant_id: str | None = None
+    run_id: str | None = None
+    action: str | None = None  # somewhere in it
+    outcome: str | None = None  # done, refused or failed
+    from_at: float | None = None
+    to_at: float | None = None
+    before_seq: int | None = None
+
+    OUTCOMES = {"done": "http_status < 400", "refused": "http_status IN (401, 403, 404)", "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)"}
+
+    def where(self, scope: Scope) -> tuple[str, list[Any]]:
+        """The condition and its values; of a scope with limits only what is within them."""
+        exact = {"who = ?": self.who, "tenant_id = ?": self.tenant_id, "run_id = ?": self.run_id}
+        exact |= {"at >= ?": self.from_at, "at <= ?": self.to_at, "seq < ?": self.before_seq}
+        parts = [(condition, [value]) for condition, value in exact.items() if value is not None]
+        if self.action is not None:
+            parts.append(("LOWER(action) LIKE ? ESCAPE '!'", ["%" + re.sub("([!%_])", r"!\1", self.action.lower()) + "%"]))
+        if self.outcome is not None:
+            parts.append((self.OUTCOMES[self.outcome], []))
+        for column, allowed in (("tenant_id", scope.tenants), ("env_id", scope.environments)):
+            if allowed is not None:
+                parts.append((f"{column} IN ({', '.join('?' * len(allowed)) or 'NULL'})", sorted(allowed)))
+        return " AND ".join(condition for condition, _ in parts) or "1 = 1", [value for _, values in parts for value in values]
+
+
 class Store:
     """All runs. Every method may be called from any thread; a status changes only in transition()."""
 
-    def __init__(self, database: Database):
+    def __init__(self, database: Database, audit_file: str | None = None):
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, Record] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
-        self._next_seq = 1
+        self._next_seq = self._next_audit_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        self._journal = Journal(database, self._lock)
+        self._journal = Journal(database, self._lock, audit_file)
         self._journal.start()
 
     def _load(self, database: Database) -> None:
@@ -3608,6 +4010,7 @@ class Store:
                 self._keys[key_] = (body_hash, run_id, at)
             for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
                 self._baselines[row[0], row[1], row[2]] = Baseline(*row)
+            self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -3919,6 +4322,23 @@ class Store:
             if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
                 return other
         return None
+
+    # ---- audit ----
+
+    def audit(self, entry: AuditEntry) -> None:
+        """Append an entry; it is on disk within half a second."""
+        with self._lock:
+            self._journal.add_audit(self._next_audit_seq, entry)
+            self._next_audit_seq += 1
+
+    def audit_entries(self, wanted: AuditFilter, scope: Scope, limit: int) -> list[tuple[int, AuditEntry]]:
+        """Up to `limit` entries with their numbers, newest first; NotReady when they cannot be read."""
+        condition, values = wanted.where(scope)
+        columns = ", ".join(("seq", *AuditEntry._fields))
+        rows = self._journal.read(
+            lambda database: database.query(f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}", tuple(values))
+        )
+        return [(row[0], AuditEntry(*row[1:])) for row in rows]
 
     def wait_durable_or_log(self) -> None:
         try:
@@ -4901,6 +5321,7 @@ class Cluster:
         self.launched = launched
         self.operation = threading.RLock()  # a start, a stop or a change of users is going on
         self.busy_with: str | None = None  # run that has it; guarded by Engine._lock
+        self.claimed_users = 0  # of that run
         self.cleanup_for: str | None = None  # a run that is over whose load may still run here
         self.heard_at = steady_s()  # its last answer
         self.stopped_at = -math.inf  # our last stop there
@@ -5033,10 +5454,12 @@ class Engine:
         self._queue: list[str] = []  # ids of waiting runs, the next first
         self._queue_alarm: Alarm | None = None
         self._closing = False
+        self._limits = {tenant.id: tenant for tenant in config.tenants}
+        self._environments = {(item.tenant_id, item.id): item for item in config.environments}
         self.clusters = {item.id: self._cluster(item) for item in config.clusters}
 
     def _cluster(self, item: ClusterConfig) -> Cluster:
-        token, folder = self.config.security.callback_token, self.config.folder
+        token, folder = item.callback_token or self.config.security.callback_token, self.config.folder
         is_process = item.launcher is not None and item.launcher.type == "process"
         launched = LaunchedCluster(item, folder, token) if is_process else None
         return Cluster(item, LocustClient(item, token, folder, self.timer), launched)
@@ -5167,6 +5590,7 @@ class Engine:
         if self._closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         candidates = self._serving(request.tenant_id, request.env_id)
+        self._refuse_unsafe(request, candidates)
         if request.plan.locustfile and not all(cluster.launched for cluster in candidates):
             candidates = [cluster for cluster in candidates if cluster.launched]
             if not candidates:
@@ -5195,7 +5619,7 @@ class Engine:
             return self._enqueue(run, idempotency)
         if isinstance(refusal, LocustError):
             raise self._kept_as_failed(None, replace(run, cluster_id=candidates[0].id), refusal, idempotency)
-        raise refusal or self._busy(candidates)
+        raise refusal or self._limit_reached(run) or self._busy(candidates)
 
     def rerun(self, run_id: str, changes: dict[str, Any], created_by: str) -> Run:
         """Start again what a run was asked for."""
@@ -5221,10 +5645,47 @@ class Engine:
         """Take a free cluster for a run; those who queue for it go first."""
         with self._lock:
             waiting = any(self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id)
-            if self._is_taken(cluster) or (waiting and run.id not in self._queue):
+            if self._is_taken(cluster) or (waiting and run.id not in self._queue) or self._over_limit(run):
                 return False
-            cluster.busy_with = run.id
+            cluster.busy_with, cluster.claimed_users = run.id, run.target_users
             return True
+
+    def _refuse_unsafe(self, request: RunRequest, candidates: list[Cluster]) -> None:
+        """Forbidden for a load that its tenant or environment may not have; InvalidInput where
+        only the confirmation is missing."""
+        tenant = self._limits.get(request.tenant_id)
+        environment = self._environments.get((request.tenant_id, request.env_id))
+        own_hosts = [cluster.config.launcher.host if cluster.config.launcher else None for cluster in candidates]
+        problems = load_refusals(request, tenant, environment, own_hosts)
+        if problems:
+            kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
+            raise kind("; ".join(f"{name}: {why}" for name, why in problems.items()), problems)
+
+    def _over_limit(self, run: Run) -> str | None:
+        """Why its tenant may not have this run beside those it has, or None. What counts is who
+        has a cluster: _claim() asks and takes under one lock."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None:
+            return None
+        with self._lock:
+            others = [
+                cluster for cluster in self.clusters.values()
+                if cluster.config.tenant_id == run.tenant_id and cluster.busy_with != run.id and self._is_taken(cluster)
+            ]
+            users = run.target_users + sum(map(self._users_on, others))
+        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
+            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
+        if limits.max_users is not None and users > limits.max_users:
+            return f"tenant {limits.id} may have {limits.max_users} users at the same time; with this run it would have {users}"
+        return None
+
+    def _users_on(self, cluster: Cluster) -> int:
+        run = self.store.find(cluster.busy_with or "")
+        return max(run.target_users, load_target(run, time.time()).users) if run else cluster.claimed_users  # claimed, and not kept yet
+
+    def _limit_reached(self, run: Run) -> Conflict | None:
+        why = self._over_limit(run)
+        return Conflict(f'{why}; stop one, wait, or create with "queue": true') if why else None
 
     def _is_taken(self, cluster: Cluster) -> bool:
         """A run has it that is not over: who sees a run final may start the next at once,
@@ -5310,12 +5771,13 @@ class Engine:
             "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }
         form.update((name, str(value).lower() if isinstance(value, bool) else value) for name, value in (run.plan.options or {}).items())
-        if run.plan.host:
-            form["host"] = run.plan.host
         if run.plan.user_classes:
             form["user_classes"] = run.plan.user_classes
         if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
             form["run_time"] = ends_in
+        host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
+        if host:
+            form["host"] = host
         return form
 
     def _check_plan(self, cluster: Cluster, plan: Plan, reading: Reading) -> None:
@@ -5728,6 +6190,9 @@ class Engine:
             raise Conflict(f"run {run_id} is {run.status.value}; only the users of a Running one can be changed", status=run.status.value)
         if len(run.load_changes) >= MOST_LOAD_CHANGES:
             raise Conflict(f"the users of run {run_id} were changed {MOST_LOAD_CHANGES} times, the most there may be")
+        refused = self._over_limit(replace(run, target_users=users))
+        if refused:
+            raise InvalidInput(f"targetUsers: {refused}", {"targetUsers": refused})
         before, change = watch.target, LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by)
         with watch.cluster.operation:
             watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
@@ -5810,6 +6275,42 @@ class Engine:
             raise LocustTimeout(f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does")
         if outcome.error:
             raise type(outcome.error)(f"{outcome.error.message}; the stop is tried again until it succeeds")
+
+    def stop_all(self, sees: Callable[[Run], bool]) -> dict[str, str | None]:
+        """Stop every run that `sees` takes, all clusters at once. By run: None once Locust
+        confirmed, else why not yet; what could not be stopped is tried until it is."""
+        wanted = [run for run in self.store.active_runs() if sees(run)]
+        outcomes: dict[str, str | None] = {run.id: "was not stopped in time; it is tried until it is" for run in wanted}
+        waiting = [run for run in wanted if self._leave_queue(run)]  # first, as they would take what gets free
+        for run in waiting:
+            self._fail(run.id, "cancelled while it waited in the queue", stop_reason="user")
+            outcomes[run.id] = None
+
+        def stop_one(run_id: str) -> None:
+            outcomes[run_id] = self._stop_whatever_it_does(run_id)
+
+        going = [run.id for run in wanted if run not in waiting]
+        threads = [in_background("stop-all", functools.partial(stop_one, run_id)) for run_id in going]
+        give_up_at = steady_s() + STOP_ANSWER_S + 2
+        for thread in threads:
+            thread.join(max(0.0, give_up_at - steady_s()))
+        return dict(outcomes)
+
+    def _stop_whatever_it_does(self, run_id: str) -> str | None:
+        """As stop(), for a run that may just be starting or stopping; None when it is stopped, else why not."""
+        give_up_at = steady_s() + STOP_ANSWER_S
+        while (left_s := give_up_at - steady_s()) > 0:
+            try:
+                self.stop(run_id, "user", left_s)
+                return None
+            except Conflict:
+                run = self.store.find(run_id)
+                if run is None or run.is_final:
+                    return None
+                time.sleep(0.1)
+            except LoadManagerError as error:
+                return error.message
+        return f"did not stop within {STOP_ANSWER_S:g} s; it is tried until it does"
 
     def _leave_queue(self, run: Run) -> bool:
         """Take a waiting run out of the queue, unless a cluster was just given to it."""
@@ -6231,10 +6732,14 @@ class Engine:
         self._keep_details(watch)
         self._conclude(watch, final, quiet_at)
 
-    def register_external(self, request: RunRequest, cluster_id: str | None) -> tuple[str, bool]:
+    def register_external(self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]) -> tuple[str, bool]:
         """The id of the run for a test started in Locust's own page, and whether it is new.
-        Conflict when the cluster is just being started or stopped."""
-        candidates = self._serving(request.tenant_id, request.env_id)
+        Conflict when the cluster is just being started or stopped, Forbidden when the caller's
+        token `reaches` none of the clusters that it may be on."""
+        candidates = [cluster for cluster in self._serving(request.tenant_id, request.env_id) if reaches(cluster.id)]
+        if not candidates:
+            why = "the callback token is not that of a cluster of this tenant and environment"
+            raise Forbidden(why, {"tenantId": why})
         if cluster_id:
             candidates = [cluster for cluster in candidates if cluster.id == cluster_id]
             if not candidates:
@@ -6299,7 +6804,14 @@ class Engine:
         give_up_at = steady_s() + 2.2
         for thread in threads:
             thread.join(max(0.0, give_up_at - steady_s()))
-        return [_cluster_to_wire(cluster, answers.get(cluster.id, "did not answer within 2 s")) for cluster in wanted]
+        return [
+            {**_cluster_to_wire(cluster, answers.get(cluster.id, "did not answer within 2 s")), "protected": self._is_protected(cluster)}
+            for cluster in wanted
+        ]
+
+    def _is_protected(self, cluster: Cluster) -> bool:
+        environment = self._environments.get((cluster.config.tenant_id, cluster.config.env_id))
+        return environment is not None and environment.protected
 
 
 def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
@@ -7327,9 +7839,10 @@ def _content_length(headers: dict[str, str]) -> int:
 
 
 class Request:
-    """A whole request as a handler gets it."""
+    """A whole request as a handler gets it. tenant_id, env_id, run_id and note: what it turned
+    out to be about, for the audit."""
 
-    __slots__ = ("head", "route", "params", "body", "query", "principal", "address")
+    __slots__ = ("head", "route", "params", "body", "query", "principal", "address", "tenant_id", "env_id", "run_id", "note")
 
     def __init__(self, head: RequestHead, route: Any, params: dict[str, str], principal: Any, address: str):
         self.head = head
@@ -7339,6 +7852,7 @@ class Request:
         self.address = address
         self.body = b""
         self.query: dict[str, Any] = {}
+        self.tenant_id = self.env_id = self.run_id = self.note = ""
 
 
 class Response:
@@ -7849,20 +8363,18 @@ class ApiServer(ThreadingHTTPServer):
 
 
 class Stream:
-    """One client's event stream. tenants: those it may see, None: all; is_allowed: False
-    once its sign-in has ended."""
+    """One client's event stream. scope: what it may see; is_allowed: False once its
+    sign-in or its token has ended; owner: whose streams are counted together."""
 
-    __slots__ = ("connection", "run_id", "tenants", "resume_id", "is_allowed")
+    __slots__ = ("connection", "run_id", "scope", "resume_id", "is_allowed", "owner")
 
-    def __init__(self, run_id: str | None, tenants: frozenset[str] | None, resume_id: str | None, is_allowed: Callable[[], bool]):
+    def __init__(self, run_id: str | None, scope: Scope, resume_id: str | None, is_allowed: Callable[[], bool], owner: str):
         self.connection: Connection | None = None
         self.run_id = run_id  # None: all runs
-        self.tenants = tenants
+        self.scope = scope
+        self.owner = owner
         self.resume_id = resume_id  # Last-Event-ID
         self.is_allowed = is_allowed
-
-    def sees(self, tenant_id: str) -> bool:
-        return self.tenants is None or tenant_id in self.tenants
 
     def push(self, raw: bytes) -> None:
         if raw and self.connection is not None:
@@ -7873,7 +8385,7 @@ class Change(NamedTuple):
     """The newest change of one run."""
 
     seq: int
-    tenant_id: str
+    place: tuple[str, str]  # tenant and environment
 
 
 class EventFeed:
@@ -7888,14 +8400,15 @@ class EventFeed:
     MOST_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
     MOST_REPLAYED = 500
 
-    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int):
+    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int, most_of_one: int = 1000):
         self._store = store
         self._loop = loop
         self._timer = timer
         self._most_streams = most_streams
+        self._most_of_one = most_of_one
         self._era = secrets.token_hex(4)  # ids of an earlier process are not ours
         self._lock = threading.Lock()  # guards _noted and _round_is_due
-        self._noted: dict[str, str] = {}  # changed run -> its tenant
+        self._noted: dict[str, tuple[str, str]] = {}  # changed run -> its tenant and environment
         self._round_is_due = False
         self._next_round_at = 0.0
         self._seq = 0
@@ -7911,7 +8424,7 @@ class EventFeed:
     def note(self, run: Run) -> None:
         """A run has changed or is gone; called under the store's lock."""
         with self._lock:
-            self._noted[run.id] = run.tenant_id
+            self._noted[run.id] = run.tenant_id, run.env_id
             if self._round_is_due:
                 return
             self._round_is_due = True
@@ -7924,9 +8437,13 @@ class EventFeed:
     # ---- streams come and go -----------------------------------------------
 
     def response(self, stream: Stream) -> Response:
-        """The answer that opens a stream; NotReady when there are too many."""
-        if sum(map(len, self._streams.values())) >= self._most_streams:
+        """The answer that opens a stream; NotReady when there are too many, TooManyRequests when
+        too many are of one owner."""
+        open_streams = self._all_streams()
+        if len(open_streams) >= self._most_streams:
             raise NotReady(f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10)
+        if sum(other.owner == stream.owner for other in open_streams) >= self._most_of_one:
+            raise TooManyRequests(f"{self._most_of_one} event streams of this token are open, the most there may be", retry_after_s=10)
         headers = {"X-Accel-Buffering": "no"}  # nginx would keep events back
         return Response(content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream))
 
@@ -7978,7 +8495,7 @@ class EventFeed:
         for run_id, change in reversed(self._changes.items()):
             if change.seq <= since:
                 break
-            if stream.run_id in (None, run_id) and stream.sees(change.tenant_id):
+            if stream.run_id in (None, run_id) and stream.scope.covers(*change.place):
                 missed.append((run_id, change.seq))
             if len(missed) > self.MOST_REPLAYED:
                 return None
@@ -7991,7 +8508,7 @@ class EventFeed:
             noted, self._noted = self._noted, {}
             self._round_is_due = False
             self._next_round_at = steady_s() + self.ROUND_S
-        changed = [(run_id, self._remember(run_id, tenant_id)) for run_id, tenant_id in noted.items()]
+        changed = [(run_id, self._remember(run_id, place)) for run_id, place in noted.items()]
         self._tell_followers_of_all(changed)
         for run_id, change in changed:
             if run_id in self._streams:
@@ -7999,9 +8516,9 @@ class EventFeed:
                 for stream in list(self._streams[run_id]):
                     stream.push(raw)
 
-    def _remember(self, run_id: str, tenant_id: str) -> Change:
+    def _remember(self, run_id: str, place: tuple[str, str]) -> Change:
         self._seq += 1
-        change = self._changes[run_id] = Change(self._seq, tenant_id)
+        change = self._changes[run_id] = Change(self._seq, place)
         self._changes.move_to_end(run_id)
         if len(self._changes) > self.MOST_REMEMBERED:
             self._forgotten_seq = self._changes.popitem(last=False)[1].seq
@@ -8011,12 +8528,12 @@ class EventFeed:
         streams = self._streams.get(None)
         if not streams:
             return
-        events = [(change.tenant_id, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
-        told: dict[frozenset[str] | None, bytes] = {}  # the same bytes for all who see the same tenants
+        events = [(change.place, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
+        told: dict[Scope, bytes] = {}  # the same bytes for all who see the same
         for stream in list(streams):
-            if stream.tenants not in told:
-                told[stream.tenants] = b"".join(event for tenant_id, event in events if stream.sees(tenant_id))
-            stream.push(told[stream.tenants])
+            if stream.scope not in told:
+                told[stream.scope] = b"".join(event for place, event in events if stream.scope.covers(*place))
+            stream.push(told[stream.scope])
 
     def _beat(self) -> None:
         """A comment to every stream: proxies keep it open, and a dead client is noticed."""
@@ -8050,7 +8567,179 @@ class EventFeed:
 
 
 # ============================================================================
-# 15. SESSIONS - browsers that signed in, and what they must prove
+# 15. ACCESS - who a token says the caller is, and how much they may ask
+# ============================================================================
+# Tokens are kept and compared as hashes, all of them for each try, so that neither the
+# time nor the number of tries tells anything of them. What a token says is remembered
+# under the header's exact bytes (good ones only): a request then costs one look-up.
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who calls. ends_at: epoch seconds after which it counts no more. clusters: those whose
+    runs a callback may touch; None: those without a callbackToken of their own."""
+
+    name: str
+    role: str
+    scope: Scope = EVERYTHING
+    ends_at: float = math.inf
+    clusters: frozenset[str] | None = None
+
+    def may_touch(self, tenant_id: str, env_id: str) -> bool:
+        return self.scope.covers(tenant_id, env_id)
+
+
+ANONYMOUS = Principal("anonymous", "admin")  # where no token is configured
+NOBODY = Principal("", "")  # who has not proven anything
+
+
+def scope_of(tenants: Iterable[str], environments: Iterable[str] = ()) -> Scope:
+    """The scope that names of tenants and environments mean: * is all of them."""
+    tenants, environments = frozenset(tenants), frozenset(environments)
+    return Scope(None if "*" in tenants else tenants, None if not environments or "*" in environments else environments)
+
+
+class ApiTokens:
+    """The API tokens of the configuration."""
+
+    def __init__(self, security: SecurityConfig):
+        self._owners: list[tuple[bytes, Principal]] = []
+        if security.api_token:
+            self._owners.append((token_digest(security.api_token), Principal("api", "admin")))
+        for item in security.api_tokens:
+            digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
+            scope = scope_of(item.tenants or ("*",), item.environments)
+            ends_at = math.inf if item.expires_at is None else item.expires_at
+            self._owners.append((digest, Principal(item.name, item.role, scope, ends_at)))
+
+    def owner(self, token: str) -> Principal | None:
+        """Whose token it is; None for a wrong one, and for one that has expired."""
+        given, found = token_digest(token), None
+        for digest, principal in self._owners:
+            if hmac.compare_digest(given, digest):
+                found = principal
+        return found if found is None or found.ends_at > time.time() else None
+
+
+class CallbackTokens:
+    """The secrets of Locust's callbacks: one for all clusters, or a cluster's own."""
+
+    def __init__(self, config: Config):
+        own = [(token_digest(item.callback_token), item.id) for item in config.clusters if item.callback_token]
+        self.guarded = frozenset(cluster_id for _, cluster_id in own)  # clusters that the common token does not reach
+        common = config.security.callback_token
+        self._common = token_digest(common) if common else None
+        self._is_open = not common and config.security.allow_anonymous
+        self._own = [(digest, frozenset(id_ for other, id_ in own if other == digest)) for digest, _ in own]
+
+    def owner(self, token: str) -> Principal | None:
+        given, found = token_digest(token), None
+        if self._is_open or (self._common is not None and hmac.compare_digest(given, self._common)):
+            found = Principal("locust", "locust")
+        for digest, clusters in self._own:
+            if hmac.compare_digest(given, digest):
+                found = Principal("locust", "locust", clusters=clusters)
+        return found
+
+    def may_touch(self, principal: Principal, cluster_id: str) -> bool:
+        return cluster_id not in self.guarded if principal.clusters is None else cluster_id in principal.clusters
+
+
+class FailedAttempts:
+    """Counts wrong tokens for each address. Only wrong ones are ever refused for it: the
+    right token is served whatever others did from the same address."""
+
+    MOST = 30
+    WINDOW_S = 60.0
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, float]] = {}
+
+    def note(self, address: str) -> int | None:
+        """Count one; the seconds to wait when there were too many."""
+        now = steady_s()
+        who = ":".join(address.split(":")[:4]) if ":" in address else address  # IPv6: who has one address has its /64
+        count, since = self._counts.get(who, (0, now))
+        if now - since > self.WINDOW_S:
+            count, since = 0, now
+        if len(self._counts) > 10_000:
+            self._counts.clear()
+        self._counts[who] = (count + 1, since)
+        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
+
+
+class Usage:
+    """What one caller asked for in this second; only the loop's thread counts."""
+
+    __slots__ = ("second", "count")
+
+    def __init__(self) -> None:
+        self.second = 0
+        self.count = 0
+
+    def note(self, most_per_s: float) -> None:
+        """Count one request; TooManyRequests beyond the limit."""
+        second = int(steady_s())
+        if second != self.second:
+            self.second, self.count = second, 0
+        self.count += 1
+        if self.count > most_per_s:
+            raise TooManyRequests(f"over {most_per_s:g} requests of this token in a second", retry_after_s=1)
+
+
+class Caller(NamedTuple):
+    """Who sent a header, as long as that holds."""
+
+    principal: Principal
+    usage: Usage
+
+
+class RefusalBudget:
+    """How many refusals are written to the audit: a flood must not fill the disk."""
+
+    BURST, PER_S = 1000.0, 20.0
+
+    def __init__(self) -> None:
+        self._left, self._at = self.BURST, steady_s()
+        self.skipped = 0  # since the last one written
+
+    def takes(self) -> bool:
+        now = steady_s()
+        self._left, self._at = min(self.BURST, self._left + (now - self._at) * self.PER_S), now
+        if self._left < 1:
+            self.skipped += 1
+            return False
+        self._left -= 1
+        return True
+
+
+def client_address(peer: str, forwarded_for: str | None, proxies: tuple[Any, ...]) -> str:
+    """The address of who asks: the last one in X-Forwarded-For that no trusted proxy has,
+    if the connection comes from a trusted proxy; what others put in front is not believed."""
+    if forwarded_for is None or not _is_within(peer, proxies):
+        return peer
+    address = peer
+    for word in reversed(forwarded_for.split(",")):
+        try:
+            address = str(ipaddress.ip_address(word.strip()))
+        except ValueError:
+            return address
+        if not _is_within(address, proxies):
+            return address
+    return address
+
+
+def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    known = getattr(known, "ipv4_mapped", None) or known
+    return any(known in network for network in networks)
+
+
+# ============================================================================
+# 16. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -8058,18 +8747,6 @@ class EventFeed:
 # token. A Bearer token needs none of this, as no browser adds it by itself.
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-
-
-@dataclass(frozen=True)
-class Principal:
-    """Who calls. tenants: those it may touch; None: all."""
-
-    name: str
-    role: str
-    tenants: frozenset[str] | None = None
-
-    def may_touch(self, tenant_id: str) -> bool:
-        return self.tenants is None or tenant_id in self.tenants
 
 
 @dataclass(frozen=True)
@@ -8094,7 +8771,8 @@ class Sessions:
     def begin(self, principal: Principal) -> tuple[Session, str]:
         """A new session and the secret for its cookie; beyond MOST the oldest ends."""
         secret = secrets.token_urlsafe(32)
-        session = Session(principal, secrets.token_urlsafe(32), steady_s() + self.KEEP_S)
+        keep_s = min(self.KEEP_S, principal.ends_at - time.time())
+        session = Session(principal, secrets.token_urlsafe(32), steady_s() + keep_s)
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
             while len(self._by_digest) > self.MOST:
@@ -8120,6 +8798,7 @@ def session_to_wire(session: Session) -> dict[str, Any]:
         "signedIn": True,
         "name": session.principal.name,
         "role": session.principal.role,
+        "tenants": None if session.principal.scope.tenants is None else sorted(session.principal.scope.tenants),
         "csrfToken": session.csrf_token,
         "expiresInSeconds": max(0, math.floor(session.ends_at - steady_s())),
     }
@@ -8190,13 +8869,11 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 16. HTTP API - routes, authentication, handlers
+# 17. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
 NO_SUCH_PATH = "there is no such path"
-ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
-
 
 @dataclass(frozen=True)
 class Route:
@@ -8224,6 +8901,11 @@ class Route:
     errors: tuple[int, ...] = ()
     more_body: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def is_audited(self) -> bool:
+        """What changes something is, but for the callbacks of runs that go on."""
+        return self.method not in SAFE_METHODS and (self.access != "locust" or self.handler is locust_register)
+
 
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(dump_json(value).encode(), http_status, headers=headers)
@@ -8243,10 +8925,11 @@ def get_health(api: Api, request: Request) -> Response:
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
     run_request = read_create(body, api.config.scenarios)
-    api.check_tenant(request, run_request.tenant_id)
+    api.check_place(request, run_request.tenant_id, run_request.env_id)
     key_ = request.head.headers.get("idempotency-key")
     if key_ is None:
         run = api.engine.create(run_request, request.principal.name)
+        request.run_id = run.id
         return api.run_response(run.id, 201)
     if not 1 <= len(key_) <= 255 or not key_.isprintable():
         raise InvalidInput("Idempotency-Key: allowed are 1 to 255 printable characters")
@@ -8256,7 +8939,7 @@ def post_test(api: Api, request: Request) -> Response:
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
     search = query["search"].lower() if "search" in query else None
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.tenants, search)
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.scope, search)
     limit = query.get("limit")
     page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
@@ -8299,7 +8982,7 @@ def post_users(api: Api, request: Request) -> Response:
 
 
 def get_scenarios(api: Api, request: Request) -> Response:
-    tenants = {cluster.tenant_id for cluster in api.config.clusters if request.principal.may_touch(cluster.tenant_id)}
+    tenants = {cluster.tenant_id for cluster in api.config.clusters if request.principal.may_touch(cluster.tenant_id, cluster.env_id)}
     shown = [scenario for scenario in api.config.scenarios if not scenario.tenants or tenants & set(scenario.tenants)]
     return json_response([scenario_to_wire(scenario) for scenario in shown])
 
@@ -8308,7 +8991,41 @@ def post_rerun(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     changes = check_body(parse_json(request.body), RERUN_KEYS) if request.body else {}
     again = api.engine.rerun(run.id, changes, request.principal.name)
+    request.run_id, request.note = again.id, f"again {run.id}"
     return api.run_response(again.id, 201)
+
+
+def post_stop_all(api: Api, request: Request) -> Response:
+    """Stop every run the caller may touch. Always 200: what is not stopped yet is in `failed`."""
+    wanted = check_body(parse_json(request.body), STOP_ALL_KEYS) if request.body else {}
+    request.tenant_id, request.env_id = wanted.get("tenant_id", ""), wanted.get("env_id", "")
+
+    def is_meant(run: Run) -> bool:
+        named = run.tenant_id == wanted.get("tenant_id", run.tenant_id) and run.env_id == wanted.get("env_id", run.env_id)
+        return named and request.principal.may_touch(run.tenant_id, run.env_id)
+
+    log("stop of all asked for", by=request.principal.name, **wanted)
+    outcomes = api.engine.stop_all(is_meant)
+    api.store.wait_durable_or_log()
+    stopped = [run_id for run_id, why in outcomes.items() if why is None]
+    failed = [{"runId": run_id, "message": why} for run_id, why in outcomes.items() if why is not None]
+    request.note = f"{len(stopped)} stopped, {len(failed)} not yet"
+    return json_response({"success": not failed, "stopped": stopped, "failed": failed})
+
+
+def get_audit(api: Api, request: Request) -> Response:
+    query, limit = request.query, request.query.get("limit", 100)
+    wanted = AuditFilter(
+        query.get("who"), query.get("tenantId"), query.get("runId"), query.get("action"), query.get("outcome"),
+        query.get("from"), query.get("to"), query.get("cursor"),
+    )  # fmt: skip
+    found = api.store.audit_entries(wanted, request.principal.scope, limit + 1)
+    headers = {}
+    if len(found) > limit:
+        again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
+        again["cursor"] = _cursor_text(found[limit - 1][0])
+        headers["Link"] = f'</v1/audit?{urlencode(again)}>; rel="next"'
+    return json_response([audit_to_wire(entry) for _, entry in found[:limit]], headers=headers)
 
 
 def get_metrics(api: Api, request: Request) -> Response:
@@ -8333,7 +9050,7 @@ def get_export(api: Api, request: Request) -> Response:
 
 def post_import(api: Api, request: Request) -> Response:
     found = read_import(parse_json(request.body), time.time())
-    api.check_tenant(request, found.run.tenant_id)
+    api.check_place(request, found.run.tenant_id, found.run.env_id)
     failures = dump_json(found.failures).encode() if found.failures else None
     api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, failures)
     log("run imported", run=found.run.id, by=request.principal.name)
@@ -8417,16 +9134,19 @@ def get_comparison(api: Api, request: Request) -> Response:
         raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
     documents = []
     for name in ("baseline", "candidate"):
-        run = api.store.get(request.query[name])
-        if not request.principal.may_touch(run.tenant_id):
-            raise NotFound(f"there is no run {run.id}")
+        run = api.allowed_run(request, request.query[name])
         documents.append(json.loads(api.store.wire(run.id)))
     return json_response(api.engine.compare(documents[0], documents[1], request.query.get("tolerance")))
 
 
 def _place(api: Api, request: Request) -> tuple[str, str, str]:
     place = (request.params["tenantId"], request.params["envId"], request.params["scenarioId"])
-    api.check_tenant(request, place[0])
+    try:
+        api.check_place(request, *place[:2])
+    except Forbidden:
+        if request.head.method == "PUT":
+            raise
+        raise NotYours("there is no baseline of " + "/".join(place)) from None
     return place
 
 
@@ -8459,7 +9179,7 @@ def delete_baseline(api: Api, request: Request) -> Response:
 
 def get_trends(api: Api, request: Request) -> Response:
     query, metric = request.query, request.query.get("metric", "p95ResponseMs")
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.tenants)
+    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.scope)
     runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][: query.get("limit", 100)]
     points = []
     for run in reversed(runs):
@@ -8501,7 +9221,7 @@ def _page_headers(css: str, js: str) -> dict[str, str]:
 
 
 def get_clusters(api: Api, request: Request) -> Response:
-    return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id)))
+    return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)))
 
 
 def post_scale(api: Api, request: Request) -> Response:
@@ -8537,6 +9257,7 @@ def get_session(api: Api, request: Request) -> Response:
 def post_session(api: Api, request: Request) -> Response:
     check_same_origin(request.head, api.config.server, required=False)
     session, secret = api.sign_in(_sign_in_token(request), request.address)
+    request.principal = session.principal
     log("signed in", name=session.principal.name, address=request.address)
     return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
 
@@ -8598,6 +9319,7 @@ def locust_metrics(api: Api, request: Request) -> Response:
 
 def locust_register(api: Api, request: Request) -> Response:
     values = check_body(parse_json(request.body), REGISTER_KEYS, strict=False)
+    request.tenant_id, request.env_id = values["tenant_id"], values["env_id"]
     run_request = RunRequest(
         values["tenant_id"],
         values["env_id"],
@@ -8605,7 +9327,8 @@ def locust_register(api: Api, request: Request) -> Response:
         values.get("target_users", 0),
         values.get("spawn_rate", 0),
     )
-    run_id, is_new = api.engine.register_external(run_request, values.get("cluster_id"))
+    run_id, is_new = api.engine.register_external(run_request, values.get("cluster_id"), functools.partial(api.reaches, request))
+    request.run_id = run_id
     message = "External test registered" if is_new else "The cluster's active run is this test"
     return json_response({"runId": run_id, "message": message})
 
@@ -8646,6 +9369,15 @@ METRICS_QUERY = {
 }
 LOGS_QUERY = {"lines": number_value(1, MOST_LOG_LINES, whole=True)}
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
+AUDIT_QUERY = {
+    **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
+    "outcome": one_of(*AuditFilter.OUTCOMES),
+    "from": MOMENT,
+    "to": MOMENT,
+    "limit": number_value(1, 1000, whole=True),
+    "cursor": LIST_QUERY["cursor"],
+}
+STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
     **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
@@ -8725,6 +9457,8 @@ ROUTES = (
     ),
     Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+    Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
+    Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
     Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
     Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of a cluster's processes", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
@@ -8771,9 +9505,12 @@ SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
     "Stopped": _object("success message", success=_FLAG, message=_TEXT),
+    "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT}, failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
+    "AuditEntry": _object("at action status outcome", at=_MOMENT, **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
+    "Audit": _array("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
-    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
@@ -8835,7 +9572,7 @@ SCHEMAS: dict[str, Any] = {
     "Cluster": _object(
         "id tenantId envId state workers",
         id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, workersWanted=_COUNT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
-        locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL,
+        locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL, protected=_FLAG,
         workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
     ),
     "Clusters": _array("Cluster"),
@@ -8966,33 +9703,10 @@ def _path_text(segment: str) -> str:
     return text
 
 
-class FailedAttempts:
-    """Counts wrong tokens for each address. Only wrong ones are ever refused for it: the
-    right token is served whatever others did from the same address."""
-
-    MOST = 30
-    WINDOW_S = 60.0
-
-    def __init__(self) -> None:
-        self._counts: dict[str, tuple[int, float]] = {}
-
-    def note(self, address: str) -> int | None:
-        """Count one; the seconds to wait when there were too many."""
-        now = steady_s()
-        count, since = self._counts.get(address, (0, now))
-        if now - since > self.WINDOW_S:
-            count, since = 0, now
-        if len(self._counts) > 10_000:
-            self._counts.clear()
-        self._counts[address] = (count + 1, since)
-        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
-
-
-ANONYMOUS = Principal("anonymous", "admin")
-
-
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
+
+    MOST_CALLERS = 10_000  # headers that are remembered
 
     def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed):
         self.config = config
@@ -9002,9 +9716,15 @@ class Api:
         self._sessions = Sessions()
         self._router = Router(ROUTES)
         self._failed = FailedAttempts()
-        self._api_digest = _digest(config.security.api_token)
-        self._callback_digest = _digest(config.security.callback_token)
-        self._api_principal = Principal("api", "admin")
+        self._refusals = RefusalBudget()
+        self._tokens = ApiTokens(config.security)
+        self._callback_tokens = CallbackTokens(config)
+        self._callers: dict[str, Caller] = {}  # by a good header Authorization
+        self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
+        self._usages: dict[str, Usage] = {}  # by the caller's name
+        self._proxies = tuple(ipaddress.ip_network(text) for text in config.server.trusted_proxies)
+        self._body_limits = {MAX_BODY_BYTES: config.limits.body_bytes, CALLBACK_BYTES: config.limits.callback_bytes}
+        self.is_open = config.security.is_open  # anybody may call
         self._creating: dict[str, threading.Lock] = {}  # Idempotency-Keys in work
 
     # ---- before the body ---------------------------------------------------
@@ -9014,36 +9734,70 @@ class Api:
         if head.matched is None:
             head.matched = self._router.match(head.method, head.path)
         route, params, allow = head.matched
+        if self._proxies:
+            address = client_address(address, head.headers.get("x-forwarded-for"), self._proxies)
         if route is None:
-            return Request(head, _options_route(allow), {}, None, address)
-        principal = self._principal(head, route, address)
-        if head.content_length > route.most_body_bytes:
-            raise TooLarge(f"the body has {head.content_length} bytes; allowed are {route.most_body_bytes}")
-        if head.content_length and route.body is not None:
+            return Request(head, _options_route(allow), {}, NOBODY, address)
+        principal = NOBODY
+        try:
+            principal = self._principal(head, route, address)
+            self._check_role(principal, route)
+        except (Unauthorized, Forbidden) as error:
+            request = Request(head, route, params, error.caller or principal, address)
+            self._note_refusal(request, error)
+            raise
+        if head.content_length:
+            self._check_body_head(head, route)
+        return Request(head, route, params, principal, address)
+
+    def _check_body_head(self, head: RequestHead, route: Route) -> None:
+        """TooLarge or UnsupportedMediaType before a byte of the body is read."""
+        most = self._body_limits.get(route.most_body_bytes, route.most_body_bytes)
+        if head.content_length > most:
+            raise TooLarge(f"the body has {head.content_length} bytes; allowed are {most}")
+        if route.body is not None:
             content_type = head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
             if content_type != JSON_TYPE and not content_type.endswith("+json"):
                 raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE}")
-        return Request(head, route, params, principal, address)
 
     def _principal(self, head: RequestHead, route: Route, address: str) -> Principal:
         if route.access == "anyone":
-            return ANONYMOUS
-        if route.access == "locust":
-            return self._locust(head, address)
-        principal = self._caller(head, address)
-        if ROLES.index(principal.role) < ROLES.index(route.access):
+            return NOBODY
+        return self._locust(head, address) if route.access == "locust" else self._caller(head, address)
+
+    def _check_role(self, principal: Principal, route: Route) -> None:
+        if route.access in ROLES and ROLES.index(principal.role) < ROLES.index(route.access):
             raise Forbidden(f"this needs the role {route.access}; the token has {principal.role}")
-        return principal
 
     def _locust(self, head: RequestHead, address: str) -> Principal:
         given = head.headers.get("x-locust-token", "")
-        if self._callback_digest is None or hmac.compare_digest(_digest(given) or b"", self._callback_digest):
-            return Principal("locust", "locust")
-        raise self._refused(address, "the header X-Locust-Token is missing or wrong")
+        principal = self._callback_callers.get(given)
+        if principal is not None:
+            return principal
+        principal = self._callback_tokens.owner(given)
+        if principal is None:
+            raise self._refused(address, "the header X-Locust-Token is missing or wrong")
+        if len(self._callback_callers) < self.MOST_CALLERS:  # with allowAnonymous any token is good
+            self._callback_callers[given] = principal
+        return principal
 
     def _caller(self, head: RequestHead, address: str) -> Principal:
         """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
-        given = head.headers.get("authorization")
+        given, limit = head.headers.get("authorization"), self.config.limits.requests_per_s
+        known = self._callers.get(given) if given else None
+        if known is not None and known.principal.ends_at > time.time():
+            known.usage.note(limit)
+            return known.principal
+        principal = self._new_caller(head, given, address)
+        usage = self._usages.setdefault(principal.name, Usage())
+        if given and not self.is_open:
+            if len(self._callers) >= self.MOST_CALLERS:
+                self._callers.clear()
+            self._callers[given] = Caller(principal, usage)
+        usage.note(limit)
+        return principal
+
+    def _new_caller(self, head: RequestHead, given: str | None, address: str) -> Principal:
         if self.is_open:
             if head.method not in SAFE_METHODS:
                 check_same_origin(head, self.config.server, required=False)
@@ -9057,13 +9811,7 @@ class Api:
         return principal
 
     def _owner_of(self, token: str) -> Principal | None:
-        is_right = self._api_digest is not None and hmac.compare_digest(_digest(token) or b"", self._api_digest)
-        return self._api_principal if is_right else None
-
-    @property
-    def is_open(self) -> bool:
-        """Anybody may call: no token is configured."""
-        return self._api_digest is None
+        return self._tokens.owner(token)
 
     # ---- browsers that signed in -------------------------------------------
 
@@ -9074,10 +9822,14 @@ class Api:
         session = self.session_of(head)
         if session is None:
             raise Unauthorized("the sign-in has ended; sign in again")
-        check_host(head, self.config.server)
-        if head.method not in SAFE_METHODS:
-            check_same_origin(head, self.config.server, required=True)
-            check_csrf(head, session)
+        try:
+            check_host(head, self.config.server)
+            if head.method not in SAFE_METHODS:
+                check_same_origin(head, self.config.server, required=True)
+                check_csrf(head, session)
+        except Forbidden as error:
+            error.caller = session.principal
+            raise
         return session.principal
 
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
@@ -9095,8 +9847,12 @@ class Api:
         """A stream of events of one run, or of all the caller may see."""
         headers = request.head.headers
         secret = None if self.is_open or "authorization" in headers else session_secret(request.head, self.config.server)
-        is_allowed = functools.partial(self._sessions.is_alive, secret) if secret else lambda: True
-        return self._feed.response(Stream(run_id, request.principal.tenants, headers.get("last-event-id"), is_allowed))
+        principal = request.principal
+
+        def is_allowed() -> bool:
+            return self._sessions.is_alive(secret) if secret else principal.ends_at > time.time()
+
+        return self._feed.response(Stream(run_id, principal.scope, headers.get("last-event-id"), is_allowed, principal.name))
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
         wait_s = self._failed.note(address)
@@ -9108,37 +9864,90 @@ class Api:
 
     def respond(self, request: Request) -> Response:
         """The handler's answer; every error becomes a JSON answer, never a traceback."""
+        failure: LoadManagerError | None = None
         try:
             if request.head.query:
                 request.query = check_query(request.head.query, request.route.query)
-            return request.route.handler(self, request)
+            response = request.route.handler(self, request)
         except LoadManagerError as error:
-            return error_response(error)
+            failure = error
         except Exception as error:  # noqa: BLE001 - the edge: a bug is logged and answered 500
             import traceback
 
             log("request failed", route=request.route.path, error=repr(error), trace=traceback.format_exc())
-            return error_response(LoadManagerError("an error of Load Manager itself; its log has the details"))
+            failure = LoadManagerError("an error of Load Manager itself; its log has the details")
+        if failure is not None:
+            response = error_response(failure)
+            if isinstance(failure, (Unauthorized, Forbidden, NotYours)):
+                self._note_refusal(request, failure)
+                return response
+        if request.route.is_audited:
+            self._note_done(request, response.http_status, failure)
+        return response
+
+    # ---- the audit ---------------------------------------------------------
+
+    def _note_done(self, request: Request, http_status: int, failure: LoadManagerError | None) -> None:
+        """What changed something, or was to, is in the audit before it is answered."""
+        if failure is not None:
+            request.run_id = request.run_id or str(failure.extra.get("runId", ""))
+        detail = request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
+        self.store.audit(self._entry(request, http_status, detail))
+        if request.route.waits:
+            self.store.wait_durable_or_log()
+
+    def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
+        if not self._refusals.takes():
+            return
+        skipped, self._refusals.skipped = self._refusals.skipped, 0
+        more = f" ({skipped} refusals before this one were too many to write)" if skipped else ""
+        self.store.audit(self._entry(request, failure.http_status, failure.message + more))
+
+    def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
+        """An entry with what of the request may be known: never a header, a query or a body."""
+        run_id = request.run_id or request.params.get("id", "")
+        run = self.store.find(run_id)
+        tenant_id = request.tenant_id or request.params.get("tenantId", "") or (run.tenant_id if run else "")
+        env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
+        texts = (audit_text(text) for text in (tenant_id, env_id, run_id))
+        who, action = request.principal, f"{request.route.method} {request.route.path}"
+        return AuditEntry(time.time(), who.name, who.role, request.address, action, *texts, http_status, audit_text(detail))
 
     # ---- what handlers share -----------------------------------------------
 
-    def check_tenant(self, request: Request, tenant_id: str) -> None:
-        if not request.principal.may_touch(tenant_id):
-            raise Forbidden(f"the token may not use tenant {tenant_id!r}")
+    def check_place(self, request: Request, tenant_id: str, env_id: str) -> None:
+        """Forbidden when the caller may not touch this environment of this tenant."""
+        request.tenant_id, request.env_id = tenant_id, env_id
+        scope = request.principal.scope
+        if scope.covers(tenant_id, env_id):
+            return
+        is_tenant = scope.tenants is not None and tenant_id not in scope.tenants
+        name, value = ("tenantId", tenant_id) if is_tenant else ("envId", env_id)
+        allowed = ", ".join(sorted((scope.tenants if is_tenant else scope.environments) or ())) or "none"
+        why = f"the token may not use {_shown(value)}; allowed are {allowed}"
+        raise Forbidden(f"{name}: {why}", {name: why})
 
     def visible_run(self, request: Request) -> Run:
-        """The run of the path, NotFound also for another tenant's."""
-        run = self.store.get(request.params["id"])
-        if not request.principal.may_touch(run.tenant_id):
-            raise NotFound(f"there is no run {run.id}")
+        """The run of the path, NotFound also for one that the caller may not see."""
+        return self.allowed_run(request, request.params["id"])
+
+    def allowed_run(self, request: Request, run_id: str) -> Run:
+        run = self.store.get(run_id)
+        if not request.principal.may_touch(run.tenant_id, run.env_id):
+            request.run_id = run.id
+            raise NotYours(f"there is no run {run.id}")
         return run
 
     def visible_cluster(self, request: Request) -> Cluster:
         """The cluster of the path, NotFound also for another tenant's."""
         cluster = self.engine.clusters.get(request.params["id"])
-        if cluster is None or not request.principal.may_touch(cluster.config.tenant_id):
+        if cluster is None or not request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id):
             raise NotFound(f"there is no cluster {request.params['id'][:MAX_TEXT]}")
         return cluster
+
+    def reaches(self, request: Request, cluster_id: str) -> bool:
+        """Whether a callback's token is one of this cluster."""
+        return self._callback_tokens.may_touch(request.principal, cluster_id)
 
     def report_parts(self, request: Request) -> tuple[dict[str, Any], list[Sample], dict[str, Any]]:
         """What a report is made of: the run as on the wire, its history, its failures."""
@@ -9170,12 +9979,14 @@ class Api:
                 known = self.store.recall_key(key_, time.time())
                 if known is None:
                     run = self.engine.create(run_request, request.principal.name, idempotency=(key_, body_hash))
+                    request.run_id = run.id
                     return self.run_response(run.id, 201)
             finally:
                 self._creating.pop(key_, None)
         known_hash, run_id = known
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body")
+        request.run_id, request.note = run_id, "replayed"
         return self.run_response(run_id, 201, replayed=True)
 
     def callback(self, request: Request) -> tuple[str, dict[str, Any]]:
@@ -9184,6 +9995,8 @@ class Api:
         body = parse_json(request.body, unique_keys=False)
         values = check_body(body, CALLBACK_KEYS, strict=False)
         run = self.store.get(values["run_id"])
+        if run.cluster_id and not self.reaches(request, run.cluster_id):
+            raise NotYours(f"there is no run {run.id}")
         if values.get("tenant_id", run.tenant_id) not in (run.tenant_id, ""):
             raise NotFound(f"there is no run {run.id} of this tenant")
         if values.get("env_id", run.env_id) not in (run.env_id, ""):
@@ -9191,9 +10004,9 @@ class Api:
         return run.id, body
 
 
-def _digest(token: str) -> bytes | None:
-    """SHA-256 of a token, so that comparing takes the same time whatever was sent."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest() if token else None
+def audit_text(text: str, most: int = 500) -> str:
+    """A text that both databases and a terminal take: what is not printable is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
 
 
 @functools.lru_cache(maxsize=64)
@@ -9205,7 +10018,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 17. SERVICE - the whole program put together, and its configuration checked
+# 18. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -9251,13 +10064,14 @@ class Service:
         except OSError as error:
             raise StartupError(f"cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}") from None
         try:
-            self._store = Store(open_database(config.storage.url, config.folder))
+            audit_file = os.path.join(config.folder, config.audit.file) if config.audit.file else None
+            self._store = Store(open_database(config.storage.url, config.folder), audit_file)
         except BaseException:
             self._server.server_close()
             raise
         self._timer = Timer()
         self._engine = Engine(config, self._store, self._timer)
-        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2)
+        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2, config.limits.event_streams)
         self._loop.api = Api(config, self._store, self._engine, feed)
         self.url = f"http://{host_to_call(config.server.host)}:{self._server.server_port}"
 
@@ -9337,7 +10151,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 18. TERMINAL - text, tables and a live view that any terminal can show
+# 19. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -9551,7 +10365,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 19. API CLIENT - which server a command talks to, and requests to it
+# 20. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -9792,7 +10606,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 20. COMMAND LINE - commands, what they take, and what they print
+# 21. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -10027,10 +10841,49 @@ def command_logs(options: Any) -> int:
 
 
 def command_stop(options: Any) -> int:
+    if (options.run is None) != options.all:
+        raise CommandError("allowed is a RUN or --all", EXIT_USAGE)
     client = open_client(options)
+    if options.all:
+        return stop_all(options, client)
     run_id = find_run(client, options.run)
     answer = client.request("POST", run_path(run_id, "/stop"))
     return tell_done(options, answer, f"run {run_id} is stopped")
+
+
+def stop_all(options: Any, client: ApiClient) -> int:
+    """Stop every run that the token may touch; EXIT_FAILED when one goes on."""
+    answer = client.request("POST", "/v1/stop-all", {})
+    outcome = answer.json("stopped", "failed")
+    tell_done(options, answer, f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]))
+    for item in outcome["failed"]:
+        say(f"run {item.get('runId')} goes on: {item.get('message')}")
+    return EXIT_FAILED if outcome["failed"] else EXIT_DONE
+
+
+def command_token(options: Any) -> int:
+    """Print a new token, once, and the line of the configuration that knows its hash."""
+    if not options.tenant and options.role != "admin":
+        raise CommandError("--tenant: is missing; allowed is a tenant, or * for all", EXIT_USAGE)
+    token = "lm_" + secrets.token_urlsafe(32)
+    entry: dict[str, Any] = {"name": options.name, "tokenSha256": token_digest(token).hex(), "role": options.role}
+    if options.tenant:
+        entry["tenants"] = options.tenant
+    if options.env:
+        entry["environments"] = options.env
+    if options.expires_in:
+        entry["expiresAt"] = utc_text(time.time() + options.expires_in)
+    reader = _ConfigReader(".", {})
+    reader.section(ApiTokenConfig, entry, "")
+    if reader.problems:
+        raise CommandError("; ".join(f"--{problem}" for problem in reader.problems), EXIT_USAGE)
+    if options.json:
+        print_json(dump_json({"token": token, "entry": entry}).encode())
+        return EXIT_DONE
+    line = json.dumps(entry, ensure_ascii=False)  # YAML takes JSON as it is
+    say("this is the only time that the token is shown; below it, the line for security.apiTokens")
+    print(f"{token}\n- {line}")
+    return EXIT_DONE
 
 
 def command_delete(options: Any) -> int:
@@ -10345,6 +11198,7 @@ def create_body(options: Any) -> dict[str, Any]:
         "excludeTags": options.exclude_tag or None,
         "options": custom or None,
         "stages": options.stage or None,
+        "confirm": options.confirm,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -10360,7 +11214,7 @@ def command_rerun(options: Any) -> int:
     check_start(options)
     client = open_client(options)
     run_id = find_run(client, options.run)
-    body = {"queue": True} if options.queue else {}
+    body = {**({"queue": True} if options.queue else {}), **({"confirm": options.confirm} if options.confirm else {})}
     return start_and_follow(options, client, lambda: client.request("POST", run_path(run_id, "/rerun"), body))
 
 
@@ -10829,6 +11683,7 @@ FOLLOW_ARGUMENTS = (
     argument("--every", metavar="TIME", value=duration_value, default=10, help="time between two lines in a pipe; default: 10s"),
     argument("--patience", metavar="TIME", value=duration_value, default=300, help="how long a server that went away is asked again; default: 5m"),
 )
+CONFIRM_ARGUMENT = argument("--confirm", metavar="ENV", help="the id of the environment again, if it is protected")
 START_ARGUMENTS = (
     argument("--queue", action="store_true", help="wait for a free cluster instead of being refused"),
     argument("--detach", action="store_true", help="only start it"),
@@ -10859,6 +11714,7 @@ COMMANDS = (
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
+            CONFIRM_ARGUMENT,
             argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
         ),
@@ -10878,7 +11734,13 @@ COMMANDS = (
     Command(
         "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
     ),
-    Command("stop", command_stop, "stop a run, or take it out of the queue", "stop latest", (RUN_ARGUMENT,)),
+    Command(
+        "stop", command_stop, "stop a run, or take it out of the queue", "stop latest",
+        (
+            argument("run", metavar="RUN", nargs="?", value=run_value, completes="run", help="a run's id, its first 6 or more characters, or latest"),
+            argument("--all", action="store_true", help="every run that the token may touch"),
+        ),
+    ),
     Command(
         "users", command_users, "change the users of a running load", "users latest -u 200 -r 20",
         (
@@ -10888,7 +11750,7 @@ COMMANDS = (
         ),
     ),
     Command("scenarios", command_scenarios, "the scenarios of the configuration", "scenarios"),
-    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, *START_ARGUMENTS)),
+    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, CONFIRM_ARGUMENT, *START_ARGUMENTS)),
     Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
     Command(
         "metrics", command_metrics, "a run's numbers over time", "metrics latest --max-points 50",
@@ -10944,6 +11806,19 @@ COMMANDS = (
             argument("--tolerance", metavar="LIST", help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
             argument("--fail-on-regression", action="store_true", help="exit 99 when it got worse"),
         ),
+    ),
+    Command(
+        "token", command_token, "make an API token", "token new --name ci --role operator --tenant tenant-1",
+        (
+            argument("what", choices=["new"], help="new: print a token, and the line of the configuration with its hash"),
+            argument("--name", required=True, metavar="NAME", help="who it is for: runs and the audit name it"),
+            argument("--role", required=True, choices=list(ROLES), help="viewer reads, operator also starts and stops, admin also reads the audit"),
+            argument(*TENANT, action="append", metavar="ID", help="a tenant that it may touch, or * for all; repeatable"),
+            argument(*ENV, action="append", metavar="ID", help="an environment; default: all of its tenants; repeatable"),
+            argument("--expires-in", metavar="TIME", value=duration_value, help="refused after this time, e.g. 90d; default: never"),
+            argument("--json", action="store_true", help="print JSON"),
+        ),
+        calls_server=False,
     ),
     Command(
         "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
@@ -11124,7 +11999,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 21. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 22. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
@@ -11351,7 +12226,7 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
-  #top { padding: 8px 10px; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
+  #top { padding: 8px 10px; flex-wrap: wrap; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
   .tile { padding: 7px 10px; } .tile .value { font-size: 18px; }
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
@@ -11716,6 +12591,26 @@ async function stopRun(run) {
   if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
 }
 
+async function stopAll() {
+  if (!(await confirmed("Stop all tests?", "Every running, starting and waiting test that you may touch ends now.", "Stop all tests", "danger"))) return;
+  const answer = await attempt(() => api("POST", "/v1/stop-all", {}));
+  if (!answer) return;
+  const {stopped, failed} = answer.data;
+  if (failed.length) toast(stopped.length + " stopped, " + failed.length + " not yet: " + failed[0].message, "bad");
+  else toast(stopped.length ? stopped.length + " stopped." : "Nothing was running.");
+}
+
+/** Ask for what a protected environment needs, and start again with it. */
+async function startConfirmed(path, body, envId) {
+  try {
+    return await api("POST", path, body);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.body.fields && error.body.fields.confirm)) throw error;
+    if (!(await confirmed("\u201c" + envId + "\u201d is protected", "This test loads a protected environment. Is that meant?", "Load " + envId, "danger"))) throw error;
+    return api("POST", path, {...body, confirm: envId});
+  }
+}
+
 async function rerun(run) {
   if (
     !(await confirmed(
@@ -11725,7 +12620,7 @@ async function rerun(run) {
     ))
   )
     return;
-  const answer = await attempt(() => api("POST", runPath(run.id, "/rerun"), {queue: true}));
+  const answer = await attempt(() => startConfirmed(runPath(run.id, "/rerun"), {queue: true}, run.envId));
   if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
 }
 
@@ -11854,12 +12749,13 @@ async function startDialog() {
     if (Object.keys(problems).length) return;
     start.disabled = true;
     try {
-      const {data} = await api("POST", "/v1/tests", body);
+      const {data} = await startConfirmed("/v1/tests", body, body.envId);
       dialog.close();
       location.hash = "#/runs/" + encodeURIComponent(data.id);
     } catch (error) {
       const body_ = error.body || {};
-      showProblems(body_.fields || {}, body_.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+      const shown = Object.keys(body_.fields || {}).every((name) => fields[name]);
+      showProblems(body_.fields || {}, body_.fields && shown ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
       if (body_.activeRunId)
         problem.append(
           " ",
@@ -11950,6 +12846,7 @@ function showTop() {
           h("span", {class: "live on", id: "live"}, "Live"),
           h("span", {class: "space"}),
           mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+          mayAct() ? h("button", {class: "danger", id: "stop-all", onclick: stopAll}, "Stop all") : null,
           h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
           session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
         ].filter(Boolean)

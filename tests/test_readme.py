@@ -116,6 +116,6 @@ def test_table_of_routes_is_the_route_table():
 
 
 def test_table_of_configuration_keys_is_the_program_s():
-    shown = set(re.findall(r"^\| `([a-zA-Z\[\].]+)` \| (?:`[^`]*`|required|) ?\| ", README, re.M))
+    shown = set(re.findall(r"^\| `([a-zA-Z0-9\[\].]+)` \| (?:`[^`]*`|required|) ?\| ", README, re.M))
     real = {path for path, _ in loadmanager.config_keys()}
     assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
