@@ -3621,6 +3621,7 @@ class SqliteDatabase:
 class PostgresDatabase:
     """A PostgreSQL database, held by an advisory lock so that only one Load Manager writes."""
 
+    LOCK_WAIT_S = 2.0  # the server notices some moments later that the one before us has ended
     LOCK_ID = 0x4C4D4752  # any number that nobody else uses: "LMGR"
 
     def __init__(self, url: str):
@@ -3647,8 +3648,11 @@ class PostgresDatabase:
         self._connection = self._psycopg.connect(
             self.url, autocommit=True, connect_timeout=5, options="-c statement_timeout=30000", keepalives_idle=10
         )
-        (locked,) = self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self.LOCK_ID,)).fetchone()
-        if not locked:
+        give_up_at = steady_s() + self.LOCK_WAIT_S
+        while not self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self.LOCK_ID,)).fetchone()[0]:
+            if steady_s() < give_up_at:
+                time.sleep(0.1)
+                continue
             self._connection.close()
             raise StartupError(f"database {self.shown}: is in use by another Load Manager")
 
@@ -7358,7 +7362,13 @@ class Scheduler:
 
     def start(self) -> None:
         """Load what there is; what was missed meanwhile starts once, if it is not too late."""
-        kept = {schedule.id: schedule for schedule in map(schedule_from_record, self._store.schedule_records())}
+        kept: dict[str, Schedule] = {}
+        for record in self._store.schedule_records():
+            try:
+                schedule = schedule_from_record(record)
+                kept[schedule.id] = schedule
+            except (ValueError, TypeError) as error:
+                log("schedule cannot be read; it is left as it is", record=record[:200], error=repr(error))
         for item in self._config.schedules:
             known, schedule = kept.pop(item.id, None), _configured_schedule(item, self._config.scenarios)
             if known is not None:

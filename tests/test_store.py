@@ -183,6 +183,41 @@ def test_old_final_runs_go_and_young_and_active_ones_stay(open_store):
     assert {run.id for run in store.list_runs()} == {young.id, active.id}
 
 
+def test_a_baseline_does_not_age_out_and_an_imported_run_ages_from_its_import(open_store):
+    store = open_store()
+    baseline, other = store.add(new_run()), store.add(new_run())
+    for run in (baseline, other):
+        store.transition(run.id, lm.RunStatus.FAILED, finished_at=10.0)
+    store.set_baseline(lm.Baseline(baseline.tenant_id, baseline.env_id, baseline.scenario_id, baseline.id, 11.0, "me"))
+    imported = lm.replace(new_run(), status=lm.RunStatus.FINISHED, finished_at=10.0, imported_at=1000.0)
+    store.add_imported(imported, None, [], [], None)
+    assert store.delete_older(500.0) == 1
+    assert {run.id for run in store.list_runs()} == {baseline.id, imported.id}
+    store.drop_baseline((baseline.tenant_id, baseline.env_id, baseline.scenario_id))
+    assert store.delete_older(500.0) == 1
+
+
+def test_histograms_schedules_and_deliveries_are_kept_by_both_databases(open_store):
+    store = open_store()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    for number, at in enumerate((2.0, 2.5, 4.0)):
+        store.add_snapshot(run.id, snapshot(1)._replace(taken_at=at, requests=number + 1, failures=0, avg_ms=5.0, times={5: number + 1}), "push")
+    store.add_snapshot(run.id, snapshot(1)._replace(taken_at=4.1, requests=9, failures=0, avg_ms=5.0, times={5: 9}), "push", is_last=True)
+    schedule = lm.schedule_to_record(lm.Schedule("nightly", "acme", "dev", {}, 1.0, "me", run_at=2.0, paused=True))
+    store.keep_schedule("nightly", schedule)
+    store.keep_schedule("gone", "{}")
+    store.keep_schedule("gone", None)
+    delivery = lm.Delivery("msg_1", "hook", "finished", run.id, "acme", time.time(), "finished: x", {"a": "\u202e"})
+    store.keep_delivery(delivery)
+    store.keep_delivery(delivery._replace(attempts=2, problem="HTTP 500"))
+    store.close()
+    again = open_store()
+    assert [(point.at, point.histograms[None].times) for point in again.histograms(run.id)] == [(2.0, {5: 1}), (4.0, {5: 3}), (4.1, {5: 9})], "one a second, and the last"
+    assert again.schedule_records() == [schedule]
+    assert again.waiting_deliveries("hook") == [delivery._replace(attempts=2, problem="HTTP 500")]
+
+
 def test_second_load_manager_on_one_database_is_refused(open_store):
     open_store()
     with pytest.raises(lm.StartupError, match="in use by another Load Manager"):
