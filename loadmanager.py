@@ -23,16 +23,17 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
 11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-12. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-13. EVENTS          changes of runs, told to event streams
-14. ACCESS          who a token says the caller is, and how much they may ask
-15. SESSIONS        browsers that signed in, and what they must prove
-16. HTTP API        routes, authentication, handlers
-17. SERVICE         the whole program put together, and its configuration checked
-18. TERMINAL        text, tables and a live view that any terminal can show
-19. API CLIENT      which server a command talks to, and requests to it
-20. COMMAND LINE    commands, what they take, and what they print
-21. DASHBOARD PAGE  what a browser gets at / and at /docs
+12. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
+13. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+14. EVENTS          changes of runs, told to event streams
+15. ACCESS          who a token says the caller is, and how much they may ask
+16. SESSIONS        browsers that signed in, and what they must prove
+17. HTTP API        routes, authentication, handlers
+18. SERVICE         the whole program put together, and its configuration checked
+19. TERMINAL        text, tables and a live view that any terminal can show
+20. API CLIENT      which server a command talks to, and requests to it
+21. COMMAND LINE    commands, what they take, and what they print
+22. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -96,6 +97,14 @@ TRANSITIONS = {
 }
 FINAL = frozenset({RunStatus.FINISHED, RunStatus.FAILED})
 
+class Stage(NamedTuple):
+    """A stretch of a run with its own load."""
+
+    users: int
+    spawn_rate: float  # users/s
+    duration_s: int
+
+
 STOP_REASONS = ("duration", "user", "threshold", "locust", "lost", "shutdown")
 SOURCES = ("api", "ui", "schedule")
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
@@ -129,6 +138,9 @@ IDEMPOTENCY_KEEP_S = 24 * 3600
 MAX_ANNOTATION = 1000  # characters
 MOST_ANNOTATIONS = 200  # of one run
 MOST_THRESHOLDS = 50  # of one run
+MOST_STAGES = 100  # of one run
+MOST_LOAD_CHANGES = 1000  # of one run
+MOST_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
@@ -161,8 +173,7 @@ def _log_word(value: object) -> str:
 
 def utc_text(epoch_s: float) -> str:
     """RFC 3339 in UTC with milliseconds, e.g. `2026-11-23T12:00:00.123Z`."""
-    whole = math.floor(epoch_s)
-    millis = int((epoch_s - whole) * 1000)
+    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a moment read back is the same moment
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
@@ -503,6 +514,62 @@ def _accept_jwt_algorithms(value: Any) -> tuple[str, ...]:
 JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it takes
     "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC", "ES512": "EC", "EdDSA": "OKP",
 }  # fmt: skip
+
+
+def _accept_names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST_NAMES:
+        raise ValueError
+    if not all(isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable() for name in names):
+        raise ValueError
+    return tuple(dict.fromkeys(names))
+
+
+def _accept_options(value: Any) -> dict[str, Any]:
+    """Custom arguments of a locustfile, by the names of the command line or of Python."""
+    if not isinstance(value, dict) or len(value) > MOST_NAMES:
+        raise ValueError
+    options = {str(name).lstrip("-").replace("-", "_"): entry for name, entry in value.items()}
+    for name, entry in options.items():
+        if not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII) or type(entry) not in (str, int, float, bool) or len(str(entry)) > 4000:
+            raise ValueError
+        if type(entry) is float and not math.isfinite(entry):
+            raise ValueError
+        if name in SWARM_FIELDS:
+            raise ValueError(f"{name} is not a custom option")
+    return options
+
+
+def _accept_stages(value: Any) -> tuple[Stage, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_STAGES:
+        raise ValueError
+    checks = {"targetUsers": USERS, "spawnRate": SPAWN_RATE, "durationSeconds": DURATION}
+    stages = []
+    for stage in value:
+        if not isinstance(stage, dict) or set(stage) != set(checks):
+            raise ValueError
+        stages.append(Stage(*(check.accept(stage[name]) for name, check in checks.items())))
+    if sum(stage.duration_s for stage in stages) > MAX_DURATION_S:
+        raise ValueError
+    return tuple(stages)
+
+
+SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
+    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_tags lm_exclude_tags"
+    " tags exclude_tags num_users users".split()
+)
+USERS = number_value(1, MAX_USERS, whole=True)
+SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
+DURATION = number_value(1, MAX_DURATION_S, whole=True)
+NAMES = Check(f"a list of 1 to {MOST_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}})
+OPTIONS = Check(
+    f"an object of at most {MOST_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false", _accept_options, schema={"type": "object"}
+)
+STAGES = Check(
+    f"a list of 1 to {MOST_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
+    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MOST_STAGES},
+)  # fmt: skip
+RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 WORDS = Check("a list of names", _accept_words)
 NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
@@ -512,7 +579,6 @@ ROLE_MAP = Check("a mapping of words of the claim to " + ", ".join(ROLES), _acce
 ALGORITHMS = Check("a list of " + ", ".join(JWT_ALGORITHMS), _accept_jwt_algorithms)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
 ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
-USERS = number_value(1, MAX_USERS, whole=True)
 URL_TEXT = text_value("an http(s) URL", r"https?://[^\s/@?#]+[^\s@#]*")
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
@@ -736,11 +802,32 @@ class StorageConfig:
 
 
 @dataclass(frozen=True)
+class ScenarioConfig:
+    """What a scenarioId means: all that a create may leave out."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "the scenarioId")
+    description: str = key("description", "", text_value("a string", empty=True), "for those who choose")
+    host: str | None = key("host", None, BASE_URL, "the target system")
+    user_classes: tuple[str, ...] = key("userClasses", (), NAMES, "the user classes to run; default: all")
+    tags: tuple[str, ...] = key("tags", (), NAMES, "run only tasks with one of these tags")
+    exclude_tags: tuple[str, ...] = key("excludeTags", (), NAMES, "run no tasks with one of these tags")
+    locustfile: str | None = key("locustfile", None, text_value("a file name"), "what a launched cluster runs, relative to this file")
+    options: dict[str, Any] | None = key("options", None, OPTIONS, "custom arguments of the locustfile")
+    target_users: int | None = key("targetUsers", None, USERS, "users at the same time")
+    spawn_rate: float | None = key("spawnRate", None, SPAWN_RATE, "users started per second")
+    duration_s: int | None = key("durationSeconds", None, DURATION, "how long")
+    stages: tuple[Stage, ...] = key("stages", (), STAGES, "instead of the three numbers")
+    thresholds: tuple[Any, ...] = key("thresholds", (), RAW_LIST, "as on create")
+    tenants: tuple[str, ...] = key("tenants", (), NAMES, "who may run it; default: all")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
     server: ServerConfig = key("server", {}, ServerConfig, "where Load Manager listens")
     clusters: tuple[ClusterConfig, ...] = key("locustClusters", (), [ClusterConfig], "the Locust clusters")
+    scenarios: tuple[ScenarioConfig, ...] = key("scenarios", (), [ScenarioConfig], "what scenarioIds mean")
     security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
     orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
     storage: StorageConfig = key("storage", {}, StorageConfig, "where runs are kept")
@@ -1107,6 +1194,46 @@ def threshold_to_wire(threshold: Threshold) -> dict[str, Any]:
     return wire
 
 
+class Plan(NamedTuple):
+    """What of a locustfile is run, and against what, beyond users and time."""
+
+    host: str | None = None
+    user_classes: tuple[str, ...] = ()  # empty: all
+    tags: tuple[str, ...] = ()
+    exclude_tags: tuple[str, ...] = ()
+    options: dict[str, Any] | None = None
+    stages: tuple[Stage, ...] = ()
+    locustfile: str | None = None  # for a launched cluster
+
+
+def plan_to_wire(plan: Plan) -> dict[str, Any]:
+    wire = {"host": plan.host, "userClasses": list(plan.user_classes), "tags": list(plan.tags), "excludeTags": list(plan.exclude_tags), "options": plan.options}
+    wire["stages"] = [stage_to_wire(stage) for stage in plan.stages]
+    return {name: value for name, value in wire.items() if value}
+
+
+def stage_to_wire(stage: Stage) -> dict[str, Any]:
+    return {"targetUsers": stage.users, "spawnRate": stage.spawn_rate, "durationSeconds": stage.duration_s}
+
+
+def plan_from_record(entry: list[Any]) -> Plan:
+    host, user_classes, tags, exclude_tags, options, stages, locustfile = entry
+    return Plan(host, tuple(user_classes), tuple(tags), tuple(exclude_tags), options, tuple(Stage(*stage) for stage in stages), locustfile)
+
+
+class LoadChange(NamedTuple):
+    """Users of a running load that somebody changed: epoch seconds, users, users/s, who."""
+
+    at: float
+    users: int
+    spawn_rate: float
+    by: str
+
+
+def load_change_to_wire(change: LoadChange) -> dict[str, Any]:
+    return {"at": utc_text(change.at), "targetUsers": change.users, "spawnRate": change.spawn_rate, "by": change.by}
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
     """What a caller asks for."""
@@ -1121,7 +1248,7 @@ class RunRequest:
     queue: bool = False  # wait for a free cluster instead of a 409
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
-    host: str | None = None  # the target; None: the cluster's own
+    plan: Plan = Plan()
     confirm: str | None = None  # the id of a protected environment
 
 
@@ -1225,8 +1352,10 @@ class Run:
     compare_with: str | None = None  # baseline or previous
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
-    host: str | None = None  # the target that was asked for
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
+    imported_at: float | None = None  # it came from a file
+    plan: Plan = Plan()
+    load_changes: tuple[LoadChange, ...] = ()
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
@@ -1292,9 +1421,12 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
         "locustfileSha256": run.locustfile_sha256,
-        "host": run.host,
+        "importedAt": run.imported_at and utc_text(run.imported_at),
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
+    wire.update(plan_to_wire(run.plan))
+    if run.load_changes:
+        wire["usersChanges"] = [load_change_to_wire(change) for change in run.load_changes]
     if run.warnings:
         wire["warnings"] = [{"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings]
     if run.annotations:
@@ -1320,6 +1452,8 @@ def run_from_record(text: str) -> Run:
     record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
     record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
     record["thresholds"] = tuple(Threshold(*entry) for entry in record.get("thresholds", ()))
+    record["plan"] = plan_from_record(record["plan"]) if "plan" in record else Plan()
+    record["load_changes"] = tuple(LoadChange(*entry) for entry in record.get("load_changes", ()))
     known = set(Run.__slots__)
     return Run(**{name: value for name, value in record.items() if name in known})
 
@@ -1629,6 +1763,15 @@ class Worker:
     cpu_percent: float | None
 
 
+class Abilities(NamedTuple):
+    """What a Locust can be asked to run. None: it does not say."""
+
+    user_classes: tuple[str, ...] | None = None
+    can_choose: bool = False  # it was started with --class-picker
+    options: tuple[str, ...] | None = None  # custom arguments
+    tags: tuple[str, ...] | None = None  # None: tags cannot be chosen
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a Locust master says of itself at one moment.
@@ -1655,6 +1798,7 @@ class Reading:
     flush: bool = False  # numbers are complete as soon as the test has stopped
     host: str | None = None
     failures: tuple[Failure, ...] = ()
+    abilities: Abilities | None = None  # None: it does not say
 
     @property
     def live_workers(self) -> tuple[Worker, ...]:
@@ -2580,21 +2724,34 @@ class ThresholdWatch:
 
 
 METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
-SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
-
+PLAN_KEYS = {
+    "host": BodyKey("host", BASE_URL),
+    "userClasses": BodyKey("user_classes", NAMES),
+    "tags": BodyKey("tags", NAMES),
+    "excludeTags": BodyKey("exclude_tags", NAMES),
+    "options": BodyKey("options", OPTIONS),
+    "stages": BodyKey("stages", STAGES),
+}
+LOAD_KEYS = {  # stages, or a scenario of the configuration, stand for them
+    "targetUsers": BodyKey("target_users", USERS),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
+    "durationSeconds": BodyKey("duration_s", DURATION),
+}
 CREATE_KEYS = {
     "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
     "envId": BodyKey("env_id", ID_TEXT, required=True),
     "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
-    "targetUsers": BodyKey("target_users", USERS, required=True),
-    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
-    "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
+    **LOAD_KEYS,
     "metadata": BodyKey("metadata", METADATA),
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
-    "host": BodyKey("host", BASE_URL),
     "confirm": BodyKey("confirm", ID_TEXT),
+    **PLAN_KEYS,
+}
+USERS_KEYS = {
+    "targetUsers": BodyKey("target_users", USERS, required=True),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
 }
 ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
 RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata", "confirm")}
@@ -2640,6 +2797,138 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
     if problems:
         raise InvalidInput("; ".join(f"{name}: {why}" for name, why in problems.items())[:2000], problems)
     return values
+
+
+def plan_of(values: dict[str, Any]) -> Plan:
+    """The plan among checked values, taken out of them."""
+    return Plan(**{name: values.pop(name) for name in Plan._fields if name in values})
+
+
+def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
+    """What a create asks for, with what its scenario gives; InvalidInput with every bad key."""
+    given = check_body(body, CREATE_KEYS)
+    if "stages" in given and any(entry.to in given for entry in LOAD_KEYS.values()):
+        raise InvalidInput("stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either", {"stages": "stand for targetUsers, spawnRate and durationSeconds; allowed are either"})
+    values = {**_of_scenario(given, scenarios), **given}
+    stages = values.get("stages")
+    if stages:
+        values.update(target_users=max(stage.users for stage in stages), spawn_rate=stages[0].spawn_rate, duration_s=sum(stage.duration_s for stage in stages))
+    missing = {
+        name: f"is missing; allowed is {entry.check.allowed}" for name, entry in LOAD_KEYS.items() if entry.to not in values and name != "durationSeconds"
+    }
+    if missing:
+        raise InvalidInput("; ".join(f"{name}: {why}" for name, why in missing.items()), missing)
+    return RunRequest(plan=plan_of(values), **values)
+
+
+def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
+    """What the scenario gives where the create is silent; {} without scenarios in the configuration."""
+    allowed = {scenario.id: scenario for scenario in scenarios if is_scenario_for(scenario, given["tenant_id"])}
+    if not scenarios:
+        return {}
+    scenario = allowed.get(given["scenario_id"])
+    if scenario is None:
+        why = f"there is no such scenario; there are {', '.join(sorted(allowed)) or 'none for this tenant'}"
+        raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
+    names = {entry.to for entry in (*LOAD_KEYS.values(), *PLAN_KEYS.values())} | {"locustfile"}
+    found = {name: getattr(scenario, name) for name in names if getattr(scenario, name) not in (None, ())}
+    if scenario.thresholds:
+        found["thresholds"] = THRESHOLDS.accept(list(scenario.thresholds))
+    if any(entry.to in given for entry in LOAD_KEYS.values()):
+        found.pop("stages", None)
+    if "stages" in given:
+        found = {name: value for name, value in found.items() if name not in {entry.to for entry in LOAD_KEYS.values()}}
+    if found.get("options") and given.get("options"):
+        given["options"] = {**found["options"], **given["options"]}
+    return found
+
+
+def is_scenario_for(scenario: ScenarioConfig, tenant_id: str) -> bool:
+    return not scenario.tenants or tenant_id in scenario.tenants
+
+
+def scenario_problems(config: Config) -> Iterator[str]:
+    """What is wrong in the configuration's scenarios beyond single keys."""
+    seen: set[str] = set()
+    for index, scenario in enumerate(config.scenarios):
+        where = f"scenarios[{index}]"
+        if scenario.id in seen:
+            yield f"{where}.id: {scenario.id!r} stands twice; allowed is a unique id"
+        seen.add(scenario.id)
+        if scenario.stages and (scenario.target_users or scenario.spawn_rate or scenario.duration_s):
+            yield f"{where}.stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either"
+        try:
+            THRESHOLDS.accept(list(scenario.thresholds))
+        except ValueError as error:
+            yield f"{where}.thresholds: {error}" if isinstance(error, NotAllowed) else f"{where}.thresholds: allowed is {THRESHOLDS.allowed}"
+        if scenario.locustfile and not os.path.isfile(os.path.join(config.folder, scenario.locustfile)):
+            yield f"{where}.locustfile: {scenario.locustfile} is not a file"
+
+
+def scenario_to_wire(scenario: ScenarioConfig) -> dict[str, Any]:
+    plan = Plan(scenario.host, scenario.user_classes, scenario.tags, scenario.exclude_tags, scenario.options, scenario.stages)
+    wire: dict[str, Any] = {"id": scenario.id, **plan_to_wire(plan)}
+    optional = {
+        "description": scenario.description, "targetUsers": scenario.target_users, "spawnRate": scenario.spawn_rate, "durationSeconds": scenario.duration_s,
+        "thresholds": [one.expr for one in THRESHOLDS.accept(list(scenario.thresholds))], "tenants": list(scenario.tenants),
+    }  # fmt: skip
+    wire.update((name, value) for name, value in optional.items() if value)
+    return wire
+
+
+def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | None:
+    """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
+    if abilities is None:
+        return None
+    classes = abilities.user_classes
+    if plan.user_classes and classes is not None:
+        unknown = [name for name in plan.user_classes if name not in classes]
+        if unknown:
+            return "userClasses", f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}"
+        if not abilities.can_choose and set(plan.user_classes) != set(classes):
+            return "userClasses", f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}"
+    unknown = [name for name in plan.options or () if abilities.options is not None and name not in abilities.options]
+    if unknown:
+        return "options", f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}"
+    if (plan.tags or plan.exclude_tags) and abilities.tags is None:
+        return "tags", "the cluster's Locust does not take tags with a start: its locustfile does not import loadmanager_hooks"
+    for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
+        unknown = [name for name in names if name not in (abilities.tags or ())]
+        if unknown:
+            return field_name, f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}"
+    return None
+
+
+class LoadTarget(NamedTuple):
+    """The load a run should have, and since when (epoch seconds)."""
+
+    users: int
+    spawn_rate: float
+    since: float
+
+
+def load_target(run: Run, now: float) -> LoadTarget:
+    """What the run should have at a moment: its stages as they come, and changes by people,
+    of which the newest holds until the next stage."""
+    began = run.started_at if run.started_at is not None else now
+    target = LoadTarget(run.target_users, run.spawn_rate, began)
+    at = began
+    for stage in run.plan.stages:
+        if at <= now or stage is run.plan.stages[0]:
+            target = LoadTarget(stage.users, stage.spawn_rate, at)
+        at += stage.duration_s
+    if run.load_changes and target.since <= run.load_changes[-1].at:
+        last = run.load_changes[-1]
+        return LoadTarget(last.users, last.spawn_rate, last.at)
+    return target
+
+
+def stage_starts(run: Run) -> Iterator[float]:
+    """Seconds after the start at which each stage but the first begins."""
+    at = 0.0
+    for stage in run.plan.stages[:-1]:
+        at += stage.duration_s
+        yield at
 
 
 def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
@@ -2827,7 +3116,7 @@ def load_refusals(
         problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
     if tenant and tenant.max_duration_s is not None and (request.duration_s or math.inf) > tenant.max_duration_s:
         problems["durationSeconds"] = f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
-    hosts = [request.host] if request.host else list(own_hosts)
+    hosts = [request.plan.host] if request.plan.host else list(own_hosts)
     for patterns in (tenant.allowed_hosts if tenant else (), environment.allowed_hosts if environment else ()):
         refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
         if refused:
@@ -2863,15 +3152,13 @@ def idleness(reading: Reading, workers_wanted: int = 1) -> Idleness:
     return Idleness.IDLE
 
 
-def ramp_s(run: Run) -> float:
-    """Seconds until all users should be there."""
-    return run.target_users / run.spawn_rate
-
-
-def watch_warnings(run: Run, before: Reading | None, now_reading: Reading, most_workers: int, age_s: float) -> Iterator[tuple[str, str]]:
+def watch_warnings(
+    target: LoadTarget, before: Reading | None, now_reading: Reading, most_workers: int, wanted_for_s: float
+) -> Iterator[tuple[str, str]]:
     """Code and sentence of what one reading of a running test makes worth a warning.
 
-    before: the reading before; most_workers: the most seen in this run; age_s: since the start."""
+    before: the reading before; most_workers: the most seen in this run; wanted_for_s: how long
+    the target should have been reached, negative before."""
     live = len(now_reading.live_workers)
     if now_reading.distributed and live < most_workers:
         yield "workers_lost", f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing"
@@ -2880,8 +3167,8 @@ def watch_warnings(run: Run, before: Reading | None, now_reading: Reading, most_
         yield "cpu_high", f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's"
     if before and now_reading.requests < before.requests:
         yield "stats_reset", f"Locust's counters went back from {before.requests} to {now_reading.requests} requests"
-    if age_s > ramp_s(run) + 30 and now_reading.users < run.target_users:
-        yield "users_not_reached", f"{now_reading.users} of {run.target_users} users are running {age_s:.0f} s after the start"
+    if wanted_for_s > 30 and now_reading.users < target.users:
+        yield "users_not_reached", f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been"
     if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
         yield "endpoints_cut", f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all"
 
@@ -3270,6 +3557,7 @@ class _Batch:
     runs: dict[str, Record | None] = field(default_factory=dict)  # None: deleted
     samples: list[Sample] = field(default_factory=list)
     histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; the last ones of the run
+    packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
@@ -3281,7 +3569,9 @@ class _Batch:
 
     @property
     def has_rows(self) -> bool:
-        return bool(self.runs or self.samples or self.histograms or self.keys or self.artefacts or self.baselines or self.audit)
+        return bool(
+            self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit
+        )
 
 
 def _packed(content: bytes) -> str:
@@ -3327,6 +3617,14 @@ class Journal(threading.Thread):
     def add_audit(self, seq: int, entry: AuditEntry) -> None:
         with self._changed:
             self._batch.audit.append((seq, entry))
+
+    def save_history(self, record: Record, samples: list[Sample], histograms: list[tuple[float, int, str]]) -> None:
+        """A run with its whole history, for one commit."""
+        rows = [(record.run.id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
+        with self._changed:
+            self._batch.runs[record.run.id] = record
+            self._batch.samples += samples
+            self._batch.packed_histograms += rows
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -3409,8 +3707,9 @@ class Journal(threading.Thread):
         database = self._database
         if batch.has_rows:
             database.execute("BEGIN")
-            if batch.histograms:
-                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", list(self._histogram_rows(batch)))
+            rows = [*batch.packed_histograms, *self._histogram_rows(batch)]
+            if rows:
+                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", rows)
             self._write_runs(batch)
             self._write_baselines(batch)
             if batch.artefacts:
@@ -3508,6 +3807,7 @@ class Journal(threading.Thread):
             self._batch.runs = {**batch.runs, **self._batch.runs}
             self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
             self._batch.histograms[:0] = batch.histograms[-self.MOST_HISTOGRAMS :]
+            self._batch.packed_histograms[:0] = batch.packed_histograms
             self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
@@ -3579,6 +3879,9 @@ def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[Hist
     for at, is_whole, content in rows:
         so_far = histograms_from_record(_unpacked(content).decode(), None if is_whole else so_far)
         yield HistogramPoint(at, so_far)
+
+
+FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
 
 
 class RunFilter(NamedTuple):
@@ -3757,12 +4060,19 @@ class Store:
     def histograms(self, run_id: str, to_at: float = 1e12) -> Iterator[HistogramPoint]:
         """The run's histograms up to a moment, each from its start, oldest first, decoded one
         by one as they are taken; NotReady when they cannot be read."""
-        rows = self._journal.read(
+        return _decoded_histograms(self._histogram_rows(run_id, to_at))
+
+    def histogram_records(self, run_id: str) -> list[tuple[float, int, str]]:
+        """The run's histograms as they are kept: epoch seconds, whether it holds all since the
+        start or what came since the one before, and its record."""
+        return [(at, is_whole, _unpacked(content).decode()) for at, is_whole, content in self._histogram_rows(run_id)]
+
+    def _histogram_rows(self, run_id: str, to_at: float = 1e12) -> list[tuple[float, int, str]]:
+        return self._journal.read(
             lambda database: database.query(
                 "SELECT at, is_whole, content FROM histograms WHERE run_id = ? AND at <= ? ORDER BY at", (run_id, to_at)
             )
         )
-        return _decoded_histograms(rows)
 
     def stretches(self, run_id: str, total_requests: int | None) -> Stretches | None:
         """The histograms of a run in stretches of time; None when they do not hold all its requests."""
@@ -3806,6 +4116,29 @@ class Store:
             self._drop(run.id)
             raise
         return run
+
+    def add_imported(
+        self, run: Run, snapshot: Snapshot | None, samples: list[Sample], histograms: list[tuple[float, int, str]], failures: bytes | None
+    ) -> None:
+        """Keep a run from a file with its history; returns once durable. Conflict when there
+        is a run of its id; NotReady, and nothing is kept, when it cannot be written."""
+        with self._lock:
+            if run.id in self._records:
+                raise Conflict(f"there is a run {run.id} already")
+            run = replace(run, seq=self._next_seq)
+            self._next_seq += 1
+            record = self._records[run.id] = Record(run)
+            if snapshot is not None:
+                record.set_snapshot(snapshot, "final")
+            self._journal.save_history(record, samples, histograms)
+            if failures is not None:
+                self._journal.save_artefact(run.id, FAILURES, failures)
+            self._tell(run)
+        try:
+            self._journal.wait_durable(60.0)
+        except NotReady:
+            self._drop(run.id)
+            raise
 
     def transition(
         self, run_id: str, to: RunStatus, snapshot: Snapshot | None = None, durable: bool = True, **changes: Any
@@ -3902,7 +4235,7 @@ class Store:
         """Remove final runs that finished before a moment; how many."""
         with self._lock:
             final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
-            old = {run.id for run in final if (run.finished_at or run.created_at) < before_at}
+            old = {run.id for run in final if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at}
             self._drop(*old)
         return len(old)
 
@@ -4078,6 +4411,16 @@ class LocustClient:
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
 
+    def read_abilities(self) -> Abilities | None:
+        """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
+        _, _, page = self._call("GET", "/", None, 3.0)
+        text = page.decode("utf-8", "replace")
+        classes, options = _list_in_page(text, "available_user_classes"), _object_in_page(text, "extra_options")
+        can_choose = re.search(r'"show_userclass_picker":\s*true', text) is not None
+        if classes is None and options is None:
+            return None
+        return Abilities(classes, can_choose, None if options is None else tuple(options))
+
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
         for _ in range(2):
@@ -4185,7 +4528,7 @@ class LocustClient:
                 connection.connect()
             if expired.is_set():
                 raise TimeoutError
-            body = urlencode(form) if form is not None and method == "POST" else None
+            body = urlencode(form, doseq=True) if form is not None and method == "POST" else None
             sent = True
             connection.request(method, (urlsplit(self.base_url).path or "") + path, body, self._headers(path, body))
             response = connection.getresponse()
@@ -4536,7 +4879,34 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         callbacks=bool(document.get("callbacks")),
         flush=bool(document.get("flush")),
         host=document.get("host"),
+        abilities=_abilities_of_hooks(document),
     )
+
+
+def _abilities_of_hooks(document: dict[str, Any]) -> Abilities | None:
+    classes, options, tags = (document.get(name) for name in ("availableUserClasses", "options", "tags"))
+    if not isinstance(classes, list) or not isinstance(options, list) or not isinstance(tags, list):
+        return None  # hooks of an earlier version
+    return Abilities(tuple(map(str, classes)), bool(document.get("classPicker")), tuple(map(str, options)), tuple(map(str, tags)))
+
+
+def _list_in_page(page: str, name: str) -> tuple[str, ...] | None:
+    value = _json_in_page(page, name)
+    return tuple(map(str, value)) if isinstance(value, list) else None
+
+
+def _object_in_page(page: str, name: str) -> dict[str, Any] | None:
+    value = _json_in_page(page, name)
+    return value if isinstance(value, dict) else None
+
+
+def _json_in_page(page: str, name: str) -> Any:
+    """A value of window.templateArgs in Locust's page (2.47.0); None when it is not there."""
+    match = re.search(rf'"{name}":\s*', page)
+    try:
+        return json.JSONDecoder().raw_decode(page, match.end())[0] if match else None
+    except (ValueError, RecursionError):
+        return None
 
 
 # ============================================================================
@@ -4827,7 +5197,7 @@ class Watch:
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # somebody saw a user or a request
         self.most_workers = 0
-        self.users_now = run.target_users
+        self.target = load_target(run, time.time())
         self.last: Reading | None = None
         self.last_requests = 0
         self.boot_id = ""
@@ -4839,11 +5209,13 @@ class Watch:
     def age_s(self) -> float:
         return steady_s() - self.started
 
+    @property
+    def wanted_for_s(self) -> float:
+        """How long all users should be there; negative while they are started."""
+        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
+
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - steady_s())
-
-
-FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
 
 
 class StopOutcome:
@@ -4949,6 +5321,8 @@ class Engine:
         watch.last_requests = self._last_requests(run.id)
         watch.users_seen = watch.last_requests > 0
         watch.start_seen = watch.users_seen or time.time() - (run.started_at or 0) > 3
+        if run.plan.stages:
+            self._apply_target_soon(watch)  # a stage may have begun meanwhile
         log("run adopted", run=run.id, cluster=cluster.id, remaining_s=remaining)
 
     def _reconcile_pending(self, run: Run, cluster: Cluster) -> None:
@@ -5037,7 +5411,7 @@ class Engine:
         old = self.store.get(run_id)
         request = RunRequest(
             old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata,
-            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with, host=old.host,
+            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with, plan=old.plan,
         )
         return self.create(replace(request, **changes), created_by)
 
@@ -5078,21 +5452,34 @@ class Engine:
         limits = self._limits.get(run.tenant_id)
         if limits is None:
             return None
+        others = self._others_of_tenant(run)
+        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
+            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
+        return self._over_users(run, run.target_users)
+
+    def _over_users(self, run: Run, users: int) -> str | None:
+        """Why its tenant may not have so many users in this run beside those of its others, or None."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None or limits.max_users is None:
+            return None
+        users += sum(map(self._users_on, self._others_of_tenant(run)))
+        if users <= limits.max_users:
+            return None
+        return f"tenant {limits.id} may have {limits.max_users} users at the same time; it would have {users}"
+
+    def _others_of_tenant(self, run: Run) -> list[Cluster]:
+        """The clusters that other runs of its tenant have."""
         with self._lock:
-            others = [
+            return [
                 cluster for cluster in self.clusters.values()
                 if cluster.config.tenant_id == run.tenant_id and cluster.busy_with != run.id and self._is_taken(cluster)
             ]
-            users = run.target_users + sum(map(self._users_on, others))
-        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
-            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
-        if limits.max_users is not None and users > limits.max_users:
-            return f"tenant {limits.id} may have {limits.max_users} users at the same time; with this run it would have {users}"
-        return None
 
     def _users_on(self, cluster: Cluster) -> int:
-        run = self.store.find(cluster.busy_with or "")
-        return run.target_users if run else cluster.claimed_users  # claimed, and not kept yet
+        """The users that its run has, or will have."""
+        run, watch = self.store.find(cluster.busy_with or ""), self._watches.get(cluster.busy_with or "")
+        asked = run.target_users if run else cluster.claimed_users  # claimed, and not kept yet
+        return max(asked, watch.target.users) if watch else asked
 
     def _limit_reached(self, run: Run) -> Conflict | None:
         why = self._over_limit(run)
@@ -5143,6 +5530,7 @@ class Engine:
             raise LocustTimeout(f"cluster {cluster.id} is still busy with an earlier stop")
         try:
             reading = self._wait_until_idle(cluster)
+            self._check_plan(cluster, run.plan, reading)
             run = replace(run, cluster_id=cluster.id, queued=False, queue_position=None)
             if self.store.find(run.id) is None:
                 run = self.store.add(run, idempotency)
@@ -5165,20 +5553,34 @@ class Engine:
         ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
         lease = str(self.rules.lease_s) if run.duration_s is None and self.rules.lease_s else ""
         form: dict[str, Any] = {
-            "user_count": watch.users_now,
-            "spawn_rate": run.spawn_rate or 1,
+            "user_count": watch.target.users,
+            "spawn_rate": watch.target.spawn_rate or 1,
             "run_id": run.id,
             "tenant_id": run.tenant_id,
             "env_id": run.env_id,
             "lm_stop_after": ends_in,
             "lm_lease": lease,
+            "lm_tags": ",".join(run.plan.tags),
+            "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }
-        if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
-            form["run_time"] = ends_in
-        host = run.host or (cluster.config.launcher.host if cluster.config.launcher else None)
+        form.update((name, str(value).lower() if isinstance(value, bool) else value) for name, value in (run.plan.options or {}).items())
+        host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
         if host:
             form["host"] = host
+        if run.plan.user_classes:
+            form["user_classes"] = run.plan.user_classes
+        if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
+            form["run_time"] = ends_in
         return form
+
+    def _check_plan(self, cluster: Cluster, plan: Plan, reading: Reading) -> None:
+        """InvalidInput when the cluster's Locust cannot run what is planned."""
+        abilities = reading.abilities
+        if abilities is None and not reading.hooks and (plan.user_classes or plan.options or plan.tags or plan.exclude_tags):
+            abilities = cluster.client.read_abilities()
+        refusal = plan_refusal(plan, abilities)
+        if refusal:
+            raise InvalidInput(f"{refusal[0]}: {refusal[1]}", {refusal[0]: refusal[1]})
 
     def _wait_until_idle(self, cluster: Cluster) -> Reading:
         """The reading of an idle cluster, waiting (bounded) for one that is starting or still
@@ -5244,6 +5646,11 @@ class Engine:
         watch.deadline = None if remaining_s is None else watch.started + remaining_s
         if watch.deadline is not None:
             watch.alarms.append(self.timer.at(watch.deadline, functools.partial(self._begin_stop, run.id, "duration")))
+        elapsed_s = time.time() - (run.started_at or time.time())
+        for start_s in stage_starts(run):
+            if start_s > elapsed_s:
+                apply = functools.partial(self._apply_target_soon, watch)
+                watch.alarms.append(self.timer.at(watch.started + start_s - elapsed_s, apply))
         proof_at = watch.started + self.rules.start_timeout_s
         watch.alarms.append(self.timer.at(proof_at, functools.partial(self._proof_is_due, watch)))
         in_background(f"watch-{run.id[:8]}", functools.partial(self._watch, watch))
@@ -5307,6 +5714,8 @@ class Engine:
                 log("queued run waits on", run=run.id, why=error.message)
                 with self._lock:
                     cluster.busy_with = None
+        except InvalidInput as error:
+            self._fail(run.id, error.message)  # waiting does not make it possible
         except LoadManagerError as error:
             log("queued run waits on", run=run.id, why=error.message)
             with self._lock:
@@ -5383,7 +5792,7 @@ class Engine:
     def _note_reading(self, watch: Watch, run: Run, reading: Reading) -> None:
         workers_before = watch.most_workers
         watch.most_workers = max(watch.most_workers, len(reading.live_workers))
-        for code, sentence in watch_warnings(run, watch.last, reading, watch.most_workers, watch.age_s):
+        for code, sentence in watch_warnings(watch.target, watch.last, reading, watch.most_workers, watch.wanted_for_s):
             self._warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
             self.store.add_snapshot(run.id, reading.snapshot, "poll")
@@ -5407,16 +5816,17 @@ class Engine:
         if before is None or reading.state != "running" or steady_s() - watch.respread_at < 5:
             return
         ready = [worker for worker in reading.live_workers if worker.state == "ready"]
-        lost = reading.users < watch.users_now and len(reading.live_workers) < len(before.live_workers)
+        wanted = watch.target.users
+        lost = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
         if reading.live_workers and (lost or (ready and workers_before)):
             self._respread(watch, run)
             return
         stable = before.users == reading.users and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
-        if stable and 0 < reading.users != watch.users_now and watch.age_s > ramp_s(run) + 5 and before.state == "running":
-            if reading.users < watch.users_now and watch.respread_at == -math.inf and not self._changed_by_hand(watch, reading):
+        if stable and 0 < reading.users != wanted and watch.wanted_for_s > 5 and before.state == "running":
+            if reading.users < wanted and watch.respread_at == -math.inf and not self._changed_by_hand(watch, reading):
                 return
-            self._warn(run.id, "users_changed", f"users were changed in Locust from {watch.users_now} to {reading.users}")
-            watch.users_now = reading.users
+            self._warn(run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}")
+            watch.target = watch.target._replace(users=reading.users)
             if watch.deadline is not None:
                 self._respread(watch, run)  # Locust forgot run_time with the change
 
@@ -5428,22 +5838,70 @@ class Engine:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def _respread(self, watch: Watch, run: Run) -> None:
+    def _respread(self, watch: Watch, run: Run) -> bool:
         """Swarm again with the same run and its remaining time: Locust spreads users over the
-        workers it has only then (2.47.0)."""
+        workers it has only then (2.47.0). False when the run is about to end anyway."""
         cluster = watch.cluster
         remaining = watch.remaining_s()
         if remaining is not None and remaining < 2:
-            return
+            return False
         with cluster.operation:
             current = self.store.find(run.id)
             if current is None or current.status is not RunStatus.RUNNING:
-                return
+                return False
             if not cluster.read_state().is_loaded:
-                return  # it just ended: a swarm would start it anew
+                return False  # it just ended: a swarm would start it anew
             watch.respread_at = steady_s()
             cluster.client.swarm(self._swarm_form(cluster, run, watch, None))
-        log("users spread again", run=run.id, cluster=cluster.id, users=watch.users_now)
+        log("users spread again", run=run.id, cluster=cluster.id, users=watch.target.users)
+        return True
+
+    def change_users(self, run_id: str, users: int, spawn_rate: float | None, by: str) -> Run:
+        """Give a running load another number of users; returns when Locust took it. Conflict
+        when the run is not Running, LocustError when Locust does not."""
+        run = self.store.get(run_id)
+        watch = self._watches.get(run_id)
+        if run.status is not RunStatus.RUNNING or watch is None:
+            raise Conflict(f"run {run_id} is {run.status.value}; only the users of a Running one can be changed", status=run.status.value)
+        if len(run.load_changes) >= MOST_LOAD_CHANGES:
+            raise Conflict(f"the users of run {run_id} were changed {MOST_LOAD_CHANGES} times, the most there may be")
+        why = self._over_users(run, users)
+        if why:
+            raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
+        before, change = watch.target, LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by)
+        with watch.cluster.operation:
+            watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
+            is_taken = False
+            try:
+                is_taken = self._respread(watch, run)
+            finally:
+                if not is_taken:
+                    watch.target = before
+        if not is_taken:
+            raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
+        self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
+        self.store.wait_durable_or_log()
+        log("users changed", run=run_id, users=users, by=by)
+        return self.store.get(run_id)
+
+    def _apply_target_soon(self, watch: Watch) -> None:
+        in_background("stage", functools.partial(self._apply_target, watch))
+
+    def _apply_target(self, watch: Watch) -> None:
+        """Give Locust the load that the run should have now; tried again while it does not answer."""
+        for pause_s in (*RETRY_STEPS_S, None):
+            run = self.store.find(watch.run_id)
+            if run is None or run.status is not RunStatus.RUNNING:
+                return
+            watch.target = load_target(run, time.time() + 0.05)
+            try:
+                self._respread(watch, run)
+                log("stage begins", run=run.id, users=watch.target.users, spawn_rate=watch.target.spawn_rate)
+                return
+            except LocustError as error:
+                if pause_s is None or watch.over.wait(pause_s):
+                    self._warn(run.id, "users_not_reached", f"a stage of {watch.target.users} users could not begin: {error.message}")
+                    return
 
     def _not_heard(self, watch: Watch, run: Run, error: LocustError) -> None:
         cluster = watch.cluster
@@ -5807,8 +6265,9 @@ class Engine:
 
     def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
         last = watch.last
-        if last and watch.users_now == run.target_users and watch.age_s > ramp_s(run) + 5 and last.users < run.target_users:
-            self._warn(run.id, "users_not_reached", f"{last.users} of {run.target_users} users were running at the last reading")
+        unchanged = watch.target.users == load_target(run, time.time()).users  # by nobody in Locust's page
+        if last and unchanged and watch.wanted_for_s > 5 and last.users < watch.target.users:
+            self._warn(run.id, "users_not_reached", f"{last.users} of {watch.target.users} users were running at the last reading")
 
     def _fail(
         self, run_id: str, reason: str, stop_reason: str | None = None, cleanup: bool = False, snapshot: Snapshot | None = None
@@ -6043,7 +6502,7 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         metadata=request.metadata,
         thresholds=request.thresholds,
         compare_with=request.compare_with,
-        host=request.host,
+        plan=request.plan,
         created_by=created_by,
         source=source,
     )
@@ -6477,7 +6936,466 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 12. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 12. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
+# ============================================================================
+# A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
+# in is a stranger's: everything is checked, and nothing of it may count for more than it is.
+
+EXPORT_FORMAT, EXPORT_VERSION = "loadmanager-run", 1
+LOCUST_JSON, LOCUST_CSV = "locust-json", "locust-csv"
+IMPORT_BYTES = 64 * 1024 * 1024
+MOST_IMPORTED_SAMPLES = 500_000
+LATEST_MOMENT_S = 4_102_444_800.0  # the year 2100
+IMPORT_NAMESPACE = "b0f6c0de-5d5c-4f0e-9d0b-6c6f6164746d"  # of ids made from a file's content
+
+
+class ImportedRun(NamedTuple):
+    """A run from a file, checked."""
+
+    run: Run
+    snapshot: Snapshot | None
+    samples: list[Sample]
+    histograms: list[tuple[float, int, str]]  # epoch seconds, whether it is whole, its record
+    failures: dict[str, Any] | None
+
+
+def export_parts(
+    run: dict[str, Any], samples: list[Sample], histograms: list[tuple[float, int, str]], failures: dict[str, Any]
+) -> Iterator[str]:
+    """The export of a run in pieces of JSON: one document, with all samples."""
+    head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "loadManager": VERSION, "exportedAt": utc_text(time.time()), "run": run, "failures": failures}
+    yield dump_json(head)[:-1] + ',"samples":['
+    yield ",".join(dump_json(sample_to_wire(sample)) for sample in samples)
+    yield '],"histograms":['
+    yield ",".join(f'{{"timestamp":"{utc_text(at)}","isWhole":{"true" if is_whole else "false"},"rows":{text}}}' for at, is_whole, text in histograms)
+    yield "]}"
+
+
+def _only(allowed: str, is_good: Callable[[Any], bool]) -> Check:
+    def accept(value: Any) -> Any:
+        if not is_good(value):
+            raise ValueError
+        return value
+
+    return Check(allowed, accept)
+
+
+def _long_text(most: int) -> Check:
+    return _only(f"a text of at most {most} characters", lambda value: isinstance(value, str) and len(value) <= most and "\0" not in value)
+
+
+def _list_of(keys: dict[str, BodyKey], most: int, make: Callable[[dict[str, Any]], Any]) -> Check:
+    """A list of objects with these keys; each becomes what `make` makes of its values."""
+
+    def accept(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or len(value) > most:
+            raise ValueError
+        found = []
+        for index, entry in enumerate(value):
+            try:
+                found.append(make(check_body(entry, keys)))
+            except (InvalidInput, NotAllowed) as error:
+                raise NotAllowed(f"[{index}]: {error.message if isinstance(error, InvalidInput) else error}") from None
+        return tuple(found)
+
+    return Check(f"a list of at most {most} objects with the keys {', '.join(keys)}", accept)
+
+
+def _accept_run_id(value: Any) -> str:
+    import uuid
+
+    if not isinstance(value, str) or str(uuid.UUID(value)) != value:
+        raise ValueError
+    return value
+
+
+def _imported_threshold(values: dict[str, Any]) -> Threshold:
+    return parse_threshold(values.pop("expr"))._replace(**values)
+
+
+LONG_TEXT = _long_text(4000)
+ANY_JSON = _only("JSON", lambda value: True)
+MEASURE = _only(NUMBER_KINDS[_is_measure], _is_measure)
+TEXTS = _only("a list of texts", lambda value: isinstance(value, list) and len(value) <= 10_000 and all(isinstance(one, str) for one in value))
+RUN_ID = Check("a UUID", _accept_run_id)
+USERS_OR_NONE = number_value(0, MAX_USERS, whole=True)
+WARNING_KEYS = {"code": BodyKey("code", ID_TEXT, required=True), "at": BodyKey("at", MOMENT, required=True), "message": BodyKey("message", LONG_TEXT, required=True)}
+JUDGED_KEYS = {
+    "expr": BodyKey("expr", _long_text(MAX_THRESHOLD), required=True),
+    "value": BodyKey("value", MEASURE),
+    "result": BodyKey("result", one_of("passed", "failed"), required=True),
+    "firstFailedAt": BodyKey("first_failed_at", MOMENT),
+    "message": BodyKey("message", LONG_TEXT),
+    "abortOnFail": BodyKey("abort_on_fail", BOOLEAN),
+    "delaySeconds": BodyKey("delay_s", number_value(0, 3600)),
+    "warnOnly": BodyKey("warn_only", BOOLEAN),
+}
+LOAD_CHANGE_KEYS = {
+    "at": BodyKey("at", MOMENT, required=True),
+    "targetUsers": BodyKey("users", USERS, required=True),
+    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
+    "by": BodyKey("by", LONG_TEXT, required=True),
+}
+COMPARISON_KEYS = {
+    "with": BodyKey("with", one_of("baseline", "previous"), required=True),
+    "baseline": BodyKey("baseline", RUN_ID),
+    "tolerances": BodyKey("tolerances", _only("an object of texts", lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
+    **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions")},
+    "noiseJudged": BodyKey("noiseJudged", BOOLEAN),
+    "message": BodyKey("message", LONG_TEXT),
+}  # fmt: skip
+COMPARISON = Check("an object with the keys " + ", ".join(COMPARISON_KEYS), lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)})
+IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attribute are derived, and ignored
+    "id": BodyKey("id", RUN_ID, required=True),
+    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
+    "envId": BodyKey("env_id", ID_TEXT, required=True),
+    "locustClusterId": BodyKey("cluster_id", text_value("a string", empty=True), required=True),
+    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
+    "targetUsers": BodyKey("target_users", USERS_OR_NONE, required=True),
+    "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE), required=True),
+    "status": BodyKey("status", one_of(*sorted(status.value for status in FINAL)), required=True),
+    "createdAt": BodyKey("created_at", MOMENT, required=True),
+    "createdBy": BodyKey("created_by", LONG_TEXT),
+    "source": BodyKey("source", one_of(*SOURCES)),
+    "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
+    "startedAt": BodyKey("started_at", MOMENT),
+    "finishedAt": BodyKey("finished_at", MOMENT, required=True),
+    "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
+    "failureReason": BodyKey("failure_reason", LONG_TEXT),
+    "metadata": BodyKey("metadata", METADATA),
+    "locustfileSha256": BodyKey("locustfile_sha256", text_value("64 hexadecimal digits", "[0-9a-f]{64}")),
+    "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100, lambda values: Warning_(values["code"], values["at"], values["message"]))),
+    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MOST_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
+    "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MOST_THRESHOLDS, _imported_threshold)),
+    "verdict": BodyKey("verdict", one_of("passed", "failed")),
+    "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "comparison": BodyKey("comparison", COMPARISON),
+    **PLAN_KEYS,
+    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MOST_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
+    "importedAt": BodyKey("", MOMENT),
+    "trust": BodyKey("", ANY_JSON),
+    "trustReasons": BodyKey("", ANY_JSON),
+    "queuePosition": BodyKey("", ANY_JSON),
+    "lastMetrics": BodyKey("", ANY_JSON),
+}  # fmt: skip
+SAMPLE_NUMBERS = tuple((name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure) for name in SAMPLE_KEYS if name != "source")
+CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
+    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
+    "envId": BodyKey("env_id", ID_TEXT, required=True),
+    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
+    "targetUsers": BodyKey("target_users", USERS_OR_NONE),
+    "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE)),
+    "startedAt": BodyKey("started_at", MOMENT),
+    "finishedAt": BodyKey("finished_at", MOMENT),
+    "metadata": BodyKey("metadata", METADATA),
+}
+EXPORT_KEYS = {name: BodyKey(name, ANY_JSON) for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")}
+LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS, "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds", lambda value: isinstance(value, list)), required=True)}  # fmt: skip
+CSV_TEXT = _only("the text of a CSV file", lambda value: isinstance(value, str))
+LOCUST_CSV_KEYS = {
+    "format": BodyKey("format", ANY_JSON),
+    **CARRIED_KEYS,
+    "stats": BodyKey("stats", CSV_TEXT, required=True),
+    "history": BodyKey("history", CSV_TEXT),
+    "failures": BodyKey("failures", CSV_TEXT),
+    "exceptions": BodyKey("exceptions", CSV_TEXT),
+}
+
+
+def read_import(body: Any, now: float) -> ImportedRun:
+    """The run in the body of an import; InvalidInput names what is wrong in it."""
+    readers = {EXPORT_FORMAT: _read_export, LOCUST_JSON: _read_locust_json, LOCUST_CSV: _read_locust_csv}
+    kind = body.get("format") if isinstance(body, dict) else None
+    if not isinstance(kind, str) or kind not in readers:
+        why = f"allowed is {', '.join(readers)}, got {_shown(kind)}"
+        raise InvalidInput(f"format: {why}", {"format": why})
+    found = readers[kind](body, now)
+    run = found.run
+    for name, at in (("createdAt", run.created_at), ("startedAt", run.started_at or 0.0), ("finishedAt", run.finished_at or 0.0)):
+        if not 0 <= at <= LATEST_MOMENT_S:
+            raise _bad(name, "allowed is a moment before the year 2100")
+    if (run.finished_at or 0.0) < (run.started_at or 0.0):
+        raise _bad("finishedAt", "is before startedAt")
+    _check_sizes(found)
+    return found
+
+
+def _check_sizes(found: ImportedRun) -> None:
+    """Refuse numbers that no database column takes, wherever they were computed from."""
+    if found.snapshot is not None:
+        check_metrics({"stats": snapshot_to_wire(found.snapshot)}, "stats", math.inf)
+    problems: dict[str, str] = {}
+    for sample in found.samples:
+        if not 0 <= sample.at <= LATEST_MOMENT_S:
+            raise _bad("samples", f"allowed are moments before the year 2100, got {_shown(sample.at)}")
+        _checked_numbers(sample_to_wire(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems)
+        if problems:
+            raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
+
+
+# ---- our own export ----
+
+
+def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
+    check_body(body, EXPORT_KEYS)
+    if body.get("version") != EXPORT_VERSION:
+        why = f"allowed is {EXPORT_VERSION}, got {_shown(body.get('version'))}"
+        raise InvalidInput(f"version: {why}", {"version": why})
+    document = body.get("run")
+    try:
+        values = check_body(document, IMPORTED_RUN_KEYS)
+    except InvalidInput as error:
+        fields = {f"run.{name}": why for name, why in error.extra.get("fields", {}).items()} or {"run": error.message}
+        raise InvalidInput("run: " + error.message, fields) from None
+    values.pop("", None)
+    values["status"] = RunStatus(values["status"])
+    run = Run(plan=plan_of(values), **values, imported_at=now)
+    snapshot = check_metrics(document, "lastMetrics", math.inf)
+    samples = _read_samples(body.get("samples"), run.id)
+    return ImportedRun(run, snapshot, samples, list(_read_histograms(body.get("histograms"))), _read_failures(body.get("failures")))
+
+
+def _read_samples(rows: Any, run_id: str) -> list[Sample]:
+    if rows is None:
+        return []
+    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
+        raise _bad("samples", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} points")
+    samples = []
+    problems: dict[str, str] = {}
+    for index, row in enumerate(rows):
+        place = f"samples[{index}]"
+        if not isinstance(row, dict) or set(row) - {"timestamp", *SAMPLE_KEYS}:
+            raise _bad(place, f"allowed is an object with the keys timestamp, {', '.join(SAMPLE_KEYS)}")
+        numbers = _checked_numbers(row, SAMPLE_NUMBERS, place, problems)
+        if row.get("source") not in ("poll", "push", "final"):
+            problems[f"{place}.source"] = "allowed is poll, push or final"
+        if problems:
+            raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
+        samples.append(Sample(run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]))
+    return sorted(samples, key=lambda sample: sample.at)
+
+
+def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
+    if rows is None:
+        return
+    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
+        raise _bad("histograms", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} entries")
+    for index, row in enumerate(rows):
+        place = f"histograms[{index}]"
+        if not isinstance(row, dict) or set(row) != {"timestamp", "isWhole", "rows"} or not isinstance(row["isWhole"], bool):
+            raise _bad(place, "allowed is an object with the keys timestamp, isWhole (true or false) and rows")
+        if not isinstance(row["rows"], list) or not all(map(_is_histogram_row, row["rows"])):
+            raise _bad(f"{place}.rows", "allowed is a list of [method, name, requests, failures, total ms, [ms, requests, ...]]")
+        yield _moment_at(row["timestamp"], f"{place}.timestamp"), int(row["isWhole"]), dump_json(row["rows"])
+
+
+def _is_histogram_row(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) != 6:
+        return False
+    method, name, requests, failures, total_ms, pairs = row
+    is_named = (method is None and name is None) or (type(method) is str and type(name) is str)
+    counted = all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures))
+    is_measured = total_ms is not None and _is_measure(total_ms)
+    return is_named and counted and is_measured and isinstance(pairs, list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MOST_BUCKETS and all(
+        type(number) is int and 0 <= number < 1 << 53 for number in pairs
+    )  # fmt: skip
+
+
+FAILURE_KEYS = {
+    "method": BodyKey("method", LONG_TEXT, required=True),
+    "name": BodyKey("name", LONG_TEXT, required=True),
+    "error": BodyKey("error", _long_text(100_000), required=True),
+    "occurrences": BodyKey("occurrences", number_value(0, 1e15, whole=True), required=True),
+    "firstSeen": BodyKey("first_seen_at", MOMENT),
+    "lastSeen": BodyKey("last_seen_at", MOMENT),
+}
+EXCEPTION_KEYS = {
+    "count": BodyKey("count", number_value(0, 1e15, whole=True), required=True),
+    **{name: BodyKey(name, _long_text(100_000), required=True) for name in ("message", "traceback", "nodes")},
+}
+FAILURES_KEYS = {
+    "failures": BodyKey("failures", _list_of(FAILURE_KEYS, 10_000, lambda values: Failure(**{"first_seen_at": None, "last_seen_at": None, **values}))),
+    "exceptions": BodyKey("exceptions", _list_of(EXCEPTION_KEYS, 10_000, lambda values: TaskException(**values))),
+}
+
+
+def _read_failures(document: Any) -> dict[str, Any] | None:
+    if document is None:
+        return None
+    values = check_body(document, FAILURES_KEYS)
+    return failures_to_wire(values.get("failures", ()), values.get("exceptions", ()))
+
+
+def _bad(place: str, why: str) -> InvalidInput:
+    return InvalidInput(f"{place}: {why}", {place: why})
+
+
+def _moment_at(value: Any, place: str) -> float:
+    try:
+        return parse_utc(value)
+    except (ValueError, TypeError, OverflowError):
+        raise _bad(place, f"allowed is {MOMENT.allowed}, got {_shown(value)}") from None
+
+
+# ---- files of a headless Locust ----
+
+
+def _run_of_file(values: dict[str, Any], body: dict[str, Any], began: float, ended: float, most_users: int, now: float) -> Run:
+    """The run a file of Locust tells of. Its id is made from the content, so that a file is imported once."""
+    import uuid
+
+    return Run(
+        id=str(uuid.uuid5(uuid.UUID(IMPORT_NAMESPACE), hashlib.sha256(dump_json(body).encode()).hexdigest())),
+        tenant_id=values["tenant_id"], env_id=values["env_id"], cluster_id="", scenario_id=values["scenario_id"],
+        target_users=values.get("target_users", most_users), spawn_rate=values.get("spawn_rate", 0),
+        status=RunStatus.FINISHED, created_at=began, started_at=began, finished_at=ended, metadata=values.get("metadata"),
+        created_by="locust", source="ui", stop_reason="locust", imported_at=now,
+    )  # fmt: skip
+
+
+def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
+    """What `locust --json-file` wrote (2.47.0): a list with an object for each endpoint."""
+    values = check_body(body, LOCUST_JSON_KEYS)
+    entries = [_LocustEntry(entry, f"stats[{index}]") for index, entry in enumerate(values["stats"])]
+    if not entries or not any(entry.requests for entry in entries):
+        raise _bad("stats", "holds no request; allowed is what Locust's --json-file holds")
+    began, ended = min(entry.began for entry in entries), max(entry.ended for entry in entries)
+    if ended > LATEST_MOMENT_S:
+        raise _bad("stats", f"allowed are moments before the year 2100, got {_shown(ended)}")
+    lasted_s = ended - began
+    histograms: Histograms = {(entry.method, entry.name): entry.histogram for entry in entries}
+    total = functools.reduce(_sum, histograms.values())
+    snapshot = _snapshot_of_entries(entries, total, lasted_s, ended)
+    run = _run_of_file(values, body, values.get("started_at", began), values.get("finished_at", ended), 0, now)
+    histograms[None] = total
+    return ImportedRun(run, snapshot, _samples_of_entries(entries, run.id), [(ended, 1, histograms_to_record(histograms, None))], None)
+
+
+class _LocustEntry:
+    """One entry of Locust's JSON file, checked."""
+
+    def __init__(self, entry: Any, place: str):
+        if not isinstance(entry, dict):
+            raise _bad(place, "allowed is an object")
+        self._entry, self._place = entry, place
+        self.method, self.name = (self._take(name, lambda value: isinstance(value, str) or value is None, "a text") or "" for name in ("method", "name"))
+        self.requests = int(self._number("num_requests"))
+        self.none_requests = int(self._number("num_none_requests"))
+        total_ms = self._number("total_response_time")
+        self.began, self.ended = self._number("start_time"), self._number("last_request_timestamp")
+        self.min_ms, self.max_ms = self._number("min_response_time"), self._number("max_response_time")
+        self.per_second, self.fails_per_second = (self._counts(name) for name in ("num_reqs_per_sec", "num_fail_per_sec"))
+        self.histogram = Histogram(self.requests, int(self._number("num_failures")), total_ms, self._counts("response_times"))
+        self.ended = max(self.ended, self.began)
+
+    def _take(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> Any:
+        value = self._entry.get(name)
+        if not is_good(value):
+            raise _bad(f"{self._place}.{name}", f"allowed is {allowed}, got {_shown(value)}")
+        return value
+
+    def _number(self, name: str) -> float:
+        return self._take(name, _is_measure, "a number from 0, or null") or 0
+
+    def _counts(self, name: str) -> dict[int, int]:
+        """Whole ms, or whole seconds, to a number of requests."""
+        given = self._take(name, lambda value: isinstance(value, dict) and len(value) <= MOST_IMPORTED_SAMPLES, "an object")
+        found: dict[int, int] = {}
+        for key_, count in given.items():
+            if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", key_) or type(count) is not int or not 0 <= count < 1 << 53:
+                raise _bad(f"{self._place}.{name}", f"allowed are numbers to whole numbers, got {_shown(key_)}: {_shown(count)}")
+            found[round(float(key_))] = found.get(round(float(key_)), 0) + count
+        return found
+
+    @property
+    def median_ms(self) -> float | None:
+        """As Locust does it: the middle one, within the exact least and most."""
+        times, before = self.histogram.times, 0
+        middle = (sum(times.values()) - 1) // 2
+        for ms in sorted(times):
+            before += times[ms]
+            if before > middle:
+                return max(self.min_ms, min(self.max_ms, ms))
+        return None
+
+    def row(self, lasted_s: float) -> EndpointStats:
+        times, has_times = self.histogram.times, bool(self.histogram.times)
+        return EndpointStats(
+            self.method, self.name, self.requests, self.histogram.failures, self.histogram.total_ms / sum(times.values()) if has_times else None,
+            self.min_ms if has_times else None, self.max_ms if has_times else None, self.median_ms, self.requests / lasted_s if lasted_s else None,
+            percentile_ms(times, 0.95), percentile_ms(times, 0.99),
+        )  # fmt: skip
+
+
+def _snapshot_of_entries(entries: list[_LocustEntry], total: Histogram, lasted_s: float, ended: float) -> Snapshot:
+    percentiles = [percentile_ms(total.times, ratio) for ratio in PERCENTILE_RATIOS.values()]
+    average = total.total_ms / sum(total.times.values()) if total.times else None
+    error_percent = 100.0 * total.failures / total.requests
+    per_s = total.requests / lasted_s if lasted_s else None
+    return Snapshot(ended, per_s, total.requests, total.failures, error_percent, average, *percentiles, 0, tuple(entry.row(lasted_s) for entry in entries))
+
+
+def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
+    """A sample for each second that had requests; percentiles of moments are not in the file."""
+    per_second: dict[int, list[int]] = {}
+    for entry in entries:
+        for which, counts in enumerate((entry.per_second, entry.fails_per_second)):
+            for second, count in counts.items():
+                per_second.setdefault(second, [0, 0])[which] += count
+    samples, requests, failures = [], 0, 0
+    for second in sorted(per_second):
+        requests, failures = requests + per_second[second][0], failures + per_second[second][1]
+        percent = min(100.0, 100.0 * failures / requests) if requests else None
+        now = per_second[second]
+        samples.append(Sample(run_id, float(second), float(now[0]), float(now[1]), requests, failures, percent, None, None, None, None, None, None, None, "poll"))
+    return samples
+
+
+def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
+    """What `locust --csv` wrote: the texts of _stats.csv and, if there are, of the other files."""
+    values = check_body(body, LOCUST_CSV_KEYS)
+    history = _csv_rows(values.get("history", ""), "history")
+    totals = [row for row in history if row.get("Name") == "Aggregated"]
+    moments = [moment for row in totals if (moment := _csv_number(row.get("Timestamp"))) is not None]
+    began, ended = values.get("started_at", min(moments, default=None)), values.get("finished_at", max(moments, default=None))
+    if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
+        raise _bad("startedAt", "is missing; allowed is startedAt with finishedAt, or history, the text of _stats_history.csv, which has them")
+    try:
+        snapshot = _snapshot_of_csv(values["stats"], ended)
+    except (LocustBadAnswer, csv.Error, ValueError, OverflowError):
+        raise _bad("stats", "is not the text of Locust's _stats.csv") from None
+    users = [int(_csv_number(row.get("User Count")) or 0) for row in totals]
+    run = _run_of_file(values, body, began, ended, max(users, default=0), now)
+    samples = [_sample_of_history(row, run.id, is_current=len(totals) < len(history)) for row in totals if _csv_number(row.get("Timestamp")) is not None]
+    failures = tuple(map(_failure_of_csv, _csv_rows(values.get("failures", ""), "failures")))
+    exceptions = tuple(
+        TaskException(int(_csv_number(row.get("Count")) or 0), row.get("Message") or "", row.get("Traceback") or "", row.get("Nodes") or "")
+        for row in _csv_rows(values.get("exceptions", ""), "exceptions")
+    )
+    return ImportedRun(run, snapshot, samples, [], failures_to_wire(failures, exceptions))
+
+
+def _csv_rows(text: str, place: str) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise _bad(place, f"is not CSV: {error}") from None
+
+
+def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sample:
+    """One row of _stats_history.csv; with --csv-full-history its percentiles are the current ones."""
+    p50, p95, p99 = (_csv_number(row.get(column)) for column in ("50%", "95%", "99%"))
+    requests, failures = (int(_csv_number(row.get(f"Total {what} Count")) or 0) for what in ("Request", "Failure"))
+    whole_run = (None, None, None) if is_current else (p50, p95, p99)
+    return Sample(
+        run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")), _csv_number(row.get("Failures/s")), requests, failures,
+        _error_percent(requests, failures), _csv_number(row.get("Total Average Response Time")), *whole_run,
+        *((p50, p95) if is_current else (None, None)), int(_csv_number(row.get("User Count")) or 0), "poll",
+    )  # fmt: skip
+
+
+# ============================================================================
+# 13. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
@@ -7106,7 +8024,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 13. EVENTS - changes of runs, told to event streams
+# 14. EVENTS - changes of runs, told to event streams
 # ============================================================================
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
@@ -7319,7 +8237,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 14. ACCESS - who a token says the caller is, and how much they may ask
+# 15. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
 # time nor the number of tries tells anything of them. What a token says is remembered
@@ -7491,7 +8409,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 15. SESSIONS - browsers that signed in, and what they must prove
+# 16. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -7621,7 +8539,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 16. HTTP API - routes, authentication, handlers
+# 17. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -7676,9 +8594,9 @@ def get_health(api: Api, request: Request) -> Response:
 
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
-    values = check_body(body, CREATE_KEYS)
-    api.check_place(request, values["tenant_id"], values["env_id"])
-    run_request = RunRequest(**values)
+    api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
+    run_request = read_create(body, api.config.scenarios)
+    api.check_place(request, run_request.tenant_id, run_request.env_id)
     key_ = request.head.headers.get("idempotency-key")
     if key_ is None:
         run = api.engine.create(run_request, request.principal.name)
@@ -7725,6 +8643,22 @@ def post_stop(api: Api, request: Request) -> Response:
     api.engine.stop(run.id, "user")
     api.store.wait_durable_or_log()
     return json_response({"success": True, "message": "Test stopped successfully"})
+
+
+def post_users(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    values = check_body(parse_json(request.body), USERS_KEYS)
+    api.engine.change_users(run.id, values["target_users"], values.get("spawn_rate"), request.principal.name)
+    return api.run_response(run.id, 200)
+
+
+def get_scenarios(api: Api, request: Request) -> Response:
+    scope = request.principal.scope
+    tenants = {cluster.tenant_id for cluster in api.config.clusters if scope.covers(cluster.tenant_id, cluster.env_id)}
+    shown = [scenario for scenario in api.config.scenarios if not scenario.tenants or tenants & set(scenario.tenants)]
+    if scope.tenants is not None:  # other tenants are not named
+        shown = [replace(scenario, tenants=tuple(name for name in scenario.tenants if name in scope.tenants)) for scenario in shown]
+    return json_response([scenario_to_wire(scenario) for scenario in shown])
 
 
 def post_rerun(api: Api, request: Request) -> Response:
@@ -7777,6 +8711,25 @@ def get_metrics(api: Api, request: Request) -> Response:
     samples = downsample(samples, query.get("maxPoints", 500))
     points = [sample_to_wire(sample) for sample in samples]
     return json_response({"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points})
+
+
+def get_export(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    if not run.is_final:
+        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished or Failed run can be exported", status=run.status.value)
+    document = json.loads(api.store.wire(run.id))
+    parts = export_parts(document, api.store.samples(run.id), api.store.histogram_records(run.id), api.engine.failures(run))
+    return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
+
+
+def post_import(api: Api, request: Request) -> Response:
+    found = read_import(parse_json(request.body), time.time())
+    api.check_place(request, found.run.tenant_id, found.run.env_id)
+    request.run_id = found.run.id
+    failures = dump_json(found.failures).encode() if found.failures else None
+    api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, failures)
+    log("run imported", run=found.run.id, by=request.principal.name)
+    return api.run_response(found.run.id, 201)
 
 
 def get_histograms(api: Api, request: Request) -> Response:
@@ -8127,6 +9080,10 @@ ROUTES = (
     Route(
         "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
     ),
+    Route(
+        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load", body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS
+    ),
+    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios"),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
         "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times between two moments",
@@ -8143,6 +9100,12 @@ ROUTES = (
     Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
     Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
     Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,)),
+    Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file", query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
+    Route(
+        "POST", "/v1/tests/import", post_import, "operator", "Keep a run from a file: an export, or what a headless Locust wrote",
+        body={"format": BodyKey("format", one_of(EXPORT_FORMAT, LOCUST_JSON, LOCUST_CSV), required=True)}, most_body_bytes=IMPORT_BYTES,
+        answer="Run", success=201, errors=(409, 503), more_body={name: {} for name in (*EXPORT_KEYS, *LOCUST_CSV_KEYS) if name != "format"},
+    ),
     Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first", query=TRENDS_QUERY, answer="Trend"),
     Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False, answer="Baseline"),
     Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
@@ -8194,6 +9157,9 @@ _MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no fig
 _COUNT = {"type": ["integer", "null"]}
 _NAME_OR_NULL = {"type": ["string", "null"]}
 
+_TEXTS = {"type": "array", "items": _TEXT}
+_PLAN = {"host": _TEXT, "userClasses": _TEXTS, "tags": _TEXTS, "excludeTags": _TEXTS, "options": {"type": "object"}, "stages": _array("Stage")}
+
 SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
@@ -8221,8 +9187,14 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
-        comparison={"type": "object"}, locustfileSha256=_TEXT, host=_TEXT, trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
+    "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
+    "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE),
+    "Scenario": _object(
+        "id", id=_TEXT, description=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE, thresholds=_TEXTS, tenants=_TEXTS, **_PLAN
+    ),
+    "Scenarios": _array("Scenario"),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
@@ -8247,6 +9219,10 @@ SCHEMAS: dict[str, Any] = {
         p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object", "additionalProperties": _WHOLE, "description": "whole ms to requests"},
     ),
     "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=_array("Histogram"), **{"from": _MOMENT}),
+    "Export": _object(
+        "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE, loadManager=_TEXT, exportedAt=_MOMENT,
+        run={"$ref": "#/components/schemas/Run"}, samples=_array("Point"), histograms={"type": "array", "items": {"type": "object"}}, failures={"$ref": "#/components/schemas/Failures"},
+    ),
     "Failures": _object(
         "failures exceptions",
         failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT, error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},
@@ -8609,6 +9585,12 @@ class Api:
         why = f"the token may not use {_shown(value)}; allowed are {allowed}"
         raise Forbidden(f"{name}: {why}", {name: why})
 
+    def check_named_place(self, request: Request, body: Any) -> None:
+        """check_place() of a body that nobody has checked, as far as it names one."""
+        named = [body.get(name) if isinstance(body, dict) else None for name in ("tenantId", "envId")]
+        if all(isinstance(name, str) for name in named):
+            self.check_place(request, *named)
+
     def visible_run(self, request: Request) -> Run:
         """The run of the path, NotFound also for one that the caller may not see."""
         return self.allowed_run(request, request.params["id"])
@@ -8693,14 +9675,23 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 17. SERVICE - the whole program put together, and its configuration checked
+# 18. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
+
+
+def checked_config(path: str) -> Config:
+    """The configuration of a file, checked as a whole; ConfigError lists every problem."""
+    config = load_config(path)
+    problems = list(scenario_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def serve(config_path: str) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status."""
     try:
-        config = load_config(config_path)
+        config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
     _raise_file_limit()
@@ -8800,7 +9791,7 @@ def _raise_file_limit() -> None:
 def check_config(config_path: str) -> int:
     """Print every problem of a configuration; 0 when there is none, 2 otherwise."""
     try:
-        config = load_config(config_path)
+        config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
     print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
@@ -8817,7 +9808,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 18. TERMINAL - text, tables and a live view that any terminal can show
+# 19. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -9031,7 +10022,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 19. API CLIENT - which server a command talks to, and requests to it
+# 20. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -9272,7 +10263,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 20. COMMAND LINE - commands, what they take, and what they print
+# 21. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -9344,6 +10335,14 @@ def metadata_value(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise ValueError("name=value")
     return name, value
+
+
+def stage_value(text: str) -> dict[str, Any]:
+    """A stage written as USERS:RATE:TIME."""
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise ValueError("users, users per second and a time, such as 50:5:60s")
+    return {"targetUsers": count_value(parts[0]), "spawnRate": rate_value(parts[1]), "durationSeconds": duration_value(parts[2])}
 
 
 def key_value(text: str) -> str:
@@ -9449,6 +10448,35 @@ def command_clusters(options: Any) -> int:
     return EXIT_DONE
 
 
+SCENARIO_COLUMNS = (Column("SCENARIO"), Column("USERS", right=True), Column("TIME", right=True), Column("HOST", drop=2), Column("DESCRIPTION", drop=1))
+
+
+def scenario_row(scenario: dict[str, Any]) -> list[str]:
+    stages = scenario.get("stages") or [scenario]
+    users = [stage["targetUsers"] for stage in stages if stage.get("targetUsers")]
+    seconds = sum(stage.get("durationSeconds") or 0 for stage in stages)
+    shown = [scenario["id"], str(max(users)) if users else "", clock_words(seconds) if seconds else "", scenario.get("host", ""), scenario.get("description", "")]
+    return [printable(value) for value in shown]
+
+
+def command_scenarios(options: Any) -> int:
+    answer = open_client(options).get("/v1/scenarios")
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    screen.print(*paint_head(screen, table(SCENARIO_COLUMNS, [scenario_row(scenario) for scenario in answer.json_list("id")], screen.columns)))
+    return EXIT_DONE
+
+
+def command_users(options: Any) -> int:
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    body = {"targetUsers": options.users, "spawnRate": options.spawn_rate}
+    answer = client.request("POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None})
+    return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
+
+
 def command_stop(options: Any) -> int:
     if (options.run is None) != options.all:
         raise CommandError("allowed is a RUN or --all", EXIT_USAGE)
@@ -9550,6 +10578,59 @@ def command_report(options: Any) -> int:
     client = open_client(options)
     run_id = find_run(client, options.run)
     return put_document(client.get(run_path(run_id, REPORT_PATHS[options.format])).body, options.output)
+
+
+def command_export(options: Any) -> int:
+    check_can_write(options.output)
+    client = open_client(options)
+    run_id = find_run(client, options.run)
+    return put_document(client.get(run_path(run_id, "/export")).body, options.output)
+
+
+def command_import(options: Any) -> int:
+    body = import_body(options)
+    answer = open_client(options).request("POST", "/v1/tests/import", body)
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    run = answer.json(*RUN_KEYS)
+    open_screen(options).print(f"run {run['id']} of {run['scenarioId']} is imported")
+    return EXIT_DONE
+
+
+def import_body(options: Any) -> dict[str, Any]:
+    """What is sent of a file: an export as it is, files of Locust with what the options say."""
+    given = {"tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario}
+    if options.file.endswith("_stats.csv"):
+        start = options.file.removesuffix("_stats.csv")
+        others = {name: read_text(f"{start}_{suffix}.csv") for name, suffix in CSV_FILES.items() if os.path.isfile(f"{start}_{suffix}.csv")}
+        return {"format": LOCUST_CSV, **_needed(given), "stats": read_text(options.file), **others}
+    try:
+        document = json.loads(read_text(options.file))
+    except (ValueError, RecursionError):
+        raise CommandError(f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a file of Locust's --json-file or --csv", EXIT_USAGE) from None
+    if isinstance(document, list):
+        return {"format": LOCUST_JSON, **_needed(given), "stats": document}
+    if isinstance(document, dict) and not any(given.values()):
+        return document
+    raise CommandError("--tenant, --env and --scenario are for files of Locust; an export has its own", EXIT_USAGE)
+
+
+CSV_FILES = {"history": "stats_history", "failures": "failures", "exceptions": "exceptions"}  # beside _stats.csv
+
+
+def _needed(given: dict[str, str | None]) -> dict[str, str | None]:
+    if not all(given.values()):
+        raise CommandError("a file of Locust does not say whose run it was: give --tenant, --env and --scenario", EXIT_USAGE)
+    return given
+
+
+def read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
 
 
 def put_document(data: bytes, path: str | None) -> int:
@@ -9733,9 +10814,10 @@ def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> A
 
 
 def create_body(options: Any) -> dict[str, Any]:
-    metadata = dict(options.meta)
-    if len(metadata) < len(options.meta):
-        raise CommandError("--meta: a name stands twice; allowed is each once", EXIT_USAGE)
+    metadata, custom = dict(options.meta), dict(options.option)
+    for name, pairs, given in (("--meta", metadata, options.meta), ("--option", custom, options.option)):
+        if len(pairs) < len(given):
+            raise CommandError(f"{name}: a name stands twice; allowed is each once", EXIT_USAGE)
     body = {
         "tenantId": options.tenant,
         "envId": options.env,
@@ -9749,6 +10831,11 @@ def create_body(options: Any) -> dict[str, Any]:
         "queue": options.queue or None,
         "host": options.host,
         "confirm": options.confirm,
+        "userClasses": options.user_class or None,
+        "tags": options.tag or None,
+        "excludeTags": options.exclude_tag or None,
+        "options": custom or None,
+        "stages": options.stage or None,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -10251,14 +11338,19 @@ COMMANDS = (
             argument(*TENANT, required=True, metavar="ID", help="whose run it is"),
             argument(*ENV, required=True, metavar="ID", help="the environment to load"),
             argument("--scenario", "--scenario-id", required=True, metavar="NAME", help="what is run"),
-            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k"),
-            argument("-r", "--spawn-rate", required=True, metavar="RATE", value=rate_value, help="users started per second"),
+            argument("-u", "--users", metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k; default: the scenario's"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started per second; default: the scenario's"),
             argument("-d", "--duration", metavar="TIME", value=duration_value, help="90s, 5m, 1h30m; default: until it is stopped"),
             argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value, help="kept with the run; repeatable"),
+            argument("--stage", action="append", default=[], metavar="N:RATE:TIME", value=stage_value, help="instead of -u, -r and -d, e.g. 50:5:60s; repeatable"),
+            argument("--host", metavar="URL", help="the target system; default: the scenario's, or the cluster's"),
+            argument("--user-class", action="append", default=[], metavar="NAME", help="run only this user class; repeatable"),
+            argument("--tag", action="append", default=[], metavar="TAG", help="run only tasks with this tag; repeatable"),
+            argument("--exclude-tag", action="append", default=[], metavar="TAG", help="run no tasks with this tag; repeatable"),
+            argument("--option", action="append", default=[], metavar="K=V", value=metadata_value, help="a custom argument of the locustfile; repeatable"),
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
-            argument("--host", metavar="URL", help="the target; default: the cluster's own"),
             CONFIRM_ARGUMENT,
             argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
@@ -10286,6 +11378,15 @@ COMMANDS = (
             argument("--all", action="store_true", help="every run that the token may touch"),
         ),
     ),
+    Command(
+        "users", command_users, "change the users of a running load", "users latest -u 200 -r 20",
+        (
+            RUN_ARGUMENT,
+            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users from now on"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started, or ended, per second; default: as before"),
+        ),
+    ),
+    Command("scenarios", command_scenarios, "the scenarios of the configuration", "scenarios"),
     Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, CONFIRM_ARGUMENT, *START_ARGUMENTS)),
     Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
     Command(
@@ -10306,6 +11407,17 @@ COMMANDS = (
             RUN_ARGUMENT,
             argument("--format", choices=list(REPORT_PATHS), default="md", help="locust: Locust's own page; csv: the endpoints; summary: for CI; default: md"),
             OUTPUT,
+        ),
+    ),
+    Command("export", command_export, "a run with all samples as one file, to carry elsewhere", "export latest -o run.json", (RUN_ARGUMENT, OUTPUT)),
+    Command(
+        "import", command_import, "keep a run from a file: an export, or what a headless Locust wrote",
+        "import results_stats.csv --tenant tenant-1 --env dev --scenario browse",
+        (
+            argument("file", metavar="FILE", help="an export, a file of Locust's --json-file, or the _stats.csv of its --csv with those beside it"),
+            argument(*TENANT, metavar="ID", help="of a file of Locust: whose run it was"),
+            argument(*ENV, metavar="ID", help="the environment that was loaded"),
+            argument("--scenario", "--scenario-id", metavar="NAME", help="what was run"),
         ),
     ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
@@ -10510,7 +11622,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 21. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 22. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.

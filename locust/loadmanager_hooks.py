@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from locust import events  # first: importing locust makes requests, time and threading cooperative
 
+import copy
 import hashlib
 import hmac
 import json
@@ -48,6 +49,7 @@ MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
 
 ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease")  # fields of the /swarm form
+TAG_ARGUMENTS = ("lm_tags", "lm_exclude_tags")  # these too; workers get them with the spawn message, so they stay
 ACTIVE_STATES = ("spawning", "running")
 FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
 
@@ -178,6 +180,92 @@ def _average_ms(entry):
 
 def _percentile_ms(entry, ratio: float):
     return _number(entry.get_response_time_percentile(ratio)) if entry.response_times else None
+
+
+# ---- what can be run ----
+
+
+class Scenes:
+    """The tasks of the user classes, and which of them a test runs: Locust itself filters by tags once
+    in the life of a process."""
+
+    def __init__(self, environment) -> None:
+        self._environment = environment
+        self._whole: dict = {}  # holder of tasks -> its tasks
+
+    def tags(self) -> list[str]:
+        found: set[str] = set()
+        for user_class in self._classes():
+            for holder in self._holders(user_class):
+                for task in self._whole.get(holder, holder.tasks):
+                    found |= set(getattr(task, "locust_tag_set", ()))
+        return sorted(map(_text, found))
+
+    def choose(self) -> None:
+        """At test_start: only tasks with the tags of this test."""
+        options = self._environment.parsed_options
+        tags, exclude_tags = (set(filter(None, str(getattr(options, name, "") or "").split(","))) for name in TAG_ARGUMENTS)
+        for holder, tasks in self._whole.items():
+            holder.tasks = list(tasks)
+        self._whole = {}
+        if not tags and not exclude_tags:
+            return
+        from locust.user.task import filter_tasks_by_tags
+
+        for user_class in self._classes():
+            for holder in self._holders(user_class):
+                self._whole[holder] = list(holder.tasks)
+        for user_class in self._classes():
+            filter_tasks_by_tags(user_class, tags or None, exclude_tags or None)
+
+    def _classes(self) -> list:
+        return list((getattr(self._environment, "available_user_classes", None) or {}).values()) or list(self._environment.user_classes)
+
+    def _holders(self, holder, seen=None):
+        """A user class or TaskSet and all TaskSets within it."""
+        seen = set() if seen is None else seen
+        if holder in seen:
+            return
+        seen.add(holder)
+        yield holder
+        for task in list(self._whole.get(holder, getattr(holder, "tasks", ()) or ())):
+            if hasattr(task, "tasks"):
+                yield from self._holders(task, seen)
+
+
+class Options:
+    """The custom arguments and the host as Locust was started with: values of the /swarm form would stay."""
+
+    def __init__(self, environment) -> None:
+        self._environment = environment
+        self._host = environment.host
+        options = vars(environment.parsed_options) if environment.parsed_options else {}
+        ours = (*ARGUMENTS, *TAG_ARGUMENTS)
+        known = _default_options()
+        classes = (getattr(environment, "available_user_classes", None) or {}).values()
+        self._class_hosts = {user_class: user_class.host for user_class in (*environment.user_classes, *classes)}
+        self._first = {name: value for name, value in options.items() if known and name not in known and name not in ours}
+
+    def names(self) -> list[str]:
+        return sorted(self._first)
+
+    def restore(self) -> None:
+        if self._environment.parsed_options:
+            vars(self._environment.parsed_options).update(copy.deepcopy(self._first))
+        self._environment.host = self._host
+        if self._host is None:  # Locust has put the host of the test before on the classes
+            for user_class, host in self._class_hosts.items():
+                user_class.host = host
+
+
+def _default_options() -> set[str]:
+    """Names of Locust's own arguments; empty when this Locust does not tell."""
+    try:
+        from locust.argument_parser import default_args_dict
+
+        return set(default_args_dict())
+    except Exception:  # noqa: BLE001 - an old Locust
+        return set()
 
 
 # ---- calls to the control plane ----
@@ -474,6 +562,8 @@ class Hooks:
         self.boot_id = str(uuid.uuid4())
         self.distributed = isinstance(environment.runner, MasterRunner)
         self.locustfile_sha256 = _locustfile_sha256(environment)
+        self.scenes = Scenes(environment)
+        self.options = Options(environment)
         self.last_run_id = ""
         self._runs: list[Run] = []  # oldest first: the newest one, and earlier ones not closed yet
         self._worker_ids: set[str] = set()  # connected when the test began to stop
@@ -482,6 +572,7 @@ class Hooks:
     # events
 
     def on_test_start(self) -> None:
+        self.scenes.choose()
         # A start while the test before was still stopping: its numbers are gone now, those of test_stopping stay.
         for earlier in self._runs:
             if not earlier.ended.is_set() and not earlier.stopping:
@@ -587,8 +678,13 @@ class Hooks:
         def forget_stale_arguments():
             # The UI's form does not have our fields: whatever is left is of a start that never came about.
             request = flask.request
-            if request.method == "POST" and request.path == swarm_path and "run_id" not in request.form:
+            if request.method != "POST" or request.path != swarm_path:
+                return
+            if "run_id" not in request.form:
                 self._take_arguments()
+                vars(self.environment.parsed_options).update(dict.fromkeys(TAG_ARGUMENTS, ""))
+            elif self._running() is None:
+                self.options.restore()  # what the form does not name is as at Locust's start, not as in the test before
 
     def _knows_token(self, given: str) -> bool:
         wanted = self.settings.token
@@ -619,8 +715,16 @@ class Hooks:
             "flush": True,
             "host": _text(self.environment.host),
             "userClasses": [user_class.__name__ for user_class in self.environment.user_classes],
+            "availableUserClasses": self._class_names(),
+            "classPicker": bool(getattr(self.environment, "available_user_classes", None)),
+            "options": self.options.names(),
+            "tags": self.scenes.tags(),
             "locustfileSha256": self.locustfile_sha256,
         }
+
+    def _class_names(self) -> list[str]:
+        available = getattr(self.environment, "available_user_classes", None)
+        return sorted(available or (user_class.__name__ for user_class in self.environment.user_classes))
 
 
 def _locust_version() -> str:
@@ -650,6 +754,7 @@ def _locustfile_sha256(environment) -> str:
 class WorkerHooks:
     def __init__(self, environment) -> None:
         self._runner = environment.runner
+        self._scenes = Scenes(environment)
         self._flushing = False
 
     def on_test_start(self) -> None:
@@ -657,6 +762,7 @@ class WorkerHooks:
 
         A "stop" that comes in between would find a stopped worker and do nothing: its users then start
         all the same, and the master, which counts them as gone, breaks (2.32) or sends the worker away (2.47)."""
+        self._scenes.choose()
         if self._runner.state == "stopped" and hasattr(self._runner, "update_state"):
             self._runner.update_state("spawning")
 
@@ -688,7 +794,7 @@ _worker_hooks: WorkerHooks | None = None
 
 @events.init_command_line_parser.add_listener
 def _add_arguments(parser, **_kwargs) -> None:
-    for name in ARGUMENTS:
+    for name in (*ARGUMENTS, *TAG_ARGUMENTS):
         option = "--" + name.replace("_", "-")
         try:
             # A default of None would make Locust send it otherwise; the UI's form need not show them.

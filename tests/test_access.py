@@ -102,6 +102,12 @@ def compared(place: Place, whose: str) -> tuple[str, Any]:
     return f"/v1/tests/compare?baseline={place.finished['acme']}&candidate={place.finished[whose]}", None
 
 
+def headless(tenant: str) -> dict[str, Any]:
+    """What an import of a headless Locust's file is."""
+    row = {"Type": "", "Name": "Aggregated", "Request Count": 10, "Failure Count": 0, "Average Response Time": 5, "Requests/s": 1}
+    return {"format": loadmanager.LOCUST_CSV, "tenantId": tenant, "envId": "dev", "scenarioId": "browse", "startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:01:00Z", "stats": "\n".join([",".join(row), ",".join(map(str, row.values()))])}
+
+
 BASELINE = "/v1/baselines/WHOSE/dev/browse"
 RULES = {
     "POST /v1/tests": plain("/v1/tests", lambda place, whose: create_body(tenantId=whose), (201,), (403,)),
@@ -109,6 +115,10 @@ RULES = {
     "GET /v1/tests/{id}": of_run(),
     "DELETE /v1/tests/{id}": of_run(own=(204,), fresh="finished"),
     "POST /v1/tests/{id}/stop": of_run("/stop", fresh="running"),
+    "POST /v1/tests/{id}/users": of_run("/users", {"targetUsers": 6}, fresh="running"),
+    "GET /v1/scenarios": plain("/v1/scenarios"),
+    "GET /v1/tests/{id}/export": of_run("/export"),
+    "POST /v1/tests/import": plain("/v1/tests/import", lambda place, whose: headless(whose), (201, 409), (403,)),
     "POST /v1/tests/{id}/rerun": of_run("/rerun", {}, (201,)),
     "POST /v1/tests/{id}/annotations": of_run("/annotations", {"text": "deploy"}, (201,)),
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest) for rest in (
