@@ -124,6 +124,10 @@ LOCUST_STOP_S = 75.0  # /stop blocks until users are gone: stop_timeout + 60 in 
 LOCUST_ANSWER_BYTES = 8 * 1024 * 1024
 IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stopping
 STOP_ANSWER_S = 30.0  # how long a stop request waits for Locust's confirmation
+WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
+LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
+MOST_LOG_LINES = 2000
+MOST_WORKERS = 1000
 RETRY_STEPS_S = (0.5, 1.0, 2.0, 4.0, 5.0)  # between tries of a stop; the last repeats
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -458,6 +462,71 @@ def _accept_host_names(value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _accept_names(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not 1 <= len(names) <= MOST_NAMES:
+        raise ValueError
+    if not all(isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable() for name in names):
+        raise ValueError
+    return tuple(dict.fromkeys(names))
+
+
+def _accept_arguments(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= 100 or not all(isinstance(word, str) and "\0" not in word for word in value) or not value[0]:
+        raise ValueError
+    return tuple(value)
+
+
+def _accept_options(value: Any) -> dict[str, Any]:
+    """Custom arguments of a locustfile, by the names of the command line or of Python."""
+    if not isinstance(value, dict) or len(value) > MOST_NAMES:
+        raise ValueError
+    options = {str(name).lstrip("-").replace("-", "_"): entry for name, entry in value.items()}
+    for name, entry in options.items():
+        if not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII) or type(entry) not in (str, int, float, bool) or len(str(entry)) > 4000:
+            raise ValueError
+        if type(entry) is float and not math.isfinite(entry):
+            raise ValueError
+        if name in SWARM_FIELDS:
+            raise ValueError(f"{name} is not a custom option")
+    return options
+
+
+def _accept_stages(value: Any) -> tuple[Stage, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_STAGES:
+        raise ValueError
+    checks = {"targetUsers": USERS, "spawnRate": SPAWN_RATE, "durationSeconds": DURATION}
+    stages = []
+    for stage in value:
+        if not isinstance(stage, dict) or set(stage) != set(checks):
+            raise ValueError
+        stages.append(Stage(*(check.accept(stage[name]) for name, check in checks.items())))
+    if sum(stage.duration_s for stage in stages) > MAX_DURATION_S:
+        raise ValueError
+    return tuple(stages)
+
+
+SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
+    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_tags lm_exclude_tags"
+    " tags exclude_tags num_users users".split()
+)
+USERS = number_value(1, MAX_USERS, whole=True)
+SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
+DURATION = number_value(1, MAX_DURATION_S, whole=True)
+NAMES = Check(f"a list of 1 to {MOST_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}})
+OPTIONS = Check(
+    f"an object of at most {MOST_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false", _accept_options, schema={"type": "object"}
+)
+STAGES = Check(
+    f"a list of 1 to {MOST_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
+    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MOST_STAGES},
+)  # fmt: skip
+ARGUMENT_LIST = Check(
+    "a list of program and arguments, which no shell reads", _accept_arguments, schema={"type": "array", "items": {"type": "string"}}
+)
+RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
+
+
 def _accept_words(value: Any) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not words:
@@ -514,62 +583,6 @@ def _accept_jwt_algorithms(value: Any) -> tuple[str, ...]:
 JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it takes
     "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC", "ES512": "EC", "EdDSA": "OKP",
 }  # fmt: skip
-
-
-def _accept_names(value: Any) -> tuple[str, ...]:
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list) or not 1 <= len(names) <= MOST_NAMES:
-        raise ValueError
-    if not all(isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable() for name in names):
-        raise ValueError
-    return tuple(dict.fromkeys(names))
-
-
-def _accept_options(value: Any) -> dict[str, Any]:
-    """Custom arguments of a locustfile, by the names of the command line or of Python."""
-    if not isinstance(value, dict) or len(value) > MOST_NAMES:
-        raise ValueError
-    options = {str(name).lstrip("-").replace("-", "_"): entry for name, entry in value.items()}
-    for name, entry in options.items():
-        if not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII) or type(entry) not in (str, int, float, bool) or len(str(entry)) > 4000:
-            raise ValueError
-        if type(entry) is float and not math.isfinite(entry):
-            raise ValueError
-        if name in SWARM_FIELDS:
-            raise ValueError(f"{name} is not a custom option")
-    return options
-
-
-def _accept_stages(value: Any) -> tuple[Stage, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MOST_STAGES:
-        raise ValueError
-    checks = {"targetUsers": USERS, "spawnRate": SPAWN_RATE, "durationSeconds": DURATION}
-    stages = []
-    for stage in value:
-        if not isinstance(stage, dict) or set(stage) != set(checks):
-            raise ValueError
-        stages.append(Stage(*(check.accept(stage[name]) for name, check in checks.items())))
-    if sum(stage.duration_s for stage in stages) > MAX_DURATION_S:
-        raise ValueError
-    return tuple(stages)
-
-
-SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
-    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_tags lm_exclude_tags"
-    " tags exclude_tags num_users users".split()
-)
-USERS = number_value(1, MAX_USERS, whole=True)
-SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
-DURATION = number_value(1, MAX_DURATION_S, whole=True)
-NAMES = Check(f"a list of 1 to {MOST_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}})
-OPTIONS = Check(
-    f"an object of at most {MOST_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false", _accept_options, schema={"type": "object"}
-)
-STAGES = Check(
-    f"a list of 1 to {MOST_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
-    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MOST_STAGES},
-)  # fmt: skip
-RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 WORDS = Check("a list of names", _accept_words)
 NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
@@ -640,11 +653,24 @@ class TlsConfig:
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """A cluster that Load Manager starts itself on this machine."""
+    """A cluster whose processes, or whose workers, Load Manager starts itself."""
 
-    type: str = key("type", "process", one_of("process"), "process: a master and workers as processes of this machine")
-    locustfile: str = key("locustfile", REQUIRED, text_value("a file name"), "the locustfile, relative to this file")
-    workers: int = key("workers", 2, number_value(1, 256, whole=True), "worker processes")
+    type: str = key(
+        "type", "process", one_of("process", "command"), "process: master and workers are processes of this machine; command: workers come by commands of yours"
+    )
+    locustfile: str | None = key("locustfile", None, text_value("a file name"), "process: the locustfile, relative to this file; needed")
+    workers: int = key("workers", 2, number_value(1, MOST_WORKERS, whole=True), "process: worker processes at the start")
+    users_per_worker: int | None = key(
+        "usersPerWorker", None, USERS, "a run brings up as many workers as its users need; default: workers are not counted"
+    )
+    max_workers: int = key("maxWorkers", 32, number_value(1, MOST_WORKERS, whole=True), "never more workers than these")
+    scale_timeout_s: float = key("scaleTimeoutSeconds", 60.0, number_value(1, 3600), "how long a run waits for its workers, and a command may take")
+    idle_s: float | None = key(
+        "idleSeconds", None, number_value(1, 86400), "after so long without a run the cluster is stopped (process) or scaled to 0 (command); default: never"
+    )
+    replace_lost_workers: bool = key("replaceLostWorkers", False, BOOLEAN, "command: scale again when workers of a run are lost; processes are always restarted")
+    scale: tuple[str, ...] = key("scale", (), ARGUMENT_LIST, "command: program and arguments that make the workers {workers} in number")
+    status: tuple[str, ...] = key("status", (), ARGUMENT_LIST, "command: program and arguments that print how many workers there are, or a line for each")
     host: str | None = key("host", None, BASE_URL, "target given to Locust as --host")
     python: str | None = key(
         "python", None, text_value("a file name"), "the Python that has Locust; default: the one running Load Manager"
@@ -1127,6 +1153,25 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
         yield "security.oidc.scopes: openid is missing"
 
 
+def _launcher_problems(cluster: ClusterConfig, where: str) -> Iterator[str]:
+    launcher = cluster.launcher
+    is_process = launcher is not None and launcher.type == "process"
+    if not cluster.base_url and not is_process:
+        yield f"{where}.baseUrl: is missing; allowed is {BASE_URL.allowed}, or a launcher of type process"
+    if cluster.base_url and is_process:
+        yield f"{where}.baseUrl: allowed is this or a launcher of type process, not both"
+    if launcher is None:
+        return
+    if is_process and not launcher.locustfile:
+        yield f"{where}.launcher.locustfile: is missing; allowed is a file name"
+    if is_process and launcher.workers > launcher.max_workers:
+        yield f"{where}.launcher.workers: {launcher.workers} is more than maxWorkers, {launcher.max_workers}"
+    if not is_process and not launcher.scale:
+        yield f"{where}.launcher.scale: is missing; allowed is {ARGUMENT_LIST.allowed}"
+    if not is_process and launcher.scale and not any("{workers}" in word for word in launcher.scale):
+        yield f"{where}.launcher.scale: does not say {{workers}}, which stands for their number"
+
+
 def _cluster_problems(config: Config) -> Iterator[str]:
     seen: dict[str, int] = {}
     for index, cluster in enumerate(config.clusters):
@@ -1134,10 +1179,7 @@ def _cluster_problems(config: Config) -> Iterator[str]:
         if cluster.id in seen:
             yield f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; allowed is a unique id"
         seen.setdefault(cluster.id, index)
-        if not cluster.base_url and not cluster.launcher:
-            yield f"{where}.baseUrl: is missing; allowed is {BASE_URL.allowed}, or a launcher"
-        if cluster.base_url and cluster.launcher:
-            yield f"{where}.baseUrl: allowed is this or launcher, not both"
+        yield from _launcher_problems(cluster, where)
         if cluster.tls.ca_file and not os.path.isfile(os.path.join(config.folder, cluster.tls.ca_file)):
             yield f"{where}.tls.caFile: {cluster.tls.ca_file} is not a file"
 
@@ -1372,7 +1414,7 @@ class Run:
 
 
 # Warnings that put the numbers in doubt; the others say something else about the run.
-DOUBTS = frozenset({"workers_lost", "cpu_high", "users_not_reached", "users_changed", "stats_reset", "final_numbers_missing"})
+DOUBTS = frozenset({"workers_lost", "workers_missing", "cpu_high", "users_not_reached", "users_changed", "stats_reset", "final_numbers_missing"})
 
 
 def doubts_of(run: Run) -> list[str]:
@@ -2749,6 +2791,7 @@ CREATE_KEYS = {
     "confirm": BodyKey("confirm", ID_TEXT),
     **PLAN_KEYS,
 }
+SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MOST_WORKERS, whole=True), required=True)}
 USERS_KEYS = {
     "targetUsers": BodyKey("target_users", USERS, required=True),
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
@@ -2897,6 +2940,13 @@ def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | N
         if unknown:
             return field_name, f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}"
     return None
+
+
+def workers_for(users: int, launcher: LauncherConfig | None) -> int | None:
+    """How many workers a run of so many users gets; None: they are not counted."""
+    if launcher is None or launcher.users_per_worker is None:
+        return None
+    return max(1, min(launcher.max_workers, math.ceil(users / launcher.users_per_worker)))
 
 
 class LoadTarget(NamedTuple):
@@ -4411,6 +4461,17 @@ class LocustClient:
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
 
+    def read_logs(self, lines: int) -> list[dict[str, Any]]:
+        """The last lines of master and workers (2.20 and newer); LocustRefused when it has none."""
+        status, _, body = self._call("GET", "/logs", None, 5.0)
+        try:
+            document = json.loads(body) if status == 200 else None
+            workers = document["workers"] if document else {}
+            found = [("master", document["master"]), *((str(name), entries) for name, entries in workers.items())] if document else []
+            return [{"process": name, "lines": [str(line) for line in entries[-lines:]]} for name, entries in found]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise LocustRefused(f"{self._where('/logs')} answered HTTP {status}, and no logs: this Locust does not tell them") from None
+
     def read_abilities(self) -> Abilities | None:
         """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
         _, _, page = self._call("GET", "/", None, 3.0)
@@ -4919,6 +4980,7 @@ def _json_in_page(page: str, name: str) -> Any:
 
 GUARD_COMMAND = "guard-cluster"
 GUARD_WORDS = "guard: "  # begins what the guard writes into a log
+GUARD_ENDED = GUARD_WORDS + "ended"
 GUARD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0, 30.0)
 
 
@@ -4933,30 +4995,34 @@ class LaunchedCluster:
         self._callback_token = callback_token
         self._guard: Any = None
         self.base_url = ""
+        self.locustfile = ""  # the one it runs
+        self.workers = self._launcher.workers  # how many it should have
         self.problem: str | None = None  # why it cannot be started, as a sentence
         self.started_at = -math.inf  # steady seconds
 
     @property
-    def workers_wanted(self) -> int:
-        return self._launcher.workers
+    def is_running(self) -> bool:
+        return self._guard is not None
 
     @property
     def is_starting(self) -> bool:
-        return self.problem is None and steady_s() - self.started_at < 30
+        return self.problem is None and steady_s() - self.started_at < WORKERS_PATIENCE_S
 
-    def start(self, control_plane_url: str) -> None:
-        """Start the guard; `problem` says why when that is not possible."""
+    def start(self, control_plane_url: str, locustfile: str | None = None) -> None:
+        """Start the guard, for the cluster's locustfile or another; `problem` says why when
+        that is not possible."""
         import subprocess
 
+        self.locustfile = locustfile or self._launcher.locustfile or ""
         self.problem = self._missing()
         if self.problem:
             log("cluster not launched", cluster=self.config.id, why=self.problem)
             return
         web_port, master_port = _free_port(), _free_port()
         self.base_url = f"http://127.0.0.1:{web_port}"
-        logs = self._log_folder
-        os.makedirs(logs, exist_ok=True)
-        plan = {"commands": self._commands(web_port, master_port), "logs": self._log_files()}
+        self.workers = self._launcher.workers
+        os.makedirs(self._log_folder, exist_ok=True)
+        plan = {**self._commands(web_port, master_port), "logs": self._log_start, "workers": self.workers}
         self._guard = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), GUARD_COMMAND],
             stdin=subprocess.PIPE,
@@ -4965,23 +5031,34 @@ class LaunchedCluster:
             env=self._environment(control_plane_url),
             start_new_session=True,  # Ctrl-C in our terminal is ours to handle
         )
-        self._guard.stdin.write(json.dumps(plan).encode() + b"\n")
-        self._guard.stdin.flush()
+        self._tell_guard(plan)
         self.started_at = steady_s()
-        log("cluster launched", cluster=self.config.id, url=self.base_url, workers=self._launcher.workers, logs=logs)
+        log("cluster launched", cluster=self.config.id, url=self.base_url, workers=self.workers, logs=self._log_folder)
+
+    def scale(self, workers: int) -> None:
+        """Have so many workers from now on; OSError when the guard is gone."""
+        self._tell_guard({"workers": workers})
+        self.workers = workers
+
+    def _tell_guard(self, document: dict[str, Any]) -> None:
+        self._guard.stdin.write(json.dumps(document).encode() + b"\n")
+        self._guard.stdin.flush()
+
+    def read_logs(self, lines: int) -> list[dict[str, Any]]:
+        """The last lines of each process, the master's first."""
+        names = ["master", *(f"worker-{number + 1}" for number in range(self.workers))]
+        return [{"process": name, "lines": _last_lines(f"{self._log_start}-{name}.log", lines)} for name in names]
 
     def why_dead(self) -> str | None:
         """What the master said last when it has ended, and where its log is; None while it runs."""
         try:
-            with open(self._log_files()[0], "rb") as file:
-                file.seek(max(0, os.path.getsize(file.name) - 4000))
-                lines = file.read().decode("utf-8", "replace").strip().splitlines()
+            lines = _last_lines(f"{self._log_start}-master.log", 50)
         except OSError:
             return None
-        if not lines or not lines[-1].startswith(GUARD_WORDS):
+        if not lines or not lines[-1].startswith(GUARD_ENDED):
             return None
         said = next((line for line in reversed(lines) if not line.startswith(GUARD_WORDS)), "nothing")
-        return f"Locust ended, and said last: {_printable(said)}; its log is {self._log_files()[0]}"
+        return f"Locust ended, and said last: {_printable(said)}; its log is {self._log_start}-master.log"
 
     def stop(self, wait_s: float = 3.0) -> None:
         """End all its processes."""
@@ -4998,7 +5075,7 @@ class LaunchedCluster:
         self._guard = None
 
     def _missing(self) -> str | None:
-        locustfile = os.path.join(self._folder, self._launcher.locustfile)
+        locustfile = os.path.join(self._folder, self.locustfile)
         if not os.path.isfile(locustfile):
             return f"the locustfile {locustfile} does not exist"
         if self._launcher.python is None and not _locust_is_installed():
@@ -5009,18 +5086,18 @@ class LaunchedCluster:
     def _log_folder(self) -> str:
         return os.path.join(self._folder, "loadmanager-logs")
 
-    def _log_files(self) -> list[str]:
-        names = ["master"] + [f"worker-{number + 1}" for number in range(self._launcher.workers)]
-        return [os.path.join(self._log_folder, f"{quote(self.config.id, safe='')}-{name}.log") for name in names]
+    @property
+    def _log_start(self) -> str:
+        """How the names of its log files begin."""
+        return os.path.join(self._log_folder, quote(self.config.id, safe=""))
 
-    def _commands(self, web_port: int, master_port: int) -> list[list[str]]:
+    def _commands(self, web_port: int, master_port: int) -> dict[str, list[str]]:
         python = self._launcher.python or sys.executable
-        locust = [python, "-m", "locust", "-f", os.path.join(self._folder, self._launcher.locustfile)]
+        locust = [python, "-m", "locust", "-f", os.path.join(self._folder, self.locustfile)]
         host = ["--host", self._launcher.host] if self._launcher.host else []
-        master = [*locust, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port)]
+        master = [*locust, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port), "--class-picker"]
         master += ["--web-host", "127.0.0.1", "--web-port", str(web_port), *host]
-        worker = [*locust, "--worker", "--master-host", "127.0.0.1", "--master-port", str(master_port), *host]
-        return [master] + [worker] * self._launcher.workers
+        return {"master": master, "worker": [*locust, "--worker", "--master-host", "127.0.0.1", "--master-port", str(master_port), *host]}
 
     def _environment(self, control_plane_url: str) -> dict[str, str]:
         ours = {
@@ -5043,6 +5120,36 @@ def _locust_is_installed() -> bool:
     return spec is not None and spec.origin is not None
 
 
+def _last_lines(path: str, count: int) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 400 * count))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
+
+
+def run_command(words: tuple[str, ...], facts: dict[str, object], timeout_s: float) -> str:
+    """What a program of the user's prints; LocustUnreachable when it fails or takes longer.
+    {name} in a word becomes that fact; no shell reads it."""
+    import subprocess
+
+    for name, value in facts.items():
+        words = tuple(word.replace(f"{{{name}}}", str(value)) for word in words)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOADMANAGER_")}
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, env=environment, start_new_session=True)
+    except subprocess.TimeoutExpired:
+        raise LocustUnreachable(f"{words[0]} did not end within {timeout_s:g} s") from None
+    except OSError as error:
+        raise LocustUnreachable(f"{words[0]} cannot be started: {error.strerror}") from None
+    output = done.stdout[:65536].decode("utf-8", "replace")
+    if done.returncode:
+        said = (done.stderr[-2000:].decode("utf-8", "replace") or output).strip().splitlines()
+        raise LocustUnreachable(f"{words[0]} ended with status {done.returncode}: {_printable(said[-1]) if said else 'it said nothing'}")
+    return output
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -5054,25 +5161,57 @@ def guard_cluster() -> int:
     dies, and end all of it when standard input closes."""
     import select
 
-    plan = json.loads(sys.stdin.buffer.readline())
+    stdin = sys.stdin.fileno()
+    pending = b""
+    while b"\n" not in pending:
+        pending += os.read(stdin, 65536) or b"null\n"
+    first, _, pending = pending.partition(b"\n")
+    plan = json.loads(first)
+    if plan is None:
+        return 0
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # our end is the end of standard input
-    children = [_GuardedProcess(command, log_file) for command, log_file in zip(plan["commands"], plan["logs"])]
-    master, workers = children[0], children[1:]
+    guarded = _GuardedCluster(plan)
     try:
         while True:
-            restarted = master.keep_running()
-            for worker in workers:
-                if restarted:
-                    worker.end()  # Locust workers do not register with a new master
-                worker.keep_running()
-            ready, _, _ = select.select([sys.stdin], [], [], 0.25)
-            if ready and not os.read(sys.stdin.fileno(), 4096):
+            guarded.keep_running()
+            ready, _, _ = select.select([stdin], [], [], 0.25)
+            received = os.read(stdin, 4096) if ready else b""
+            if ready and not received:
                 return 0
+            *lines, pending = (pending + received).split(b"\n")
+            for line in lines:
+                guarded.scale(json.loads(line)["workers"])
     finally:
-        for child in children:
+        guarded.end()
+
+
+class _GuardedCluster:
+    """The guard's children: a master, and workers whose number may change."""
+
+    def __init__(self, plan: dict[str, Any]):
+        self._plan = plan
+        self._master = _GuardedProcess(plan["master"], f"{plan['logs']}-master.log")
+        self._workers: list[_GuardedProcess] = []
+        self.scale(plan["workers"])
+
+    def scale(self, workers: int) -> None:
+        while len(self._workers) > workers:
+            self._workers.pop().end()
+        for number in range(len(self._workers), workers):
+            self._workers.append(_GuardedProcess(self._plan["worker"], f"{self._plan['logs']}-worker-{number + 1}.log"))
+
+    def keep_running(self) -> None:
+        restarted = self._master.keep_running()
+        for worker in self._workers:
+            if restarted:
+                worker.end()  # Locust workers do not register with a new master
+            worker.keep_running()
+
+    def end(self) -> None:
+        for child in (self._master, *self._workers):
             child.terminate()
-        for child in children:
+        for child in (self._master, *self._workers):
             child.end()
 
 
@@ -5084,6 +5223,7 @@ class _GuardedProcess:
         self._log_file = log_file
         self._process: Any = None
         self._deaths = 0
+        self._look_at_log_at = 0.0
         self._start_at = 0.0
         self._started_at = 0.0
 
@@ -5092,24 +5232,43 @@ class _GuardedProcess:
         now = steady_s()
         if self._process is not None:
             if self._process.poll() is None:
+                self._shorten_log(now)
                 return False
             self._deaths = 0 if now - self._started_at > 60 else self._deaths
             pause_s = GUARD_BACKOFF_S[min(self._deaths, len(GUARD_BACKOFF_S) - 1)]
             self._start_at = now + pause_s
             self._deaths += 1
             with open(self._log_file, "a") as output:
-                output.write(f"{GUARD_WORDS}ended with status {self._process.returncode}, starting it again in {pause_s:g} s\n")
+                output.write(f"{GUARD_ENDED} with status {self._process.returncode}, starting it again in {pause_s:g} s\n")
             self._process = None
         if now < self._start_at:
             return False
         self._start()
         return self._deaths > 0
 
+    def _shorten_log(self, now: float) -> None:
+        """Keep the last twentieth of a log that became too long; its writer appends."""
+        if now < self._look_at_log_at:
+            return
+        self._look_at_log_at = now + 10
+        try:
+            if os.path.getsize(self._log_file) > LOG_BYTES:
+                with open(self._log_file, "rb+") as file:
+                    file.seek(-LOG_BYTES // 20, os.SEEK_END)
+                    end = file.read()
+                    file.truncate(0)
+                with open(self._log_file, "ab") as file:
+                    file.write(end)
+        except OSError:
+            pass  # a full disk must not end the guard
+
     def _start(self) -> None:
         import subprocess
 
         self._started_at = steady_s()
-        with open(self._log_file, "ab" if self._deaths else "wb") as output:
+        with open(self._log_file, "ab") as output:
+            output.write(f"{GUARD_WORDS}started at {utc_text(time.time())}\n".encode())
+            output.flush()
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=_die_with_parent
             )
@@ -5169,6 +5328,43 @@ class Cluster:
         self.stopped_at = -math.inf  # our last stop there
         self.problem: str | None = None
         self.had_workers = False
+        self.workers_wanted = 1  # for the run that is starting
+        self.patient_until = -math.inf  # until then workers may be missing
+        self.idle_since = steady_s()
+        self.scaled_at = -math.inf
+
+    @property
+    def is_asleep(self) -> bool:
+        """A launched cluster that was stopped as nobody needed it."""
+        return self.launched is not None and not self.launched.is_running and self.launched.problem is None
+
+    def scale(self, workers: int) -> None:
+        """Have so many workers; returns when that is under way. LocustUnreachable when it cannot be."""
+        launcher = self.config.launcher
+        assert launcher is not None
+        self.scaled_at = steady_s()
+        self.workers_wanted, self.patient_until = workers, self.scaled_at + launcher.scale_timeout_s
+        try:
+            if self.launched:
+                self.launched.scale(workers)
+            else:
+                run_command(launcher.scale, {"workers": workers, "clusterId": self.id}, launcher.scale_timeout_s)
+        except OSError as error:
+            raise LocustUnreachable(f"cluster {self.id} cannot be scaled: {error.strerror or error}") from None
+        log("cluster scaled", cluster=self.id, workers=workers)
+
+    def count_workers(self) -> str:
+        """How many workers the user's status command knows of, in words; "" when there is none."""
+        launcher = self.config.launcher
+        if launcher is None or not launcher.status:
+            return ""
+        try:
+            output = run_command(launcher.status, {"clusterId": self.id}, min(10.0, launcher.scale_timeout_s)).split("\n")
+        except LocustError as error:
+            return f"; the status command: {error.message}"
+        lines = [line for line in output if line.strip()]
+        count = int(lines[0]) if len(lines) == 1 and lines[0].strip().isdecimal() else len(lines)
+        return f"; the status command counts {count}"
 
     def heard(self, reading: Reading) -> Reading:
         self.heard_at = steady_s()
@@ -5202,6 +5398,8 @@ class Watch:
         self.last_requests = 0
         self.boot_id = ""
         self.respread_at = -math.inf
+        self.respread_due = False  # workers came or went
+        self.scaled = False  # their number was changed by hand
         self.failures: tuple[Failure, ...] = ()  # of the last reading
         self.judge = ThresholdWatch(run.thresholds)
 
@@ -5243,6 +5441,8 @@ class Engine:
     CLEANUP_EVERY_S = 3.0
     QUEUE_RETRY_S = 3.0
     QUIET_WAIT_S = 6.0
+    SLEEP_LOOK_S = 1.0
+    REPLACE_EVERY_S = 15.0
 
     def __init__(self, config: Config, store: Store, timer: Timer):
         self.config = config
@@ -5251,6 +5451,7 @@ class Engine:
         self.timer = timer
         self._lock = threading.RLock()
         self._watches: dict[str, Watch] = {}
+        self._control_plane_url = ""
         self._queue: list[str] = []  # ids of waiting runs, the next first
         self._queue_alarm: Alarm | None = None
         self._closing = False
@@ -5260,17 +5461,27 @@ class Engine:
 
     def _cluster(self, item: ClusterConfig) -> Cluster:
         token, folder = item.callback_token or self.config.security.callback_token, self.config.folder
-        launched = LaunchedCluster(item, folder, token) if item.launcher else None
+        is_process = item.launcher is not None and item.launcher.type == "process"
+        launched = LaunchedCluster(item, folder, token) if is_process else None
         return Cluster(item, LocustClient(item, token, folder, self.timer), launched)
 
     # ---- start and end of the program --------------------------------------
 
     def launch_clusters(self, control_plane_url: str) -> None:
+        self._control_plane_url = control_plane_url
         for cluster in self.clusters.values():
-            if cluster.launched:
-                cluster.launched.start(control_plane_url)
-                cluster.client.moved_to(cluster.launched.base_url)
-                cluster.problem = cluster.launched.problem
+            if cluster.launched and not (cluster.config.launcher and cluster.config.launcher.idle_s):
+                self._launch(cluster, None)  # the others start when a run needs them
+        if any(cluster.config.launcher and cluster.config.launcher.idle_s for cluster in self.clusters.values()):
+            self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def _launch(self, cluster: Cluster, locustfile: str | None) -> None:
+        launched = cluster.launched
+        assert launched is not None
+        launched.start(self._control_plane_url, locustfile)
+        cluster.client.moved_to(launched.base_url)
+        cluster.problem = launched.problem
+        cluster.workers_wanted, cluster.patient_until = launched.workers, steady_s() + WORKERS_PATIENCE_S
 
     def reconcile(self) -> None:
         """Settle what an earlier process left: waits (bounded) for overdue stops only."""
@@ -5381,6 +5592,11 @@ class Engine:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         candidates = self._serving(request.tenant_id, request.env_id)
         self._refuse_unsafe(request, candidates)
+        if request.plan.locustfile and not all(cluster.launched for cluster in candidates):
+            candidates = [cluster for cluster in candidates if cluster.launched]
+            if not candidates:
+                why = "its scenario names a locustfile, which only a launched cluster can be started with; this tenant and environment has none"
+                raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
         run = _new_run(request, created_by, source)
         refusal: LoadManagerError | None = None
         for cluster in candidates:
@@ -5499,6 +5715,7 @@ class Engine:
         with self._lock:
             if cluster.busy_with == run_id:
                 cluster.busy_with = None
+                cluster.idle_since = steady_s()
         self._dispatch_queue()
 
     def _busy(self, candidates: list[Cluster]) -> ClusterBusy:
@@ -5529,6 +5746,7 @@ class Engine:
         if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
             raise LocustTimeout(f"cluster {cluster.id} is still busy with an earlier stop")
         try:
+            self._bring_up(cluster, run)
             reading = self._wait_until_idle(cluster)
             self._check_plan(cluster, run.plan, reading)
             run = replace(run, cluster_id=cluster.id, queued=False, queue_position=None)
@@ -5543,6 +5761,9 @@ class Engine:
             cluster.operation.release()
         if reading.locustfile_sha256:
             self.store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
+        if cluster.workers_wanted > len(reading.live_workers) and reading.distributed:
+            words = f"{len(reading.live_workers)} of {cluster.workers_wanted} workers came in time{cluster.count_workers()}"
+            self._warn(run.id, "workers_missing", words)
         if not reading.hooks:
             self._warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
         return self._started(run.id)
@@ -5582,6 +5803,115 @@ class Engine:
         if refusal:
             raise InvalidInput(f"{refusal[0]}: {refusal[1]}", {refusal[0]: refusal[1]})
 
+    def _bring_up(self, cluster: Cluster, run: Run) -> None:
+        """Wake the cluster, with the scenario's locustfile, and ask for the workers that the
+        run needs; whether they came is seen when it is idle."""
+        launched, launcher = cluster.launched, cluster.config.launcher
+        if launched and not launched.problem:
+            wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
+            if launched.is_running and launched.locustfile != wanted_file:
+                if self._is_loaded(cluster):
+                    raise ClusterBusy(f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page")
+                launched.stop()
+            if not launched.is_running:
+                self._launch(cluster, wanted_file)
+        workers = workers_for(run.target_users, launcher)
+        if workers is None or (launched and launched.problem):
+            return
+        if launched:
+            if workers > launched.workers:
+                cluster.scale(workers)
+        elif not self._is_loaded(cluster, least_workers=workers):
+            cluster.scale(workers)
+
+    def _is_loaded(self, cluster: Cluster, least_workers: int | None = None) -> bool:
+        """A test runs there, or (where asked for) it has so many workers already."""
+        try:
+            reading = cluster.read_state(5.0)
+        except LocustError:
+            return False
+        return reading.is_loaded or (least_workers is not None and len(reading.live_workers) >= least_workers)
+
+    # ---- clusters that sleep and grow --------------------------------------
+
+    def _look_for_sleepers(self) -> None:
+        if self._closing:
+            return
+        for cluster in self.clusters.values():
+            launcher = cluster.config.launcher
+            if launcher and launcher.idle_s and not cluster.is_asleep and self._is_unused_for(cluster, launcher.idle_s):
+                in_background("sleep", functools.partial(self._put_to_sleep, cluster))
+        self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def _is_unused_for(self, cluster: Cluster, seconds: float) -> bool:
+        with self._lock:
+            return cluster.busy_with is None and cluster.cleanup_for is None and steady_s() - cluster.idle_since >= seconds
+
+    def _put_to_sleep(self, cluster: Cluster) -> None:
+        """Stop a launched cluster, or scale away the workers of another, unless somebody has it."""
+        launcher = cluster.config.launcher
+        assert launcher is not None
+        if not cluster.operation.acquire(blocking=False):
+            return
+        try:
+            is_down = cluster.launched is None and cluster.workers_wanted == 0
+            if is_down or cluster.is_asleep or not self._is_unused_for(cluster, launcher.idle_s or 0) or self._is_loaded(cluster):
+                return
+            if cluster.launched:
+                cluster.launched.stop()
+                log("cluster sleeps", cluster=cluster.id)
+            else:
+                cluster.scale(0)
+        except LocustError as error:
+            cluster.idle_since = steady_s()  # not again at once
+            cluster.problem = error.message
+            log("cluster not put to sleep", cluster=cluster.id, why=error.message)
+        finally:
+            cluster.operation.release()
+
+    def scale_cluster(self, cluster: Cluster, workers: int) -> None:
+        """Change the number of workers now; users of a running load are spread again as they
+        come and go. Conflict for a cluster whose workers are not ours, LocustError when it fails."""
+        launcher = cluster.config.launcher
+        if launcher is None:
+            raise Conflict(f"cluster {cluster.id} has no launcher: its workers are started elsewhere")
+        if workers > launcher.max_workers or (cluster.launched and workers < 1):
+            lowest = 1 if cluster.launched else 0
+            why = f"allowed is a whole number from {lowest} to {launcher.max_workers} (maxWorkers)"
+            raise InvalidInput(f"workers: {why}", {"workers": why})
+        if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
+            raise LocustTimeout(f"cluster {cluster.id} is being started or stopped")
+        try:
+            if cluster.is_asleep:
+                self._launch(cluster, None)
+            cluster.idle_since = steady_s()
+            cluster.scale(workers)
+        finally:
+            cluster.operation.release()
+        watch = self._watches.get(cluster.busy_with or "")
+        if watch:
+            watch.most_workers = min(watch.most_workers, workers)  # those that go now are not lost
+            watch.scaled = True
+
+    def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
+        """The last lines of the processes of a cluster: a launched one's files, else what Locust itself tells."""
+        if cluster.launched:
+            return cluster.launched.read_logs(lines)
+        return cluster.client.read_logs(lines)
+
+    def _replace_lost(self, cluster: Cluster, reading: Reading) -> None:
+        launcher = cluster.config.launcher
+        if launcher is None or cluster.launched or not launcher.replace_lost_workers or steady_s() - cluster.scaled_at < self.REPLACE_EVERY_S:
+            return
+        if len(reading.live_workers) < cluster.workers_wanted:
+            in_background("replace", functools.partial(self._scale_again, cluster, cluster.workers_wanted))
+
+    def _scale_again(self, cluster: Cluster, workers: int) -> None:
+        try:
+            cluster.scale(workers)
+        except LocustError as error:
+            log("lost workers not replaced", cluster=cluster.id, why=error.message)
+
     def _wait_until_idle(self, cluster: Cluster) -> Reading:
         """The reading of an idle cluster, waiting (bounded) for one that is starting or still
         stopping. ClusterBusy when somebody else's test runs there, LocustError otherwise."""
@@ -5589,13 +5919,14 @@ class Engine:
         if cluster.launched:
             if cluster.launched.problem:
                 raise LocustUnreachable(f"cluster {cluster.id} is not launched: {cluster.launched.problem}")
-            if cluster.launched.is_starting:
-                give_up_at += 20
+        give_up_at = max(give_up_at, cluster.patient_until)
         if cluster.cleanup_for:
             self._clean_up(cluster)
         while True:
+            patient_workers = steady_s() < cluster.patient_until
             verdict, reading, error = self._look_for_idle(cluster)
             if verdict is Idleness.IDLE and reading:
+                cluster.patient_until = -math.inf
                 return reading
             if error and cluster.launched and (why := cluster.launched.why_dead()):
                 raise LocustUnreachable(f"cluster {cluster.id} does not run: {why}")
@@ -5606,13 +5937,14 @@ class Engine:
             stale = reading is not None and reading.cached and steady_s() - cluster.stopped_at < STATS_CACHE_S + 0.5
             if verdict is Idleness.LOADED and not stale:
                 raise ClusterBusy(f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page")
-            hopeless = verdict is Idleness.NO_WORKERS and not (cluster.launched or (just_stopped and cluster.had_workers))
+            hopeless = verdict is Idleness.NO_WORKERS and not (cluster.launched or patient_workers or (just_stopped and cluster.had_workers))
             if not patient or hopeless:
-                raise LocustUnreachable(f"cluster {cluster.id} {verdict.value if verdict else 'does not answer'}")
+                counted = cluster.count_workers() if verdict is Idleness.NO_WORKERS else ""
+                raise LocustUnreachable(f"cluster {cluster.id} {verdict.value if verdict else 'does not answer'}{counted}")
             time.sleep(0.1 if reading is None or not reading.cached else 0.5)
 
     def _look_for_idle(self, cluster: Cluster) -> tuple[Idleness | None, Reading | None, LocustError | None]:
-        wanted = cluster.launched.workers_wanted if cluster.launched and cluster.launched.is_starting else 1
+        wanted = max(1, cluster.workers_wanted) if steady_s() < cluster.patient_until else 1
         try:
             reading = cluster.read_state()
         except LocustError as error:
@@ -5799,6 +6131,7 @@ class Engine:
             watch.last_requests = reading.requests
             self._judge(watch, reading.snapshot)
         self._mind_users(watch, run, reading, workers_before)
+        self._replace_lost(watch.cluster, reading)
         watch.last, watch.failures = reading, reading.failures
 
     def _judge(self, watch: Watch, snapshot: Snapshot) -> None:
@@ -5812,13 +6145,19 @@ class Engine:
 
     def _mind_users(self, watch: Watch, run: Run, reading: Reading, workers_before: int) -> None:
         """Spread the users again after workers came or went; note users changed in Locust's page."""
-        before = watch.last
-        if before is None or reading.state != "running" or steady_s() - watch.respread_at < 5:
+        before, wanted = watch.last, watch.target.users
+        if before is None:
             return
-        ready = [worker for worker in reading.live_workers if worker.state == "ready"]
-        wanted = watch.target.users
-        lost = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
-        if reading.live_workers and (lost or (ready and workers_before)):
+        came = workers_before and any(worker.state == "ready" for worker in reading.live_workers)
+        went = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
+        watch.respread_due = bool(watch.respread_due or came or went)
+        short = watch.scaled and reading.users < wanted and watch.wanted_for_s > 5 and before.users == reading.users
+        if short and steady_s() - watch.respread_at > 10:
+            watch.scaled, watch.respread_due = False, True  # a worker came and went between two looks
+        if reading.state != "running" or steady_s() - watch.respread_at < 5:
+            return
+        if reading.live_workers and watch.respread_due:
+            watch.respread_due = False
             self._respread(watch, run)
             return
         stable = before.users == reading.users and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
@@ -6298,6 +6637,7 @@ class Engine:
             for cluster in self.clusters.values():
                 if cluster.busy_with == run_id:
                     cluster.busy_with = None
+                    cluster.idle_since = steady_s()
         if watch:
             watch.over.set()
             watch.final.set()
@@ -6466,6 +6806,9 @@ class Engine:
         answers: dict[str, Reading | str] = {}
 
         def ask(cluster: Cluster) -> None:
+            if cluster.is_asleep:
+                answers[cluster.id] = ""
+                return
             try:
                 answers[cluster.id] = cluster.read_state(2.0)
             except LocustError as error:
@@ -6516,7 +6859,7 @@ def _hooks_absent_sentence(run: Run) -> str:
 
 def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
     reading = answer if isinstance(answer, Reading) else None
-    problem = cluster.problem if reading else str(answer)
+    problem = cluster.problem if reading else str(answer) or None
     if cluster.launched and cluster.launched.problem:
         problem = cluster.launched.problem
     return {
@@ -6525,7 +6868,8 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
         "envId": cluster.config.env_id,
         "baseUrl": cluster.client.base_url,
         "launcher": cluster.config.launcher.type if cluster.config.launcher else None,
-        "state": reading.state if reading else "unreachable",
+        "state": reading.state if reading else "asleep" if cluster.is_asleep else "unreachable",
+        "workersWanted": cluster.workers_wanted if cluster.config.launcher else None,
         "userCount": reading.users if reading else None,
         "workers": [
             {"id": w.id, "state": w.state, "userCount": w.users, "cpuPercent": w.cpu_percent} for w in reading.workers
@@ -8899,6 +9243,19 @@ def get_clusters(api: Api, request: Request) -> Response:
     return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)))
 
 
+def post_scale(api: Api, request: Request) -> Response:
+    cluster = api.visible_cluster(request)
+    workers = check_body(parse_json(request.body), SCALE_KEYS)["workers"]
+    api.engine.scale_cluster(cluster, workers)
+    log("scale asked for", cluster=cluster.id, workers=workers, by=request.principal.name)
+    return json_response(api.engine.list_clusters(lambda one: one is cluster)[0])
+
+
+def get_logs(api: Api, request: Request) -> Response:
+    cluster = api.visible_cluster(request)
+    return json_response({"clusterId": cluster.id, "logs": api.engine.read_logs(cluster, request.query.get("lines", 200))})
+
+
 def get_events(api: Api, request: Request) -> Response:
     return api.event_stream(request, None)
 
@@ -9029,6 +9386,7 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+LOGS_QUERY = {"lines": number_value(1, MOST_LOG_LINES, whole=True)}
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 AUDIT_QUERY = {
     **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
@@ -9121,6 +9479,8 @@ ROUTES = (
     Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
     Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
+    Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
+    Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of a cluster's processes", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
     Route(
         "POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began",
         body=CALLBACK_KEYS, most_body_bytes=CALLBACK_BYTES, reserved=True,
@@ -9230,11 +9590,12 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Cluster": _object(
         "id tenantId envId state workers",
-        id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, workersWanted=_COUNT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
         locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL, protected=_FLAG,
         workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
     ),
     "Clusters": _array("Cluster"),
+    "Logs": _object("clusterId logs", clusterId=_TEXT, logs={"type": "array", "items": _object("process lines", process=_TEXT, lines=_TEXTS)}),
 }  # fmt: skip
 
 
@@ -9356,7 +9717,7 @@ def _path_text(segment: str) -> str:
         text = unquote(segment, errors="strict")
     except UnicodeDecodeError:
         raise NotFound(NO_SUCH_PATH) from None
-    if not text.isprintable() or "/" in text or text in (".", ".."):
+    if not text.isprintable() or text in (".", ".."):
         raise NotFound(NO_SUCH_PATH)
     return text
 
@@ -9563,7 +9924,7 @@ class Api:
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
         """An entry with what of the request may be known: never a header, a query or a body."""
-        run_id = request.run_id or request.params.get("id", "")
+        run_id = request.run_id or (request.params.get("id", "") if request.route.path.startswith("/v1/tests/") else "")
         run = self.store.find(run_id)
         tenant_id = request.tenant_id or request.params.get("tenantId", "") or (run.tenant_id if run else "")
         env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
@@ -9601,6 +9962,17 @@ class Api:
             request.run_id = run.id
             raise NotYours(f"there is no run {run.id}")
         return run
+
+    def visible_cluster(self, request: Request) -> Cluster:
+        """The cluster of the path, NotFound also for another tenant's."""
+        cluster = self.engine.clusters.get(request.params["id"])
+        none = f"there is no cluster {request.params['id'][:MAX_TEXT]}"
+        if cluster is None:
+            raise NotFound(none)
+        request.tenant_id, request.env_id, request.note = cluster.config.tenant_id, cluster.config.env_id, f"cluster {cluster.id}"
+        if not request.principal.may_touch(request.tenant_id, request.env_id):
+            raise NotYours(none)
+        return cluster
 
     def reaches(self, request: Request, cluster_id: str) -> bool:
         """Whether a callback's token is one of this cluster."""
@@ -9796,7 +10168,7 @@ def check_config(config_path: str) -> int:
         return _print_problems(error)
     print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
     for cluster in config.clusters:
-        if cluster.launcher and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile)):
+        if cluster.launcher and cluster.launcher.locustfile and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile)):
             print(f"{config_path}: note: cluster {cluster.id}: {cluster.launcher.locustfile} does not exist yet")
     return 0
 
@@ -10475,6 +10847,26 @@ def command_users(options: Any) -> int:
     body = {"targetUsers": options.users, "spawnRate": options.spawn_rate}
     answer = client.request("POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None})
     return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
+
+
+def cluster_path(cluster_id: str, what: str) -> str:
+    return f"/v1/clusters/{quote(cluster_id, safe='')}/{what}"
+
+
+def command_scale(options: Any) -> int:
+    answer = open_client(options).request("POST", cluster_path(options.cluster, "scale"), {"workers": options.workers})
+    return tell_done(options, answer, f"cluster {options.cluster} goes to {options.workers} workers")
+
+
+def command_logs(options: Any) -> int:
+    answer = open_client(options).get(cluster_path(options.cluster, "logs"), lines=options.lines)
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    screen = open_screen(options)
+    for log_ in answer.json("logs")["logs"]:
+        screen.print(f"---- {printable(log_['process'])}", *(printable(line) for line in log_["lines"]))
+    return EXIT_DONE
 
 
 def command_stop(options: Any) -> int:
@@ -11418,6 +11810,20 @@ COMMANDS = (
             argument(*TENANT, metavar="ID", help="of a file of Locust: whose run it was"),
             argument(*ENV, metavar="ID", help="the environment that was loaded"),
             argument("--scenario", "--scenario-id", metavar="NAME", help="what was run"),
+        ),
+    ),
+    Command(
+        "scale", command_scale, "change a cluster's number of workers", "scale local 4",
+        (
+            argument("cluster", metavar="CLUSTER", help="the cluster's id"),
+            argument("workers", metavar="N", value=count_value, help="workers from now on"),
+        ),
+    ),
+    Command(
+        "logs", command_logs, "the last log lines of a cluster's processes", "logs local --lines 50",
+        (
+            argument("cluster", metavar="CLUSTER", help="the cluster's id"),
+            argument("--lines", metavar="N", value=count_value, default=50, help="of each process; default: 50"),
         ),
     ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),

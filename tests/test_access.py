@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from typing import Any, Callable, NamedTuple
 
 import pytest
@@ -102,10 +103,11 @@ def compared(place: Place, whose: str) -> tuple[str, Any]:
     return f"/v1/tests/compare?baseline={place.finished['acme']}&candidate={place.finished[whose]}", None
 
 
-def headless(tenant: str) -> dict[str, Any]:
-    """What an import of a headless Locust's file is."""
-    row = {"Type": "", "Name": "Aggregated", "Request Count": 10, "Failure Count": 0, "Average Response Time": 5, "Requests/s": 1}
-    return {"format": loadmanager.LOCUST_CSV, "tenantId": tenant, "envId": "dev", "scenarioId": "browse", "startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T00:01:00Z", "stats": "\n".join([",".join(row), ",".join(map(str, row.values()))])}
+def exported(place: Place, whose: str) -> dict[str, Any]:
+    """A finished run of theirs as a file, under an id that is not taken."""
+    file = place.lm.get(f"/v1/tests/{place.finished[whose]}/export").json
+    file["run"]["id"] = str(uuid.uuid4())
+    return file
 
 
 BASELINE = "/v1/baselines/WHOSE/dev/browse"
@@ -115,16 +117,18 @@ RULES = {
     "GET /v1/tests/{id}": of_run(),
     "DELETE /v1/tests/{id}": of_run(own=(204,), fresh="finished"),
     "POST /v1/tests/{id}/stop": of_run("/stop", fresh="running"),
-    "POST /v1/tests/{id}/users": of_run("/users", {"targetUsers": 6}, fresh="running"),
-    "GET /v1/scenarios": plain("/v1/scenarios"),
-    "GET /v1/tests/{id}/export": of_run("/export"),
-    "POST /v1/tests/import": plain("/v1/tests/import", lambda place, whose: headless(whose), (201, 409), (403,)),
     "POST /v1/tests/{id}/rerun": of_run("/rerun", {}, (201,)),
     "POST /v1/tests/{id}/annotations": of_run("/annotations", {"text": "deploy"}, (201,)),
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest) for rest in (
         "/metrics", "/failures", "/annotations", "/report.html", "/report.md", "/junit.xml", "/summary.md", "/metrics.csv", "/requests.csv",
         "/events")},
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest, own=(200, 404)) for rest in ("/locust-report.html", "/histograms")},  # not every run has them
+    "GET /v1/tests/{id}/export": of_run("/export"),
+    "POST /v1/tests/import": plain("/v1/tests/import", lambda place, whose: exported(place, whose), (201,), (403,)),
+    "POST /v1/tests/{id}/users": of_run("/users", {"targetUsers": 3}, fresh="running"),
+    "GET /v1/scenarios": plain("/v1/scenarios"),
+    "POST /v1/clusters/{id}/scale": plain("/v1/clusters/WHOSE-dev/scale", {"workers": 1}, (409,), (404,)),  # it has no launcher
+    "GET /v1/clusters/{id}/logs": plain("/v1/clusters/WHOSE-dev/logs", None, (200,), (404,)),
     "GET /v1/tests/compare": Rule(compared),
     "GET /v1/trends": plain("/v1/trends?tenantId=WHOSE"),
     "GET /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, None, (200,), (404,)),
