@@ -27,13 +27,14 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 13. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 14. EVENTS          changes of runs, told to event streams
 15. ACCESS          who a token says the caller is, and how much they may ask
-16. SESSIONS        browsers that signed in, and what they must prove
-17. HTTP API        routes, authentication, handlers
-18. SERVICE         the whole program put together, and its configuration checked
-19. TERMINAL        text, tables and a live view that any terminal can show
-20. API CLIENT      which server a command talks to, and requests to it
-21. COMMAND LINE    commands, what they take, and what they print
-22. DASHBOARD PAGE  what a browser gets at / and at /docs
+16. SIGN ON         tokens and sign-ins of an identity provider
+17. SESSIONS        browsers that signed in, and what they must prove
+18. HTTP API        routes, authentication, handlers
+19. SERVICE         the whole program put together, and its configuration checked
+20. TERMINAL        text, tables and a live view that any terminal can show
+21. API CLIENT      which server a command talks to, and requests to it
+22. COMMAND LINE    commands, what they take, and what they print
+23. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -300,6 +301,19 @@ class NotReady(LoadManagerError):
     """Shutting down, or the store cannot be written at the moment."""
 
     http_status, error = 503, "not ready"
+
+
+class KeysNeeded(NotReady):
+    """Whether a token counts cannot be said before keys were read: `read_soon` has it done,
+    and calls what it is given once that is over."""
+
+    def __init__(self, read_soon: Callable[[Callable[[], None]], None]):
+        super().__init__("the identity provider's keys are being read; try again in a moment", retry_after_s=1)
+        self.read_soon = read_soon
+
+
+class ProviderFailed(LoadManagerError):
+    http_status, error = 502, "identity provider failed"
 
 
 class LocustError(LoadManagerError):
@@ -724,6 +738,7 @@ class JwtConfig:
     algorithms: tuple[str, ...] = key("algorithms", (), ALGORITHMS, "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA")
     leeway_s: float = key("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
     tenants_claim: str = key("tenantsClaim", "tenants", text_value(), "the claim with the tenants, a list or words; * for all; a.b for a nested one")
+    name_claim: str = key("nameClaim", "sub", text_value(), "the claim that names the caller in runs and the audit, after sso:")
     role_claim: str = key("roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts")
     role_map: dict[str, str] | None = key("roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves")
 
@@ -1149,6 +1164,12 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
             yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
         if jwt.secret and len(jwt.secret.encode()) < 32:
             yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
+    urls = {"jwt.jwksUrl": jwt and jwt.jwks_url, "oidc.issuer": oidc and oidc.issuer, "oidc.redirectUrl": oidc and oidc.redirect_url}
+    for name, url in urls.items():
+        if url and not url.startswith("https:") and not is_loopback(urlsplit(url).hostname or ""):
+            yield f"security.{name}: allowed is https, or http on this machine"
+    if oidc and not urlsplit(oidc.redirect_url).path.endswith("/session/oidc/callback"):
+        yield "security.oidc.redirectUrl: allowed is our address with /session/oidc/callback"
     if oidc and "openid" not in oidc.scopes.split():
         yield "security.oidc.scopes: openid is missing"
 
@@ -8044,6 +8065,9 @@ class Connection:
         is never taken for a request, as the connection is closed."""
         try:
             request = self.loop.api.admit(head, self.address)
+        except KeysNeeded as needed:
+            self._admit_later(head, needed)
+            return
         except LoadManagerError as error:
             unread = head.content_length > 0
             keep = head.keep_alive and not unread
@@ -8059,6 +8083,22 @@ class Connection:
             received, self.buffer = self.buffer, b""
             if received:
                 self._take_body(received)
+
+    def _admit_later(self, head: RequestHead, needed: KeysNeeded) -> None:
+        """Admit once keys were read, which others need not wait for; the body stays unread."""
+        self.busy = True
+        self.deadline = math.inf
+        self.loop.watch(self, 0)
+        needed.read_soon(functools.partial(self.loop.call, functools.partial(self._admit_again, head)))
+
+    def _admit_again(self, head: RequestHead) -> None:
+        self.busy = False
+        if self.sock is None:
+            return
+        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.loop.watch(self, selectors.EVENT_READ)
+        self._admit(head)
+        self.advance()
 
     def _take_body(self, received: bytes) -> None:
         part = received[: self.missing]
@@ -8702,10 +8742,14 @@ class Usage:
 
 
 class Caller(NamedTuple):
-    """Who sent a header, as long as that holds."""
+    """Who sent a header, until when that is believed (epoch seconds) without a look at the token:
+    the key that signed it may be withdrawn."""
 
     principal: Principal
     usage: Usage
+    until: float
+
+    KEEP_S = 300.0
 
 
 class RefusalBudget:
@@ -8753,7 +8797,459 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 16. SESSIONS - browsers that signed in, and what they must prove
+# 16. SIGN ON - tokens and sign-ins of an identity provider
+# ============================================================================
+# JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
+# algorithms count, never the token, and a key is used only with the algorithms of its
+# kind: neither "none" nor a public key taken for a shared secret gets in. HS256 needs the
+# standard library alone, all others PyJWT. The loop never waits for the provider.
+
+PROVIDER_CALL_S = 10.0
+PROVIDER_ANSWER_BYTES = 1024 * 1024
+KEY_CURVES = {"ES256": ("P-256",), "ES384": ("P-384",), "ES512": ("P-521",), "EdDSA": ("Ed25519", "Ed448")}
+
+
+def _url_parts(url: str) -> SplitResult:
+    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+class TokenRefused(Exception):
+    """A signed token that does not count, and why, as a sentence without anything of the token."""
+
+
+def fetch_json(url: str, form: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """The JSON object at an identity provider's URL; ProviderFailed otherwise. No redirect is
+    followed: what we send must not travel on."""
+    import urllib.error
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    where = url.partition("?")[0]
+    near = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
+    body = None if form is None else urlencode(form).encode()
+    request = urllib.request.Request(url, body, {"Accept": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **(headers or {})})
+    try:
+        with urllib.request.build_opener(NoRedirect, *near).open(request, timeout=PROVIDER_CALL_S) as answer:
+            raw = answer.read(PROVIDER_ANSWER_BYTES + 1)
+        document = parse_json(raw, unique_keys=False) if len(raw) <= PROVIDER_ANSWER_BYTES else None
+    except urllib.error.HTTPError as error:
+        raise ProviderFailed(f"the identity provider answered {where} with HTTP {error.code}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ProviderFailed(f"the identity provider cannot be asked at {where}: {_network_words(getattr(error, 'reason', error))}") from None
+    except InvalidInput:
+        document = None
+    if not isinstance(document, dict):
+        raise ProviderFailed(f"the identity provider's answer at {where} is not a JSON object")
+    return document
+
+
+class KeySource:
+    """An issuer's public keys (JWKS, RFC 7517), read in the background."""
+
+    STALE_S = 600.0  # read again after this even if nobody asks for a new key
+    RETRY_S = 10.0  # after a failure
+    MOST_WAITING = 1000
+
+    def __init__(self, read: Callable[[], dict[str, Any]], every_s: float = 60.0):
+        self._read = read
+        self._every_s = every_s  # a key that is not known has them read again, so often at most
+        self._lock = threading.Lock()  # guards what follows
+        self._keys: list[dict[str, Any]] = []
+        self._is_reading = False
+        self._next_at = -math.inf
+        self._read_at = -math.inf
+        self._waiting: list[Callable[[], None]] = []
+
+    def find(self, kid: str | None, algorithm: str) -> Any:
+        """The key of this id for this algorithm, None when there is none, or more than one.
+        KeysNeeded when it may be among keys that are not read yet."""
+        fitting = [entry for entry in self._keys if _key_fits(entry, kid, algorithm)]
+        if steady_s() - self._read_at > self.STALE_S:
+            self.read_soon(_nothing, is_asked=False)
+        if not fitting and self._may_read():
+            raise KeysNeeded(self.read_soon)
+        return _public_key(fitting[0], algorithm) if len(fitting) == 1 else None
+
+    def _may_read(self) -> bool:
+        with self._lock:
+            if len(self._waiting) >= self.MOST_WAITING:
+                raise NotReady("the identity provider's keys are being read", retry_after_s=1)
+            return self._is_reading or steady_s() >= self._next_at
+
+    def read_soon(self, then: Callable[[], None], is_asked: bool = True) -> None:
+        """Read the keys in a thread, and call `then` once that is over, well or not. is_asked:
+        for a key that is not known, which counts."""
+        with self._lock:
+            is_too_soon = is_asked and not self._is_reading and steady_s() < self._next_at
+            if not is_too_soon:
+                self._waiting.append(then)
+                if is_asked and not self._is_reading:
+                    self._next_at = steady_s() + self._every_s
+                was_reading, self._is_reading = self._is_reading, True
+        if is_too_soon:
+            then()
+        elif not was_reading:
+            in_background("keys", self._read_now)
+
+    def _read_now(self) -> None:
+        self._read_at = steady_s()
+        try:
+            keys = self._read().get("keys")
+            if not isinstance(keys, list):
+                raise ProviderFailed("the identity provider's keys are not a JWKS, an object with keys")
+            self._keys = [entry for entry in keys if isinstance(entry, dict)]
+            log("keys of the identity provider read", keys=len(self._keys))
+        except (LoadManagerError, OSError) as error:
+            log("keys of the identity provider not read", why=getattr(error, "message", error))
+            self._read_at += self.RETRY_S - self.STALE_S
+            self._next_at = min(self._next_at, steady_s() + self.RETRY_S)
+        with self._lock:
+            waiting, self._waiting, self._is_reading = self._waiting, [], False
+        for then in waiting:
+            then()
+
+
+def _key_fits(entry: dict[str, Any], kid: str | None, algorithm: str) -> bool:
+    curves = KEY_CURVES.get(algorithm)
+    return (
+        entry.get("kty") == JWT_ALGORITHMS[algorithm]
+        and (kid is None or entry.get("kid") == kid)
+        and entry.get("use", "sig") == "sig"
+        and entry.get("alg", algorithm) == algorithm
+        and (curves is None or entry.get("crv") in curves)
+    )
+
+
+def _public_key(entry: dict[str, Any], algorithm: str) -> Any:
+    import jwt
+
+    try:
+        return jwt.PyJWK(entry, algorithm=algorithm).key
+    except (jwt.exceptions.PyJWTError, ValueError, TypeError, KeyError):
+        return None
+
+
+def read_jwks_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return parse_json(file.read(PROVIDER_ANSWER_BYTES), unique_keys=False)
+    except OSError as error:
+        raise ProviderFailed(f"{path} cannot be read: {error.strerror or error}") from None
+    except InvalidInput as error:
+        raise ProviderFailed(f"{path}: {error.message}") from None
+
+
+def require_pyjwt(algorithms: Iterable[str]) -> None:
+    """StartupError when algorithms need PyJWT and it is not there."""
+    wanted = [name for name in algorithms if JWT_ALGORITHMS[name] != "oct"]
+    try:
+        import jwt
+
+        if wanted and not jwt.algorithms.has_crypto:
+            raise ImportError
+    except ImportError:
+        if wanted:
+            raise StartupError(f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip install 'PyJWT[crypto]'") from None
+
+
+class JwtVerifier:
+    """Decides whether a signed token counts. keys, or secret: what its signature is checked with."""
+
+    MOST_CHARACTERS = 16 * 1024
+
+    def __init__(self, issuer: str, audience: str, algorithms: tuple[str, ...], leeway_s: float, keys: KeySource | None, secret: str = ""):
+        self._issuer = issuer
+        self._audience = audience
+        self._algorithms = algorithms
+        self._leeway_s = leeway_s
+        self._keys = keys
+        self._secret = secret.encode()
+
+    def claims(self, token: str) -> dict[str, Any]:
+        """What a token claims, once its signature, issuer, audience and times are good;
+        TokenRefused otherwise, KeysNeeded when its key may still have to be read."""
+        parts = token.split(".")
+        if len(parts) != 3 or len(token) > self.MOST_CHARACTERS:
+            raise TokenRefused("the token is not a signed JWT")
+        header, claims = _jwt_object(parts[0]), _jwt_object(parts[1])
+        algorithm = header.get("alg")
+        if algorithm not in self._algorithms:
+            raise TokenRefused(f"the token's algorithm is not one of {', '.join(self._algorithms)}")
+        if "crit" in header:
+            raise TokenRefused("the token has critical extensions, none of which is known")
+        if not self._is_signed(header, algorithm, f"{parts[0]}.{parts[1]}".encode(), _base64url(parts[2])):
+            raise TokenRefused("the token's signature is wrong, or its key is not known")
+        self._check_claims(claims, time.time())
+        return claims
+
+    def _is_signed(self, header: dict[str, Any], algorithm: str, signed: bytes, signature: bytes) -> bool:
+        if algorithm == "HS256":
+            return bool(self._secret) and hmac.compare_digest(hmac.new(self._secret, signed, hashlib.sha256).digest(), signature)
+        kid = header.get("kid")
+        if self._keys is None or not (kid is None or isinstance(kid, str)):
+            return False
+        key_ = self._keys.find(kid, algorithm)
+        if key_ is None:
+            return False
+        import jwt
+
+        return bool(jwt.get_algorithm_by_name(algorithm).verify(signed, key_, signature))
+
+    def _check_claims(self, claims: dict[str, Any], now: float) -> None:
+        audience = claims.get("aud")
+        if claims.get("iss") != self._issuer:
+            raise TokenRefused("the token is of another issuer")
+        if audience != self._audience and not (isinstance(audience, list) and self._audience in audience):
+            raise TokenRefused("the token is for another audience")
+        moments = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+        if "exp" not in moments:
+            raise TokenRefused("the token has no expiry (exp)")
+        if any(isinstance(at, bool) or not isinstance(at, (int, float)) for at in moments.values()):
+            raise TokenRefused("the token's times are not numbers")
+        if moments["exp"] <= now - self._leeway_s:
+            raise TokenRefused("the token has expired")
+        if max(moments.get("nbf", 0), moments.get("iat", 0)) > now + self._leeway_s:
+            raise TokenRefused("the token is not valid yet")
+
+
+def _base64url(text: str) -> bytes:
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
+        raise TokenRefused("the token is not a signed JWT")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _jwt_object(part: str) -> dict[str, Any]:
+    try:
+        value = parse_json(_base64url(part))
+    except InvalidInput:
+        value = None
+    if not isinstance(value, dict):
+        raise TokenRefused("the token is not a signed JWT")
+    return value
+
+
+class ClaimsMap:
+    """What claims mean here: a name, a role, tenants."""
+
+    def __init__(self, config: JwtConfig):
+        self._config = config
+
+    def principal(self, claims: dict[str, Any], ends_at: float) -> Principal:
+        """Who the claims say it is. Forbidden without a role; without tenants nothing is seen."""
+        config = self._config
+        name = claim_of(claims, config.name_claim)
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise TokenRefused(f"the token has no {config.name_claim}")
+        words = words_of(claim_of(claims, config.role_claim))
+        roles = [role for role in ROLES if any((config.role_map or {}).get(word, word if config.role_map is None else None) == role for word in words)]
+        who = Principal("sso:" + name[:MAX_TEXT], roles[-1] if roles else "", scope_of(words_of(claim_of(claims, config.tenants_claim))), ends_at)
+        if not roles:
+            refused = Forbidden(f"the sign-on gives no role here: the claim {config.role_claim} has none of those that count")
+            refused.caller = who
+            raise refused
+        return who
+
+
+def claim_of(claims: dict[str, Any], path: str) -> Any:
+    """A claim by its name, else by the dots in it: realm_access.roles."""
+    if path in claims:
+        return claims[path]
+    value: Any = claims
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def words_of(value: Any) -> list[str]:
+    """The words of a claim, a list of texts or a text of words."""
+    if isinstance(value, str):
+        return [word for word in re.split(r"[\s,]+", value) if word]
+    return [word for word in value if isinstance(word, str) and word] if isinstance(value, list) else []
+
+
+class JwtTokens:
+    """Bearer tokens that an identity provider signed."""
+
+    def __init__(self, config: JwtConfig, folder: str):
+        algorithms = config.algorithms or (("HS256",) if config.secret else PUBLIC_ALGORITHMS)
+        require_pyjwt(algorithms)
+        keys: KeySource | None = None
+        if config.jwks_url:
+            keys = KeySource(functools.partial(fetch_json, config.jwks_url))
+        elif config.jwks_file:
+            keys = KeySource(functools.partial(read_jwks_file, os.path.join(folder, config.jwks_file)), every_s=1.0)
+        if keys:
+            keys.read_soon(_nothing, is_asked=False)
+        self._verifier = JwtVerifier(config.issuer, config.audience, algorithms, config.leeway_s, keys, config.secret)
+        self._map = ClaimsMap(config)
+        self._leeway_s = config.leeway_s
+
+    def owner(self, token: str) -> Principal:
+        """Whose token it is; TokenRefused, Forbidden or KeysNeeded otherwise."""
+        claims = self._verifier.claims(token)
+        return self._map.principal(claims, claims["exp"] + self._leeway_s)
+
+
+PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
+
+
+class OpenIdSignOn:
+    """Signing in by OpenID Connect: authorization code with PKCE (RFC 7636).
+
+    Nothing is kept for a sign-in that was begun: its state is in a cookie that we signed, and
+    nonce and verifier are derived from it with a key that only this process has."""
+
+    KEEP_S = 600  # between leaving for the provider and coming back
+    DOCUMENT_S = 3600.0
+
+    def __init__(self, config: OidcConfig, mapping: JwtConfig | None):
+        algorithms = tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256") or PUBLIC_ALGORITHMS
+        require_pyjwt(algorithms)
+        self._config = config
+        self._issuer = config.issuer.rstrip("/")
+        self._algorithms = algorithms
+        self._leeway_s = mapping.leeway_s if mapping else 30.0
+        self._map = ClaimsMap(mapping or JwtConfig())
+        self._key = secrets.token_bytes(32)
+        self._document: tuple[float, dict[str, Any]] = (-math.inf, {})
+        self._keys = KeySource(lambda: fetch_json(self._discovered()["jwks_uri"]))
+
+    def begin(self) -> tuple[str, str]:
+        """Where to send the browser, and the state for its cookie; ProviderFailed."""
+        ends_at = str(int(time.time()) + self.KEEP_S)
+        state = f"{secrets.token_urlsafe(24)}.{ends_at}"
+        challenge = hashlib.sha256(self._derived("verifier", state).encode()).digest()
+        query = {
+            "response_type": "code", "client_id": self._config.client_id, "redirect_uri": self._config.redirect_url, "scope": self._config.scopes,
+            "state": state, "nonce": self._derived("nonce", state), "code_challenge": _unpadded(challenge), "code_challenge_method": "S256",
+        }  # fmt: skip
+        endpoint = self._discovered()["authorization_endpoint"]
+        return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}", f"{state}.{self._derived('cookie', state)}"
+
+    def finish(self, query: dict[str, str], cookie: str | None) -> Principal:
+        """Who came back from the provider; Unauthorized, Forbidden or ProviderFailed."""
+        state, _, seal = (cookie or "").rpartition(".")
+        is_ours = hmac.compare_digest(seal.encode("latin-1"), self._derived("cookie", state).encode())
+        if not is_ours or not hmac.compare_digest(state.encode("latin-1"), query.get("state", "").encode()):
+            raise Unauthorized("this sign-in was not begun in this browser; begin again")
+        if int(state.rpartition(".")[2]) < time.time():
+            raise Unauthorized("this sign-in took too long; begin again")
+        if "error" in query or not query.get("code"):
+            raise Unauthorized(f"the identity provider refused the sign-in: {_printable(query.get('error', 'no code'))}")
+        if query.get("iss", self._issuer).rstrip("/") != self._issuer:  # RFC 9207
+            raise Unauthorized("the answer is of another identity provider")
+        answer = self._exchange(query["code"], self._derived("verifier", state))
+        try:
+            return self._principal(answer, self._derived("nonce", state))
+        except TokenRefused as error:
+            raise Unauthorized(f"the sign-in does not count: {error}") from None
+
+    def _exchange(self, code: str, verifier: str) -> dict[str, Any]:
+        config, document = self._config, self._discovered()
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": config.redirect_url, "code_verifier": verifier, "client_id": config.client_id}
+        headers = {}
+        methods = document.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
+        if config.client_secret and "client_secret_basic" in methods:
+            pair = f"{quote(config.client_id, safe='')}:{quote(config.client_secret, safe='')}"  # RFC 6749, 2.3.1
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        elif config.client_secret:
+            form["client_secret"] = config.client_secret
+        return fetch_json(document["token_endpoint"], form, headers)
+
+    def _principal(self, answer: dict[str, Any], nonce: str) -> Principal:
+        token = answer.get("id_token")
+        if not isinstance(token, str):
+            raise TokenRefused("there is no ID token")
+        claims = self._id_claims(token)
+        given = claims.get("nonce")
+        if not isinstance(given, str) or not hmac.compare_digest(given.encode(), nonce.encode()):
+            raise TokenRefused("the ID token is for another sign-in")
+        if claims.get("azp", self._config.client_id) != self._config.client_id:
+            raise TokenRefused("the ID token is for another client")
+        return self._map.principal({**self._user_info(answer, claims), **claims}, math.inf)
+
+    def _id_claims(self, token: str) -> dict[str, Any]:
+        verifier = JwtVerifier(self._discovered()["issuer"], self._config.client_id, self._algorithms, self._leeway_s, self._keys)
+        try:
+            return verifier.claims(token)
+        except KeysNeeded as needed:
+            were_read = threading.Event()
+            needed.read_soon(were_read.set)
+            were_read.wait(PROVIDER_CALL_S + 1)
+        try:
+            return verifier.claims(token)
+        except KeysNeeded:
+            raise ProviderFailed("the identity provider's keys cannot be read") from None
+
+    def _user_info(self, answer: dict[str, Any], claims: dict[str, Any]) -> dict[str, Any]:
+        """What the provider tells of the user beyond the ID token; {} where it does not."""
+        endpoint, token = self._discovered().get("userinfo_endpoint"), answer.get("access_token")
+        if not isinstance(endpoint, str) or not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+            return {}
+        try:
+            told = fetch_json(endpoint, None, {"Authorization": f"Bearer {token}"})
+        except ProviderFailed as error:
+            log("user info not read", why=error.message)
+            return {}
+        return told if told.get("sub") == claims.get("sub") else {}  # OpenID Connect Core, 5.3.2
+
+    def _discovered(self) -> dict[str, Any]:
+        read_at, document = self._document
+        if steady_s() - read_at < self.DOCUMENT_S:
+            return document
+        document = fetch_json(f"{self._issuer}/.well-known/openid-configuration")
+        if str(document.get("issuer", "")).rstrip("/") != self._issuer:
+            raise ProviderFailed("the identity provider's configuration is of another issuer")
+        for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
+            parts = _url_parts(str(document.get(name)))
+            if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+                raise ProviderFailed(f"the identity provider's {name} is not an https URL")
+        self._document = steady_s(), document
+        return document
+
+    def _derived(self, purpose: str, state: str) -> str:
+        return _unpadded(hmac.new(self._key, f"{purpose}:{state}".encode("utf-8", "surrogateescape"), hashlib.sha256).digest())
+
+
+def _unpadded(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def sign_on_cookie(server: ServerConfig, value: str) -> str:
+    """The Set-Cookie value of a sign-in that was begun. Lax: the provider sends the browser back."""
+    return f"{_sign_on_cookie_name(server)}={value}; Path=/session/oidc; Max-Age={OpenIdSignOn.KEEP_S}; HttpOnly; SameSite=Lax{secure_mark(server)}"
+
+
+def _sign_on_cookie_name(server: ServerConfig) -> str:
+    return f"loadmanager_signon_{server.port}"
+
+
+def sign_on_state(head: RequestHead, server: ServerConfig) -> str | None:
+    return cookie_of(head, _sign_on_cookie_name(server))
+
+
+def cookie_of(head: RequestHead, name: str) -> str | None:
+    for part in head.headers.get("cookie", "").split(";"):
+        if part.strip().startswith(name + "="):
+            return part.strip()[len(name) + 1 :]
+    return None
+
+
+def secure_mark(server: ServerConfig) -> str:
+    """A cookie's Secure, where browsers reach us by https only."""
+    is_https = server.tls is not None or (server.public_url or "").startswith("https:")
+    return "; Secure" if is_https else ""
+
+
+# ============================================================================
+# 17. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -8826,17 +9322,12 @@ def _cookie_name(server: ServerConfig) -> str:
 def session_cookie(server: ServerConfig, secret: str) -> str:
     """The Set-Cookie value; an empty secret removes the cookie."""
     age_s = int(Sessions.KEEP_S) if secret else 0
-    secure = "; Secure" if (server.public_url or "").startswith("https:") else ""
-    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure}"
+    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure_mark(server)}"
 
 
 def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
     """What the session's cookie says, or None."""
-    wanted = _cookie_name(server) + "="
-    for part in head.headers.get("cookie", "").split(";"):
-        if part.strip().startswith(wanted):
-            return part.strip()[len(wanted) :]
-    return None
+    return cookie_of(head, _cookie_name(server))
 
 
 def check_host(head: RequestHead, server: ServerConfig) -> None:
@@ -8868,14 +9359,6 @@ def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -
         raise Forbidden("the header Origin is missing or another site's; only our own pages may do this with a cookie")
 
 
-def _url_parts(url: str) -> SplitResult:
-    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
-    try:
-        return urlsplit(url)
-    except ValueError:
-        return urlsplit("")
-
-
 def check_csrf(head: RequestHead, session: Session) -> None:
     given = head.headers.get("x-csrf-token", "").encode("latin-1")
     if not hmac.compare_digest(given, session.csrf_token.encode()):
@@ -8883,7 +9366,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 17. HTTP API - routes, authentication, handlers
+# 18. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -8918,7 +9401,9 @@ class Route:
     @functools.cached_property
     def is_audited(self) -> bool:
         """What changes something is, but for the callbacks of runs that go on."""
-        return self.method not in SAFE_METHODS and (self.access != "locust" or self.handler is locust_register)
+        if self.method in SAFE_METHODS:
+            return self.handler is get_oidc_callback
+        return self.access != "locust" or self.handler is locust_register
 
 
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -9270,7 +9755,7 @@ def get_session(api: Api, request: Request) -> Response:
         return json_response({**session_to_wire(session), "anonymous": False})
     if api.is_open:
         return json_response({"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role})
-    return json_response({"signedIn": False, "anonymous": False})
+    return json_response({"signedIn": False, "anonymous": False, "singleSignOn": api.sign_on is not None})
 
 
 def post_session(api: Api, request: Request) -> Response:
@@ -9279,6 +9764,24 @@ def post_session(api: Api, request: Request) -> Response:
     request.principal = session.principal
     log("signed in", name=session.principal.name, address=request.address)
     return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
+
+
+def get_oidc(api: Api, request: Request) -> Response:
+    if api.sign_on is None:
+        raise NotFound("security.oidc is not configured")
+    location, state = api.sign_on.begin()
+    return Response(http_status=302, headers={"Location": location, "Set-Cookie": sign_on_cookie(api.config.server, state)})
+
+
+def get_oidc_callback(api: Api, request: Request) -> Response:
+    """The browser is back from the identity provider."""
+    if api.sign_on is None:
+        raise NotFound("security.oidc is not configured")
+    request.principal = api.sign_on.finish(request.query, sign_on_state(request.head, api.config.server))
+    secret = api.begin_session(request.principal)
+    log("signed in", name=request.principal.name, address=request.address)
+    home = urlsplit(api.config.security.oidc.redirect_url).path.removesuffix("session/oidc/callback")
+    return Response(http_status=302, headers={"Location": home, "Set-Cookie": session_cookie(api.config.server, secret)})
 
 
 def _sign_in_token(request: Request) -> str:
@@ -9396,6 +9899,10 @@ AUDIT_QUERY = {
     "limit": number_value(1, 1000, whole=True),
     "cursor": LIST_QUERY["cursor"],
 }
+OIDC_QUERY = {  # what providers send back; all but the first five mean nothing to us
+    name: text_value("a string", empty=True)
+    for name in ("code", "state", "iss", "error", "error_description", "error_uri", "session_state", "scope", "authuser", "prompt", "hd")
+}
 STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
@@ -9426,6 +9933,11 @@ ROUTES = (
     Route(
         "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
         most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429), more_body={"token": {"type": "string"}},
+    ),
+    Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider", success=302, errors=(404, 502)),
+    Route(
+        "GET", "/session/oidc/callback", get_oidc_callback, "anyone", "Sign in by OpenID Connect: back from the provider",
+        query=OIDC_QUERY, success=302, errors=(401, 403, 404, 502),
     ),
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
@@ -9529,7 +10041,7 @@ SCHEMAS: dict[str, Any] = {
     "Audit": _array("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
-    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
@@ -9657,7 +10169,7 @@ def _body_schema(route: Route) -> dict[str, Any]:
 
 def _responses(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": REASONS[route.success]}
-    if route.success != 204:
+    if route.success not in (204, 302):
         schema = {"$ref": f"#/components/schemas/{route.answer}"} if route.media == JSON_TYPE else _TEXT
         good["content"] = {route.media: {"schema": schema}}
     statuses = {400, *route.errors}
@@ -9738,6 +10250,9 @@ class Api:
         self._refusals = RefusalBudget()
         self._tokens = ApiTokens(config.security)
         self._callback_tokens = CallbackTokens(config)
+        security = config.security
+        self._jwt = JwtTokens(security.jwt, config.folder) if security.jwt else None
+        self.sign_on = OpenIdSignOn(security.oidc, security.jwt) if security.oidc else None
         self._callers: dict[str, Caller] = {}  # by a good header Authorization
         self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
         self._usages: dict[str, Usage] = {}  # by the caller's name
@@ -9804,7 +10319,7 @@ class Api:
         """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
         given, limit = head.headers.get("authorization"), self.config.limits.requests_per_s
         known = self._callers.get(given) if given else None
-        if known is not None and known.principal.ends_at > time.time():
+        if known is not None and known.until > time.time():
             known.usage.note(limit)
             return known.principal
         principal = self._new_caller(head, given, address)
@@ -9812,7 +10327,7 @@ class Api:
         if given and not self.is_open:
             if len(self._callers) >= self.MOST_CALLERS:
                 self._callers.clear()
-            self._callers[given] = Caller(principal, usage)
+            self._callers[given] = Caller(principal, usage, min(principal.ends_at, time.time() + Caller.KEEP_S))
         usage.note(limit)
         return principal
 
@@ -9824,13 +10339,22 @@ class Api:
         if given is None and session_secret(head, self.config.server) is not None:
             return self._by_cookie(head)
         scheme, _, token = (given or "").partition(" ")
-        principal = self._owner_of(token.strip()) if scheme.lower() == "bearer" else None
-        if principal is None:
+        if scheme.lower() != "bearer" or not token.strip():
             raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
-        return principal
+        return self._owner_of(token.strip(), address)
 
-    def _owner_of(self, token: str) -> Principal | None:
-        return self._tokens.owner(token)
+    def _owner_of(self, token: str, address: str) -> Principal:
+        """Whose token it is, one of ours or one that the identity provider signed; Unauthorized,
+        TooManyRequests, Forbidden or KeysNeeded otherwise."""
+        principal = self._tokens.owner(token)
+        if principal is not None:
+            return principal
+        if self._jwt is None or token.count(".") != 2:
+            raise self._refused(address, "this is not a valid API token")
+        try:
+            return self._jwt.owner(token)
+        except TokenRefused as error:
+            raise self._refused(address, str(error)) from None
 
     # ---- browsers that signed in -------------------------------------------
 
@@ -9853,10 +10377,11 @@ class Api:
 
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
         """A new session and its secret for the owner of an API token, or Unauthorized."""
-        principal = ANONYMOUS if self.is_open else self._owner_of(token)
-        if principal is None:
-            raise self._refused(address, "this is not a valid API token")
-        return self._sessions.begin(principal)
+        return self._sessions.begin(ANONYMOUS if self.is_open else self._owner_of(token, address))
+
+    def begin_session(self, principal: Principal) -> str:
+        """The secret of a new session of somebody who has proven who they are."""
+        return self._sessions.begin(principal)[1]
 
     def sign_out(self, head: RequestHead) -> None:
         self._sessions.end(session_secret(head, self.config.server))
@@ -9918,6 +10443,7 @@ class Api:
     def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
         if not self._refusals.takes():
             return
+        request.principal = failure.caller or request.principal
         skipped, self._refusals.skipped = self._refusals.skipped, 0
         more = f" ({skipped} refusals before this one were too many to write)" if skipped else ""
         self.store.audit(self._entry(request, failure.http_status, failure.message + more))
@@ -10047,7 +10573,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 18. SERVICE - the whole program put together, and its configuration checked
+# 19. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -10180,7 +10706,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 19. TERMINAL - text, tables and a live view that any terminal can show
+# 20. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -10394,7 +10920,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 20. API CLIENT - which server a command talks to, and requests to it
+# 21. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -10406,6 +10932,7 @@ class ServerAddress(NamedTuple):
     url: str
     token: str
     ca_file: str | None = None
+    token_command: str | None = None  # prints a new token when this one is refused
 
 
 def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
@@ -10414,8 +10941,11 @@ def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
     url = _given_url(options.url or environ.get("LOADMANAGER_URL"))
     token = _given_token(options, environ)
     ca_file = options.ca_file or environ.get("LOADMANAGER_CA_FILE") or None
+    command = environ.get("LOADMANAGER_TOKEN_COMMAND") or None if token is None else None
+    if command is not None:
+        token = token_of_command(command)
     if url is not None and token is not None:
-        return ServerAddress(url, token, ca_file)
+        return ServerAddress(url, token, ca_file, command)
     here = [os.path.join(folder, DEFAULT_CONFIG) for folder in (".", os.path.dirname(os.path.abspath(__file__)))]
     path = options.config or next(filter(os.path.isfile, here), None)
     if path is None:
@@ -10428,7 +10958,28 @@ def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
         configured = ServerAddress("", "")  # found by chance, and not needed
     if token is None:
         token = configured.token if options.config or _is_near(url, configured.url) else ""
-    return ServerAddress(url or configured.url, token, ca_file)
+    return ServerAddress(url or configured.url, token, ca_file, command)
+
+
+def token_of_command(command: str) -> str:
+    """The token that a command prints; its words are taken as they stand, no shell reads them."""
+    import shlex
+    import subprocess
+
+    name = "LOADMANAGER_TOKEN_COMMAND"
+    try:
+        words = shlex.split(command)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=False)
+    except (ValueError, IndexError) as error:
+        raise CommandError(f"{name}: cannot be split into words: {error}", EXIT_USAGE) from None
+    except OSError as error:
+        raise CommandError(f"{name}: {words[0]} cannot be run: {error.strerror or error}", EXIT_USAGE) from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"{name}: printed no token within 60 s", EXIT_UNREACHABLE) from None
+    token = done.stdout.decode("ascii", "replace").strip()
+    if done.returncode or not re.fullmatch("[!-~]+", token):
+        raise CommandError(f"{name}: ended with {done.returncode} and printed {'no' if not token else 'something else than a'} token", EXIT_UNREACHABLE)
+    return token
 
 
 def _is_near(url: str | None, configured_url: str) -> bool:
@@ -10474,7 +11025,8 @@ def _configured_server(path: str, need_url: bool, need_token: bool) -> ServerAdd
         raise ConfigError(problems)
     if need_url and server.port == 0:
         raise CommandError(f"{path}: server.port is 0, any free one: say which with --url or LOADMANAGER_URL", EXIT_USAGE)
-    return ServerAddress(f"http://{host_to_call(server.host)}:{server.port}", security.api_token)
+    scheme = "https" if server.tls else "http"
+    return ServerAddress(f"{scheme}://{host_to_call(server.host)}:{server.port}", security.api_token)
 
 
 class ApiAnswer(NamedTuple):
@@ -10518,6 +11070,7 @@ class ApiClient:
 
     def __init__(self, server: ServerAddress):
         self._server = server
+        self._token = server.token
         parts = urlsplit(server.url)
         self._is_https = parts.scheme == "https"
         self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
@@ -10553,15 +11106,24 @@ class ApiClient:
         except BaseException:  # Ctrl-C in the middle of an answer: the rest must not be read as another's
             self.close()
             raise
+        if answer.http_status == 401 and self._has_new_token():
+            return self.request(method, path, body, headers)
         if answer.http_status >= 300:
             raise self._refusal(f"{method} {path.partition('?')[0]}", answer)
         return answer
 
+    def _has_new_token(self) -> bool:
+        """Whether the token command printed another token than the one that was refused."""
+        if self._server.token_command is None:
+            return False
+        before, self._token = self._token, token_of_command(self._server.token_command)
+        return self._token != before
+
     def _exchange(self, method: str, path: str, body: Any, headers: dict[str, str] | None) -> ApiAnswer:
         connection = self._connect()
         sent = {"Accept": "*/*", "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
-        if self._server.token:
-            sent["Authorization"] = f"Bearer {self._server.token}"
+        if self._token:
+            sent["Authorization"] = f"Bearer {self._token}"
         if body is not None:
             sent["Content-Type"] = JSON_TYPE
         connection.sock.settimeout(self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
@@ -10616,7 +11178,7 @@ class ApiClient:
         if answer.http_status == 404 and message == NO_SUCH_PATH:
             message = f"the server does not offer this ({asked}): it may be an older Load Manager"
         elif answer.http_status == 401:
-            was = "the token was refused" if self._server.token else "no token was sent"
+            was = "the token was refused" if self._token else "no token was sent"
             message = f"not allowed, {was}; give one with --token-file, --token, LOADMANAGER_TOKEN or a configuration (-config)"
         elif answer.http_status == 403:
             message = f"not allowed: {message}"
@@ -10635,7 +11197,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 21. COMMAND LINE - commands, what they take, and what they print
+# 22. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -10652,6 +11214,7 @@ EXITS = {
 VARIABLES = {
     "LOADMANAGER_URL": "the server; --url goes first, then this, then a configuration file",
     "LOADMANAGER_TOKEN": "the API token; --token and --token-file go first",
+    "LOADMANAGER_TOKEN_COMMAND": "a program and its arguments that prints the token; run again when the token is refused; without a shell",
     "LOADMANAGER_CA_FILE": "certificates to trust for an https server; --ca-file goes first",
     "NO_COLOR": "set to anything: no colours",
 }
@@ -12028,7 +12591,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 22. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 23. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
@@ -12835,6 +13398,7 @@ function showSignIn(message) {
   document.title = "Sign in \u2013 Load Manager";
   const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password", autofocus: true, spellcheck: "false"});
   const problem = h("div", {class: "wrong", role: "alert"}, message && message.includes("Authorization") ? "" : message || "");
+  const signOn = h("a", {class: "button", id: "sign-on", href: "session/oidc", hidden: true}, "Single sign-on");
   async function submit(event) {
     event.preventDefault();
     setText(problem, "");
@@ -12855,9 +13419,11 @@ function showSignIn(message) {
       h("label", {class: "field"}, h("span", {}, "API token"), token),
       problem,
       h("button", {class: "primary"}, "Sign in"),
+      signOn,
     ),
   );
   token.focus();
+  get("/session").then((known) => (signOn.hidden = !known.singleSignOn), () => {});
 }
 
 async function signOut() {

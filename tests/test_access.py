@@ -142,6 +142,7 @@ RULES = {
     "POST /session/end": plain("/session/end", None, (204,)),
     # of anyone: they tell nothing of any tenant
     **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health")},
+    **{f"GET {path}": plain(path, own=(404,)) for path in ("/session/oidc", "/session/oidc/callback")},  # not configured here
     "POST /session": plain("/session", {"token": "wrong"}, (401, 429)),
     # callbacks: with the token of acme's cluster
     **{f"POST /v1/internal/locust/{name}": plain(
