@@ -551,7 +551,7 @@ def _accept_words(value: Any) -> tuple[str, ...]:
 
 
 def _accept_networks(value: Any) -> tuple[str, ...]:
-    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in _accept_words(value))
+    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in (_accept_words(value) if value != [] else ()))
 
 
 def _accept_expiry(value: Any) -> float:
@@ -7783,6 +7783,7 @@ IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
 WRITE_STALL_S = 30.0
+HANDSHAKE_DEADLINE_S = 10.0
 LINGER_S = 2.0  # reading on after an answer that closes the connection
 MOST_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
 
@@ -7960,17 +7961,132 @@ def error_response(error: LoadManagerError) -> Response:
     return Response(text.encode(), error.http_status, headers=headers)
 
 
+class TlsFiles:
+    """Our certificate and key. They are read again when they change; connections that are
+    open go on with what they began with."""
+
+    def __init__(self, config: ServerTlsConfig, folder: str):
+        """StartupError when they cannot be used."""
+        names = {"certFile": config.cert_file, "keyFile": config.key_file, "clientCaFile": config.client_ca_file}
+        self._paths = {name: os.path.join(folder, path) for name, path in names.items() if path}
+        self._seen = self._marks()
+        self._context = self._read()
+
+    def wrap(self, sock: socket.socket) -> TlsSocket:
+        """The socket with TLS, its handshake still to come; OSError when it is closed already."""
+        return TlsSocket(self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed; what cannot be used is logged, and the
+        certificate of before stays."""
+        marks = self._marks()
+        if marks == self._seen:
+            return
+        self._seen = marks
+        try:
+            self._context = self._read()
+            log("certificate read again", file=self._paths["certFile"])
+        except StartupError as error:
+            log("certificate not read again; the one before is kept", why=error)
+
+    def _marks(self) -> list[Any]:
+        marks: list[Any] = []
+        for path in self._paths.values():
+            try:
+                found = os.stat(path)
+                marks.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            except OSError:
+                marks.append(None)
+        return marks
+
+    def _read(self) -> Any:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        context.set_alpn_protocols(["http/1.1"])
+        name = "certFile"
+        try:
+            context.load_cert_chain(self._paths["certFile"], self._paths["keyFile"], password=lambda: "")  # a prompt would hang
+            if "clientCaFile" in self._paths:
+                name = "clientCaFile"
+                context.load_verify_locations(self._paths[name])
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            both = " with keyFile" if name == "certFile" else ""
+            raise StartupError(f"server.tls.{name}: {self._paths[name]}{both} cannot be used: {why}") from None
+        return context
+
+
+class TlsSocket:
+    """A socket with TLS that a Connection uses like a plain one: where it would have to wait,
+    it raises BlockingIOError."""
+
+    def __init__(self, tls: Any):
+        import ssl
+
+        self._tls = tls
+        self._waits = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._wants_write = ssl.SSLWantWriteError
+
+    def handshake(self) -> int:
+        """0 when it is done, else what to wait for; OSError when it failed."""
+        try:
+            self._tls.do_handshake()
+            return 0
+        except self._waits as waits:
+            return selectors.EVENT_WRITE if isinstance(waits, self._wants_write) else selectors.EVENT_READ
+
+    def recv(self, size: int) -> bytes:
+        try:
+            received = self._tls.recv(size)
+            while self._tls.pending():  # what is decrypted already, no selector tells of
+                received += self._tls.recv(size)
+            return received
+        except self._waits:
+            raise BlockingIOError from None
+
+    def send(self, raw: Any) -> int:
+        try:
+            return self._tls.send(raw)
+        except self._waits:
+            raise BlockingIOError from None
+
+    def send_plain(self, raw: bytes) -> None:
+        """Say something without TLS to a client that does not speak it."""
+        try:
+            socket.socket.send(self._tls, raw)
+        except OSError:
+            pass
+
+    def shutdown(self, how: int) -> None:
+        try:
+            self._tls.unwrap()  # says that we end; the other side's answer is not waited for
+        except (OSError, ValueError):
+            pass
+        self._tls.shutdown(how)
+
+    def fileno(self) -> int:
+        return self._tls.fileno()
+
+    def close(self) -> None:
+        self._tls.close()
+
+
 class Connection:
     """One client's connection, owned by the loop's thread."""
 
     __slots__ = (
         "loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask",
-        "waiting_since", "streams", "on_close",
+        "waiting_since", "streams", "on_close", "shakes_hands",
     )  # fmt: skip
 
-    def __init__(self, loop: ConnectionLoop, sock: socket.socket, address: str):
+    def __init__(self, loop: ConnectionLoop, sock: socket.socket | TlsSocket, address: str):
         self.loop = loop
-        self.sock: socket.socket | None = sock
+        self.sock: socket.socket | TlsSocket | None = sock
+        self.shakes_hands = isinstance(sock, TlsSocket)
         self.address = address
         self.buffer = b""
         self.request: Request | None = None  # its body is being read
@@ -7979,7 +8095,7 @@ class Connection:
         self.busy = False  # a thread works on its request
         self.out: Any = b""  # still to be sent: a memoryview, so that 30 MB are not copied for each write
         self.closing = False  # close when `out` is sent
-        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.deadline = steady_s() + (HANDSHAKE_DEADLINE_S if self.shakes_hands else IDLE_CONNECTION_S)
         self.mask = 0
         self.waiting_since = steady_s()  # idle or half-sent since then
         self.streams = False  # an event stream: nothing more is read, its end is the connection's
@@ -7988,10 +8104,32 @@ class Connection:
     # ---- reading -----------------------------------------------------------
 
     def on_event(self, mask: int) -> None:
+        if self.shakes_hands:
+            self._shake_hands()
+            return
         if mask & selectors.EVENT_WRITE:
             self._flush()
         if mask & selectors.EVENT_READ and self.sock is not None:
             self._receive()
+
+    def _shake_hands(self) -> None:
+        """Go on with the TLS handshake as far as it goes without waiting."""
+        try:
+            wanted = self.sock.handshake()  # type: ignore[union-attr]
+        except (OSError, ValueError) as error:
+            self.loop.tell_failed_handshake(self.address, error)
+            if getattr(error, "reason", None) == "HTTP_REQUEST":
+                answer = error_response(BadRequest("this port speaks https, and was sent plain HTTP"))
+                self.sock.send_plain(answer.to_bytes(False))  # type: ignore[union-attr]
+            self.close()
+            return
+        if wanted:
+            self.loop.watch(self, wanted)
+            return
+        self.shakes_hands = False
+        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.loop.watch(self, selectors.EVENT_READ)
+        self._receive()
 
     def _receive(self) -> None:
         try:
@@ -8217,9 +8355,11 @@ class Connection:
 class ConnectionLoop(threading.Thread):
     """The one thread that reads and writes all connections."""
 
-    def __init__(self, api: Any, most_connections: int):
+    def __init__(self, api: Any, most_connections: int, tls: TlsFiles | None = None):
         super().__init__(name="connections", daemon=True)
         self.api = api
+        self._tls = tls
+        self._told_of_handshake_at = -math.inf
         self.draining = False
         self._most_connections = most_connections
         self._selector = selectors.DefaultSelector()
@@ -8294,7 +8434,11 @@ class ConnectionLoop(threading.Thread):
     def _add(self, sock: socket.socket, address: str) -> None:
         if len(self._connections) >= self._most_connections:
             self._make_room()
-        connection = Connection(self, sock, address)
+        try:
+            connection = Connection(self, self._tls.wrap(sock) if self._tls else sock, address)
+        except (OSError, ValueError):  # it went away before its handshake
+            sock.close()
+            return
         self._connections.add(connection)
         self.watch(connection, selectors.EVENT_READ)
 
@@ -8346,8 +8490,16 @@ class ConnectionLoop(threading.Thread):
         connection.answer(request, response)
         connection.advance()
 
+    def tell_failed_handshake(self, address: str, error: Exception) -> None:
+        """Log it, but not each of a flood."""
+        if steady_s() - self._told_of_handshake_at >= 1.0:
+            self._told_of_handshake_at = steady_s()
+            log("TLS handshake failed", address=address, why=getattr(error, "reason", None) or _network_words(error))
+
     def _sweep(self) -> None:
         now = steady_s()
+        if self._tls:
+            self._tls.refresh()
         for connection in [item for item in self._connections if item.deadline < now]:
             connection.close()
 
@@ -10613,7 +10765,8 @@ class Service:
     STOP_S = 4.8
 
     def __init__(self, config: Config):
-        self._loop = ConnectionLoop(None, config.server.max_connections)
+        tls = TlsFiles(config.server.tls, config.folder) if config.server.tls else None
+        self._loop = ConnectionLoop(None, config.server.max_connections, tls)
         try:
             self._server = ApiServer(config.server.host, config.server.port, self._loop)
         except OSError as error:
@@ -10628,11 +10781,14 @@ class Service:
         self._engine = Engine(config, self._store, self._timer)
         feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2, config.limits.event_streams)
         self._loop.api = Api(config, self._store, self._engine, feed)
-        self.url = f"http://{host_to_call(config.server.host)}:{self._server.server_port}"
+        self.url = f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
+        self._callbacks = LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
 
     def start(self) -> None:
         self._timer.start()
-        self._engine.launch_clusters(self.url)
+        if self._callbacks:
+            self._callbacks.start()
+        self._engine.launch_clusters(self._callbacks.url if self._callbacks else self.url)
         self._engine.reconcile()
         self._loop.start()
         threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
@@ -10651,6 +10807,30 @@ class Service:
         self._loop.close()
         self._timer.close()
         self._store.close()
+
+
+class LocalCallbacks:
+    """Plain HTTP on a loopback port of its own, for callbacks of launched clusters alone: our
+    certificate need not name this machine's loopback address, nor be one they trust."""
+
+    def __init__(self, api: Api):
+        self._api = api
+        self._loop = ConnectionLoop(self, 256)
+        self._server = ApiServer("127.0.0.1", 0, self._loop)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def start(self) -> None:
+        self._loop.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept-callbacks", daemon=True).start()
+
+    def admit(self, head: RequestHead, address: str) -> Request:
+        request = self._api.admit(head, address)
+        if request.route.access != "locust":
+            raise NotFound(NO_SUCH_PATH)
+        return request
+
+    def respond(self, request: Request) -> Response:
+        return self._api.respond(request)
 
 
 class _EndSignal:
@@ -10692,6 +10872,11 @@ def check_config(config_path: str) -> int:
         config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
+    try:
+        if config.server.tls:
+            TlsFiles(config.server.tls, config.folder)
+    except StartupError as error:
+        return _print_problems(ConfigError([str(error)]))
     print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
     for cluster in config.clusters:
         if cluster.launcher and cluster.launcher.locustfile and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile)):
