@@ -22,19 +22,21 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  8. LOCUST CLIENT   every call to a Locust master
  9. LAUNCHER        Locust clusters started on this machine, and their guard
 10. ENGINE          starts, watches, stops, adopts and finishes runs
-11. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-12. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
-13. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-14. EVENTS          changes of runs, told to event streams
-15. ACCESS          who a token says the caller is, and how much they may ask
-16. SIGN ON         tokens and sign-ins of an identity provider
-17. SESSIONS        browsers that signed in, and what they must prove
-18. HTTP API        routes, authentication, handlers
-19. SERVICE         the whole program put together, and its configuration checked
-20. TERMINAL        text, tables and a live view that any terminal can show
-21. API CLIENT      which server a command talks to, and requests to it
-22. COMMAND LINE    commands, what they take, and what they print
-23. DASHBOARD PAGE  what a browser gets at / and at /docs
+11. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
+12. NOTIFICATIONS   what is told to people and programs, at least once
+13. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
+14. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
+15. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+16. EVENTS          changes of runs, told to event streams
+17. ACCESS          who a token says the caller is, and how much they may ask
+18. SIGN ON         tokens and sign-ins of an identity provider
+19. SESSIONS        browsers that signed in, and what they must prove
+20. HTTP API        routes, authentication, handlers
+21. SERVICE         the whole program put together, and its configuration checked
+22. TERMINAL        text, tables and a live view that any terminal can show
+23. API CLIENT      which server a command talks to, and requests to it
+24. COMMAND LINE    commands, what they take, and what they print
+25. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 # ============================================================================
 
 VERSION = "1.0.0"
+JSON_TYPE = "application/json"
 
 
 class RunStatus(str, Enum):
@@ -108,6 +111,7 @@ class Stage(NamedTuple):
 
 STOP_REASONS = ("duration", "user", "threshold", "locust", "lost", "shutdown")
 SOURCES = ("api", "ui", "schedule")
+NOTIFY_EVENTS = ("started", "finished", "passed", "failed", "aborted", "lost", "scheduleMissed")
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 
 # Facts of Locust that the engine builds on (measured on 2.47.0 unless said).
@@ -145,6 +149,9 @@ MOST_ANNOTATIONS = 200  # of one run
 MOST_THRESHOLDS = 50  # of one run
 MOST_STAGES = 100  # of one run
 MOST_LOAD_CHANGES = 1000  # of one run
+MOST_SCHEDULES = 1000
+MOST_DELIVERIES = 2000  # of notifications that are kept; those that wait are never dropped
+DELIVERIES_KEEP_S = 7 * 24 * 3600
 MOST_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
@@ -334,6 +341,12 @@ class LocustRefused(LocustError):
     error = "Locust refused"
 
 
+class DeliveryFailed(LoadManagerError):
+    """A notification could not be delivered when it was asked for."""
+
+    http_status, error = 502, "not delivered"
+
+
 class LocustBadAnswer(LocustError):
     error = "Locust answered nonsense"
     maybe_taken = True
@@ -392,7 +405,7 @@ class ServerRefused(CommandError):
 # environment overrides, `check` and the README's table all read these declarations.
 
 REQUIRED = object()
-RESERVED_NAMES = ("api", "anonymous", "locust")  # of callers that are no token of a list
+RESERVED_NAMES = ("api", "anonymous", "locust", "schedule", "sso")  # of callers that are no token of a list
 EXAMPLE_TOKENS = ("change-me-api-token", "change-me-callback-token")
 
 
@@ -538,6 +551,36 @@ STAGES = Check(
 ARGUMENT_LIST = Check(
     "a list of program and arguments, which no shell reads", _accept_arguments, schema={"type": "array", "items": {"type": "string"}}
 )
+def _accept_mail_address(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(?:[^<>@\s]+(?: [^<>@\s]+)* )?<?[^<>@\s,;]{1,64}@[A-Za-z0-9.\-]{1,255}>?", value):
+        raise ValueError
+    return value
+
+
+def _accept_mail_addresses(value: Any) -> tuple[str, ...]:
+    addresses = [value] if isinstance(value, str) else value
+    if not isinstance(addresses, list) or not 1 <= len(addresses) <= MOST_NAMES:
+        raise ValueError
+    return tuple(_accept_mail_address(address) for address in addresses)
+
+
+def _accept_events(value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not set(names) <= set(NOTIFY_EVENTS):
+        raise ValueError
+    return tuple(names)
+
+
+def _accept_mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError
+    return value
+
+
+MAPPING = Check("a mapping", _accept_mapping, schema={"type": "object"})
+MAIL_ADDRESS = Check("a mail address", _accept_mail_address)
+MAIL_ADDRESSES = Check("a list of mail addresses", _accept_mail_addresses)
+EVENT_NAMES = Check("a list of " + ", ".join(NOTIFY_EVENTS), _accept_events)
 RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
 
 
@@ -863,11 +906,58 @@ class ScenarioConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """A run that starts by itself."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "unique name of the schedule")
+    description: str | None = key("description", None, text_value("a string", empty=True), "for those who read it")
+    cron: str | None = key("cron", None, text_value(), "when: five fields such as 0 2 * * mon-fri, or @daily")
+    timezone: str | None = key("timezone", None, text_value(), "IANA name of the clock that cron means; default: UTC")
+    run_at: str | None = key("runAt", None, text_value(), "instead of cron: once, an RFC 3339 moment in quotes")
+    policy: str | None = key("concurrencyPolicy", None, one_of("Forbid", "Queue", "Replace"), "while its last run is still active: not again, wait, or stop that one; default: Forbid")
+    deadline_s: float | None = key("startingDeadlineSeconds", None, number_value(1, 7 * 86400), "how late a missed run may still start; default: 300")
+    paused: bool | None = key("paused", None, BOOLEAN, "never for now")
+    test: dict[str, Any] = key("test", REQUIRED, MAPPING, "the body of a create")
+
+
+@dataclass(frozen=True)
+class SmtpConfig:
+    """The mail server of an email notification."""
+
+    host: str = key("host", "", text_value("a host name"), "the mail server")
+    port: int = key("port", 587, number_value(1, 65535, whole=True), "its port")
+    security: str = key("security", "starttls", one_of("starttls", "tls", "none"), "how the connection is protected")
+    username: str = key("username", "", text_value("a string", empty=True), "to sign in with")
+    password: str = key("password", "", text_value("a string", empty=True), "to sign in with", secret=True)
+    ca_file: str | None = key("caFile", None, text_value("a file name"), "certificates to trust instead of the system's")
+
+
+@dataclass(frozen=True)
+class NotificationConfig:
+    """Who is told of what."""
+
+    id: str = key("id", REQUIRED, ID_TEXT, "unique name of the notification")
+    type: str = key("type", REQUIRED, one_of("slack", "webhook", "email"), "slack: an incoming webhook; webhook: any receiver")
+    url: str = key("url", "", URL_TEXT, "slack and webhook: where to", secret=True)
+    secret: str = key("secret", "", text_value("whsec_ and base64", empty=True), "webhook: signs each message, as Standard Webhooks do", secret=True)
+    smtp: SmtpConfig = key("smtp", {}, SmtpConfig, "email: the mail server")
+    sender: str = key("from", "", MAIL_ADDRESS, "email: who it is from")
+    to: tuple[str, ...] = key("to", (), MAIL_ADDRESSES, "email: who gets it")
+    on: tuple[str, ...] = key("events", NOTIFY_EVENTS[1:], EVENT_NAMES, "what is told; default: every end, and schedules that were missed")
+    tenants: tuple[str, ...] = key("tenants", (), NAMES, "only of these; default: all")
+    environments: tuple[str, ...] = key("environments", (), NAMES, "only of these; default: all")
+    scenarios: tuple[str, ...] = key("scenarios", (), NAMES, "only of these; default: all")
+    allow_private: bool = key("allowPrivateAddresses", False, BOOLEAN, "slack and webhook: also call this machine and private networks")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
     server: ServerConfig = key("server", {}, ServerConfig, "where Load Manager listens")
     clusters: tuple[ClusterConfig, ...] = key("locustClusters", (), [ClusterConfig], "the Locust clusters")
+    schedules: tuple[ScheduleConfig, ...] = key("schedules", (), [ScheduleConfig], "runs that start by themselves")
+    notifications: tuple[NotificationConfig, ...] = key("notifications", (), [NotificationConfig], "who is told of what")
     scenarios: tuple[ScenarioConfig, ...] = key("scenarios", (), [ScenarioConfig], "what scenarioIds mean")
     security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
     orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
@@ -1377,6 +1467,40 @@ AUDIT_KEYS = {
 def audit_to_wire(entry: AuditEntry) -> dict[str, Any]:
     wire = {"at": utc_text(entry.at), **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()}}
     return {name: value for name, value in wire.items() if value != ""}
+
+
+class Delivery(NamedTuple):
+    """A message to one channel, and how it fares. Moments are epoch seconds."""
+
+    id: str
+    channel_id: str
+    event: str
+    run_id: str
+    tenant_id: str
+    created_at: float
+    title: str  # what a phone shows
+    facts: dict[str, Any]
+    attempts: int = 0
+    next_at: float = 0.0
+    ended_at: float | None = None  # taken, or given up
+    problem: str | None = None  # why the last try failed
+
+    @property
+    def outcome(self) -> str:
+        if self.ended_at is None:
+            return "waiting"
+        return "given up" if self.problem else "delivered"
+
+
+def delivery_to_wire(delivery: Delivery) -> dict[str, Any]:
+    wire: dict[str, Any] = {
+        "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event, "title": delivery.title, "attempts": delivery.attempts,
+        "createdAt": utc_text(delivery.created_at), "outcome": delivery.outcome,
+    }  # fmt: skip
+    optional = {"runId": delivery.run_id or None, "problem": delivery.problem, "endedAt": delivery.ended_at and utc_text(delivery.ended_at)}
+    optional["nextAt"] = utc_text(delivery.next_at) if delivery.ended_at is None and delivery.attempts else None
+    wire.update((name, value) for name, value in optional.items() if value is not None)
+    return wire
 
 
 class Annotation(NamedTuple):
@@ -3390,7 +3514,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 5  # 2: artefacts; 3: baselines; 4: histograms; 5: audit
+SCHEMA_VERSION = 6  # 2: artefacts; 3: baselines; 4: histograms; 5: audit; 6: schedules, outbox
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
@@ -3403,6 +3527,8 @@ SCHEMA = (
     "CREATE INDEX IF NOT EXISTS histograms_of_run ON histograms (run_id, at)",
     "CREATE TABLE IF NOT EXISTS idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL, run_id TEXT NOT NULL,"
     " created_at DOUBLE PRECISION NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS schedules (id TEXT PRIMARY KEY, record TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS outbox (id TEXT PRIMARY KEY, created_at DOUBLE PRECISION NOT NULL, record TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
     " PRIMARY KEY (run_id, name))",
     "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
@@ -3633,6 +3759,7 @@ class _Batch:
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
     baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
     audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
+    documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(default_factory=dict)  # table and id -> the rest of the row; None: deleted
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -3641,7 +3768,7 @@ class _Batch:
     @property
     def has_rows(self) -> bool:
         return bool(
-            self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit
+            self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit or self.documents
         )
 
 
@@ -3696,6 +3823,11 @@ class Journal(threading.Thread):
             self._batch.runs[record.run.id] = record
             self._batch.samples += samples
             self._batch.packed_histograms += rows
+
+    def save_document(self, table: str, id_: str, row: tuple[Any, ...] | None) -> None:
+        """A row of `schedules` or `outbox`; None deletes it."""
+        with self._changed:
+            self._batch.documents[table, id_] = row
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -3783,6 +3915,7 @@ class Journal(threading.Thread):
                 database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", rows)
             self._write_runs(batch)
             self._write_baselines(batch)
+            self._write_documents(batch)
             if batch.artefacts:
                 database.execute_many(
                     "INSERT INTO artefacts VALUES (?, ?, ?) ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content",
@@ -3862,6 +3995,12 @@ class Journal(threading.Thread):
         if kept:
             self._database.execute_many("INSERT INTO baselines VALUES (?, ?, ?, ?, ?, ?)", kept)
 
+    def _write_documents(self, batch: _Batch) -> None:
+        for (table, id_), row in batch.documents.items():
+            self._database.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))
+            if row is not None:
+                self._database.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * (len(row) + 1))})", (id_, *row))
+
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
             ticket.settle(error)
@@ -3884,6 +4023,7 @@ class Journal(threading.Thread):
             self._batch.artefacts[:0] = batch.artefacts
             self._batch.audit[:0] = batch.audit[-self.MOST_AUDIT :]
             self._batch.baselines = {**batch.baselines, **self._batch.baselines}
+            self._batch.documents = {**batch.documents, **self._batch.documents}
         self._settle(batch, error)
 
 
@@ -4015,6 +4155,9 @@ class Store:
         self._records: dict[str, Record] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
+        self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
+        self._deliveries: dict[str, Delivery] = {}  # oldest first
+        self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = None  # what a transition is to tell
         self._next_seq = self._next_audit_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
@@ -4032,6 +4175,10 @@ class Store:
                 self._keys[key_] = (body_hash, run_id, at)
             for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
                 self._baselines[row[0], row[1], row[2]] = Baseline(*row)
+            self._schedules = dict(database.query("SELECT id, record FROM schedules"))
+            for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
+                delivery = Delivery(*json.loads(record))
+                self._deliveries[delivery.id] = delivery
             self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
@@ -4226,6 +4373,8 @@ class Store:
                 record.set_snapshot(snapshot, "final")
                 self._keep_sample(run_id, snapshot, "final")
             run = self._save(record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes}))
+            for delivery in self.deliveries_for(run, snapshot or record.snapshot) if self.deliveries_for else ():
+                self.keep_delivery(delivery)  # in the same commit
         if durable:
             self.wait_durable_or_log()
         return run
@@ -4309,6 +4458,43 @@ class Store:
             old = {run.id for run in final if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at}
             self._drop(*old)
         return len(old)
+
+    # ---- schedules and deliveries ----
+
+    def schedule_records(self) -> list[str]:
+        """The schedules as they were kept when the store was opened."""
+        return list(self._schedules.values())
+
+    def keep_schedule(self, schedule_id: str, record: str | None, durable: bool = False) -> None:
+        """Keep a schedule's record, None: no longer. NotReady when it is to be durable and cannot be."""
+        self._journal.save_document("schedules", schedule_id, None if record is None else (record,))
+        if durable:
+            self._journal.wait_durable()
+
+    def keep_delivery(self, delivery: Delivery) -> None:
+        """Keep a new delivery, or how an old one fares."""
+        with self._lock:
+            self._deliveries[delivery.id] = delivery
+            self._journal.save_document("outbox", delivery.id, (delivery.created_at, dump_json(list(delivery))))
+            if len(self._deliveries) > MOST_DELIVERIES or delivery.ended_at is not None:
+                self._forget_deliveries(time.time() - DELIVERIES_KEEP_S)
+
+    def _forget_deliveries(self, before_at: float) -> None:
+        ended = [one for one in self._deliveries.values() if one.ended_at is not None]
+        over = len(self._deliveries) - MOST_DELIVERIES
+        for index, one in enumerate(ended):
+            if index < over or (one.ended_at or 0) < before_at:
+                del self._deliveries[one.id]
+                self._journal.save_document("outbox", one.id, None)
+
+    def waiting_deliveries(self, channel_id: str) -> list[Delivery]:
+        with self._lock:
+            return [one for one in self._deliveries.values() if one.ended_at is None and one.channel_id == channel_id]
+
+    def list_deliveries(self, most: int) -> list[Delivery]:
+        """The newest first."""
+        with self._lock:
+            return list(reversed(self._deliveries.values()))[:most]
 
     # ---- baselines ----
 
@@ -5612,7 +5798,7 @@ class Engine:
         if self._closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         candidates = self._serving(request.tenant_id, request.env_id)
-        self._refuse_unsafe(request, candidates)
+        self.refuse_unsafe(request)
         if request.plan.locustfile and not all(cluster.launched for cluster in candidates):
             candidates = [cluster for cluster in candidates if cluster.launched]
             if not candidates:
@@ -5672,12 +5858,14 @@ class Engine:
             cluster.busy_with, cluster.claimed_users = run.id, run.target_users
             return True
 
-    def _refuse_unsafe(self, request: RunRequest, candidates: list[Cluster]) -> None:
+    def refuse_unsafe(self, request: RunRequest) -> None:
         """Forbidden for a load that its tenant or environment may not have; InvalidInput where
         only the confirmation is missing."""
         tenant = self._limits.get(request.tenant_id)
         environment = self._environments.get((request.tenant_id, request.env_id))
-        own_hosts = [cluster.config.launcher.host if cluster.config.launcher else None for cluster in candidates]
+        place = (request.tenant_id, request.env_id)
+        serving = [cluster.config for cluster in self.clusters.values() if (cluster.config.tenant_id, cluster.config.env_id) == place]
+        own_hosts = [config.launcher.host if config.launcher else None for config in serving]
         problems = load_refusals(request, tenant, environment, own_hosts)
         if problems:
             kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
@@ -6903,7 +7091,815 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 11. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
+# 11. SCHEDULES - runs that start by themselves, at moments of a clock on a wall
+# ============================================================================
+# A moment is taken once: the run's Idempotency-Key is made of the schedule and the moment,
+# and is kept with the run in one commit, so that no death of ours doubles or loses one.
+
+CRON_NAMES = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
+}  # fmt: skip
+MONTH_NAMES = {name: index + 1 for index, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split())}
+DAY_NAMES = {name: index for index, name in enumerate("sun mon tue wed thu fri sat".split())}
+CRON_FIELDS = (  # name, least, most, names
+    ("minute", 0, 59, {}),
+    ("hour", 0, 23, {}),
+    ("day of month", 1, 31, {}),
+    ("month", 1, 12, MONTH_NAMES),
+    ("day of week", 0, 7, DAY_NAMES),  # 0 and 7 are Sunday
+)
+CRON_HORIZON_DAYS = 8 * 366 + 1  # 29 February may be 8 years away
+
+
+class Cron(NamedTuple):
+    """A cron expression: what each field allows. Where both day fields say something other
+    than *, a day that fits either is meant, as cron does."""
+
+    minutes: tuple[int, ...]
+    hours: tuple[int, ...]
+    days: frozenset[int]
+    months: frozenset[int]
+    weekdays: frozenset[int]  # 0 is Sunday
+    either_day: bool
+
+    def takes_day(self, day: Any) -> bool:
+        """Whether a date (datetime.date) is meant."""
+        if day.month not in self.months:
+            return False
+        by_number, by_name = day.day in self.days, (day.weekday() + 1) % 7 in self.weekdays
+        return by_number or by_name if self.either_day else by_number and by_name
+
+    def after(self, local: Any) -> Iterator[Any]:
+        """The moments (naive datetime of the wall) after one, ascending."""
+        import datetime
+
+        day = local.date()
+        for _ in range(CRON_HORIZON_DAYS):
+            if self.takes_day(day):
+                for hour in self.hours:
+                    for minute in self.minutes:
+                        moment = datetime.datetime.combine(day, datetime.time(hour, minute))
+                        if moment > local:
+                            yield moment
+            day += datetime.timedelta(days=1)
+
+
+def parse_cron(text: str) -> Cron:
+    """The expression's meaning; NotAllowed names the field and what is allowed there."""
+    words = CRON_NAMES.get(text.strip().lower(), text).split()
+    if len(words) != 5:
+        names = ", ".join(name for name, *_ in CRON_FIELDS)
+        raise NotAllowed(f"{_shown(text)}: allowed are five fields ({names}) or one of {', '.join(CRON_NAMES)}")
+    values = [_cron_field(word, *field_) for word, field_ in zip(words, CRON_FIELDS)]
+    minutes, hours, days, months, weekdays = values
+    either_day = not {words[2], words[4]} & {"*", "*/1"}
+    cron = Cron(tuple(sorted(minutes)), tuple(sorted(hours)), days, months, frozenset(day % 7 for day in weekdays), either_day)
+    longest = max(MONTH_DAYS[month] for month in months)
+    if not either_day and min(days) > longest:
+        raise NotAllowed(f"{_shown(text)}: there is no such day in these months")
+    return cron
+
+
+MONTH_DAYS = dict(zip(range(1, 13), (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)))
+
+
+def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, int]) -> frozenset[int]:
+    found: set[int] = set()
+    for part in word.split(","):
+        match = re.fullmatch(r"(\*|[0-9]{1,2}|[A-Za-z]{3})(?:-([0-9]{1,2}|[A-Za-z]{3}))?(?:/([0-9]{1,2}))?", part)
+        if not match or (match.group(1) == "*" and match.group(2)):
+            raise NotAllowed(f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, each with /step, joined by commas")
+        first, last, step = match.groups()
+        begin = least if first == "*" else _cron_value(first, name, least, most, names)
+        end = most if first == "*" or (step and not last) else begin
+        end = _cron_value(last, name, least, most, names) if last else end
+        if first == "*" and most == 7:
+            end = 6
+        if begin > end or step == "0" or step == "00":
+            raise NotAllowed(f"{name} {_shown(part)}: a range goes upwards, and its step is 1 or more")
+        found.update(range(begin, end + 1, int(step or 1)))
+    return frozenset(found)
+
+
+def _cron_value(word: str, name: str, least: int, most: int, names: dict[str, int]) -> int:
+    value = names.get(word.lower()) if word.isalpha() else int(word)
+    if value is None or not least <= value <= most:
+        allowed = f"{least} to {most}" + (f" or {', '.join(names)}" if names else "")
+        raise NotAllowed(f"{name} {_shown(word)}: allowed is {allowed}")
+    return value
+
+
+def time_zone(name: str) -> Any:
+    """The zoneinfo of an IANA name; NotAllowed when it is none, or this machine has no zones."""
+    import zoneinfo
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        if name == "UTC":
+            import datetime
+
+            return datetime.timezone.utc
+        hint = "" if zoneinfo.available_timezones() else "; this machine has no time zones: install tzdata (a package of the system, or of Python)"
+        raise NotAllowed(f"{_shown(name)} is no time zone; allowed are IANA names such as Europe/Berlin{hint}") from None
+
+
+def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[float]:
+    """The next moments (epoch seconds) after one. Of a wall clock that is put forward: a time
+    that does not exist is the first moment that does. One that is put back: the first of two."""
+    import datetime
+
+    start = datetime.datetime.fromtimestamp(after, zone).replace(tzinfo=None) - datetime.timedelta(hours=4)
+    found: list[float] = []
+    for local in cron.after(start):
+        moment = _moment_of(local, zone)
+        if moment > (found[-1] if found else after):
+            found.append(moment)
+            if len(found) == count:
+                break
+    return found
+
+
+def _moment_of(local: Any, zone: Any) -> float:
+    import datetime
+
+    moment = local.replace(tzinfo=zone).timestamp()
+    if datetime.datetime.fromtimestamp(moment, zone).replace(tzinfo=None) == local:
+        return moment
+    low, high = local.replace(tzinfo=zone, fold=1).timestamp(), moment  # the clock is put forward between the two
+    offset = datetime.datetime.fromtimestamp(low, zone).utcoffset()
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if datetime.datetime.fromtimestamp(middle, zone).utcoffset() == offset else (low, middle)
+    return high
+
+
+# ---- a schedule ----
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When which run is to start, and what became of the last time. Moments are epoch seconds."""
+
+    id: str
+    tenant_id: str
+    env_id: str
+    test: dict[str, Any]  # the body of a create
+    created_at: float
+    created_by: str
+    cron: str | None = None
+    timezone: str = "UTC"
+    run_at: float | None = None
+    policy: str = "Forbid"
+    deadline_s: float = 300.0  # how late a missed run may still start
+    paused: bool = False
+    description: str = ""
+    read_only: bool = False  # it stands in the configuration
+    taken_at: float | None = None  # the last moment that was dealt with
+    last_run_id: str | None = None
+    last_outcome: str | None = None
+
+    def next_after(self, after: float, count: int = 1) -> list[float]:
+        """The moments to come; none for one that is paused or done."""
+        if self.paused:
+            return []
+        if self.cron is None:
+            is_due = self.run_at is not None and (self.taken_at is None or self.taken_at < self.run_at) and self.run_at > after
+            return [self.run_at] if is_due and self.run_at is not None else []
+        return next_times(parse_cron(self.cron), time_zone(self.timezone), after, count)
+
+
+def schedule_to_wire(schedule: Schedule, now: float) -> dict[str, Any]:
+    wire: dict[str, Any] = {
+        "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test, "concurrencyPolicy": schedule.policy,
+        "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused, "readOnly": schedule.read_only, "timezone": schedule.timezone,
+        "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by, "next": [utc_text(at) for at in schedule.next_after(now, 5)],
+    }  # fmt: skip
+    optional = {
+        "description": schedule.description or None, "cron": schedule.cron, "runAt": schedule.run_at and utc_text(schedule.run_at),
+        "lastTime": schedule.taken_at and utc_text(schedule.taken_at), "lastRunId": schedule.last_run_id, "lastOutcome": schedule.last_outcome,
+    }  # fmt: skip
+    wire.update((name, value) for name, value in optional.items() if value is not None)
+    return wire
+
+
+def schedule_from_record(text: str) -> Schedule:
+    record = json.loads(text)
+    known = {item.name for item in fields(Schedule)}
+    return Schedule(**{name: value for name, value in record.items() if name in known})
+
+
+def schedule_to_record(schedule: Schedule) -> str:
+    return dump_json({item.name: getattr(schedule, item.name) for item in fields(Schedule)})
+
+
+def _accept_cron(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    parse_cron(value)
+    return value
+
+
+def _accept_zone(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise ValueError
+    time_zone(value)
+    return value
+
+
+def _accept_object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+SCHEDULE_KEYS = {
+    "description": BodyKey("description", text_value("a string", empty=True)),
+    "test": BodyKey("test", Check("the body of a create", _accept_object, schema={"type": "object"}), required=True),
+    "cron": BodyKey("cron", Check("five fields such as 0 2 * * mon-fri, or @daily", _accept_cron, schema={"type": "string"})),
+    "timezone": BodyKey("timezone", Check("an IANA name such as Europe/Berlin", _accept_zone, schema={"type": "string"})),
+    "runAt": BodyKey("run_at", MOMENT),
+    "concurrencyPolicy": BodyKey("policy", one_of("Forbid", "Queue", "Replace")),
+    "startingDeadlineSeconds": BodyKey("deadline_s", number_value(1, 7 * 86400)),
+    "paused": BodyKey("paused", BOOLEAN),
+}
+CHANGE_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in SCHEDULE_KEYS.items()}
+
+
+def read_schedule(body: Any, scenarios: tuple[ScenarioConfig, ...], before: Schedule | None = None) -> Schedule:
+    """The schedule a body asks for, or one changed by it; InvalidInput names what is wrong."""
+    values = check_body(body, SCHEDULE_KEYS if before is None else CHANGE_KEYS)
+    if "test" in values:
+        try:
+            request = read_create(values["test"], scenarios)
+        except InvalidInput as error:
+            wrong = {f"test.{name}": why for name, why in error.extra.get("fields", {}).items()} or {"test": error.message}
+            raise InvalidInput(f"test: {error.message}", wrong) from None
+        values.update(tenant_id=request.tenant_id, env_id=request.env_id)
+    if before is None:
+        both = ("cron" in values) + ("run_at" in values)
+    else:
+        for name, other in (("cron", "run_at"), ("run_at", "cron")):
+            if name in values and other not in values:
+                values[other] = None
+        both = 2 if values.get("cron") and values.get("run_at") else 1
+    if both != 1:
+        raise InvalidInput("cron: allowed is either cron or runAt", {"cron": "allowed is either cron or runAt"})
+    if before is not None:
+        return replace(before, **values)
+    import uuid
+
+    return Schedule(id=str(uuid.uuid4()), created_at=time.time(), created_by="", **values)
+
+
+def schedule_problems(config: Config) -> Iterator[str]:
+    """What is wrong in the configuration's schedules."""
+    seen: set[str] = set()
+    for index, item in enumerate(config.schedules):
+        where = f"schedules[{index}]"
+        if item.id in seen:
+            yield f"{where}.id: {item.id!r} stands twice; allowed is a unique id"
+        seen.add(item.id)
+        try:
+            _configured_schedule(item, config.scenarios)
+        except InvalidInput as error:
+            yield from (f"{where}.{name}: {why}" for name, why in (error.extra.get("fields") or {"": error.message}).items())
+
+
+def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, ...]) -> Schedule:
+    body = {
+        "description": item.description, "test": item.test, "cron": item.cron, "timezone": item.timezone, "runAt": item.run_at,
+        "concurrencyPolicy": item.policy, "startingDeadlineSeconds": item.deadline_s, "paused": item.paused,
+    }  # fmt: skip
+    schedule = read_schedule({name: value for name, value in body.items() if value is not None}, scenarios)
+    return replace(schedule, id=item.id, created_by="configuration", read_only=True)
+
+
+class Scheduler:
+    """Starts the runs of schedules on time. Public methods may be called from any thread."""
+
+    LOOK_S = 20.0  # at most between two looks at the wall's clock, which people and NTP change
+
+    def __init__(self, config: Config, store: Store, engine: Engine, timer: Timer, on_missed: Callable[[Schedule, str], None]):
+        self._config = config
+        self._store = store
+        self._engine = engine
+        self._timer = timer
+        self._on_missed = on_missed
+        self._lock = threading.Lock()  # guards _schedules and _firing
+        self._schedules: dict[str, Schedule] = {}
+        self._firing: set[str] = set()
+        self._alarm: Alarm | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Load what there is; what was missed meanwhile starts once, if it is not too late."""
+        kept = {schedule.id: schedule for schedule in map(schedule_from_record, self._store.schedule_records())}
+        for item in self._config.schedules:
+            known, schedule = kept.pop(item.id, None), _configured_schedule(item, self._config.scenarios)
+            if known is not None:
+                memory = {name: getattr(known, name) for name in ("created_at", "taken_at", "last_run_id", "last_outcome")}
+                schedule = replace(schedule, **memory)
+            self._schedules[item.id] = schedule
+            self._store.keep_schedule(item.id, schedule_to_record(schedule))
+        self._schedules.update((id_, schedule) for id_, schedule in kept.items() if not schedule.read_only)
+        self._look()
+
+    def close(self) -> None:
+        self._closed = True
+
+    # ---- what there is -----------------------------------------------------
+
+    def list(self) -> list[Schedule]:
+        with self._lock:
+            return sorted(self._schedules.values(), key=lambda schedule: (schedule.tenant_id, schedule.env_id, schedule.created_at))
+
+    def get(self, schedule_id: str) -> Schedule:
+        """The schedule, or NotFound."""
+        with self._lock:
+            schedule = self._schedules.get(schedule_id)
+        if schedule is None:
+            raise NotFound(f"there is no schedule {schedule_id[:MAX_TEXT]}")
+        return schedule
+
+    def add(self, schedule: Schedule) -> None:
+        """Keep a new one; Conflict when there are too many."""
+        with self._lock:
+            if len(self._schedules) >= MOST_SCHEDULES:
+                raise Conflict(f"there are {MOST_SCHEDULES} schedules, the most there may be")
+        self._keep(schedule, durable=True)
+        self._look_soon()
+
+    def change(self, schedule_id: str, body: Any) -> Schedule:
+        """Change one; Conflict for one of the configuration."""
+        before = self._own(schedule_id)
+        schedule = read_schedule(body, self._config.scenarios, before)
+        if before.paused and not schedule.paused:
+            schedule = replace(schedule, taken_at=time.time() if schedule.cron else schedule.taken_at)  # what was missed on purpose is not made up for
+        self._keep(schedule, durable=True)
+        self._look_soon()
+        return schedule
+
+    def delete(self, schedule_id: str) -> None:
+        self._own(schedule_id)
+        with self._lock:
+            self._schedules.pop(schedule_id, None)
+        self._store.keep_schedule(schedule_id, None, durable=True)
+
+    def _own(self, schedule_id: str) -> Schedule:
+        schedule = self.get(schedule_id)
+        if schedule.read_only:
+            raise Conflict(f"schedule {schedule_id} stands in the configuration; change it there")
+        return schedule
+
+    def _keep(self, schedule: Schedule, durable: bool = False) -> None:
+        with self._lock:
+            self._schedules[schedule.id] = schedule
+        self._store.keep_schedule(schedule.id, schedule_to_record(schedule), durable)
+
+    # ---- time --------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        in_background("schedules", self._look)
+
+    def _look(self) -> None:
+        """Deal with every moment that has come, and set the alarm for the next."""
+        if self._closed:
+            return
+        now = time.time()
+        waits = [self.LOOK_S]
+        for schedule in self.list():
+            try:
+                due = latest_due(schedule, now)
+                if due is not None:
+                    self._take(schedule, due)
+                waits += [at - now for at in schedule.next_after(now)]
+            except NotAllowed as error:
+                log("schedule not understood", schedule=schedule.id, why=error)
+        with self._lock:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._alarm = self._timer.after(max(0.01, min(waits)), self._look_soon)
+
+    def _take(self, schedule: Schedule, due: float) -> None:
+        with self._lock:
+            if schedule.id in self._firing:
+                return
+            self._firing.add(schedule.id)
+        in_background(f"schedule-{schedule.id[:8]}", functools.partial(self._fire, schedule, due))
+
+    def _fire(self, schedule: Schedule, due: float) -> None:
+        """Start the run of one moment, or say why not."""
+        try:
+            late_s = time.time() - due
+            if late_s > schedule.deadline_s:
+                outcome, run_id = f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later", None
+            else:
+                outcome, run_id = self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}")
+            if run_id is None:
+                log("schedule missed", schedule=schedule.id, why=outcome)
+                self._on_missed(schedule, outcome)
+            current = self._schedules.get(schedule.id)
+            if current is not None:
+                self._keep(replace(current, taken_at=due, last_run_id=run_id or current.last_run_id, last_outcome=outcome))
+        finally:
+            with self._lock:
+                self._firing.discard(schedule.id)
+
+    def _start_run(self, schedule: Schedule, key_: str) -> tuple[str, str | None]:
+        """Outcome in words, and the run's id if one was started."""
+        known = self._store.recall_key(key_, time.time())
+        if known is not None:
+            return "started", known[1]
+        try:
+            request = read_create(schedule.test, self._config.scenarios)
+            request = replace(request, queue=request.queue or schedule.policy == "Queue")
+            active = self._active_run(schedule)
+            if active and schedule.policy == "Forbid":
+                return f"skipped: its run {active} is still active", None
+            if active and schedule.policy == "Replace":
+                self._engine.stop(active, "user")
+            run = self._engine.create(request, f"schedule {schedule.id}", "schedule", (key_, ""))
+        except LoadManagerError as error:
+            return f"not started: {error.message}", None
+        return "started", run.id
+
+    def _active_run(self, schedule: Schedule) -> str | None:
+        run = self._store.find(schedule.last_run_id or "")
+        return run.id if run is not None and not run.is_final else None
+
+    def run_now(self, schedule_id: str, by: str) -> Run:
+        """Start its run at once, whatever its policy; the errors of a create."""
+        schedule = self.get(schedule_id)
+        run = self._engine.create(read_create(schedule.test, self._config.scenarios), by, "schedule")
+        current = self._schedules.get(schedule_id)
+        if current is not None:
+            self._keep(replace(current, last_run_id=run.id, last_outcome=f"started by {by}"))
+        return run
+
+
+def latest_due(schedule: Schedule, now: float) -> float | None:
+    """The newest moment that has come and was not dealt with: of many missed ones only this."""
+    if schedule.paused:
+        return None
+    since_ = schedule.taken_at if schedule.taken_at is not None else schedule.created_at
+    if schedule.cron is None:
+        is_due = schedule.run_at is not None and schedule.run_at <= now and schedule.taken_at is None
+        return schedule.run_at if is_due else None
+    cron, zone = parse_cron(schedule.cron), time_zone(schedule.timezone)
+    for span_s in (3600.0, 86400.0, 32 * 86400.0, CRON_HORIZON_DAYS * 86400.0):
+        at = found = max(since_, now - span_s)
+        while True:
+            coming = next_times(cron, zone, at)
+            if not coming or coming[0] > now:
+                break
+            at = found = coming[0]
+        if found > max(since_, now - span_s):
+            return found
+        if since_ >= now - span_s:
+            return None
+    return None
+
+
+# ============================================================================
+# 12. NOTIFICATIONS - what is told to people and programs, at least once
+# ============================================================================
+# A delivery is written in the commit of the transition it tells of, and is tried by a thread
+# of its channel until the receiver has taken it: no run waits, no death of ours loses one.
+
+RETRY_DELIVERY_S = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0)  # after the first try, the second...; the last repeats
+GIVE_UP_DELIVERY_S = 24 * 3600.0
+DELIVERY_CALL_S = 10.0
+
+
+def events_of(run: Run) -> tuple[str, ...]:
+    """What a run's new status is called, the most telling first; () for what nobody is told."""
+    if run.status is RunStatus.RUNNING:
+        return ("started",)
+    if not run.is_final or run.imported_at is not None:
+        return ()
+    if run.stop_reason == "lost":
+        return ("lost", "failed")
+    if run.status is RunStatus.FAILED:
+        return ("failed",)
+    words = [word for word, is_so in (("aborted", run.stop_reason == "threshold"), (run.verdict or "", run.verdict is not None)) if is_so]
+    return (*words, "finished")
+
+
+TITLES = {
+    "started": "started", "finished": "finished", "passed": "PASSED", "failed": "FAILED", "aborted": "ABORTED by a threshold", "lost": "LOST its cluster",
+    "scheduleMissed": "schedule missed",
+}  # fmt: skip
+
+
+def notification_title(event: str, run: Run, snapshot: Snapshot | None) -> str:
+    """One line that reads well in a phone's notification."""
+    title = f"{TITLES[event]}: {run.scenario_id} on {run.tenant_id}/{run.env_id}"
+    if event == "started":
+        minutes = f" for {run.duration_s} s" if run.duration_s else ""
+        return f"{title}, {run.target_users} users{minutes}"
+    figures = []
+    if snapshot is not None and snapshot.requests:
+        numbers = (("p95", snapshot.p95_ms, " ms"), ("errors", snapshot.error_percent, " %"), ("", snapshot.rps, " req/s"))
+        figures = [f"{name} {value:,.4g}{unit}".strip() for name, value, unit in numbers if value is not None]
+    return title + (": " + ", ".join(figures) if figures else "")
+
+
+def run_details(run: Run) -> list[str]:
+    """Why, in sentences, most important first."""
+    lines = [run.failure_reason] if run.failure_reason else []
+    for threshold in run.thresholds:
+        if threshold.result == "failed":
+            value = "no data" if threshold.value is None else f"was {_decimal(round(threshold.value, 3))}"
+            lines.append(f"{threshold.expr}: {value}")
+    lines += list((run.comparison or {}).get("regressions") or ())
+    return lines + [f"doubtful: {reason}" for reason in doubts_of(run) if run.status is RunStatus.FINISHED and run.is_final]
+
+
+class Channel:
+    """One receiver: sends a delivery, or raises OSError, LoadManagerError or smtplib's errors."""
+
+    def __init__(self, config: NotificationConfig, folder: str):
+        self.config = config
+        self._folder = folder
+
+    def wants(self, event: str, tenant_id: str, env_id: str, scenario_id: str) -> bool:
+        config = self.config
+        return event in config.on and all(
+            not allowed or name in allowed for allowed, name in ((config.tenants, tenant_id), (config.environments, env_id), (config.scenarios, scenario_id))
+        )
+
+    def send(self, delivery: Delivery) -> None:
+        if self.config.type == "email":
+            self._send_mail(delivery)
+        elif self.config.type == "slack":
+            self._post({"text": message_text(delivery)}, delivery, {})
+        else:
+            body = {"type": f"run.{delivery.event}", "timestamp": utc_text(delivery.created_at), "data": delivery.facts}
+            self._post(body, delivery, None)
+
+    def _post(self, document: dict[str, Any], delivery: Delivery, headers: dict[str, str] | None) -> None:
+        body = dump_json(document).encode()
+        if headers is None:
+            headers = signature_headers(self.config.secret, delivery.id, time.time(), body)
+        status, answer = post_to(self.config.url, body, headers, self.config.allow_private)
+        if not 200 <= status < 300:
+            raise DeliveryRefused(f"HTTP {status} {_printable(answer[:80].decode('utf-8', 'replace').strip())}".strip(), is_final=status == 410)
+
+    def _send_mail(self, delivery: Delivery) -> None:
+        import email.message
+        import email.utils
+        import smtplib
+        import ssl
+
+        config, smtp = self.config, self.config.smtp
+        message = email.message.EmailMessage()
+        message["Subject"] = " ".join(delivery.title.split())
+        message["From"], message["To"] = config.sender, ", ".join(config.to)
+        message["Date"] = email.utils.formatdate(delivery.created_at)
+        message["Message-ID"] = f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"  # the same at each try
+        message.set_content(message_text(delivery))
+        context = ssl.create_default_context(cafile=os.path.join(self._folder, smtp.ca_file) if smtp.ca_file else None)
+        if smtp.security == "tls":
+            connection: smtplib.SMTP = smtplib.SMTP_SSL(smtp.host, smtp.port, timeout=DELIVERY_CALL_S, context=context)
+        else:
+            connection = smtplib.SMTP(smtp.host, smtp.port, timeout=DELIVERY_CALL_S)
+        with connection:
+            if smtp.security == "starttls":
+                connection.starttls(context=context)
+            if smtp.username:
+                connection.login(smtp.username, smtp.password)
+            connection.send_message(message)
+
+
+class DeliveryRefused(OSError):
+    """The receiver answered, and did not take it."""
+
+    def __init__(self, message: str, is_final: bool = False):
+        super().__init__(message)
+        self.is_final = is_final
+
+
+def message_text(delivery: Delivery) -> str:
+    """Title, details and link as plain text."""
+    lines = [delivery.title, *delivery.facts.get("details", ())]
+    link = delivery.facts.get("link")
+    return "\n".join([*lines, *([link] if link else [])])
+
+
+def signature_headers(secret: str, message_id: str, at: float, body: bytes) -> dict[str, str]:
+    """The headers of Standard Webhooks 1.0; unsigned without a secret."""
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(int(at))}
+    if secret:
+        signed = f"{message_id}.{int(at)}.".encode() + body
+        digest = hmac.new(webhook_key(secret), signed, hashlib.sha256).digest()
+        headers["webhook-signature"] = "v1," + base64.b64encode(digest).decode()
+    return headers
+
+
+def webhook_key(secret: str) -> bytes:
+    """The key of a whsec_ secret; ValueError when it is none."""
+    return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+
+
+def post_to(url: str, body: bytes, headers: dict[str, str], allow_private: bool) -> tuple[int, bytes]:
+    """Status and the answer's beginning. The address that is connected to is the one that was
+    checked; redirects are not followed, as they could lead anywhere."""
+    import ssl
+
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    address = allowed_address(parts.hostname or "", port, allow_private)
+    give_up_at = steady_s() + DELIVERY_CALL_S
+    sock: Any = socket.create_connection(address, timeout=DELIVERY_CALL_S)
+    try:
+        if parts.scheme == "https":
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
+        connection = http.client.HTTPConnection(parts.hostname or "", port, timeout=DELIVERY_CALL_S)
+        connection.sock = sock
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("POST", target, body, {"Content-Type": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **headers})
+        sock.settimeout(max(0.1, give_up_at - steady_s()))
+        response = connection.getresponse()
+        return response.status, response.read(1000)
+    except http.client.HTTPException as error:
+        raise OSError(f"answered no HTTP: {error!r}") from None
+    finally:
+        sock.close()
+
+
+def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int]:
+    """An address of the host that may be called; OSError when all are of this machine or of a
+    private network, which a webhook of somebody else's must not reach."""
+    try:
+        found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except (socket.gaierror, UnicodeError) as error:
+        raise OSError(f"{host} cannot be found: {getattr(error, 'strerror', None) or error}") from None
+    good = [address for address in found if allow_private or ipaddress.ip_address(address.partition("%")[0]).is_global]
+    if not good:
+        raise OSError(f"{host} is a private address ({found[0]}); allowed only with allowPrivateAddresses")
+    return good[0], port
+
+
+class Notifier:
+    """Turns changes into deliveries, and delivers them."""
+
+    def __init__(self, config: Config, store: Store):
+        self._store = store
+        self._public_url = (config.server.public_url or f"http://{host_to_call(config.server.host)}:{config.server.port}").rstrip("/")
+        self.channels = {item.id: Channel(item, config.folder) for item in config.notifications}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._names_secrets = [value for item in config.notifications for value in (item.secret, item.smtp.password, urlsplit(item.url).path) if len(value) > 3]
+        if self.channels:
+            store.deliveries_for = self._of_transition
+
+    def start(self) -> None:
+        for channel in self.channels.values():
+            threading.Thread(target=self._deliver_all, args=(channel,), name=f"notify-{channel.config.id}", daemon=True).start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # ---- what is to be told ------------------------------------------------
+
+    def _of_transition(self, run: Run, snapshot: Snapshot | None) -> list[Delivery]:
+        """Called under the store's lock, before the commit of a transition."""
+        events = events_of(run)
+        found = []
+        for channel in self.channels.values():
+            wanted = [event for event in events if channel.wants(event, run.tenant_id, run.env_id, run.scenario_id)]
+            if wanted:
+                found.append(self._of_run(channel, wanted[0], run, snapshot))
+        self._wake()
+        return found
+
+    def _of_run(self, channel: Channel, event: str, run: Run, snapshot: Snapshot | None) -> Delivery:
+        facts = run_to_wire(run)
+        facts["lastMetrics"] = snapshot_to_wire(snapshot._replace(endpoints=None)) if snapshot else None
+        facts.update(details=run_details(run) if run.is_final else [], link=f"{self._public_url}/#/runs/{run.id}")
+        return _new_delivery(channel, event, notification_title(event, run, snapshot), facts, run.id, run.tenant_id)
+
+    def schedule_missed(self, schedule: Schedule, why: str) -> None:
+        """Tell that a schedule did not start its run."""
+        scenario_id = str(schedule.test.get("scenarioId"))
+        for channel in self.channels.values():
+            if channel.wants("scheduleMissed", schedule.tenant_id, schedule.env_id, scenario_id):
+                name = schedule.description or schedule.id
+                title = f"{TITLES['scheduleMissed']}: {name}, {scenario_id} on {schedule.tenant_id}/{schedule.env_id}"
+                facts = {"scheduleId": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "details": [why], "link": f"{self._public_url}/"}
+                self._store.keep_delivery(_new_delivery(channel, "scheduleMissed", title, facts, "", schedule.tenant_id))
+        self._wake()
+
+    def test(self, channel_id: str) -> None:
+        """Send a message now; NotFound, or LocustError-like failures as Unreachable with the reason."""
+        channel = self.channels.get(channel_id)
+        if channel is None:
+            raise InvalidInput(f"id: allowed are {', '.join(self.channels) or 'none: there are no notifications'}", {"id": "is no notification of the configuration"})
+        facts = {"details": ["This is a test."], "link": f"{self._public_url}/"}
+        delivery = _new_delivery(channel, "finished", f"Load Manager can reach {channel_id}", facts, "", "")
+        problem, _ = self._try(channel, delivery)
+        if problem:
+            raise DeliveryFailed(f"notification {channel_id}: {problem}")
+
+    # ---- delivering --------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _deliver_all(self, channel: Channel) -> None:
+        """The thread of one channel: the oldest that is due first."""
+        while not self._closed:
+            now = time.time()
+            waiting = sorted((one for one in self._store.waiting_deliveries(channel.config.id)), key=lambda one: (one.next_at, one.created_at))
+            if not waiting or waiting[0].next_at > now:
+                with self._changed:
+                    self._changed.wait(min(2.0, waiting[0].next_at - now) if waiting else 2.0)
+                continue
+            try:
+                self._deliver(channel, waiting[0])
+            except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must go on
+                log("notification failed", channel=channel.config.id, error=repr(error))
+                time.sleep(5)
+
+    def _deliver(self, channel: Channel, delivery: Delivery) -> None:
+        problem, is_final = self._try(channel, delivery)
+        now, attempts = time.time(), delivery.attempts + 1
+        pause_s = RETRY_DELIVERY_S[min(attempts, len(RETRY_DELIVERY_S)) - 1]
+        pause_s *= 0.8 + 0.4 * secrets.randbelow(1000) / 1000  # receivers that come back are not met by all at once
+        ended = problem is None or is_final or now - delivery.created_at > GIVE_UP_DELIVERY_S
+        changed = delivery._replace(attempts=attempts, next_at=now + pause_s, ended_at=now if ended else None, problem=problem)
+        self._store.keep_delivery(changed)
+        if problem and (attempts == 1 or ended):
+            log("notification not delivered", channel=channel.config.id, event=delivery.event, run=delivery.run_id, why=problem, given_up=ended)
+
+    def _try(self, channel: Channel, delivery: Delivery) -> tuple[str | None, bool]:
+        """Why it could not be delivered, in words without secrets, and whether another try is hopeless."""
+        import smtplib
+
+        try:
+            channel.send(delivery)
+            return None, False
+        except smtplib.SMTPResponseException as error:
+            said = error.smtp_error.decode("utf-8", "replace") if isinstance(error.smtp_error, bytes) else str(error.smtp_error)
+            words = f"SMTP {error.smtp_code} {said}"
+        except (smtplib.SMTPException, OSError, ValueError) as error:
+            words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if isinstance(error, DeliveryRefused) and error.is_final:
+                return self._without_secrets(words), True
+        return self._without_secrets(words), False
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._names_secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text.split())[:300]
+
+
+def _new_delivery(channel: Channel, event: str, title: str, facts: dict[str, Any], run_id: str, tenant_id: str) -> Delivery:
+    return Delivery("msg_" + secrets.token_hex(12), channel.config.id, event, run_id, tenant_id, time.time(), _printable_line(title), facts)
+
+
+def _printable_line(text: str) -> str:
+    """No line breaks and no control characters: mail headers and phones show it as it is."""
+    return "".join(char if char.isprintable() else " " for char in text)[:300]
+
+
+def notification_problems(config: Config) -> Iterator[str]:
+    """What is wrong in the configuration's notifications beyond single keys."""
+    seen: set[str] = set()
+    for index, item in enumerate(config.notifications):
+        where = f"notifications[{index}]"
+        if item.id in seen:
+            yield f"{where}.id: {item.id!r} stands twice; allowed is a unique id"
+        seen.add(item.id)
+        if item.type == "email":
+            yield from _mail_problems(item, where)
+        elif not item.url:
+            yield f"{where}.url: is missing; allowed is an http(s) URL"
+        if item.secret:
+            try:
+                webhook_key(item.secret)
+            except ValueError:
+                yield f"{where}.secret: allowed is whsec_ and base64, as Standard Webhooks have it"
+
+
+def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
+    if not item.smtp.host:
+        yield f"{where}.smtp.host: is missing; allowed is a host name"
+    if not item.to:
+        yield f"{where}.to: is missing; allowed is a list of mail addresses"
+    if not item.sender:
+        yield f"{where}.from: is missing; allowed is a mail address"
+    if item.smtp.username and item.smtp.security == "none":
+        yield f"{where}.smtp.security: a password is not sent in plain text; allowed is starttls or tls"
+
+
+# ============================================================================
+# 13. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
@@ -7301,7 +8297,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 12. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
+# 14. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
 # ============================================================================
 # A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
 # in is a stranger's: everything is checked, and nothing of it may count for more than it is.
@@ -7760,7 +8756,7 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
 
 
 # ============================================================================
-# 13. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 15. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
@@ -7776,7 +8772,6 @@ REASONS = {
     431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
     502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
 }  # fmt: skip
-JSON_TYPE = "application/json"
 
 MOST_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
 IDLE_CONNECTION_S = 70.0
@@ -8560,7 +9555,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 14. EVENTS - changes of runs, told to event streams
+# 16. EVENTS - changes of runs, told to event streams
 # ============================================================================
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
@@ -8773,7 +9768,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 15. ACCESS - who a token says the caller is, and how much they may ask
+# 17. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
 # time nor the number of tries tells anything of them. What a token says is remembered
@@ -8949,7 +9944,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 16. SIGN ON - tokens and sign-ins of an identity provider
+# 18. SIGN ON - tokens and sign-ins of an identity provider
 # ============================================================================
 # JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
 # algorithms count, never the token, and a key is used only with the algorithms of its
@@ -9401,7 +10396,7 @@ def secure_mark(server: ServerConfig) -> str:
 
 
 # ============================================================================
-# 17. SESSIONS - browsers that signed in, and what they must prove
+# 19. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -9518,7 +10513,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 18. HTTP API - routes, authentication, handlers
+# 20. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -9880,6 +10875,66 @@ def get_clusters(api: Api, request: Request) -> Response:
     return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)))
 
 
+def _shown_schedule(api: Api, schedule: Schedule, http_status: int = 200) -> Response:
+    return json_response(schedule_to_wire(schedule, time.time()), http_status)
+
+
+def get_schedules(api: Api, request: Request) -> Response:
+    mine = [one for one in api.scheduler.list() if request.principal.may_touch(one.tenant_id, one.env_id)]
+    return json_response([schedule_to_wire(schedule, time.time()) for schedule in mine])
+
+
+def post_schedule(api: Api, request: Request) -> Response:
+    body = parse_json(request.body)
+    api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
+    schedule = read_schedule(body, api.config.scenarios)
+    api.check_place(request, schedule.tenant_id, schedule.env_id)
+    api.engine.refuse_unsafe(read_create(schedule.test, api.config.scenarios))
+    schedule = replace(schedule, created_by=request.principal.name)
+    api.scheduler.add(schedule)
+    return _shown_schedule(api, schedule, 201)
+
+
+def get_schedule(api: Api, request: Request) -> Response:
+    return _shown_schedule(api, api.visible_schedule(request))
+
+
+def patch_schedule(api: Api, request: Request) -> Response:
+    before, body = api.visible_schedule(request), parse_json(request.body)
+    api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
+    changed = read_schedule(body, api.config.scenarios, before)
+    api.check_place(request, changed.tenant_id, changed.env_id)
+    api.engine.refuse_unsafe(read_create(changed.test, api.config.scenarios))
+    return _shown_schedule(api, api.scheduler.change(before.id, body))
+
+
+def delete_schedule(api: Api, request: Request) -> Response:
+    api.scheduler.delete(api.visible_schedule(request).id)
+    return Response(http_status=204)
+
+
+def post_schedule_run(api: Api, request: Request) -> Response:
+    schedule = api.visible_schedule(request)
+    return api.run_response(api.scheduler.run_now(schedule.id, request.principal.name).id, 201)
+
+
+def get_notifications(api: Api, request: Request) -> Response:
+    scope = request.principal.scope
+    channels = [{"id": item.id, "type": item.type, "events": list(item.on)} for item in api.config.notifications]
+
+    def is_mine(one: Delivery) -> bool:
+        run = api.store.find(one.run_id)
+        return scope.covers(one.tenant_id, run.env_id) if run else scope == EVERYTHING
+
+    deliveries = [one for one in api.store.list_deliveries(200) if is_mine(one)]
+    return json_response({"channels": channels, "deliveries": [delivery_to_wire(one) for one in deliveries]})
+
+
+def post_notification_test(api: Api, request: Request) -> Response:
+    api.notifier.test(check_body(parse_json(request.body), NOTIFICATION_TEST_KEYS)["id"])
+    return SUCCESS
+
+
 def post_scale(api: Api, request: Request) -> Response:
     cluster = api.visible_cluster(request)
     workers = check_body(parse_json(request.body), SCALE_KEYS)["workers"]
@@ -10041,6 +11096,7 @@ METRICS_QUERY = {
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
+NOTIFICATION_TEST_KEYS = {"id": BodyKey("id", ID_TEXT, required=True)}
 LOGS_QUERY = {"lines": number_value(1, MOST_LOG_LINES, whole=True)}
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 AUDIT_QUERY = {
@@ -10142,6 +11198,14 @@ ROUTES = (
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
     Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
+    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", waits=False, answer="Schedules"),
+    Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself", body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
+    Route("GET", "/v1/schedules/{id}", get_schedule, "viewer", "One schedule", waits=False, answer="Schedule"),
+    Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule", body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
+    Route("DELETE", "/v1/schedules/{id}", delete_schedule, "operator", "Have a schedule no more", success=204, errors=(409, 503)),
+    Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run", success=201, errors=STARTING),
+    Route("GET", "/v1/notifications", get_notifications, "admin", "Who is told of what, and the newest deliveries", waits=False, answer="Notifications"),
+    Route("POST", "/v1/notifications/test", post_notification_test, "admin", "Send a message now", body=NOTIFICATION_TEST_KEYS, errors=(502,)),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
     Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
     Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of a cluster's processes", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
@@ -10219,6 +11283,20 @@ SCHEMAS: dict[str, Any] = {
         "id", id=_TEXT, description=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE, thresholds=_TEXTS, tenants=_TEXTS, **_PLAN
     ),
     "Scenarios": _array("Scenario"),
+    "Schedule": _object(
+        "id tenantId envId test concurrencyPolicy startingDeadlineSeconds paused readOnly timezone createdAt createdBy next",
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, test={"type": "object"}, concurrencyPolicy=_TEXT, startingDeadlineSeconds={"type": "number"}, paused=_FLAG, readOnly=_FLAG,
+        timezone=_TEXT, createdAt=_MOMENT, createdBy=_TEXT, next={"type": "array", "items": _MOMENT}, description=_TEXT, cron=_TEXT, runAt=_MOMENT, lastTime=_MOMENT,
+        lastRunId=_TEXT, lastOutcome=_TEXT,
+    ),
+    "Schedules": _array("Schedule"),
+    "Delivery": _object(
+        "id channelId event title attempts createdAt outcome", id=_TEXT, channelId=_TEXT, event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_MOMENT,
+        outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_MOMENT, nextAt=_MOMENT,
+    ),
+    "Notifications": _object(
+        "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT, type=_TEXT, events=_TEXTS)}, deliveries=_array("Delivery")
+    ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
@@ -10391,10 +11469,12 @@ class Api:
 
     MOST_CALLERS = 10_000  # headers that are remembered
 
-    def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed):
+    def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed, scheduler: Scheduler, notifier: Notifier):
         self.config = config
         self.store = store
         self.engine = engine
+        self.scheduler = scheduler
+        self.notifier = notifier
         self._feed = feed
         self._sessions = Sessions()
         self._router = Router(ROUTES)
@@ -10641,6 +11721,15 @@ class Api:
             raise NotYours(f"there is no run {run.id}")
         return run
 
+    def visible_schedule(self, request: Request) -> Schedule:
+        """The schedule of the path, NotFound also for another tenant's."""
+        schedule = self.scheduler.get(request.params["id"])
+        if not request.principal.may_touch(schedule.tenant_id, schedule.env_id):
+            request.tenant_id, request.env_id = schedule.tenant_id, schedule.env_id
+            raise NotYours(f"there is no schedule {request.params['id'][:MAX_TEXT]}")
+        request.tenant_id, request.env_id, request.note = schedule.tenant_id, schedule.env_id, f"schedule {schedule.id}"
+        return schedule
+
     def visible_cluster(self, request: Request) -> Cluster:
         """The cluster of the path, NotFound also for another tenant's."""
         cluster = self.engine.clusters.get(request.params["id"])
@@ -10725,7 +11814,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 19. SERVICE - the whole program put together, and its configuration checked
+# 21. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -10733,6 +11822,7 @@ def checked_config(path: str) -> Config:
     """The configuration of a file, checked as a whole; ConfigError lists every problem."""
     config = load_config(path)
     problems = list(scenario_problems(config))
+    problems += [*(schedule_problems(config) if not problems else ()), *notification_problems(config)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -10780,7 +11870,9 @@ class Service:
         self._timer = Timer()
         self._engine = Engine(config, self._store, self._timer)
         feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2, config.limits.event_streams)
-        self._loop.api = Api(config, self._store, self._engine, feed)
+        self._notifier = Notifier(config, self._store)
+        self._scheduler = Scheduler(config, self._store, self._engine, self._timer, self._notifier.schedule_missed)
+        self._loop.api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
         self.url = f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
         self._callbacks = LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
 
@@ -10790,6 +11882,8 @@ class Service:
             self._callbacks.start()
         self._engine.launch_clusters(self._callbacks.url if self._callbacks else self.url)
         self._engine.reconcile()
+        self._notifier.start()
+        self._scheduler.start()
         self._loop.start()
         threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         log(f"Load Manager {VERSION} listening", url=self.url)
@@ -10800,6 +11894,8 @@ class Service:
         last_resort.daemon = True
         last_resort.start()
         self._loop.draining = True
+        self._scheduler.close()
+        self._notifier.close()
         self._server.shutdown()
         self._server.server_close()
         self._engine.shutdown()
@@ -10891,7 +11987,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 20. TERMINAL - text, tables and a live view that any terminal can show
+# 22. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -11105,7 +12201,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 21. API CLIENT - which server a command talks to, and requests to it
+# 23. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -11382,7 +12478,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 22. COMMAND LINE - commands, what they take, and what they print
+# 24. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -11595,6 +12691,55 @@ def command_users(options: Any) -> int:
     body = {"targetUsers": options.users, "spawnRate": options.spawn_rate}
     answer = client.request("POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None})
     return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
+
+
+SCHEDULE_COLUMNS = (
+    Column("SCHEDULE"), Column("WHEN"), Column("NEXT"), Column("SCENARIO"), Column("TENANT/ENV", drop=2), Column("LAST", drop=1),
+)  # fmt: skip
+
+
+def schedule_row(schedule: dict[str, Any]) -> list[str]:
+    when = f"{schedule['cron']} {schedule['timezone']}" if schedule.get("cron") else schedule.get("runAt", "")
+    coming = "paused" if schedule["paused"] else (schedule["next"] or ["never again"])[0]
+    place = f"{schedule['tenantId']}/{schedule['envId']}"
+    return [printable(value) for value in (schedule["id"], when, coming, schedule["test"].get("scenarioId"), place, schedule.get("lastOutcome", ""))]
+
+
+def command_schedules(options: Any) -> int:
+    client = open_client(options)
+    if options.action == "list":
+        answer = client.get("/v1/schedules")
+        if options.json:
+            print_json(answer.body)
+        else:
+            screen = open_screen(options)
+            rows = [schedule_row(schedule) for schedule in answer.json_list("id", "next", "test", "paused")]
+            screen.print(*paint_head(screen, table(SCHEDULE_COLUMNS, rows, screen.columns)))
+        return EXIT_DONE
+    if options.action == "create":
+        answer = client.request("POST", "/v1/schedules", schedule_body(options))
+        return tell_done(options, answer, f"schedule {answer.json('id')['id']} is created")
+    if not options.schedule:
+        raise CommandError(f"schedules {options.action}: say which; see `{PROGRAM} schedules`", EXIT_USAGE)
+    path = f"/v1/schedules/{quote(options.schedule, safe='')}"
+    if options.action in ("pause", "resume"):
+        return tell_done(options, client.request("PATCH", path, {"paused": options.action == "pause"}), f"schedule {options.schedule}: {options.action}d")
+    if options.action == "delete":
+        return tell_done(options, client.request("DELETE", path), f"schedule {options.schedule} is deleted")
+    answer = client.request("POST", f"{path}/run")
+    return tell_done(options, answer, started_line(answer.json(*RUN_KEYS)))
+
+
+def schedule_body(options: Any) -> dict[str, Any]:
+    test = {
+        "tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario, "targetUsers": options.users,
+        "spawnRate": options.spawn_rate, "durationSeconds": options.duration, "thresholds": options.threshold or None,
+    }  # fmt: skip
+    body = {
+        "cron": options.cron, "timezone": options.timezone, "runAt": options.at, "concurrencyPolicy": options.policy, "description": options.description,
+        "test": {name: value for name, value in test.items() if value is not None},
+    }  # fmt: skip
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def cluster_path(cluster_id: str, what: str) -> str:
@@ -12561,6 +13706,26 @@ COMMANDS = (
         ),
     ),
     Command(
+        "schedules", command_schedules, "runs that start by themselves",
+        "schedules create --cron '0 2 * * mon-fri' --timezone Europe/Berlin --tenant tenant-1 --env dev --scenario browse -u 100 -r 10 -d 10m",
+        (
+            argument("action", nargs="?", default="list", choices=["list", "create", "pause", "resume", "run", "delete"], help="default: list"),
+            argument("schedule", nargs="?", metavar="SCHEDULE", help="its id, for pause, resume, run and delete"),
+            argument("--cron", metavar="EXPR", help="create: five fields, or @daily"),
+            argument("--at", metavar="MOMENT", help="create: once, instead of --cron: RFC 3339"),
+            argument("--timezone", metavar="NAME", help="create: the clock that cron means; default: UTC"),
+            argument("--policy", choices=["Forbid", "Queue", "Replace"], help="create: while its last run is active; default: Forbid"),
+            argument("--description", metavar="TEXT", help="create: for those who read it"),
+            argument(*TENANT, metavar="ID", help="create: whose runs"),
+            argument(*ENV, metavar="ID", help="create: the environment to load"),
+            argument("--scenario", "--scenario-id", metavar="NAME", help="create: what is run"),
+            argument("-u", "--users", metavar="N", value=count_value, help="create: users; default: the scenario's"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="create: users started per second; default: the scenario's"),
+            argument("-d", "--duration", metavar="TIME", value=duration_value, help="create: how long; default: the scenario's"),
+            argument("--threshold", action="append", default=[], metavar="EXPR", help="create: what must hold; repeatable"),
+        ),
+    ),
+    Command(
         "scale", command_scale, "change a cluster's number of workers", "scale local 4",
         (
             argument("cluster", metavar="CLUSTER", help="the cluster's id"),
@@ -12776,7 +13941,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 23. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 25. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.

@@ -110,6 +110,16 @@ def exported(place: Place, whose: str) -> dict[str, Any]:
     return file
 
 
+def of_schedule(rest: str = "", body: Any = None, own: tuple[int, ...] = (200,)) -> Rule:
+    """A route of one schedule, which is made for it."""
+
+    def ask(place: Place, whose: str) -> tuple[str, Any]:
+        made = place.lm.post("/v1/schedules", {"cron": "@yearly", "test": create_body(tenantId=whose)}).json
+        return f"/v1/schedules/{made['id']}{rest}", body
+
+    return Rule(ask, frozenset(own))
+
+
 BASELINE = "/v1/baselines/WHOSE/dev/browse"
 RULES = {
     "POST /v1/tests": plain("/v1/tests", lambda place, whose: create_body(tenantId=whose), (201,), (403,)),
@@ -129,6 +139,14 @@ RULES = {
     "GET /v1/scenarios": plain("/v1/scenarios"),
     "POST /v1/clusters/{id}/scale": plain("/v1/clusters/WHOSE-dev/scale", {"workers": 1}, (409,), (404,)),  # it has no launcher
     "GET /v1/clusters/{id}/logs": plain("/v1/clusters/WHOSE-dev/logs", None, (200,), (404,)),
+    "GET /v1/schedules": plain("/v1/schedules"),
+    "POST /v1/schedules": plain("/v1/schedules", lambda place, whose: {"cron": "@yearly", "test": create_body(tenantId=whose)}, (201,), (403,)),
+    "GET /v1/schedules/{id}": of_schedule(),
+    "PATCH /v1/schedules/{id}": of_schedule("", {"paused": True}),
+    "POST /v1/schedules/{id}/run": of_schedule("/run", None, (201,)),
+    "DELETE /v1/schedules/{id}": of_schedule("", None, (204,)),
+    "GET /v1/notifications": plain("/v1/notifications"),
+    "POST /v1/notifications/test": plain("/v1/notifications/test", {"id": "nobody"}, (400,)),
     "GET /v1/tests/compare": Rule(compared),
     "GET /v1/trends": plain("/v1/trends?tenantId=WHOSE"),
     "GET /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, None, (200,), (404,)),

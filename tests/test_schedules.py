@@ -1,0 +1,297 @@
+"""Runs that start by themselves: what cron means, clocks that are put forward and back, and schedules over restarts."""
+from __future__ import annotations
+
+import datetime
+import json
+import random
+import subprocess
+import sys
+import time
+from zoneinfo import ZoneInfo
+
+import pytest
+from croniter import croniter
+
+import loadmanager
+from conftest import API_TOKEN, ROOT, cluster_config, create_body
+from waiting import eventually, holds_for
+
+UTC = ZoneInfo("UTC")
+
+
+def random_field(draw, name, least, most, names):
+    def value():
+        return draw.choice([*names]) if names and draw.random() < 0.3 else str(draw.randint(least, most))
+
+    parts = []
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        kind = draw.random()
+        if kind < 0.3:
+            parts.append(value())
+        elif kind < 0.6:
+            low = draw.randint(least, most - 1)
+            high = draw.randint(low + 1, most)  # the oracle takes 5-5 for everything
+            parts.append(f"{low}-{high}" + (f"/{draw.randint(1, 9)}" if draw.random() < 0.5 else ""))
+        else:
+            parts.append(f"*/{draw.randint(2, min(most, 30))}" if draw.random() < 0.8 or most == 7 else f"{draw.randint(least, most)}/{draw.randint(1, 9)}")
+    return ",".join(parts)
+
+
+def random_expression(draw):
+    words = [random_field(draw, *field) if draw.random() < 0.6 else "*" for field in loadmanager.CRON_FIELDS]
+    return " ".join(words)
+
+
+def test_next_times_are_those_of_a_well_kept_cron_library():
+    """4,000 random expressions at random moments of 30 years; day and weekday together mean either, as in cron."""
+    draw = random.Random(20261123)
+    compared = 0
+    while compared < 4000:
+        text, start = random_expression(draw), draw.randint(946684800, 1893456000)
+        try:
+            cron = loadmanager.parse_cron(text)
+        except loadmanager.NotAllowed as refused:
+            assert "no such day" in str(refused), f"{text}: {refused}"
+            continue
+        if cron.either_day and (len(cron.weekdays) == 7 or len(cron.days) == 31):
+            continue  # such as 0-7: every day by its name, and cron programs differ in whether that counts as *
+        ours = loadmanager.next_times(cron, UTC, start, 3)
+        try:
+            oracle = croniter(text, datetime.datetime.fromtimestamp(start, UTC))
+            theirs = [oracle.get_next(float) for _ in ours]
+        except Exception as error:  # noqa: BLE001 - it gives up where a day is too rare
+            assert "failed to find" in str(error), f"{text}: {error}"
+            continue
+        assert ours == theirs, f"{text} after {datetime.datetime.fromtimestamp(start, UTC)}"
+        compared += 1
+
+
+@pytest.mark.parametrize(("name", "same"), [("@daily", "0 0 * * *"), ("@hourly", "0 * * * *"), ("@WEEKLY", "0 0 * * sun"), ("@yearly", "0 0 1 jan *"), ("0 0 * * 7", "0 0 * * 0")])
+def test_names_mean_the_same_as_numbers(name, same):
+    assert loadmanager.parse_cron(name) == loadmanager.parse_cron(same)._replace(either_day=loadmanager.parse_cron(name).either_day)
+
+
+def local_times(text, zone, start, count):
+    zone = ZoneInfo(zone)
+    after = datetime.datetime.fromisoformat(start).replace(tzinfo=zone).timestamp()
+    found = loadmanager.next_times(loadmanager.parse_cron(text), zone, after, count)
+    return [datetime.datetime.fromtimestamp(at, zone).isoformat() for at in found]
+
+
+def test_a_time_that_does_not_exist_runs_at_the_next_moment_that_does():
+    assert local_times("30 2 * * *", "Europe/Berlin", "2027-03-27T12:00", 2) == ["2027-03-28T03:00:00+02:00", "2027-03-29T02:30:00+02:00"]
+    assert local_times("*/20 2 * * *", "Europe/Berlin", "2027-03-28T00:00", 2) == ["2027-03-28T03:00:00+02:00", "2027-03-29T02:00:00+02:00"]
+    assert local_times("15 2 * * *", "Australia/Lord_Howe", "2027-10-02T12:00", 1) == ["2027-10-03T02:30:00+11:00"], "clocks there go by half an hour"
+    assert local_times("0 0 * * *", "America/Sao_Paulo", "2018-11-03T12:00", 1) == ["2018-11-04T01:00:00-02:00"], "midnight does not exist"
+
+
+def test_a_time_that_exists_twice_runs_once():
+    assert local_times("30 2 * * *", "Europe/Berlin", "2027-10-30T12:00", 2) == ["2027-10-31T02:30:00+02:00", "2027-11-01T02:30:00+01:00"]
+    zone = ZoneInfo("Europe/Berlin")
+    between = datetime.datetime(2027, 10, 31, 2, 40, fold=0, tzinfo=zone).timestamp()
+    second = datetime.datetime(2027, 10, 31, 2, 10, fold=1, tzinfo=zone).timestamp()
+    for after in (between, second):
+        [at] = loadmanager.next_times(loadmanager.parse_cron("30 2 * * *"), zone, after)
+        assert datetime.datetime.fromtimestamp(at, zone).isoformat() == "2027-11-01T02:30:00+01:00", "the second half past two is not another one"
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Asia/Kolkata", "Africa/Casablanca", "Pacific/Apia"])
+def test_moments_of_a_year_ascend_and_each_wall_time_comes_once(zone):
+    zone_, at, seen = ZoneInfo(zone), 1798761600.0, []
+    for at in loadmanager.next_times(loadmanager.parse_cron("*/30 * * * *"), zone_, at, 366 * 48):
+        seen.append(datetime.datetime.fromtimestamp(at, zone_).replace(tzinfo=None))
+    assert len(seen) == len(set(seen)), "a wall time came twice"
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "five fields"), ("* * * *", "five fields"), ("* * * * * *", "five fields"), ("60 * * * *", "minute '60': allowed is 0 to 59"),
+        ("* 24 * * *", "hour"), ("* * 0 * *", "day of month"), ("* * * 13 *", "month"), ("* * * foo *", "jan"), ("* * * * 8", "0 to 7"),
+        ("5-1 * * * *", "upwards"), ("*/0 * * * *", "1 or more"), ("*-5 * * * *", "allowed is *"), ("1,,2 * * * *", "allowed is *"),
+        ("0 0 30 2 *", "no such day"), ("@never", "five fields"), ("0 0 L * *", "allowed is *"), ("0 0 * * 1#2", "allowed is *"), ("\u0661 * * * *", "allowed is *"),
+    ],
+)  # fmt: skip
+def test_a_wrong_expression_is_refused_with_its_field(text, says):
+    with pytest.raises(loadmanager.NotAllowed) as refused:
+        loadmanager.parse_cron(text)
+    assert says in str(refused.value)
+
+
+# ---- a server ---------------------------------------------------------------
+
+
+def in_seconds(seconds):
+    return loadmanager.utc_text(time.time() + seconds)
+
+
+def schedule(lm, **more):
+    made = lm.post("/v1/schedules", {"test": create_body(durationSeconds=30), **more})
+    assert made.status == 201, made.body
+    return made.json
+
+
+def runs_of(lm):
+    return [run for run in lm.get("/v1/tests").json if run["source"] == "schedule"]
+
+
+def test_a_run_starts_once_at_its_moment(lm):
+    made = schedule(lm, runAt=in_seconds(1.2), description="once")
+    assert len(made["next"]) == 1
+    [run] = eventually(lambda: runs_of(lm), 6, what="the run of the schedule")
+    assert 1.0 < loadmanager.parse_utc(run["createdAt"]) - loadmanager.parse_utc(made["createdAt"]) < 2.5
+    assert run["createdBy"] == f"schedule {made['id']}"
+    after = eventually(lambda: (lambda one: one if one.get("lastRunId") else None)(lm.get(f"/v1/schedules/{made['id']}").json), 5)
+    assert (after["lastRunId"], after["lastOutcome"], after["next"]) == (run["id"], "started", [])
+    holds_for(lambda: len(runs_of(lm)) == 1, 1.5)
+
+
+def test_a_moment_missed_while_away_is_made_up_for_once_and_only_in_time(lm):
+    late = schedule(lm, runAt=in_seconds(1), startingDeadlineSeconds=60)
+    too_late = schedule(lm, runAt=in_seconds(1), startingDeadlineSeconds=1)
+    lm.kill9()
+    eventually(lambda: time.time() > loadmanager.parse_utc(late["runAt"]) + 2.5, 10)
+    lm.restart()
+    [run] = eventually(lambda: runs_of(lm), 6, what="the missed run")
+    assert run["createdBy"] == f"schedule {late['id']}"
+    missed = eventually(lambda: (lambda one: one if one.get("lastOutcome") else None)(lm.get(f"/v1/schedules/{too_late['id']}").json), 5)
+    assert missed["lastOutcome"].startswith("missed: ")
+    lm.kill9()
+    lm.restart()
+    holds_for(lambda: len(runs_of(lm)) == 1, 2)
+
+
+def test_kill_9_around_the_moment_neither_loses_nor_doubles_the_run(lm):
+    for offset in (0.0, 0.02, 0.06, 0.15):
+        before = len(runs_of(lm))
+        made = schedule(lm, runAt=in_seconds(0.8))
+        due = loadmanager.parse_utc(made["runAt"])
+        while time.time() < due + offset:
+            time.sleep(0.005)
+        lm.kill9()
+        lm.restart()
+        eventually(lambda: len(runs_of(lm)) == before + 1, 6, what=f"one run of the schedule that was due {offset} s before the kill")
+        eventually(lambda: lm.get(f"/v1/schedules/{made['id']}").json.get("lastRunId"), 5)
+        for run in runs_of(lm):
+            lm.post(f"/v1/tests/{run['id']}/stop")
+        eventually(lambda: not lm.get("/v1/tests?status=Pending,Running,Stopping").json, 10)
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("Forbid", "skipped: its run"), ("Queue", "started"), ("Replace", "started")])
+def test_what_happens_while_the_last_run_is_active(lm, policy, outcome):
+    made = schedule(lm, runAt=in_seconds(0.5), concurrencyPolicy=policy)
+    [first] = eventually(lambda: runs_of(lm), 5)
+    eventually(lambda: lm.get(f"/v1/schedules/{made['id']}").json.get("lastRunId"), 5)
+    changed = lm.request("PATCH", f"/v1/schedules/{made['id']}", {"cron": "* * * * *"})
+    assert changed.status == 200 and len(changed.json["next"]) == 5
+    lm.request("PATCH", f"/v1/schedules/{made['id']}", {"paused": True})
+    # the next minute is too far for a test: the same path, by hand
+    now = loadmanager.utc_text(time.time() + 0.5)
+    again = lm.post("/v1/schedules", {"test": create_body(durationSeconds=30), "runAt": now, "concurrencyPolicy": policy}).json
+    last = eventually(lambda: (lambda one: one if one.get("lastOutcome") else None)(lm.get(f"/v1/schedules/{again['id']}").json), 10)
+    if policy == "Queue":
+        assert last["lastOutcome"] == "started" and lm.run(last["lastRunId"])["queuePosition"] == 1
+    else:
+        assert "active run" in last["lastOutcome"], "a run of somebody else is not replaced"
+    assert lm.run(first["id"])["status"] == "Running"
+
+
+def test_a_minutely_schedule_replaces_queues_or_skips_its_own_active_run(tmp_path):
+    """The policies themselves, at the level of the scheduler: a minute is too long to wait for thrice."""
+    store = loadmanager.Store(loadmanager.open_database("memory:", str(tmp_path)))
+    config = loadmanager.Config()
+    active = loadmanager.Run("r1", "acme", "dev", "one", "browse", 1, 1.0, loadmanager.RunStatus.PENDING, time.time())
+    store.add(active)
+    store.transition("r1", loadmanager.RunStatus.RUNNING, started_at=time.time())
+
+    class Orders:
+        """Takes down what the scheduler orders; the engine itself is tested with a server."""
+
+        def __init__(self):
+            self.seen = []
+
+        def stop(self, run_id, reason):
+            self.seen.append(("stop", run_id))
+
+        def create(self, request, by, source, idempotency):
+            self.seen.append(("create", request.queue, source, idempotency[0]))
+            return active
+
+    for policy, orders in (
+        ("Forbid", []),
+        ("Queue", [("create", True, "schedule", "schedule:s:60")]),
+        ("Replace", [("stop", "r1"), ("create", False, "schedule", "schedule:s:60")]),
+    ):
+        engine, missed = Orders(), []
+        scheduler = loadmanager.Scheduler(config, store, engine, loadmanager.Timer(), lambda schedule, why: missed.append(why))
+        made = loadmanager.read_schedule({"cron": "* * * * *", "concurrencyPolicy": policy, "test": create_body()}, ())
+        scheduler._fire(loadmanager.replace(made, id="s", last_run_id="r1", deadline_s=1e12), 60.0)
+        assert engine.seen == orders, policy
+        assert bool(missed) == (policy == "Forbid")
+    store.close()
+
+
+def test_schedules_are_changed_paused_run_and_deleted(lm):
+    made = schedule(lm, cron="0 2 * * mon-fri", timezone="Europe/Berlin")
+    assert all(datetime.datetime.fromisoformat(at.replace("Z", "+00:00")).astimezone(ZoneInfo("Europe/Berlin")).strftime("%H:%M") == "02:00" for at in made["next"])
+    path = f"/v1/schedules/{made['id']}"
+    paused = lm.request("PATCH", path, {"paused": True}).json
+    assert (paused["paused"], paused["next"], paused["cron"]) == (True, [], "0 2 * * mon-fri")
+    assert lm.request("PATCH", path, {"paused": False, "timezone": "Asia/Kolkata"}).json["next"] != made["next"]
+    started = lm.post(f"{path}/run")
+    assert (started.status, started.json["source"]) == (201, "schedule")
+    lm.restart()
+    kept = lm.get("/v1/schedules").json
+    assert [one["id"] for one in kept] == [made["id"]] and kept[0]["timezone"] == "Asia/Kolkata"
+    assert lm.request("DELETE", path).status == 204
+    assert lm.get(path).status == 404 and lm.get("/v1/schedules").json == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"cron": "* * * *"}, "cron"), ({"cron": None}, "cron"), ({"runAt": "2027-01-01T00:00:00Z"}, "cron"), ({"timezone": "Mars/Olympus"}, "timezone"),
+        ({"timezone": "../../etc/passwd"}, "timezone"), ({"concurrencyPolicy": "Maybe"}, "concurrencyPolicy"), ({"startingDeadlineSeconds": 0}, "startingDeadlineSeconds"),
+        ({"test": {}}, "test.tenantId"), ({"test": create_body(targetUsers=0)}, "test.targetUsers"), ({"test": []}, "test"), ({"colour": 1}, "colour"), ({"paused": "yes"}, "paused"),
+    ],
+)  # fmt: skip
+def test_a_wrong_schedule_is_refused(lm, change, field):
+    body = {"cron": "@daily", "test": create_body(), **change}
+    refused = lm.post("/v1/schedules", body)
+    assert refused.status == 400 and field in refused.json["fields"], refused.body
+
+
+def test_schedules_of_the_configuration_run_and_are_changed_there(load_manager, fake):
+    lm = load_manager(cluster_config(fake.url), schedules=[{"id": "nightly", "runAt": in_seconds(2), "test": create_body(durationSeconds=5)}])
+    [shown] = lm.get("/v1/schedules").json
+    assert (shown["id"], shown["readOnly"]) == ("nightly", True)
+    assert lm.request("PATCH", "/v1/schedules/nightly", {"paused": True}).status == 409
+    assert lm.request("DELETE", "/v1/schedules/nightly").status == 409
+    eventually(lambda: runs_of(lm), 8, what="the run of the configured schedule")
+    lm.restart()
+    holds_for(lambda: len(runs_of(lm)) == 1, 1.5)
+
+
+def test_a_wrong_schedule_in_the_configuration_is_a_refusal_to_start(tmp_path):
+    path = tmp_path / "config.json"
+    entry = {"id": "a", "cron": "61 * * * *", "test": {"tenantId": "acme"}}
+    path.write_text(json.dumps({"security": {"apiToken": "a", "locustCallbackToken": "b"}, "schedules": [entry]}))
+    checked = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(path)], capture_output=True, text=True, timeout=30)
+    assert checked.returncode == 2 and "schedules[0].cron: minute '61': allowed is 0 to 59" in checked.stderr, checked.stderr
+
+
+def test_schedules_on_the_command_line(lm):
+    def cli(*words):
+        done = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "schedules", *words, "--url", lm.url, "--token", API_TOKEN], capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    made = json.loads(cli("create", "--cron", "@daily", "--timezone", "Europe/Berlin", "--tenant", "acme", "--env", "dev", "--scenario", "browse", "-u", "5", "-r", "5", "--json"))
+    assert made["id"] in cli() and "@daily Europe/Berlin" in cli("list")
+    cli("pause", made["id"])
+    assert "paused" in cli()
+    cli("resume", made["id"])
+    assert "started" in cli("run", made["id"])
+    cli("delete", made["id"])
+    assert made["id"] not in cli()
