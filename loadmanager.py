@@ -3536,6 +3536,7 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL, who TEXT NOT NULL, role TEXT NOT NULL,"
     " address TEXT NOT NULL, action TEXT NOT NULL, tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL,"
     " http_status BIGINT NOT NULL, detail TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS audit_of_run ON audit (run_id)",
 )
 
 
@@ -11140,7 +11141,7 @@ ROUTES = (
     Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False, answer="Session"),
     Route(
         "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
-        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429), more_body={"token": {"type": "string"}},
+        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429, 503), more_body={"token": {"type": "string"}},
     ),
     Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider", success=302, errors=(404, 502)),
     Route(
@@ -12434,10 +12435,17 @@ class ApiClient:
         import ssl
 
         try:
-            return ssl.create_default_context(cafile=self._server.ca_file)
+            context = ssl.create_default_context(cafile=self._server.ca_file)
         except OSError as error:
             why = error.strerror or error
             raise CommandError(f"--ca-file: {self._server.ca_file} has no certificates: {why}", EXIT_USAGE) from None
+        own = os.environ.get("LOADMANAGER_CLIENT_CERT")
+        try:
+            if own:
+                context.load_cert_chain(own, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise CommandError(f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
+        return context
 
     def _note_clock(self, date: str | None) -> None:
         """How far our clocks are apart: moments of the server are shown as ages."""
@@ -12496,6 +12504,7 @@ VARIABLES = {
     "LOADMANAGER_URL": "the server; --url goes first, then this, then a configuration file",
     "LOADMANAGER_TOKEN": "the API token; --token and --token-file go first",
     "LOADMANAGER_TOKEN_COMMAND": "a program and its arguments that prints the token; run again when the token is refused; without a shell",
+    "LOADMANAGER_CLIENT_CERT": "our certificate and its key in one file, for a server that wants one",
     "LOADMANAGER_CA_FILE": "certificates to trust for an https server; --ca-file goes first",
     "NO_COLOR": "set to anything: no colours",
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import loadmanager
-from conftest import API_TOKEN, ROOT, base_config, cluster_config
+from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config
 from waiting import eventually
 
 
@@ -153,6 +153,12 @@ def test_client_certificates(https_lm, authority, tmp_path):
     lm.tls = authority.trust(authority.issue("client", "DNS:client"))
     assert lm.get("/v1/tests").status == 200
     assert lm.get("/v1/tests", token="wrong").status == 401, "a client certificate is no token"
+    own = tmp_path / "client-with-key.pem"
+    own.write_text("".join(Path(file).read_text() for file in authority.issue("cli", "DNS:cli")))
+    command = [sys.executable, str(ROOT / "loadmanager.py"), "list", "--token", API_TOKEN, "--url", lm.url, "--ca-file", authority.pem]
+    for environment, status in (({"LOADMANAGER_CLIENT_CERT": str(own)}, 0), ({}, 3), ({"LOADMANAGER_CLIENT_CERT": authority.pem}, 2)):
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     stranger = Authority(tmp_path, "stranger")
     for name, certificate in {"none": None, "a stranger's": stranger.issue("client", "DNS:client"), "an expired one": authority.issue("old-client", "DNS:client", days=-1)}.items():
         lm.tls = authority.trust(certificate)
@@ -254,6 +260,32 @@ def callback_url_of_locust(parent: int) -> str:
         if found:
             return found
     return ""
+
+
+def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(load_manager, authority, good, tmp_path):
+    from locust_process import LocustCluster, find_free_port
+
+    own = tmp_path / "locust.pem"
+    own.write_text("".join(Path(file).read_text() for file in authority.issue("locust", "DNS:locust")))
+    port = find_free_port()
+    lm = load_manager(
+        cluster_config(f"http://127.0.0.1:{port}"), server={"tls": {"certFile": good[0], "keyFile": good[1], "clientCaFile": authority.pem}},
+        orchestrator={"metricsPollIntervalSeconds": 60, "startTimeoutSeconds": 15},
+    )  # fmt: skip
+    lm.tls = authority.trust((str(own), str(own)))
+    environment = {
+        "CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "0.5",
+        "CONTROL_PLANE_CA_FILE": authority.pem, "CONTROL_PLANE_CLIENT_CERT": str(own),
+    }  # fmt: skip
+    (tmp_path / "locustfile.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'locust')!r})\nimport loadmanager_hooks\nfrom locust import User, task, constant\n"
+        "class Nobody(User):\n    wait_time = constant(1)\n    @task\n    def nothing(self):\n        pass\n"
+    )
+    with LocustCluster(tmp_path / "locustfile.py", 0, environment, web_port=port):
+        run_id = lm.create(targetUsers=1).json["id"]
+        eventually(lambda: lm.run(run_id).get("lastMetrics"), 15, what="numbers are pushed over https")
+        lm.post(f"/v1/tests/{run_id}/stop")
+        lm.wait_for(run_id, "Finished")
 
 
 # ---- towards Locust --------------------------------------------------------
