@@ -16,7 +16,7 @@ demo: $(VENV)/run.stamp  ## a real 20 s load test, end to end
 	$(PY) tests/demo.py
 
 test: $(VENV)/test.stamp packages  ## all tests
-	$(PY) -m pytest tests -n 2 --dist loadscope $(PYTEST_ARGS)
+	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS)
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
 	$(PY) tests/bench.py

@@ -14614,6 +14614,32 @@ async function annotate(run) {
   dialog.showModal();
 }
 
+async function changeUsers(run) {
+  const last = (run.usersChanges || []).at(-1) || run;
+  const users = h("input", {required: true, inputmode: "numeric", value: last.targetUsers, autocomplete: "off", autofocus: true, id: "new-users"});
+  const perSecond = h("input", {required: true, inputmode: "decimal", value: last.spawnRate, autocomplete: "off"});
+  const dialog = h(
+    "dialog",
+    {"aria-labelledby": "dialog-title"},
+    h(
+      "form",
+      {
+        onsubmit: async (event) => {
+          event.preventDefault();
+          const body = {targetUsers: Number(users.value), spawnRate: Number(perSecond.value)};
+          if (await attempt(() => api("POST", runPath(run.id, "/users"), body))) dialog.close();
+        },
+      },
+      h("h2", {id: "dialog-title"}, "Change the users"),
+      h("div", {class: "three"}, h("label", {class: "field"}, h("span", {}, "Users"), users), h("label", {class: "field"}, h("span", {}, "Started per s"), perSecond)),
+      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Change")),
+    ),
+  );
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
 /** Lines of key=value as an object; throws for a line without =. */
 function parseMetadata(text) {
   const metadata = {};
@@ -14629,9 +14655,11 @@ function parseMetadata(text) {
 }
 
 async function startDialog() {
-  const [clusters, recent] = await Promise.all([get("/v1/clusters"), get("/v1/tests?brief=true&limit=100")].map((answer) => answer.catch(() => [])));
+  const [clusters, recent, known] = await Promise.all(
+    [get("/v1/clusters"), get("/v1/tests?brief=true&limit=100"), get("/v1/scenarios")].map((answer) => answer.catch(() => [])),
+  );
   const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
-  const scenarios = [...new Set(recent.map((run) => run.scenarioId))];
+  const scenarios = known.length ? known.map((one) => one.id) : [...new Set(recent.map((run) => run.scenarioId))];
   const last = recent[0] || {};
   const fields = {
     place: h(
@@ -14643,9 +14671,24 @@ async function startDialog() {
     targetUsers: h("input", {required: true, inputmode: "numeric", value: last.targetUsers || 10, autocomplete: "off"}),
     spawnRate: h("input", {required: true, inputmode: "decimal", value: last.spawnRate || 1, autocomplete: "off"}),
     durationSeconds: h("input", {placeholder: "5m", value: "5m", autocomplete: "off"}),
+    host: h("input", {type: "url", placeholder: "the cluster's own", autocomplete: "off", spellcheck: "false"}),
     metadata: h("textarea", {rows: 2, placeholder: "version=2.1", spellcheck: "false"}),
     queue: h("input", {type: "checkbox"}),
   };
+  const about = h("p", {class: "hint", id: "scenario-about"});
+  /** What the chosen scenario of the configuration gives; its stages stand for the three numbers. */
+  function fill() {
+    const scenario = known.find((one) => one.id === fields.scenarioId.value.trim());
+    const stages = (scenario && scenario.stages) || [];
+    setText(about, !scenario ? "" : [scenario.description, stages.length ? stages.length + " stages" : ""].filter(Boolean).join("; "));
+    for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) {
+      fields[name].disabled = stages.length > 0;
+      if (stages.length) fields[name].value = "";
+      else if (scenario && scenario[name]) fields[name].value = name === "durationSeconds" ? scenario[name] + "s" : scenario[name];
+    }
+    fields.host.placeholder = (scenario && scenario.host) || "the cluster's own";
+  }
+  fields.scenarioId.addEventListener("input", fill);
   const problem = h("div", {class: "wrong", role: "alert"});
   const field = (name, label, hint) =>
     h(
@@ -14677,19 +14720,21 @@ async function startDialog() {
       tenantId: place.tenantId,
       envId: place.envId,
       scenarioId: fields.scenarioId.value.trim(),
-      targetUsers: Number(fields.targetUsers.value),
-      spawnRate: Number(fields.spawnRate.value),
     };
-    if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
-    if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
-    if (length) body.durationSeconds = parseSpan(length);
-    if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
+    if (fields.host.value.trim()) body.host = fields.host.value.trim();
     if (fields.queue.checked) body.queue = true;
     try {
       body.metadata = parseMetadata(fields.metadata.value);
     } catch (error) {
       problems.metadata = error.message;
     }
+    if (fields.targetUsers.disabled) return {body, problems}; // the scenario's stages
+    body.targetUsers = Number(fields.targetUsers.value);
+    body.spawnRate = Number(fields.spawnRate.value);
+    if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
+    if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
+    if (length) body.durationSeconds = parseSpan(length);
+    if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
     return {body, problems};
   }
 
@@ -14732,7 +14777,9 @@ async function startDialog() {
         {id: "scenarios"},
         scenarios.map((name) => h("option", {value: name})),
       ),
+      about,
       h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
+      field("host", "Target system"),
       field("metadata", "Metadata, key=value on each line"),
       h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
       problem,
@@ -14954,7 +15001,7 @@ class Overview {
     this.asked = 0;
     this.filters = {search: "", status: "", place: ""};
     this.build();
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || this.loadClusters(), 5000)];
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || (this.loadClusters(), this.loadSchedules()), 5000)];
   }
 
   build() {
@@ -14991,6 +15038,7 @@ class Overview {
     this.runningEmpty = h("div", {class: "panel empty"}, h("p", {}, "Nothing is running."));
     this.recentEmpty = h("div", {class: "panel empty", hidden: true});
     this.runningCount = h("span", {class: "count"});
+    this.scheduleSection = h("section", {"aria-labelledby": "h-schedules", hidden: true});
     this.newer = h("button", {class: "small", onclick: () => this.turn(-1)}, "Newer");
     this.older = h("button", {class: "small", onclick: () => this.turn(1)}, "Older");
     this.pageText = h("span");
@@ -15016,6 +15064,7 @@ class Overview {
       h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)),
       this.runningSection,
       this.recentSection,
+      this.scheduleSection,
     );
     this.running.box.hidden = true;
   }
@@ -15038,6 +15087,36 @@ class Overview {
   refresh() {
     this.loadRuns();
     this.loadClusters();
+    this.loadSchedules();
+  }
+
+  async loadSchedules() {
+    const schedules = await get("/v1/schedules").catch(() => []);
+    const text = JSON.stringify(schedules);
+    if (this.closed || text === this.scheduleText) return;
+    this.scheduleText = text;
+    this.scheduleSection.hidden = !schedules.length;
+    const heads = [["Schedule"], ["When"], ["Next"], ["Scenario"], ["Tenant / environment"], ["Last"], ["", "num"]];
+    const rows = schedules.map((one) => [
+      [one.description || one.id, "name"],
+      [one.cron ? one.cron + " " + one.timezone : "once", "name"],
+      [one.paused ? "paused" : one.next.length ? moment(one.next[0]) : "never again"],
+      [one.test.scenarioId, "name"],
+      [one.tenantId + " / " + one.envId, "name"],
+      [one.lastRunId ? h("a", {href: "#/runs/" + encodeURIComponent(one.lastRunId)}, one.lastOutcome || "run") : one.lastOutcome || NONE],
+      [h("span", {}, mayAct() ? this.scheduleActs(one) : []), "acts"],
+    ]);
+    this.scheduleSection.replaceChildren(h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules")), plainTable("Schedules", heads, rows));
+  }
+
+  scheduleActs(one) {
+    const path = "/v1/schedules/" + encodeURIComponent(one.id);
+    const act = (text, work) => h("button", {class: "small", onclick: async () => (await attempt(work), this.loadSchedules())}, text);
+    const start = act("Run now", async () => {
+      const {data} = await api("POST", path + "/run");
+      location.hash = "#/runs/" + encodeURIComponent(data.id);
+    });
+    return one.readOnly ? [start] : [start, " ", act(one.paused ? "Resume" : "Pause", () => api("PATCH", path, {paused: !one.paused}))];
   }
 
   clearFilters() {
@@ -15217,7 +15296,7 @@ function clusterCard(first) {
       setText(badge, one.state);
       setClass(
         badge,
-        "badge " + ({ready: "good", stopped: "good", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"),
+        "badge " + ({ready: "good", stopped: "good", asleep: "", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"),
       );
       const alive = one.workers.filter((worker) => worker.state !== "missing");
       setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
@@ -15229,6 +15308,7 @@ function clusterCard(first) {
       bar.set(hottest / 100);
       link.hidden = !one.activeRunId;
       idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
+      setText(idle, one.state === "asleep" ? "starts when a run needs it" : "idle");
       if (one.activeRunId) {
         const run = view && view.active && view.active.get(one.activeRunId);
         link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
@@ -15928,7 +16008,7 @@ class RunView {
         h(
           "div",
           {class: "bar"},
-          mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+          mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("users_", "Change users", changeUsers), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
           make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"), target: "_blank", rel: "noopener"}, "Report"),
           mayAct() ? act("remove", "Delete", deleteRun, "plain") : null,
         ),
@@ -16045,6 +16125,7 @@ class RunView {
     this.showThresholds(run);
     this.group.marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
+      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.targetUsers + " users, by " + one.by})),
       ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
     ];
     this.group.draw();
@@ -16104,6 +16185,7 @@ class RunView {
     parts.stop.disabled = run.status === "Stopping";
     setText(parts.stop, run.status === "Stopping" ? "Stopping\u2026" : run.queuePosition ? "Cancel" : "Stop");
     parts.mark.hidden = !["Running", "Stopping"].includes(run.status);
+    parts.users_.hidden = run.status !== "Running";
     parts.again.hidden = parts.remove.hidden = isActive(run);
   }
 
@@ -16127,8 +16209,9 @@ class RunView {
   showThresholds(run) {
     const box = this.parts.thresholds,
       list = run.thresholds || [];
-    box.hidden = !list.length;
-    const text = JSON.stringify([list, run.verdict]);
+    const compared = run.comparison;
+    box.hidden = !list.length && !compared;
+    const text = JSON.stringify([list, run.verdict, compared]);
     if (text === this.thresholdText) return;
     this.thresholdText = text;
     const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
@@ -16143,7 +16226,21 @@ class RunView {
       [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
       ...(list.some(why) ? [[why(one), "wide soft"]] : []),
     ]);
-    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows));
+    const thresholds = list.length ? [h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows)] : [];
+    box.replaceChildren(...thresholds, ...(compared ? this.comparison(compared) : []));
+  }
+
+  comparison(compared) {
+    const to = compared.baseline
+      ? h("a", {href: "#/runs/" + encodeURIComponent(compared.baseline)}, compared.with + " " + compared.baseline.slice(0, 8))
+      : compared.message || NONE;
+    const lines = (texts, kind) => (texts || []).map((one) => h("li", {class: kind}, one));
+    const items = [...lines(compared.regressions, "wrong"), ...lines(compared.noise, "soft"), ...lines(compared.differences, ""), ...lines(compared.warnings, "soft")];
+    const empty = compared.baseline ? "Nothing got worse." : "";
+    return [
+      h("div", {class: "head"}, h("h2", {}, "Compared with ", to)),
+      items.length ? h("ul", {class: "panel pad"}, items) : h("p", {class: "soft"}, empty),
+    ];
   }
 
   showTabs() {

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from target import Target
+
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN, CALLBACK = "bench-api", "bench-callback"
 FOLDER = Path(tempfile.mkdtemp(prefix="bench-"))
@@ -113,13 +115,13 @@ class Fakes(threading.Thread):
 
 
 class Program:
-    def __init__(self, name: str, ports: list[int] = (), poll_s: float = 1.0, database: str = "memory:"):
+    def __init__(self, name: str, ports: list[int] = (), poll_s: float = 1.0, database: str = "memory:", clusters: list[dict[str, Any]] | None = None):
         self.folder = FOLDER / name
         self.folder.mkdir()
         config = {
             "server": {"port": 0}, "security": {"apiToken": TOKEN, "locustCallbackToken": CALLBACK}, "storage": {"url": database},
             "orchestrator": {"metricsPollIntervalSeconds": poll_s, "lostAfterSeconds": 600},
-            "locustClusters": [{"id": f"c{n}", "tenantId": "t", "envId": f"e{n}", "baseUrl": f"http://127.0.0.1:{port}"} for n, port in enumerate(ports)],
+            "locustClusters": clusters or [{"id": f"c{n}", "tenantId": "t", "envId": f"e{n}", "baseUrl": f"http://127.0.0.1:{port}"} for n, port in enumerate(ports)],
         }  # fmt: skip
         (self.folder / "config.json").write_text(json.dumps(config))
         self.began = time.perf_counter()
@@ -336,10 +338,33 @@ def start_figures() -> None:
     row("start to first /health; bare python -c pass", f"{statistics.median(ours):.0f} ms; {statistics.median(bare):.0f} ms", "<= 2.5 x bare")
 
 
+def cold_start_figures() -> None:
+    """A sleeping cluster of real Locust: from the create to the first request at the target."""
+    times, warm = [], []
+    with Target() as target:
+        launcher = {"type": "process", "locustfile": str(ROOT / "locust" / "locustfile.py"), "workers": 2, "host": target.url, "idleSeconds": 1}
+        with Program("cold", clusters=[{"id": "local", "tenantId": "t", "envId": "e0", "launcher": launcher}]) as program:
+            for _ in range(5):
+                for found in (times, warm):
+                    seen, began = target.total, time.perf_counter()
+                    run = program.create(0)
+                    while target.total == seen and time.perf_counter() - began < 30:
+                        time.sleep(0.002)
+                    found.append((time.perf_counter() - began) * 1000)
+                    program.call("POST", f"/v1/tests/{run['id']}/stop")
+                    while program.call("GET", f"/v1/tests/{run['id']}")["status"] not in ("Finished", "Failed"):
+                        time.sleep(0.02)
+                give_up_at = time.monotonic() + 20
+                while program.call("GET", "/v1/clusters")[0]["state"] != "asleep" and time.monotonic() < give_up_at:
+                    time.sleep(0.1)
+    row("create to first request, launched cluster asleep; awake", f"{statistics.median(times):.0f} ms; {statistics.median(warm):.0f} ms")
+
+
 def main() -> int:
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     try:
         start_figures()
+        cold_start_figures()
         http_figures()
         half_sent_figures()
         auto_stop_figures(0)

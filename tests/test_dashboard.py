@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import loadmanager
 import pytest
 from chromium import SCREENSHOTS, Chromium
-from conftest import API_TOKEN, CALLBACK_TOKEN
+from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body
 from control_plane import ControlPlane
 from locust_process import LocustCluster, find_free_port
 from seeded_runs import HOSTILE, ODD_NAMES, SeededRuns, failing
@@ -286,7 +286,7 @@ def test_policy_stops_a_script_that_got_into_the_page_all_the_same(page):
 
 
 def test_thousand_runs_are_filtered_and_paged(page):
-    rows = "section:last-of-type tbody tr"
+    rows = "section[aria-labelledby=h-recent] tbody tr"
     eventually(lambda: len(page.all(rows)) == 25)
     first = page.text(rows)
     page.press("Older")
@@ -510,3 +510,60 @@ def test_every_control_is_reached_by_tab_and_has_a_name(page):
         page.keys(Keys.TAB)
         reached.add(page.driver.execute_script("const e = document.activeElement; return e.id || e.innerText || e.tagName"))
     assert {"Run again", "report", "CANVAS", "tab-endpoints"} <= reached
+
+
+# ---- scenarios, schedules, judgement ----
+
+
+def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browser, load_manager, fake):
+    scenarios = [
+        {"id": "checkout", "description": "buyers only", "targetUsers": 7, "spawnRate": 3.5, "durationSeconds": 90},
+        {"id": "waves", "stages": [{"targetUsers": 2, "spawnRate": 2, "durationSeconds": 30}, {"targetUsers": 4, "spawnRate": 2, "durationSeconds": 30}]},
+    ]
+    lm = load_manager(cluster_config(fake.url), scenarios=scenarios)
+    made = lm.post("/v1/schedules", {"cron": "@daily", "description": HOSTILE[:60], "test": create_body(scenarioId="checkout")}).json
+    page = Page(browser, lm)
+    page.sign_in()
+    page.shows(HOSTILE[:60], "[aria-labelledby=h-schedules]")
+    page.press("Pause", "[aria-labelledby=h-schedules]")
+    page.shows("paused", "[aria-labelledby=h-schedules]")
+    assert lm.get(f"/v1/schedules/{made['id']}").json["paused"] is True
+    browser.screenshot("schedules")
+
+    page.press("Start a test")
+    scenario = page.one("#start-dialog input[list]")
+    scenario.send_keys("waves")
+    page.shows("2 stages", "#start-dialog")
+    assert not page.all("#start-dialog .three input:enabled"), "stages stand for the numbers"
+    scenario.clear()
+    scenario.send_keys("checkout")
+    page.shows("buyers only", "#start-dialog")
+    assert [field.get_attribute("value") for field in page.all("#start-dialog .three input")] == ["7", "3.5", "90s"]
+    page.press("Start test", "#start-dialog")
+    page.shows("Running", ".run-head", 20)
+    run_id = page.driver.current_url.rsplit("/", 1)[1]
+    page.press("Change users")
+    field = page.one("#new-users")
+    field.clear()
+    field.send_keys("11")
+    page.press("Change", "dialog")
+    eventually(lambda: [one["targetUsers"] for one in lm.run(run_id).get("usersChanges", ())] == [11], 10)
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    assert not [one for one in browser.complaints() if "/failures" not in one], "the fake has no list of failures"
+
+
+def test_a_regression_is_shown_beside_the_thresholds(browser, tmp_path):
+    with SeededRuns(tmp_path / "lm.db") as runs:
+        earlier = runs.finished()
+        told = ["totals: p95ResponseMs went from 200 to 400 (+100.0%), allowed is 10%", HOSTILE]
+        comparison = {"with": "previous", "baseline": earlier, "tolerances": {}, "differences": ["users differs: 5 and 6"], "warnings": [], "noise": [], "regressions": told}
+        slower = runs.finished(comparison=comparison, verdict="failed")
+    with ControlPlane(tmp_path) as plane:
+        page = Page(browser, plane)
+        page.sign_in()
+        page.shows("Recent runs")
+        page.open(f"#/runs/{slower}")
+        page.shows("Compared with previous " + earlier[:8])
+        for text in (*told, "users differs: 5 and 6"):
+            page.shows(text)
+        assert not browser.complaints()
