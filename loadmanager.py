@@ -29,13 +29,14 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 15. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 16. EVENTS          changes of runs, told to event streams
 17. ACCESS          who a token says the caller is, and how much they may ask
-18. SESSIONS        browsers that signed in, and what they must prove
-19. HTTP API        routes, authentication, handlers
-20. SERVICE         the whole program put together, and its configuration checked
-21. TERMINAL        text, tables and a live view that any terminal can show
-22. API CLIENT      which server a command talks to, and requests to it
-23. COMMAND LINE    commands, what they take, and what they print
-24. DASHBOARD PAGE  what a browser gets at / and at /docs
+18. SIGN ON         tokens and sign-ins of an identity provider
+19. SESSIONS        browsers that signed in, and what they must prove
+20. HTTP API        routes, authentication, handlers
+21. SERVICE         the whole program put together, and its configuration checked
+22. TERMINAL        text, tables and a live view that any terminal can show
+23. API CLIENT      which server a command talks to, and requests to it
+24. COMMAND LINE    commands, what they take, and what they print
+25. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -309,6 +310,19 @@ class NotReady(LoadManagerError):
     http_status, error = 503, "not ready"
 
 
+class KeysNeeded(NotReady):
+    """Whether a token counts cannot be said before keys were read: `read_soon` has it done,
+    and calls what it is given once that is over."""
+
+    def __init__(self, read_soon: Callable[[Callable[[], None]], None]):
+        super().__init__("the identity provider's keys are being read; try again in a moment", retry_after_s=1)
+        self.read_soon = read_soon
+
+
+class ProviderFailed(LoadManagerError):
+    http_status, error = 502, "identity provider failed"
+
+
 class LocustError(LoadManagerError):
     """Root of what a Locust master can do to us. `maybe_taken`: the request may have
     been carried out although no good answer came."""
@@ -391,7 +405,7 @@ class ServerRefused(CommandError):
 # environment overrides, `check` and the README's table all read these declarations.
 
 REQUIRED = object()
-RESERVED_NAMES = ("api", "anonymous", "locust")  # of callers that are no token of a list
+RESERVED_NAMES = ("api", "anonymous", "locust", "schedule", "sso")  # of callers that are no token of a list
 EXAMPLE_TOKENS = ("change-me-api-token", "change-me-callback-token")
 
 
@@ -580,7 +594,7 @@ def _accept_words(value: Any) -> tuple[str, ...]:
 
 
 def _accept_networks(value: Any) -> tuple[str, ...]:
-    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in _accept_words(value))
+    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in (_accept_words(value) if value != [] else ()))
 
 
 def _accept_expiry(value: Any) -> float:
@@ -767,6 +781,7 @@ class JwtConfig:
     algorithms: tuple[str, ...] = key("algorithms", (), ALGORITHMS, "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA")
     leeway_s: float = key("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
     tenants_claim: str = key("tenantsClaim", "tenants", text_value(), "the claim with the tenants, a list or words; * for all; a.b for a nested one")
+    name_claim: str = key("nameClaim", "sub", text_value(), "the claim that names the caller in runs and the audit, after sso:")
     role_claim: str = key("roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts")
     role_map: dict[str, str] | None = key("roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves")
 
@@ -1239,6 +1254,12 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
             yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
         if jwt.secret and len(jwt.secret.encode()) < 32:
             yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
+    urls = {"jwt.jwksUrl": jwt and jwt.jwks_url, "oidc.issuer": oidc and oidc.issuer, "oidc.redirectUrl": oidc and oidc.redirect_url}
+    for name, url in urls.items():
+        if url and not url.startswith("https:") and not is_loopback(urlsplit(url).hostname or ""):
+            yield f"security.{name}: allowed is https, or http on this machine"
+    if oidc and not urlsplit(oidc.redirect_url).path.endswith("/session/oidc/callback"):
+        yield "security.oidc.redirectUrl: allowed is our address with /session/oidc/callback"
     if oidc and "openid" not in oidc.scopes.split():
         yield "security.oidc.scopes: openid is missing"
 
@@ -1518,7 +1539,6 @@ class Run:
     compare_with: str | None = None  # baseline or previous
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
-    host: str | None = None  # the target that was asked for
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     imported_at: float | None = None  # it came from a file
     plan: Plan = Plan()
@@ -3516,6 +3536,7 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL, who TEXT NOT NULL, role TEXT NOT NULL,"
     " address TEXT NOT NULL, action TEXT NOT NULL, tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL,"
     " http_status BIGINT NOT NULL, detail TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS audit_of_run ON audit (run_id)",
 )
 
 
@@ -3751,7 +3772,9 @@ class _Batch:
 
     @property
     def has_rows(self) -> bool:
-        return bool(self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit or self.documents)
+        return bool(
+            self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit or self.documents
+        )
 
 
 def _packed(content: bytes) -> str:
@@ -3794,6 +3817,10 @@ class Journal(threading.Thread):
         with self._changed:
             self._batch.runs[record.run.id] = record
 
+    def add_audit(self, seq: int, entry: AuditEntry) -> None:
+        with self._changed:
+            self._batch.audit.append((seq, entry))
+
     def save_history(self, record: Record, samples: list[Sample], histograms: list[tuple[float, int, str]]) -> None:
         """A run with its whole history, for one commit."""
         rows = [(record.run.id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
@@ -3806,10 +3833,6 @@ class Journal(threading.Thread):
         """A row of `schedules` or `outbox`; None deletes it."""
         with self._changed:
             self._batch.documents[table, id_] = row
-
-    def add_audit(self, seq: int, entry: AuditEntry) -> None:
-        with self._changed:
-            self._batch.audit.append((seq, entry))
 
     def save_key(self, row: tuple[str, str, str, float]) -> None:
         with self._changed:
@@ -5780,7 +5803,7 @@ class Engine:
         if self._closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         candidates = self._serving(request.tenant_id, request.env_id)
-        self._refuse_unsafe(request, candidates)
+        self.refuse_unsafe(request)
         if request.plan.locustfile and not all(cluster.launched for cluster in candidates):
             candidates = [cluster for cluster in candidates if cluster.launched]
             if not candidates:
@@ -5840,12 +5863,14 @@ class Engine:
             cluster.busy_with, cluster.claimed_users = run.id, run.target_users
             return True
 
-    def _refuse_unsafe(self, request: RunRequest, candidates: list[Cluster]) -> None:
+    def refuse_unsafe(self, request: RunRequest) -> None:
         """Forbidden for a load that its tenant or environment may not have; InvalidInput where
         only the confirmation is missing."""
         tenant = self._limits.get(request.tenant_id)
         environment = self._environments.get((request.tenant_id, request.env_id))
-        own_hosts = [cluster.config.launcher.host if cluster.config.launcher else None for cluster in candidates]
+        place = (request.tenant_id, request.env_id)
+        serving = [cluster.config for cluster in self.clusters.values() if (cluster.config.tenant_id, cluster.config.env_id) == place]
+        own_hosts = [config.launcher.host if config.launcher else None for config in serving]
         problems = load_refusals(request, tenant, environment, own_hosts)
         if problems:
             kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
@@ -5857,21 +5882,34 @@ class Engine:
         limits = self._limits.get(run.tenant_id)
         if limits is None:
             return None
+        others = self._others_of_tenant(run)
+        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
+            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
+        return self._over_users(run, run.target_users)
+
+    def _over_users(self, run: Run, users: int) -> str | None:
+        """Why its tenant may not have so many users in this run beside those of its others, or None."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None or limits.max_users is None:
+            return None
+        users += sum(map(self._users_on, self._others_of_tenant(run)))
+        if users <= limits.max_users:
+            return None
+        return f"tenant {limits.id} may have {limits.max_users} users at the same time; it would have {users}"
+
+    def _others_of_tenant(self, run: Run) -> list[Cluster]:
+        """The clusters that other runs of its tenant have."""
         with self._lock:
-            others = [
+            return [
                 cluster for cluster in self.clusters.values()
                 if cluster.config.tenant_id == run.tenant_id and cluster.busy_with != run.id and self._is_taken(cluster)
             ]
-            users = run.target_users + sum(map(self._users_on, others))
-        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
-            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
-        if limits.max_users is not None and users > limits.max_users:
-            return f"tenant {limits.id} may have {limits.max_users} users at the same time; with this run it would have {users}"
-        return None
 
     def _users_on(self, cluster: Cluster) -> int:
-        run = self.store.find(cluster.busy_with or "")
-        return max(run.target_users, load_target(run, time.time()).users) if run else cluster.claimed_users  # claimed, and not kept yet
+        """The users that its run has, or will have."""
+        run, watch = self.store.find(cluster.busy_with or ""), self._watches.get(cluster.busy_with or "")
+        asked = run.target_users if run else cluster.claimed_users  # claimed, and not kept yet
+        return max(asked, watch.target.users) if watch else asked
 
     def _limit_reached(self, run: Run) -> Conflict | None:
         why = self._over_limit(run)
@@ -5961,13 +5999,13 @@ class Engine:
             "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }
         form.update((name, str(value).lower() if isinstance(value, bool) else value) for name, value in (run.plan.options or {}).items())
+        host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
+        if host:
+            form["host"] = host
         if run.plan.user_classes:
             form["user_classes"] = run.plan.user_classes
         if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
             form["run_time"] = ends_in
-        host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
-        if host:
-            form["host"] = host
         return form
 
     def _check_plan(self, cluster: Cluster, plan: Plan, reading: Reading) -> None:
@@ -6380,9 +6418,9 @@ class Engine:
             raise Conflict(f"run {run_id} is {run.status.value}; only the users of a Running one can be changed", status=run.status.value)
         if len(run.load_changes) >= MOST_LOAD_CHANGES:
             raise Conflict(f"the users of run {run_id} were changed {MOST_LOAD_CHANGES} times, the most there may be")
-        refused = self._over_limit(replace(run, target_users=users))
-        if refused:
-            raise InvalidInput(f"targetUsers: {refused}", {"targetUsers": refused})
+        why = self._over_users(run, users)
+        if why:
+            raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
         before, change = watch.target, LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by)
         with watch.cluster.operation:
             watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
@@ -8751,6 +8789,7 @@ IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
 WRITE_STALL_S = 30.0
+HANDSHAKE_DEADLINE_S = 10.0
 LINGER_S = 2.0  # reading on after an answer that closes the connection
 MOST_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
 
@@ -8928,17 +8967,132 @@ def error_response(error: LoadManagerError) -> Response:
     return Response(text.encode(), error.http_status, headers=headers)
 
 
+class TlsFiles:
+    """Our certificate and key. They are read again when they change; connections that are
+    open go on with what they began with."""
+
+    def __init__(self, config: ServerTlsConfig, folder: str):
+        """StartupError when they cannot be used."""
+        names = {"certFile": config.cert_file, "keyFile": config.key_file, "clientCaFile": config.client_ca_file}
+        self._paths = {name: os.path.join(folder, path) for name, path in names.items() if path}
+        self._seen = self._marks()
+        self._context = self._read()
+
+    def wrap(self, sock: socket.socket) -> TlsSocket:
+        """The socket with TLS, its handshake still to come; OSError when it is closed already."""
+        return TlsSocket(self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed; what cannot be used is logged, and the
+        certificate of before stays."""
+        marks = self._marks()
+        if marks == self._seen:
+            return
+        self._seen = marks
+        try:
+            self._context = self._read()
+            log("certificate read again", file=self._paths["certFile"])
+        except StartupError as error:
+            log("certificate not read again; the one before is kept", why=error)
+
+    def _marks(self) -> list[Any]:
+        marks: list[Any] = []
+        for path in self._paths.values():
+            try:
+                found = os.stat(path)
+                marks.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            except OSError:
+                marks.append(None)
+        return marks
+
+    def _read(self) -> Any:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        context.set_alpn_protocols(["http/1.1"])
+        name = "certFile"
+        try:
+            context.load_cert_chain(self._paths["certFile"], self._paths["keyFile"], password=lambda: "")  # a prompt would hang
+            if "clientCaFile" in self._paths:
+                name = "clientCaFile"
+                context.load_verify_locations(self._paths[name])
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            both = " with keyFile" if name == "certFile" else ""
+            raise StartupError(f"server.tls.{name}: {self._paths[name]}{both} cannot be used: {why}") from None
+        return context
+
+
+class TlsSocket:
+    """A socket with TLS that a Connection uses like a plain one: where it would have to wait,
+    it raises BlockingIOError."""
+
+    def __init__(self, tls: Any):
+        import ssl
+
+        self._tls = tls
+        self._waits = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        self._wants_write = ssl.SSLWantWriteError
+
+    def handshake(self) -> int:
+        """0 when it is done, else what to wait for; OSError when it failed."""
+        try:
+            self._tls.do_handshake()
+            return 0
+        except self._waits as waits:
+            return selectors.EVENT_WRITE if isinstance(waits, self._wants_write) else selectors.EVENT_READ
+
+    def recv(self, size: int) -> bytes:
+        try:
+            received = self._tls.recv(size)
+            while self._tls.pending():  # what is decrypted already, no selector tells of
+                received += self._tls.recv(size)
+            return received
+        except self._waits:
+            raise BlockingIOError from None
+
+    def send(self, raw: Any) -> int:
+        try:
+            return self._tls.send(raw)
+        except self._waits:
+            raise BlockingIOError from None
+
+    def send_plain(self, raw: bytes) -> None:
+        """Say something without TLS to a client that does not speak it."""
+        try:
+            socket.socket.send(self._tls, raw)
+        except OSError:
+            pass
+
+    def shutdown(self, how: int) -> None:
+        try:
+            self._tls.unwrap()  # says that we end; the other side's answer is not waited for
+        except (OSError, ValueError):
+            pass
+        self._tls.shutdown(how)
+
+    def fileno(self) -> int:
+        return self._tls.fileno()
+
+    def close(self) -> None:
+        self._tls.close()
+
+
 class Connection:
     """One client's connection, owned by the loop's thread."""
 
     __slots__ = (
         "loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask",
-        "waiting_since", "streams", "on_close",
+        "waiting_since", "streams", "on_close", "shakes_hands",
     )  # fmt: skip
 
-    def __init__(self, loop: ConnectionLoop, sock: socket.socket, address: str):
+    def __init__(self, loop: ConnectionLoop, sock: socket.socket | TlsSocket, address: str):
         self.loop = loop
-        self.sock: socket.socket | None = sock
+        self.sock: socket.socket | TlsSocket | None = sock
+        self.shakes_hands = isinstance(sock, TlsSocket)
         self.address = address
         self.buffer = b""
         self.request: Request | None = None  # its body is being read
@@ -8947,7 +9101,7 @@ class Connection:
         self.busy = False  # a thread works on its request
         self.out: Any = b""  # still to be sent: a memoryview, so that 30 MB are not copied for each write
         self.closing = False  # close when `out` is sent
-        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.deadline = steady_s() + (HANDSHAKE_DEADLINE_S if self.shakes_hands else IDLE_CONNECTION_S)
         self.mask = 0
         self.waiting_since = steady_s()  # idle or half-sent since then
         self.streams = False  # an event stream: nothing more is read, its end is the connection's
@@ -8956,10 +9110,32 @@ class Connection:
     # ---- reading -----------------------------------------------------------
 
     def on_event(self, mask: int) -> None:
+        if self.shakes_hands:
+            self._shake_hands()
+            return
         if mask & selectors.EVENT_WRITE:
             self._flush()
         if mask & selectors.EVENT_READ and self.sock is not None:
             self._receive()
+
+    def _shake_hands(self) -> None:
+        """Go on with the TLS handshake as far as it goes without waiting."""
+        try:
+            wanted = self.sock.handshake()  # type: ignore[union-attr]
+        except (OSError, ValueError) as error:
+            self.loop.tell_failed_handshake(self.address, error)
+            if getattr(error, "reason", None) == "HTTP_REQUEST":
+                answer = error_response(BadRequest("this port speaks https, and was sent plain HTTP"))
+                self.sock.send_plain(answer.to_bytes(False))  # type: ignore[union-attr]
+            self.close()
+            return
+        if wanted:
+            self.loop.watch(self, wanted)
+            return
+        self.shakes_hands = False
+        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.loop.watch(self, selectors.EVENT_READ)
+        self._receive()
 
     def _receive(self) -> None:
         try:
@@ -9033,6 +9209,9 @@ class Connection:
         is never taken for a request, as the connection is closed."""
         try:
             request = self.loop.api.admit(head, self.address)
+        except KeysNeeded as needed:
+            self._admit_later(head, needed)
+            return
         except LoadManagerError as error:
             unread = head.content_length > 0
             keep = head.keep_alive and not unread
@@ -9048,6 +9227,22 @@ class Connection:
             received, self.buffer = self.buffer, b""
             if received:
                 self._take_body(received)
+
+    def _admit_later(self, head: RequestHead, needed: KeysNeeded) -> None:
+        """Admit once keys were read, which others need not wait for; the body stays unread."""
+        self.busy = True
+        self.deadline = math.inf
+        self.loop.watch(self, 0)
+        needed.read_soon(functools.partial(self.loop.call, functools.partial(self._admit_again, head)))
+
+    def _admit_again(self, head: RequestHead) -> None:
+        self.busy = False
+        if self.sock is None:
+            return
+        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.loop.watch(self, selectors.EVENT_READ)
+        self._admit(head)
+        self.advance()
 
     def _take_body(self, received: bytes) -> None:
         part = received[: self.missing]
@@ -9166,9 +9361,11 @@ class Connection:
 class ConnectionLoop(threading.Thread):
     """The one thread that reads and writes all connections."""
 
-    def __init__(self, api: Any, most_connections: int):
+    def __init__(self, api: Any, most_connections: int, tls: TlsFiles | None = None):
         super().__init__(name="connections", daemon=True)
         self.api = api
+        self._tls = tls
+        self._told_of_handshake_at = -math.inf
         self.draining = False
         self._most_connections = most_connections
         self._selector = selectors.DefaultSelector()
@@ -9243,7 +9440,11 @@ class ConnectionLoop(threading.Thread):
     def _add(self, sock: socket.socket, address: str) -> None:
         if len(self._connections) >= self._most_connections:
             self._make_room()
-        connection = Connection(self, sock, address)
+        try:
+            connection = Connection(self, self._tls.wrap(sock) if self._tls else sock, address)
+        except (OSError, ValueError):  # it went away before its handshake
+            sock.close()
+            return
         self._connections.add(connection)
         self.watch(connection, selectors.EVENT_READ)
 
@@ -9295,8 +9496,16 @@ class ConnectionLoop(threading.Thread):
         connection.answer(request, response)
         connection.advance()
 
+    def tell_failed_handshake(self, address: str, error: Exception) -> None:
+        """Log it, but not each of a flood."""
+        if steady_s() - self._told_of_handshake_at >= 1.0:
+            self._told_of_handshake_at = steady_s()
+            log("TLS handshake failed", address=address, why=getattr(error, "reason", None) or _network_words(error))
+
     def _sweep(self) -> None:
         now = steady_s()
+        if self._tls:
+            self._tls.refresh()
         for connection in [item for item in self._connections if item.deadline < now]:
             connection.close()
 
@@ -9691,10 +9900,14 @@ class Usage:
 
 
 class Caller(NamedTuple):
-    """Who sent a header, as long as that holds."""
+    """Who sent a header, until when that is believed (epoch seconds) without a look at the token:
+    the key that signed it may be withdrawn."""
 
     principal: Principal
     usage: Usage
+    until: float
+
+    KEEP_S = 300.0
 
 
 class RefusalBudget:
@@ -9742,7 +9955,459 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 18. SESSIONS - browsers that signed in, and what they must prove
+# 18. SIGN ON - tokens and sign-ins of an identity provider
+# ============================================================================
+# JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
+# algorithms count, never the token, and a key is used only with the algorithms of its
+# kind: neither "none" nor a public key taken for a shared secret gets in. HS256 needs the
+# standard library alone, all others PyJWT. The loop never waits for the provider.
+
+PROVIDER_CALL_S = 10.0
+PROVIDER_ANSWER_BYTES = 1024 * 1024
+KEY_CURVES = {"ES256": ("P-256",), "ES384": ("P-384",), "ES512": ("P-521",), "EdDSA": ("Ed25519", "Ed448")}
+
+
+def _url_parts(url: str) -> SplitResult:
+    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+class TokenRefused(Exception):
+    """A signed token that does not count, and why, as a sentence without anything of the token."""
+
+
+def fetch_json(url: str, form: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """The JSON object at an identity provider's URL; ProviderFailed otherwise. No redirect is
+    followed: what we send must not travel on."""
+    import urllib.error
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    where = url.partition("?")[0]
+    near = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
+    body = None if form is None else urlencode(form).encode()
+    request = urllib.request.Request(url, body, {"Accept": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **(headers or {})})
+    try:
+        with urllib.request.build_opener(NoRedirect, *near).open(request, timeout=PROVIDER_CALL_S) as answer:
+            raw = answer.read(PROVIDER_ANSWER_BYTES + 1)
+        document = parse_json(raw, unique_keys=False) if len(raw) <= PROVIDER_ANSWER_BYTES else None
+    except urllib.error.HTTPError as error:
+        raise ProviderFailed(f"the identity provider answered {where} with HTTP {error.code}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ProviderFailed(f"the identity provider cannot be asked at {where}: {_network_words(getattr(error, 'reason', error))}") from None
+    except InvalidInput:
+        document = None
+    if not isinstance(document, dict):
+        raise ProviderFailed(f"the identity provider's answer at {where} is not a JSON object")
+    return document
+
+
+class KeySource:
+    """An issuer's public keys (JWKS, RFC 7517), read in the background."""
+
+    STALE_S = 600.0  # read again after this even if nobody asks for a new key
+    RETRY_S = 10.0  # after a failure
+    MOST_WAITING = 1000
+
+    def __init__(self, read: Callable[[], dict[str, Any]], every_s: float = 60.0):
+        self._read = read
+        self._every_s = every_s  # a key that is not known has them read again, so often at most
+        self._lock = threading.Lock()  # guards what follows
+        self._keys: list[dict[str, Any]] = []
+        self._is_reading = False
+        self._next_at = -math.inf
+        self._read_at = -math.inf
+        self._waiting: list[Callable[[], None]] = []
+
+    def find(self, kid: str | None, algorithm: str) -> Any:
+        """The key of this id for this algorithm, None when there is none, or more than one.
+        KeysNeeded when it may be among keys that are not read yet."""
+        fitting = [entry for entry in self._keys if _key_fits(entry, kid, algorithm)]
+        if steady_s() - self._read_at > self.STALE_S:
+            self.read_soon(_nothing, is_asked=False)
+        if not fitting and self._may_read():
+            raise KeysNeeded(self.read_soon)
+        return _public_key(fitting[0], algorithm) if len(fitting) == 1 else None
+
+    def _may_read(self) -> bool:
+        with self._lock:
+            if len(self._waiting) >= self.MOST_WAITING:
+                raise NotReady("the identity provider's keys are being read", retry_after_s=1)
+            return self._is_reading or steady_s() >= self._next_at
+
+    def read_soon(self, then: Callable[[], None], is_asked: bool = True) -> None:
+        """Read the keys in a thread, and call `then` once that is over, well or not. is_asked:
+        for a key that is not known, which counts."""
+        with self._lock:
+            is_too_soon = is_asked and not self._is_reading and steady_s() < self._next_at
+            if not is_too_soon:
+                self._waiting.append(then)
+                if is_asked and not self._is_reading:
+                    self._next_at = steady_s() + self._every_s
+                was_reading, self._is_reading = self._is_reading, True
+        if is_too_soon:
+            then()
+        elif not was_reading:
+            in_background("keys", self._read_now)
+
+    def _read_now(self) -> None:
+        self._read_at = steady_s()
+        try:
+            keys = self._read().get("keys")
+            if not isinstance(keys, list):
+                raise ProviderFailed("the identity provider's keys are not a JWKS, an object with keys")
+            self._keys = [entry for entry in keys if isinstance(entry, dict)]
+            log("keys of the identity provider read", keys=len(self._keys))
+        except (LoadManagerError, OSError) as error:
+            log("keys of the identity provider not read", why=getattr(error, "message", error))
+            self._read_at += self.RETRY_S - self.STALE_S
+            self._next_at = min(self._next_at, steady_s() + self.RETRY_S)
+        with self._lock:
+            waiting, self._waiting, self._is_reading = self._waiting, [], False
+        for then in waiting:
+            then()
+
+
+def _key_fits(entry: dict[str, Any], kid: str | None, algorithm: str) -> bool:
+    curves = KEY_CURVES.get(algorithm)
+    return (
+        entry.get("kty") == JWT_ALGORITHMS[algorithm]
+        and (kid is None or entry.get("kid") == kid)
+        and entry.get("use", "sig") == "sig"
+        and entry.get("alg", algorithm) == algorithm
+        and (curves is None or entry.get("crv") in curves)
+    )
+
+
+def _public_key(entry: dict[str, Any], algorithm: str) -> Any:
+    import jwt
+
+    try:
+        return jwt.PyJWK(entry, algorithm=algorithm).key
+    except (jwt.exceptions.PyJWTError, ValueError, TypeError, KeyError):
+        return None
+
+
+def read_jwks_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return parse_json(file.read(PROVIDER_ANSWER_BYTES), unique_keys=False)
+    except OSError as error:
+        raise ProviderFailed(f"{path} cannot be read: {error.strerror or error}") from None
+    except InvalidInput as error:
+        raise ProviderFailed(f"{path}: {error.message}") from None
+
+
+def require_pyjwt(algorithms: Iterable[str]) -> None:
+    """StartupError when algorithms need PyJWT and it is not there."""
+    wanted = [name for name in algorithms if JWT_ALGORITHMS[name] != "oct"]
+    try:
+        import jwt
+
+        if wanted and not jwt.algorithms.has_crypto:
+            raise ImportError
+    except ImportError:
+        if wanted:
+            raise StartupError(f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip install 'PyJWT[crypto]'") from None
+
+
+class JwtVerifier:
+    """Decides whether a signed token counts. keys, or secret: what its signature is checked with."""
+
+    MOST_CHARACTERS = 16 * 1024
+
+    def __init__(self, issuer: str, audience: str, algorithms: tuple[str, ...], leeway_s: float, keys: KeySource | None, secret: str = ""):
+        self._issuer = issuer
+        self._audience = audience
+        self._algorithms = algorithms
+        self._leeway_s = leeway_s
+        self._keys = keys
+        self._secret = secret.encode()
+
+    def claims(self, token: str) -> dict[str, Any]:
+        """What a token claims, once its signature, issuer, audience and times are good;
+        TokenRefused otherwise, KeysNeeded when its key may still have to be read."""
+        parts = token.split(".")
+        if len(parts) != 3 or len(token) > self.MOST_CHARACTERS:
+            raise TokenRefused("the token is not a signed JWT")
+        header, claims = _jwt_object(parts[0]), _jwt_object(parts[1])
+        algorithm = header.get("alg")
+        if algorithm not in self._algorithms:
+            raise TokenRefused(f"the token's algorithm is not one of {', '.join(self._algorithms)}")
+        if "crit" in header:
+            raise TokenRefused("the token has critical extensions, none of which is known")
+        if not self._is_signed(header, algorithm, f"{parts[0]}.{parts[1]}".encode(), _base64url(parts[2])):
+            raise TokenRefused("the token's signature is wrong, or its key is not known")
+        self._check_claims(claims, time.time())
+        return claims
+
+    def _is_signed(self, header: dict[str, Any], algorithm: str, signed: bytes, signature: bytes) -> bool:
+        if algorithm == "HS256":
+            return bool(self._secret) and hmac.compare_digest(hmac.new(self._secret, signed, hashlib.sha256).digest(), signature)
+        kid = header.get("kid")
+        if self._keys is None or not (kid is None or isinstance(kid, str)):
+            return False
+        key_ = self._keys.find(kid, algorithm)
+        if key_ is None:
+            return False
+        import jwt
+
+        return bool(jwt.get_algorithm_by_name(algorithm).verify(signed, key_, signature))
+
+    def _check_claims(self, claims: dict[str, Any], now: float) -> None:
+        audience = claims.get("aud")
+        if claims.get("iss") != self._issuer:
+            raise TokenRefused("the token is of another issuer")
+        if audience != self._audience and not (isinstance(audience, list) and self._audience in audience):
+            raise TokenRefused("the token is for another audience")
+        moments = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+        if "exp" not in moments:
+            raise TokenRefused("the token has no expiry (exp)")
+        if any(isinstance(at, bool) or not isinstance(at, (int, float)) for at in moments.values()):
+            raise TokenRefused("the token's times are not numbers")
+        if moments["exp"] <= now - self._leeway_s:
+            raise TokenRefused("the token has expired")
+        if max(moments.get("nbf", 0), moments.get("iat", 0)) > now + self._leeway_s:
+            raise TokenRefused("the token is not valid yet")
+
+
+def _base64url(text: str) -> bytes:
+    if not re.fullmatch(r"[A-Za-z0-9_-]*", text) or len(text) % 4 == 1:
+        raise TokenRefused("the token is not a signed JWT")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def _jwt_object(part: str) -> dict[str, Any]:
+    try:
+        value = parse_json(_base64url(part))
+    except InvalidInput:
+        value = None
+    if not isinstance(value, dict):
+        raise TokenRefused("the token is not a signed JWT")
+    return value
+
+
+class ClaimsMap:
+    """What claims mean here: a name, a role, tenants."""
+
+    def __init__(self, config: JwtConfig):
+        self._config = config
+
+    def principal(self, claims: dict[str, Any], ends_at: float) -> Principal:
+        """Who the claims say it is. Forbidden without a role; without tenants nothing is seen."""
+        config = self._config
+        name = claim_of(claims, config.name_claim)
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise TokenRefused(f"the token has no {config.name_claim}")
+        words = words_of(claim_of(claims, config.role_claim))
+        roles = [role for role in ROLES if any((config.role_map or {}).get(word, word if config.role_map is None else None) == role for word in words)]
+        who = Principal("sso:" + name[:MAX_TEXT], roles[-1] if roles else "", scope_of(words_of(claim_of(claims, config.tenants_claim))), ends_at)
+        if not roles:
+            refused = Forbidden(f"the sign-on gives no role here: the claim {config.role_claim} has none of those that count")
+            refused.caller = who
+            raise refused
+        return who
+
+
+def claim_of(claims: dict[str, Any], path: str) -> Any:
+    """A claim by its name, else by the dots in it: realm_access.roles."""
+    if path in claims:
+        return claims[path]
+    value: Any = claims
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def words_of(value: Any) -> list[str]:
+    """The words of a claim, a list of texts or a text of words."""
+    if isinstance(value, str):
+        return [word for word in re.split(r"[\s,]+", value) if word]
+    return [word for word in value if isinstance(word, str) and word] if isinstance(value, list) else []
+
+
+class JwtTokens:
+    """Bearer tokens that an identity provider signed."""
+
+    def __init__(self, config: JwtConfig, folder: str):
+        algorithms = config.algorithms or (("HS256",) if config.secret else PUBLIC_ALGORITHMS)
+        require_pyjwt(algorithms)
+        keys: KeySource | None = None
+        if config.jwks_url:
+            keys = KeySource(functools.partial(fetch_json, config.jwks_url))
+        elif config.jwks_file:
+            keys = KeySource(functools.partial(read_jwks_file, os.path.join(folder, config.jwks_file)), every_s=1.0)
+        if keys:
+            keys.read_soon(_nothing, is_asked=False)
+        self._verifier = JwtVerifier(config.issuer, config.audience, algorithms, config.leeway_s, keys, config.secret)
+        self._map = ClaimsMap(config)
+        self._leeway_s = config.leeway_s
+
+    def owner(self, token: str) -> Principal:
+        """Whose token it is; TokenRefused, Forbidden or KeysNeeded otherwise."""
+        claims = self._verifier.claims(token)
+        return self._map.principal(claims, claims["exp"] + self._leeway_s)
+
+
+PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
+
+
+class OpenIdSignOn:
+    """Signing in by OpenID Connect: authorization code with PKCE (RFC 7636).
+
+    Nothing is kept for a sign-in that was begun: its state is in a cookie that we signed, and
+    nonce and verifier are derived from it with a key that only this process has."""
+
+    KEEP_S = 600  # between leaving for the provider and coming back
+    DOCUMENT_S = 3600.0
+
+    def __init__(self, config: OidcConfig, mapping: JwtConfig | None):
+        algorithms = tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256") or PUBLIC_ALGORITHMS
+        require_pyjwt(algorithms)
+        self._config = config
+        self._issuer = config.issuer.rstrip("/")
+        self._algorithms = algorithms
+        self._leeway_s = mapping.leeway_s if mapping else 30.0
+        self._map = ClaimsMap(mapping or JwtConfig())
+        self._key = secrets.token_bytes(32)
+        self._document: tuple[float, dict[str, Any]] = (-math.inf, {})
+        self._keys = KeySource(lambda: fetch_json(self._discovered()["jwks_uri"]))
+
+    def begin(self) -> tuple[str, str]:
+        """Where to send the browser, and the state for its cookie; ProviderFailed."""
+        ends_at = str(int(time.time()) + self.KEEP_S)
+        state = f"{secrets.token_urlsafe(24)}.{ends_at}"
+        challenge = hashlib.sha256(self._derived("verifier", state).encode()).digest()
+        query = {
+            "response_type": "code", "client_id": self._config.client_id, "redirect_uri": self._config.redirect_url, "scope": self._config.scopes,
+            "state": state, "nonce": self._derived("nonce", state), "code_challenge": _unpadded(challenge), "code_challenge_method": "S256",
+        }  # fmt: skip
+        endpoint = self._discovered()["authorization_endpoint"]
+        return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}", f"{state}.{self._derived('cookie', state)}"
+
+    def finish(self, query: dict[str, str], cookie: str | None) -> Principal:
+        """Who came back from the provider; Unauthorized, Forbidden or ProviderFailed."""
+        state, _, seal = (cookie or "").rpartition(".")
+        is_ours = hmac.compare_digest(seal.encode("latin-1"), self._derived("cookie", state).encode())
+        if not is_ours or not hmac.compare_digest(state.encode("latin-1"), query.get("state", "").encode()):
+            raise Unauthorized("this sign-in was not begun in this browser; begin again")
+        if int(state.rpartition(".")[2]) < time.time():
+            raise Unauthorized("this sign-in took too long; begin again")
+        if "error" in query or not query.get("code"):
+            raise Unauthorized(f"the identity provider refused the sign-in: {_printable(query.get('error', 'no code'))}")
+        if query.get("iss", self._issuer).rstrip("/") != self._issuer:  # RFC 9207
+            raise Unauthorized("the answer is of another identity provider")
+        answer = self._exchange(query["code"], self._derived("verifier", state))
+        try:
+            return self._principal(answer, self._derived("nonce", state))
+        except TokenRefused as error:
+            raise Unauthorized(f"the sign-in does not count: {error}") from None
+
+    def _exchange(self, code: str, verifier: str) -> dict[str, Any]:
+        config, document = self._config, self._discovered()
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": config.redirect_url, "code_verifier": verifier, "client_id": config.client_id}
+        headers = {}
+        methods = document.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
+        if config.client_secret and "client_secret_basic" in methods:
+            pair = f"{quote(config.client_id, safe='')}:{quote(config.client_secret, safe='')}"  # RFC 6749, 2.3.1
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        elif config.client_secret:
+            form["client_secret"] = config.client_secret
+        return fetch_json(document["token_endpoint"], form, headers)
+
+    def _principal(self, answer: dict[str, Any], nonce: str) -> Principal:
+        token = answer.get("id_token")
+        if not isinstance(token, str):
+            raise TokenRefused("there is no ID token")
+        claims = self._id_claims(token)
+        given = claims.get("nonce")
+        if not isinstance(given, str) or not hmac.compare_digest(given.encode(), nonce.encode()):
+            raise TokenRefused("the ID token is for another sign-in")
+        if claims.get("azp", self._config.client_id) != self._config.client_id:
+            raise TokenRefused("the ID token is for another client")
+        return self._map.principal({**self._user_info(answer, claims), **claims}, math.inf)
+
+    def _id_claims(self, token: str) -> dict[str, Any]:
+        verifier = JwtVerifier(self._discovered()["issuer"], self._config.client_id, self._algorithms, self._leeway_s, self._keys)
+        try:
+            return verifier.claims(token)
+        except KeysNeeded as needed:
+            were_read = threading.Event()
+            needed.read_soon(were_read.set)
+            were_read.wait(PROVIDER_CALL_S + 1)
+        try:
+            return verifier.claims(token)
+        except KeysNeeded:
+            raise ProviderFailed("the identity provider's keys cannot be read") from None
+
+    def _user_info(self, answer: dict[str, Any], claims: dict[str, Any]) -> dict[str, Any]:
+        """What the provider tells of the user beyond the ID token; {} where it does not."""
+        endpoint, token = self._discovered().get("userinfo_endpoint"), answer.get("access_token")
+        if not isinstance(endpoint, str) or not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
+            return {}
+        try:
+            told = fetch_json(endpoint, None, {"Authorization": f"Bearer {token}"})
+        except ProviderFailed as error:
+            log("user info not read", why=error.message)
+            return {}
+        return told if told.get("sub") == claims.get("sub") else {}  # OpenID Connect Core, 5.3.2
+
+    def _discovered(self) -> dict[str, Any]:
+        read_at, document = self._document
+        if steady_s() - read_at < self.DOCUMENT_S:
+            return document
+        document = fetch_json(f"{self._issuer}/.well-known/openid-configuration")
+        if str(document.get("issuer", "")).rstrip("/") != self._issuer:
+            raise ProviderFailed("the identity provider's configuration is of another issuer")
+        for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
+            parts = _url_parts(str(document.get(name)))
+            if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+                raise ProviderFailed(f"the identity provider's {name} is not an https URL")
+        self._document = steady_s(), document
+        return document
+
+    def _derived(self, purpose: str, state: str) -> str:
+        return _unpadded(hmac.new(self._key, f"{purpose}:{state}".encode("utf-8", "surrogateescape"), hashlib.sha256).digest())
+
+
+def _unpadded(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def sign_on_cookie(server: ServerConfig, value: str) -> str:
+    """The Set-Cookie value of a sign-in that was begun. Lax: the provider sends the browser back."""
+    return f"{_sign_on_cookie_name(server)}={value}; Path=/session/oidc; Max-Age={OpenIdSignOn.KEEP_S}; HttpOnly; SameSite=Lax{secure_mark(server)}"
+
+
+def _sign_on_cookie_name(server: ServerConfig) -> str:
+    return f"loadmanager_signon_{server.port}"
+
+
+def sign_on_state(head: RequestHead, server: ServerConfig) -> str | None:
+    return cookie_of(head, _sign_on_cookie_name(server))
+
+
+def cookie_of(head: RequestHead, name: str) -> str | None:
+    for part in head.headers.get("cookie", "").split(";"):
+        if part.strip().startswith(name + "="):
+            return part.strip()[len(name) + 1 :]
+    return None
+
+
+def secure_mark(server: ServerConfig) -> str:
+    """A cookie's Secure, where browsers reach us by https only."""
+    is_https = server.tls is not None or (server.public_url or "").startswith("https:")
+    return "; Secure" if is_https else ""
+
+
+# ============================================================================
+# 19. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -9815,17 +10480,12 @@ def _cookie_name(server: ServerConfig) -> str:
 def session_cookie(server: ServerConfig, secret: str) -> str:
     """The Set-Cookie value; an empty secret removes the cookie."""
     age_s = int(Sessions.KEEP_S) if secret else 0
-    secure = "; Secure" if (server.public_url or "").startswith("https:") else ""
-    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure}"
+    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure_mark(server)}"
 
 
 def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
     """What the session's cookie says, or None."""
-    wanted = _cookie_name(server) + "="
-    for part in head.headers.get("cookie", "").split(";"):
-        if part.strip().startswith(wanted):
-            return part.strip()[len(wanted) :]
-    return None
+    return cookie_of(head, _cookie_name(server))
 
 
 def check_host(head: RequestHead, server: ServerConfig) -> None:
@@ -9857,14 +10517,6 @@ def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -
         raise Forbidden("the header Origin is missing or another site's; only our own pages may do this with a cookie")
 
 
-def _url_parts(url: str) -> SplitResult:
-    """As urlsplit, but nothing instead of a ValueError for what is no URL."""
-    try:
-        return urlsplit(url)
-    except ValueError:
-        return urlsplit("")
-
-
 def check_csrf(head: RequestHead, session: Session) -> None:
     given = head.headers.get("x-csrf-token", "").encode("latin-1")
     if not hmac.compare_digest(given, session.csrf_token.encode()):
@@ -9872,7 +10524,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 19. HTTP API - routes, authentication, handlers
+# 20. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -9907,7 +10559,9 @@ class Route:
     @functools.cached_property
     def is_audited(self) -> bool:
         """What changes something is, but for the callbacks of runs that go on."""
-        return self.method not in SAFE_METHODS and (self.access != "locust" or self.handler is locust_register)
+        if self.method in SAFE_METHODS:
+            return self.handler is get_oidc_callback
+        return self.access != "locust" or self.handler is locust_register
 
 
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -9927,6 +10581,7 @@ def get_health(api: Api, request: Request) -> Response:
 
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
+    api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
     run_request = read_create(body, api.config.scenarios)
     api.check_place(request, run_request.tenant_id, run_request.env_id)
     key_ = request.head.headers.get("idempotency-key")
@@ -9985,8 +10640,11 @@ def post_users(api: Api, request: Request) -> Response:
 
 
 def get_scenarios(api: Api, request: Request) -> Response:
-    tenants = {cluster.tenant_id for cluster in api.config.clusters if request.principal.may_touch(cluster.tenant_id, cluster.env_id)}
+    scope = request.principal.scope
+    tenants = {cluster.tenant_id for cluster in api.config.clusters if scope.covers(cluster.tenant_id, cluster.env_id)}
     shown = [scenario for scenario in api.config.scenarios if not scenario.tenants or tenants & set(scenario.tenants)]
+    if scope.tenants is not None:  # other tenants are not named
+        shown = [replace(scenario, tenants=tuple(name for name in scenario.tenants if name in scope.tenants)) for scenario in shown]
     return json_response([scenario_to_wire(scenario) for scenario in shown])
 
 
@@ -10054,6 +10712,7 @@ def get_export(api: Api, request: Request) -> Response:
 def post_import(api: Api, request: Request) -> Response:
     found = read_import(parse_json(request.body), time.time())
     api.check_place(request, found.run.tenant_id, found.run.env_id)
+    request.run_id = found.run.id
     failures = dump_json(found.failures).encode() if found.failures else None
     api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, failures)
     log("run imported", run=found.run.id, by=request.principal.name)
@@ -10237,8 +10896,11 @@ def get_schedules(api: Api, request: Request) -> Response:
 
 
 def post_schedule(api: Api, request: Request) -> Response:
-    schedule = read_schedule(parse_json(request.body), api.config.scenarios)
+    body = parse_json(request.body)
+    api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
+    schedule = read_schedule(body, api.config.scenarios)
     api.check_place(request, schedule.tenant_id, schedule.env_id)
+    api.engine.refuse_unsafe(read_create(schedule.test, api.config.scenarios))
     schedule = replace(schedule, created_by=request.principal.name)
     api.scheduler.add(schedule)
     return _shown_schedule(api, schedule, 201)
@@ -10250,8 +10912,10 @@ def get_schedule(api: Api, request: Request) -> Response:
 
 def patch_schedule(api: Api, request: Request) -> Response:
     before, body = api.visible_schedule(request), parse_json(request.body)
+    api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
     changed = read_schedule(body, api.config.scenarios, before)
     api.check_place(request, changed.tenant_id, changed.env_id)
+    api.engine.refuse_unsafe(read_create(changed.test, api.config.scenarios))
     return _shown_schedule(api, api.scheduler.change(before.id, body))
 
 
@@ -10268,7 +10932,12 @@ def post_schedule_run(api: Api, request: Request) -> Response:
 def get_notifications(api: Api, request: Request) -> Response:
     scope = request.principal.scope
     channels = [{"id": item.id, "type": item.type, "events": list(item.on)} for item in api.config.notifications]
-    deliveries = [one for one in api.store.list_deliveries(200) if scope.tenants is None or one.tenant_id in scope.tenants]
+
+    def is_mine(one: Delivery) -> bool:
+        run = api.store.find(one.run_id)
+        return scope.covers(one.tenant_id, run.env_id) if run else scope == EVERYTHING
+
+    deliveries = [one for one in api.store.list_deliveries(200) if is_mine(one)]
     return json_response({"channels": channels, "deliveries": [delivery_to_wire(one) for one in deliveries]})
 
 
@@ -10304,7 +10973,7 @@ def get_session(api: Api, request: Request) -> Response:
         return json_response({**session_to_wire(session), "anonymous": False})
     if api.is_open:
         return json_response({"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role})
-    return json_response({"signedIn": False, "anonymous": False})
+    return json_response({"signedIn": False, "anonymous": False, "singleSignOn": api.sign_on is not None})
 
 
 def post_session(api: Api, request: Request) -> Response:
@@ -10313,6 +10982,24 @@ def post_session(api: Api, request: Request) -> Response:
     request.principal = session.principal
     log("signed in", name=session.principal.name, address=request.address)
     return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
+
+
+def get_oidc(api: Api, request: Request) -> Response:
+    if api.sign_on is None:
+        raise NotFound("security.oidc is not configured")
+    location, state = api.sign_on.begin()
+    return Response(http_status=302, headers={"Location": location, "Set-Cookie": sign_on_cookie(api.config.server, state)})
+
+
+def get_oidc_callback(api: Api, request: Request) -> Response:
+    """The browser is back from the identity provider."""
+    if api.sign_on is None:
+        raise NotFound("security.oidc is not configured")
+    request.principal = api.sign_on.finish(request.query, sign_on_state(request.head, api.config.server))
+    secret = api.begin_session(request.principal)
+    log("signed in", name=request.principal.name, address=request.address)
+    home = urlsplit(api.config.security.oidc.redirect_url).path.removesuffix("session/oidc/callback")
+    return Response(http_status=302, headers={"Location": home, "Set-Cookie": session_cookie(api.config.server, secret)})
 
 
 def _sign_in_token(request: Request) -> str:
@@ -10431,6 +11118,10 @@ AUDIT_QUERY = {
     "limit": number_value(1, 1000, whole=True),
     "cursor": LIST_QUERY["cursor"],
 }
+OIDC_QUERY = {  # what providers send back; all but the first five mean nothing to us
+    name: text_value("a string", empty=True)
+    for name in ("code", "state", "iss", "error", "error_description", "error_uri", "session_state", "scope", "authuser", "prompt", "hd")
+}
 STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
@@ -10460,7 +11151,12 @@ ROUTES = (
     Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False, answer="Session"),
     Route(
         "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
-        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429), more_body={"token": {"type": "string"}},
+        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429, 503), more_body={"token": {"type": "string"}},
+    ),
+    Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider", success=302, errors=(404, 502)),
+    Route(
+        "GET", "/session/oidc/callback", get_oidc_callback, "anyone", "Sign in by OpenID Connect: back from the provider",
+        query=OIDC_QUERY, success=302, errors=(401, 403, 404, 502),
     ),
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
@@ -10572,7 +11268,7 @@ SCHEMAS: dict[str, Any] = {
     "Audit": _array("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
-    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
@@ -10714,7 +11410,7 @@ def _body_schema(route: Route) -> dict[str, Any]:
 
 def _responses(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": REASONS[route.success]}
-    if route.success != 204:
+    if route.success not in (204, 302):
         schema = {"$ref": f"#/components/schemas/{route.answer}"} if route.media == JSON_TYPE else _TEXT
         good["content"] = {route.media: {"schema": schema}}
     statuses = {400, *route.errors}
@@ -10797,6 +11493,9 @@ class Api:
         self._refusals = RefusalBudget()
         self._tokens = ApiTokens(config.security)
         self._callback_tokens = CallbackTokens(config)
+        security = config.security
+        self._jwt = JwtTokens(security.jwt, config.folder) if security.jwt else None
+        self.sign_on = OpenIdSignOn(security.oidc, security.jwt) if security.oidc else None
         self._callers: dict[str, Caller] = {}  # by a good header Authorization
         self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
         self._usages: dict[str, Usage] = {}  # by the caller's name
@@ -10863,7 +11562,7 @@ class Api:
         """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
         given, limit = head.headers.get("authorization"), self.config.limits.requests_per_s
         known = self._callers.get(given) if given else None
-        if known is not None and known.principal.ends_at > time.time():
+        if known is not None and known.until > time.time():
             known.usage.note(limit)
             return known.principal
         principal = self._new_caller(head, given, address)
@@ -10871,7 +11570,7 @@ class Api:
         if given and not self.is_open:
             if len(self._callers) >= self.MOST_CALLERS:
                 self._callers.clear()
-            self._callers[given] = Caller(principal, usage)
+            self._callers[given] = Caller(principal, usage, min(principal.ends_at, time.time() + Caller.KEEP_S))
         usage.note(limit)
         return principal
 
@@ -10883,13 +11582,22 @@ class Api:
         if given is None and session_secret(head, self.config.server) is not None:
             return self._by_cookie(head)
         scheme, _, token = (given or "").partition(" ")
-        principal = self._owner_of(token.strip()) if scheme.lower() == "bearer" else None
-        if principal is None:
+        if scheme.lower() != "bearer" or not token.strip():
             raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
-        return principal
+        return self._owner_of(token.strip(), address)
 
-    def _owner_of(self, token: str) -> Principal | None:
-        return self._tokens.owner(token)
+    def _owner_of(self, token: str, address: str) -> Principal:
+        """Whose token it is, one of ours or one that the identity provider signed; Unauthorized,
+        TooManyRequests, Forbidden or KeysNeeded otherwise."""
+        principal = self._tokens.owner(token)
+        if principal is not None:
+            return principal
+        if self._jwt is None or token.count(".") != 2:
+            raise self._refused(address, "this is not a valid API token")
+        try:
+            return self._jwt.owner(token)
+        except TokenRefused as error:
+            raise self._refused(address, str(error)) from None
 
     # ---- browsers that signed in -------------------------------------------
 
@@ -10912,10 +11620,11 @@ class Api:
 
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
         """A new session and its secret for the owner of an API token, or Unauthorized."""
-        principal = ANONYMOUS if self.is_open else self._owner_of(token)
-        if principal is None:
-            raise self._refused(address, "this is not a valid API token")
-        return self._sessions.begin(principal)
+        return self._sessions.begin(ANONYMOUS if self.is_open else self._owner_of(token, address))
+
+    def begin_session(self, principal: Principal) -> str:
+        """The secret of a new session of somebody who has proven who they are."""
+        return self._sessions.begin(principal)[1]
 
     def sign_out(self, head: RequestHead) -> None:
         self._sessions.end(session_secret(head, self.config.server))
@@ -10977,13 +11686,14 @@ class Api:
     def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
         if not self._refusals.takes():
             return
+        request.principal = failure.caller or request.principal
         skipped, self._refusals.skipped = self._refusals.skipped, 0
         more = f" ({skipped} refusals before this one were too many to write)" if skipped else ""
         self.store.audit(self._entry(request, failure.http_status, failure.message + more))
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
         """An entry with what of the request may be known: never a header, a query or a body."""
-        run_id = request.run_id or request.params.get("id", "")
+        run_id = request.run_id or (request.params.get("id", "") if request.route.path.startswith("/v1/tests/") else "")
         run = self.store.find(run_id)
         tenant_id = request.tenant_id or request.params.get("tenantId", "") or (run.tenant_id if run else "")
         env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
@@ -11005,6 +11715,12 @@ class Api:
         why = f"the token may not use {_shown(value)}; allowed are {allowed}"
         raise Forbidden(f"{name}: {why}", {name: why})
 
+    def check_named_place(self, request: Request, body: Any) -> None:
+        """check_place() of a body that nobody has checked, as far as it names one."""
+        named = [body.get(name) if isinstance(body, dict) else None for name in ("tenantId", "envId")]
+        if all(isinstance(name, str) for name in named):
+            self.check_place(request, *named)
+
     def visible_run(self, request: Request) -> Run:
         """The run of the path, NotFound also for one that the caller may not see."""
         return self.allowed_run(request, request.params["id"])
@@ -11020,15 +11736,20 @@ class Api:
         """The schedule of the path, NotFound also for another tenant's."""
         schedule = self.scheduler.get(request.params["id"])
         if not request.principal.may_touch(schedule.tenant_id, schedule.env_id):
-            raise NotFound(f"there is no schedule {request.params['id'][:MAX_TEXT]}")
-        request.tenant_id, request.env_id = schedule.tenant_id, schedule.env_id
+            request.tenant_id, request.env_id = schedule.tenant_id, schedule.env_id
+            raise NotYours(f"there is no schedule {request.params['id'][:MAX_TEXT]}")
+        request.tenant_id, request.env_id, request.note = schedule.tenant_id, schedule.env_id, f"schedule {schedule.id}"
         return schedule
 
     def visible_cluster(self, request: Request) -> Cluster:
         """The cluster of the path, NotFound also for another tenant's."""
         cluster = self.engine.clusters.get(request.params["id"])
-        if cluster is None or not request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id):
-            raise NotFound(f"there is no cluster {request.params['id'][:MAX_TEXT]}")
+        none = f"there is no cluster {request.params['id'][:MAX_TEXT]}"
+        if cluster is None:
+            raise NotFound(none)
+        request.tenant_id, request.env_id, request.note = cluster.config.tenant_id, cluster.config.env_id, f"cluster {cluster.id}"
+        if not request.principal.may_touch(request.tenant_id, request.env_id):
+            raise NotYours(none)
         return cluster
 
     def reaches(self, request: Request, cluster_id: str) -> bool:
@@ -11104,7 +11825,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 20. SERVICE - the whole program put together, and its configuration checked
+# 21. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -11145,7 +11866,8 @@ class Service:
     STOP_S = 4.8
 
     def __init__(self, config: Config):
-        self._loop = ConnectionLoop(None, config.server.max_connections)
+        tls = TlsFiles(config.server.tls, config.folder) if config.server.tls else None
+        self._loop = ConnectionLoop(None, config.server.max_connections, tls)
         try:
             self._server = ApiServer(config.server.host, config.server.port, self._loop)
         except OSError as error:
@@ -11162,11 +11884,14 @@ class Service:
         self._notifier = Notifier(config, self._store)
         self._scheduler = Scheduler(config, self._store, self._engine, self._timer, self._notifier.schedule_missed)
         self._loop.api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
-        self.url = f"http://{host_to_call(config.server.host)}:{self._server.server_port}"
+        self.url = f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
+        self._callbacks = LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
 
     def start(self) -> None:
         self._timer.start()
-        self._engine.launch_clusters(self.url)
+        if self._callbacks:
+            self._callbacks.start()
+        self._engine.launch_clusters(self._callbacks.url if self._callbacks else self.url)
         self._engine.reconcile()
         self._notifier.start()
         self._scheduler.start()
@@ -11189,6 +11914,30 @@ class Service:
         self._loop.close()
         self._timer.close()
         self._store.close()
+
+
+class LocalCallbacks:
+    """Plain HTTP on a loopback port of its own, for callbacks of launched clusters alone: our
+    certificate need not name this machine's loopback address, nor be one they trust."""
+
+    def __init__(self, api: Api):
+        self._api = api
+        self._loop = ConnectionLoop(self, 256)
+        self._server = ApiServer("127.0.0.1", 0, self._loop)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def start(self) -> None:
+        self._loop.start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept-callbacks", daemon=True).start()
+
+    def admit(self, head: RequestHead, address: str) -> Request:
+        request = self._api.admit(head, address)
+        if request.route.access != "locust":
+            raise NotFound(NO_SUCH_PATH)
+        return request
+
+    def respond(self, request: Request) -> Response:
+        return self._api.respond(request)
 
 
 class _EndSignal:
@@ -11230,6 +11979,11 @@ def check_config(config_path: str) -> int:
         config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
+    try:
+        if config.server.tls:
+            TlsFiles(config.server.tls, config.folder)
+    except StartupError as error:
+        return _print_problems(ConfigError([str(error)]))
     print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
     for cluster in config.clusters:
         if cluster.launcher and cluster.launcher.locustfile and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile)):
@@ -11244,7 +11998,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 21. TERMINAL - text, tables and a live view that any terminal can show
+# 22. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -11458,7 +12212,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 22. API CLIENT - which server a command talks to, and requests to it
+# 23. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -11470,6 +12224,7 @@ class ServerAddress(NamedTuple):
     url: str
     token: str
     ca_file: str | None = None
+    token_command: str | None = None  # prints a new token when this one is refused
 
 
 def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
@@ -11478,8 +12233,11 @@ def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
     url = _given_url(options.url or environ.get("LOADMANAGER_URL"))
     token = _given_token(options, environ)
     ca_file = options.ca_file or environ.get("LOADMANAGER_CA_FILE") or None
+    command = environ.get("LOADMANAGER_TOKEN_COMMAND") or None if token is None else None
+    if command is not None:
+        token = token_of_command(command)
     if url is not None and token is not None:
-        return ServerAddress(url, token, ca_file)
+        return ServerAddress(url, token, ca_file, command)
     here = [os.path.join(folder, DEFAULT_CONFIG) for folder in (".", os.path.dirname(os.path.abspath(__file__)))]
     path = options.config or next(filter(os.path.isfile, here), None)
     if path is None:
@@ -11492,7 +12250,28 @@ def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
         configured = ServerAddress("", "")  # found by chance, and not needed
     if token is None:
         token = configured.token if options.config or _is_near(url, configured.url) else ""
-    return ServerAddress(url or configured.url, token, ca_file)
+    return ServerAddress(url or configured.url, token, ca_file, command)
+
+
+def token_of_command(command: str) -> str:
+    """The token that a command prints; its words are taken as they stand, no shell reads them."""
+    import shlex
+    import subprocess
+
+    name = "LOADMANAGER_TOKEN_COMMAND"
+    try:
+        words = shlex.split(command)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=False)
+    except (ValueError, IndexError) as error:
+        raise CommandError(f"{name}: cannot be split into words: {error}", EXIT_USAGE) from None
+    except OSError as error:
+        raise CommandError(f"{name}: {words[0]} cannot be run: {error.strerror or error}", EXIT_USAGE) from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"{name}: printed no token within 60 s", EXIT_UNREACHABLE) from None
+    token = done.stdout.decode("ascii", "replace").strip()
+    if done.returncode or not re.fullmatch("[!-~]+", token):
+        raise CommandError(f"{name}: ended with {done.returncode} and printed {'no' if not token else 'something else than a'} token", EXIT_UNREACHABLE)
+    return token
 
 
 def _is_near(url: str | None, configured_url: str) -> bool:
@@ -11538,7 +12317,8 @@ def _configured_server(path: str, need_url: bool, need_token: bool) -> ServerAdd
         raise ConfigError(problems)
     if need_url and server.port == 0:
         raise CommandError(f"{path}: server.port is 0, any free one: say which with --url or LOADMANAGER_URL", EXIT_USAGE)
-    return ServerAddress(f"http://{host_to_call(server.host)}:{server.port}", security.api_token)
+    scheme = "https" if server.tls else "http"
+    return ServerAddress(f"{scheme}://{host_to_call(server.host)}:{server.port}", security.api_token)
 
 
 class ApiAnswer(NamedTuple):
@@ -11582,6 +12362,7 @@ class ApiClient:
 
     def __init__(self, server: ServerAddress):
         self._server = server
+        self._token = server.token
         parts = urlsplit(server.url)
         self._is_https = parts.scheme == "https"
         self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
@@ -11617,15 +12398,24 @@ class ApiClient:
         except BaseException:  # Ctrl-C in the middle of an answer: the rest must not be read as another's
             self.close()
             raise
+        if answer.http_status == 401 and self._has_new_token():
+            return self.request(method, path, body, headers)
         if answer.http_status >= 300:
             raise self._refusal(f"{method} {path.partition('?')[0]}", answer)
         return answer
 
+    def _has_new_token(self) -> bool:
+        """Whether the token command printed another token than the one that was refused."""
+        if self._server.token_command is None:
+            return False
+        before, self._token = self._token, token_of_command(self._server.token_command)
+        return self._token != before
+
     def _exchange(self, method: str, path: str, body: Any, headers: dict[str, str] | None) -> ApiAnswer:
         connection = self._connect()
         sent = {"Accept": "*/*", "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
-        if self._server.token:
-            sent["Authorization"] = f"Bearer {self._server.token}"
+        if self._token:
+            sent["Authorization"] = f"Bearer {self._token}"
         if body is not None:
             sent["Content-Type"] = JSON_TYPE
         connection.sock.settimeout(self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
@@ -11655,10 +12445,17 @@ class ApiClient:
         import ssl
 
         try:
-            return ssl.create_default_context(cafile=self._server.ca_file)
+            context = ssl.create_default_context(cafile=self._server.ca_file)
         except OSError as error:
             why = error.strerror or error
             raise CommandError(f"--ca-file: {self._server.ca_file} has no certificates: {why}", EXIT_USAGE) from None
+        own = os.environ.get("LOADMANAGER_CLIENT_CERT")
+        try:
+            if own:
+                context.load_cert_chain(own, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise CommandError(f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
+        return context
 
     def _note_clock(self, date: str | None) -> None:
         """How far our clocks are apart: moments of the server are shown as ages."""
@@ -11680,7 +12477,7 @@ class ApiClient:
         if answer.http_status == 404 and message == NO_SUCH_PATH:
             message = f"the server does not offer this ({asked}): it may be an older Load Manager"
         elif answer.http_status == 401:
-            was = "the token was refused" if self._server.token else "no token was sent"
+            was = "the token was refused" if self._token else "no token was sent"
             message = f"not allowed, {was}; give one with --token-file, --token, LOADMANAGER_TOKEN or a configuration (-config)"
         elif answer.http_status == 403:
             message = f"not allowed: {message}"
@@ -11699,7 +12496,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 23. COMMAND LINE - commands, what they take, and what they print
+# 24. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -11716,6 +12513,8 @@ EXITS = {
 VARIABLES = {
     "LOADMANAGER_URL": "the server; --url goes first, then this, then a configuration file",
     "LOADMANAGER_TOKEN": "the API token; --token and --token-file go first",
+    "LOADMANAGER_TOKEN_COMMAND": "a program and its arguments that prints the token; run again when the token is refused; without a shell",
+    "LOADMANAGER_CLIENT_CERT": "our certificate and its key in one file, for a server that wants one",
     "LOADMANAGER_CA_FILE": "certificates to trust for an https server; --ca-file goes first",
     "NO_COLOR": "set to anything: no colours",
 }
@@ -12335,12 +13134,12 @@ def create_body(options: Any) -> dict[str, Any]:
         "compareWith": options.compare_with or ("baseline" if options.fail_on_regression else None),
         "queue": options.queue or None,
         "host": options.host,
+        "confirm": options.confirm,
         "userClasses": options.user_class or None,
         "tags": options.tag or None,
         "excludeTags": options.exclude_tag or None,
         "options": custom or None,
         "stages": options.stage or None,
-        "confirm": options.confirm,
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -13161,7 +13960,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 24. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 25. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
@@ -14015,6 +14814,7 @@ function showSignIn(message) {
   document.title = "Sign in \u2013 Load Manager";
   const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password", autofocus: true, spellcheck: "false"});
   const problem = h("div", {class: "wrong", role: "alert"}, message && message.includes("Authorization") ? "" : message || "");
+  const signOn = h("a", {class: "button", id: "sign-on", href: "session/oidc", hidden: true}, "Single sign-on");
   async function submit(event) {
     event.preventDefault();
     setText(problem, "");
@@ -14035,9 +14835,11 @@ function showSignIn(message) {
       h("label", {class: "field"}, h("span", {}, "API token"), token),
       problem,
       h("button", {class: "primary"}, "Sign in"),
+      signOn,
     ),
   );
   token.focus();
+  get("/session").then((known) => (signOn.hidden = !known.singleSignOn), () => {});
 }
 
 async function signOut() {

@@ -11,7 +11,8 @@ Nothing here ever blocks or breaks a load: listeners only take notes and start g
 has a total time limit, and a control plane that is away costs one warning in the log.
 
 Environment: CONTROL_PLANE_URL, CONTROL_PLANE_TOKEN (without both nothing is called), RUN_ID, TENANT_ID,
-ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 10).
+ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 10), CONTROL_PLANE_CA_FILE (certificates to trust),
+CONTROL_PLANE_CLIENT_CERT (our certificate with its key).
 """
 from __future__ import annotations
 
@@ -93,6 +94,8 @@ class Settings:
 
         self.url = variable("CONTROL_PLANE_URL").rstrip("/")
         self.token = variable("CONTROL_PLANE_TOKEN")
+        self.ca_file = variable("CONTROL_PLANE_CA_FILE")
+        self.client_cert = variable("CONTROL_PLANE_CLIENT_CERT")
         self.run_id = variable("RUN_ID")
         self.tenant_id = variable("TENANT_ID")
         self.env_id = variable("ENV_ID")
@@ -284,6 +287,8 @@ class ControlPlane:
     def __init__(self, settings: Settings) -> None:
         self._base = settings.url + "/v1/internal/locust/"
         self._token = settings.token
+        self._verify = settings.ca_file or True
+        self._cert = settings.client_cert or None
         self._away = False
 
     def post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
@@ -306,6 +311,8 @@ class ControlPlane:
                 headers={"Content-Type": "application/json", "X-Locust-Token": self._token},
                 timeout=timeout_s,
                 allow_redirects=False,  # the token is for this address only
+                verify=self._verify,
+                cert=self._cert,
                 stream=True,
             ) as response:
                 text = response.raw.read(65536, decode_content=True)

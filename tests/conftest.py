@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ class LoadManager:
         self.environment = {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
+        self.tls: ssl.SSLContext | None = None  # how its https is trusted
         self._log_file = folder / "loadmanager.log"
         self._command: list[str] = [sys.executable, str(ROOT / "loadmanager.py")]
 
@@ -108,7 +110,10 @@ class LoadManager:
     ) -> Answer:  # fmt: skip
         """One request; a body that is not bytes is sent as JSON; token None sends none."""
         parts = urlsplit(self.url)
-        connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
+        if parts.scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=self.tls)
+        else:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
         sent = dict(headers or {})
         if token is not None and "Authorization" not in sent:
             sent["Authorization"] = f"Bearer {token}"

@@ -34,7 +34,7 @@ END_WITHIN_S = 10.0
 
 # Variables the hooks read: a test sets them itself, whatever the developer's shell has.
 HOOK_VARIABLES = ("CONTROL_PLANE_URL", "CONTROL_PLANE_TOKEN", "RUN_ID", "TENANT_ID", "ENV_ID",
-                  "METRICS_PUSH_INTERVAL", "CLUSTER_ID")
+                  "METRICS_PUSH_INTERVAL", "CLUSTER_ID", "CONTROL_PLANE_CA_FILE", "CONTROL_PLANE_CLIENT_CERT")
 
 
 def find_free_port() -> int:

@@ -160,6 +160,7 @@ RULES = {
     "POST /session/end": plain("/session/end", None, (204,)),
     # of anyone: they tell nothing of any tenant
     **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health")},
+    **{f"GET {path}": plain(path, own=(404,)) for path in ("/session/oidc", "/session/oidc/callback")},  # not configured here
     "POST /session": plain("/session", {"token": "wrong"}, (401, 429)),
     # callbacks: with the token of acme's cluster
     **{f"POST /v1/internal/locust/{name}": plain(
@@ -483,6 +484,59 @@ def test_stop_all_of_the_command_line(lm):
     )
     assert done.returncode == 0 and run_id in done.stdout, done.stderr
     assert lm.run(run_id)["status"] in ("Stopping", "Finished")
+
+
+# ---- the dashboard ---------------------------------------------------------
+
+
+def sign_in(browser: Any, lm: LoadManager, token: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    browser.driver.get(lm.url + "/")
+    eventually(lambda: browser.driver.find_elements(By.ID, "token"), 10)[0].send_keys(token + "\n")
+    eventually(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#top .who"), 10)
+
+
+def test_dashboard_shows_one_s_own_and_its_red_button_stops_it(place):
+    from selenium.webdriver.common.by import By
+
+    from chromium import Chromium
+
+    run_id = place.start("acme")
+    with Chromium() as browser:
+        sign_in(browser, place.lm, TOKENS["viewer", "acme"])
+        page = browser.driver.find_element(By.TAG_NAME, "body")
+        eventually(lambda: "acme" in page.text, 10)
+        assert "beta" not in page.text and not browser.driver.find_elements(By.ID, "stop-all"), "a viewer is offered to stop"
+        browser.driver.find_element(By.ID, "sign-out").click()
+        sign_in(browser, place.lm, TOKENS["operator", "acme"])
+        page = browser.driver.find_element(By.TAG_NAME, "body")
+        browser.driver.find_element(By.ID, "stop-all").click()
+        dialog = eventually(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "dialog[open]"), 5)[0]
+        assert place.lm.run(run_id)["status"] == "Running", "it did not ask"
+        dialog.find_element(By.CSS_SELECTOR, "button.danger").click()
+        place.lm.wait_for(run_id, "Finished")
+        assert place.lm.run(place.others_run)["status"] == "Running"
+        eventually(lambda: "1 stopped" in page.text, 5)
+        assert not browser.complaints()
+
+
+def test_dashboard_asks_before_it_loads_a_protected_environment(load_manager, fake):
+    from selenium.webdriver.common.by import By
+
+    from chromium import Chromium
+
+    lm = load_manager(tenant_cluster(fake, "acme"), environments=[{"tenantId": "acme", "id": "dev", "protected": True}])
+    with Chromium() as browser:
+        sign_in(browser, lm, API_TOKEN)
+        browser.driver.find_element(By.ID, "start").click()
+        form = eventually(lambda: browser.driver.find_elements(By.ID, "start-dialog"), 5)[0]
+        form.find_element(By.CSS_SELECTOR, "input[list=scenarios], input[maxlength]").send_keys("browse")
+        form.find_element(By.CSS_SELECTOR, "button.primary").click()
+        question = eventually(lambda: next((one for one in browser.driver.find_elements(By.CSS_SELECTOR, "dialog[open]") if "protected" in one.text), None), 5)
+        assert not fake.swarms
+        question.find_element(By.CSS_SELECTOR, "button.danger").click()
+        eventually(lambda: len(fake.swarms) == 1, 5)
 
 
 # ---- the audit -------------------------------------------------------------

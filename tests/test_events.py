@@ -278,7 +278,7 @@ def test_sign_out_ends_the_session_and_its_streams(plane, browser):
         assert browser.call("DELETE", "/session")[0] == 204
         assert [event for event in stream.events() if event["event"] != "comment"] == []
     assert browser.call("GET", "/v1/tests", csrf=None)[0] == 401
-    assert browser.call("GET", "/session", csrf=None)[1] == {"signedIn": False, "anonymous": False}
+    assert browser.call("GET", "/session", csrf=None)[1] == {"signedIn": False, "anonymous": False, "singleSignOn": False}
 
 
 def test_token_in_the_request_goes_before_the_cookie(plane, browser):

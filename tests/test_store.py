@@ -57,7 +57,7 @@ def open_store(request, tmp_path):
 
         url = request.getfixturevalue("postgres_url")
         with psycopg.connect(url, autocommit=True) as connection:
-            for table in ("meta", "runs", "samples", "idempotency"):
+            for table in ("meta", "runs", "samples", "idempotency", "audit"):
                 connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
     else:
         url = "sqlite:///store.db"
@@ -81,6 +81,34 @@ def new_run(**changes):
 def snapshot(requests, at=None):
     row = lm.EndpointStats("GET", "/a", requests, 0, 1.5, 1, 2, 1, 3.5, 2, None)
     return lm.Snapshot(at or time.time(), 3.5, requests, 0, 0.0, 1.5, 1, 2, None, 5, (row,))
+
+
+def entry(who="ci", tenant="acme", status=201, **changes):
+    fields = {"at": 1000.0, "who": who, "role": "operator", "address": "::1", "action": "POST /v1/tests/{id}/stop", "tenant_id": tenant, "env_id": "dev", "run_id": "r1"}
+    return lm.AuditEntry(**{**fields, "http_status": status, "detail": "100% of 'it' 🦗", **changes})
+
+
+def test_audit_is_appended_and_found_by_what_is_asked_for(open_store):
+    store = open_store()
+    kept = [entry(), entry("ops", status=403), entry("ops", "beta", 409, at=2000.0), entry("", "", 401, run_id="", action="GET /v1/tests")]
+    for one in kept:
+        store.audit(one)
+    store.close()
+    store = open_store()
+    store.audit(entry("last"))
+
+    def found(scope=lm.EVERYTHING, limit=100, **wanted):
+        return [(seq, one.who, one.http_status) for seq, one in store.audit_entries(lm.AuditFilter(**wanted), scope, limit)]
+
+    assert found() == [(5, "last", 201), (4, "", 401), (3, "ops", 409), (2, "ops", 403), (1, "ci", 201)]
+    assert store.audit_entries(lm.AuditFilter(who="ci"), lm.EVERYTHING, 9)[0][1] == kept[0]
+    assert [seq for seq, *_ in found(limit=2, before_seq=4)] == [3, 2]
+    assert [seq for seq, *_ in found(outcome="refused")] == [4, 2] and [seq for seq, *_ in found(outcome="failed")] == [3]
+    assert [seq for seq, *_ in found(action="/STOP")] == [5, 3, 2, 1] and found(action="%") == [] and found(action="_v1") == []
+    assert [seq for seq, *_ in found(from_at=1500.0)] == [3] and found(to_at=999.0) == []
+    assert [seq for seq, *_ in found(lm.Scope(frozenset({"beta"})))] == [3]
+    assert found(lm.Scope(frozenset())) == [] and found(lm.Scope(None, frozenset({"prod"}))) == []
+    assert found(who="' OR 1=1 --") == []
 
 
 def test_everything_kept_is_there_after_reopening(open_store):
@@ -250,7 +278,7 @@ def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_
     import psycopg
 
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for table in ("meta", "runs", "samples", "idempotency"):
+        for table in ("meta", "runs", "samples", "idempotency", "audit"):
             connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
     fake = fake_locust()
     manager = load_manager(cluster_config(fake.url), storage={"url": postgres_url})
