@@ -141,6 +141,7 @@ def test_test_started_in_locust_s_page_is_tracked_and_can_be_stopped(pair):
     assert_equals_csv(lm.wait_for(run["id"], "Finished"), locust)
     locust.swarm(user_count=3, spawn_rate=3)
     (again,) = eventually(lambda: lm.get("/v1/tests?status=Running").json, 10)
+    eventually(lambda: (lm.run(again["id"]).get("lastMetrics") or {}).get("totalRequests"), 10, what="a request: a test that ends without one has failed")
     locust.post("/stop")
     assert lm.wait_for(again["id"], "Finished")["stopReason"] == "locust"
 
