@@ -515,13 +515,19 @@ def test_every_control_is_reached_by_tab_and_has_a_name(page):
 # ---- scenarios, schedules, judgement ----
 
 
+def leave_the_page_before(browser):
+    """A page whose server is gone goes on complaining; that is not ours."""
+    browser.driver.get("about:blank")
+    browser.complaints()
+
+
 def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browser, load_manager, fake):
     scenarios = [
         {"id": "checkout", "description": "buyers only", "targetUsers": 7, "spawnRate": 3.5, "durationSeconds": 90},
         {"id": "waves", "stages": [{"targetUsers": 2, "spawnRate": 2, "durationSeconds": 30}, {"targetUsers": 4, "spawnRate": 2, "durationSeconds": 30}]},
     ]
     lm = load_manager(cluster_config(fake.url), scenarios=scenarios)
-    browser.complaints()  # those of pages before are not ours
+    leave_the_page_before(browser)
     made = lm.post("/v1/schedules", {"cron": "@daily", "description": HOSTILE[:60], "test": create_body(scenarioId="checkout")}).json
     page = Page(browser, lm)
     page.sign_in()
@@ -560,7 +566,7 @@ def test_a_regression_is_shown_beside_the_thresholds(browser, tmp_path):
         comparison = {"with": "previous", "baseline": earlier, "tolerances": {}, "differences": ["users differs: 5 and 6"], "warnings": [], "noise": [], "regressions": told}
         slower = runs.finished(comparison=comparison, verdict="failed")
     with ControlPlane(tmp_path) as plane:
-        browser.complaints()
+        leave_the_page_before(browser)
         page = Page(browser, plane)
         page.sign_in()
         page.shows("Recent runs")
