@@ -16,27 +16,28 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  2. ERRORS          what can go wrong, with the HTTP status it becomes
  3. CONFIG          the configuration file: keys, defaults, checks, environment
  4. MODEL           run, snapshot, sample, and their translation to the wire's JSON
- 5. RULES           pure decisions: valid requests, thresholds, idle clusters, downsampling
- 6. TIME            the steady clock and the one thread that waits for moments
- 7. STORE           every run in memory, written through to SQLite or PostgreSQL
- 8. LOCUST CLIENT   every call to a Locust master
- 9. LAUNCHER        Locust clusters started on this machine, and their guard
-10. ENGINE          starts, watches, stops, adopts and finishes runs
-11. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
-12. NOTIFICATIONS   what is told to people and programs, at least once
-13. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-14. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
-15. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-16. EVENTS          changes of runs, told to event streams
-17. ACCESS          who a token says the caller is, and how much they may ask
-18. SIGN ON         tokens and sign-ins of an identity provider
-19. SESSIONS        browsers that signed in, and what they must prove
-20. HTTP API        routes, authentication, handlers
-21. SERVICE         the whole program put together, and its configuration checked
-22. TERMINAL        text, tables and a live view that any terminal can show
-23. API CLIENT      which server a command talks to, and requests to it
-24. COMMAND LINE    commands, what they take, and what they print
-25. DASHBOARD PAGE  what a browser gets at / and at /docs
+ 5. VERDICT         did it pass: thresholds, their windows, and two runs compared
+ 6. RULES           pure decisions: valid requests, scenarios, idle clusters, downsampling
+ 7. TIME            the steady clock and the one thread that waits for moments
+ 8. STORE           every run in memory, written through to SQLite or PostgreSQL
+ 9. LOCUST CLIENT   every call to a Locust master
+10. LAUNCHER        Locust clusters started on this machine, and their guard
+11. ENGINE          starts, watches, stops, adopts and finishes runs
+12. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
+13. NOTIFICATIONS   what is told to people and programs, at least once
+14. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
+15. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
+16. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+17. EVENTS          changes of runs, told to event streams
+18. ACCESS          who a token says the caller is, and how much they may ask
+19. SIGN ON         tokens and sign-ins of an identity provider
+20. SESSIONS        browsers that signed in, and what they must prove
+21. HTTP API        routes, authentication, handlers
+22. SERVICE         the whole program put together, and its configuration checked
+23. TERMINAL        text, tables and a live view that any terminal can show
+24. API CLIENT      which server a command talks to, and requests to it
+25. COMMAND LINE    commands, what they take, and what they print
+26. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -1997,24 +1998,10 @@ class Reading:
 
 
 # ============================================================================
-# 5. RULES - pure decisions: valid requests, thresholds, idle clusters, downsampling
+# 5. VERDICT - did it pass: thresholds, their windows, and two runs compared
 # ============================================================================
-
-
-@dataclass(frozen=True)
-class BodyKey:
-    """One key of a request body: the name it gets here, its check, whether it must be there."""
-
-    to: str
-    check: Check
-    required: bool = False
-
-
-def _accept_metadata(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or len(dump_json(value)) > MAX_METADATA_BYTES:
-        raise ValueError
-    return value
-
+# Pure. Figures are Locust's own, or made from its histograms as it makes them; what has no
+# data fails and says so. Nothing here reads a store or a clock.
 
 # ---- thresholds: what they may say ------------------------------------------
 # expr: [endpoint ":"] metric op number [unit] ["over" seconds] ["after" seconds]
@@ -2910,6 +2897,26 @@ class ThresholdWatch:
         return window_value(threshold, self.samples[-1], anchor)
 
 
+# ============================================================================
+# 6. RULES - pure decisions: valid requests, scenarios, idle clusters, downsampling
+# ============================================================================
+
+
+@dataclass(frozen=True)
+class BodyKey:
+    """One key of a request body: the name it gets here, its check, whether it must be there."""
+
+    to: str
+    check: Check
+    required: bool = False
+
+
+def _accept_metadata(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(dump_json(value)) > MAX_METADATA_BYTES:
+        raise ValueError
+    return value
+
+
 METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
 PLAN_KEYS = {
     "host": BodyKey("host", BASE_URL),
@@ -3405,7 +3412,7 @@ def thin_to_step(samples: list[Sample], step_s: float) -> list[Sample]:
 
 
 # ============================================================================
-# 6. TIME - the steady clock and the one thread that waits for moments
+# 7. TIME - the steady clock and the one thread that waits for moments
 # ============================================================================
 
 
@@ -3507,7 +3514,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 
 
 # ============================================================================
-# 7. STORE - every run in memory, written through to SQLite or PostgreSQL
+# 8. STORE - every run in memory, written through to SQLite or PostgreSQL
 # ============================================================================
 # Reads are answered from a dict under Store._lock, which is held for memory only. One
 # journal thread speaks SQL: it writes what changed in batches, one commit for all who
@@ -4589,7 +4596,7 @@ class Store:
 
 
 # ============================================================================
-# 8. LOCUST CLIENT - every call to a Locust master
+# 9. LOCUST CLIENT - every call to a Locust master
 # ============================================================================
 # Locust's field names end here; a Reading or Snapshot comes out. Every call is bounded
 # in time as a whole (a timer shuts the socket, as timeouts of the library count for each
@@ -5183,7 +5190,7 @@ def _json_in_page(page: str, name: str) -> Any:
 
 
 # ============================================================================
-# 9. LAUNCHER - Locust clusters started on this machine, and their guard
+# 10. LAUNCHER - Locust clusters started on this machine, and their guard
 # ============================================================================
 # Each launched cluster has a guard: a small process of ours that starts the master and
 # workers as its children and restarts what dies. Load Manager holds the guard's standard
@@ -5515,7 +5522,7 @@ def _die_with_parent() -> None:
 
 
 # ============================================================================
-# 10. ENGINE - starts, watches, stops, adopts and finishes runs
+# 11. ENGINE - starts, watches, stops, adopts and finishes runs
 # ============================================================================
 # Every active run has one watch thread, so that a master that hangs delays no other run;
 # deadlines are kept by the timer and stops run in threads of their own, so that hanging
@@ -7096,7 +7103,7 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 11. SCHEDULES - runs that start by themselves, at moments of a clock on a wall
+# 12. SCHEDULES - runs that start by themselves, at moments of a clock on a wall
 # ============================================================================
 # A moment is taken once: the run's Idempotency-Key is made of the schedule and the moment,
 # and is kept with the run in one commit, so that no death of ours doubles or loses one.
@@ -7582,7 +7589,7 @@ def latest_due(schedule: Schedule, now: float) -> float | None:
 
 
 # ============================================================================
-# 12. NOTIFICATIONS - what is told to people and programs, at least once
+# 13. NOTIFICATIONS - what is told to people and programs, at least once
 # ============================================================================
 # A delivery is written in the commit of the transition it tells of, and is tried by a thread
 # of its channel until the receiver has taken it: no run waits, no death of ours loses one.
@@ -7918,7 +7925,7 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 
 
 # ============================================================================
-# 13. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
+# 14. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
@@ -8316,7 +8323,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 14. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
+# 15. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
 # ============================================================================
 # A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
 # in is a stranger's: everything is checked, and nothing of it may count for more than it is.
@@ -8775,7 +8782,7 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
 
 
 # ============================================================================
-# 15. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 16. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
@@ -9574,7 +9581,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 16. EVENTS - changes of runs, told to event streams
+# 17. EVENTS - changes of runs, told to event streams
 # ============================================================================
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
@@ -9787,7 +9794,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 17. ACCESS - who a token says the caller is, and how much they may ask
+# 18. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
 # time nor the number of tries tells anything of them. What a token says is remembered
@@ -9963,7 +9970,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 18. SIGN ON - tokens and sign-ins of an identity provider
+# 19. SIGN ON - tokens and sign-ins of an identity provider
 # ============================================================================
 # JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
 # algorithms count, never the token, and a key is used only with the algorithms of its
@@ -10415,7 +10422,7 @@ def secure_mark(server: ServerConfig) -> str:
 
 
 # ============================================================================
-# 19. SESSIONS - browsers that signed in, and what they must prove
+# 20. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -10532,7 +10539,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 20. HTTP API - routes, authentication, handlers
+# 21. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -11841,7 +11848,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 21. SERVICE - the whole program put together, and its configuration checked
+# 22. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -12014,7 +12021,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 22. TERMINAL - text, tables and a live view that any terminal can show
+# 23. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -12228,7 +12235,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 23. API CLIENT - which server a command talks to, and requests to it
+# 24. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the engine. Every failure is a CommandError: one line and an exit status.
@@ -12512,7 +12519,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 24. COMMAND LINE - commands, what they take, and what they print
+# 25. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -13976,7 +13983,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 25. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 26. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
