@@ -7539,9 +7539,17 @@ class Scheduler:
             if active and schedule.policy == "Replace":
                 self._engine.stop(active, "user")
             run = self._engine.create(request, f"schedule {schedule.id}", "schedule", (key_, ""))
+            self._note(schedule, run.id, 201, "")
         except LoadManagerError as error:
+            self._note(schedule, str(error.extra.get("runId", "")), error.http_status, error.message)
             return f"not started: {error.message}", None
         return "started", run.id
+
+    def _note(self, schedule: Schedule, run_id: str, http_status: int, detail: str) -> None:
+        """A start that nobody asked for just now is in the audit like any other."""
+        action = f"schedule of {schedule.created_by}" if schedule.created_by else "schedule"
+        entry = AuditEntry(time.time(), f"schedule {schedule.id}", "", "", action, schedule.tenant_id, schedule.env_id, run_id, http_status, detail)
+        self._store.audit(entry)
 
     def _active_run(self, schedule: Schedule) -> str | None:
         run = self._store.find(schedule.last_run_id or "")
@@ -11573,6 +11581,8 @@ class Api:
             known.usage.note(limit)
             return known.principal
         principal = self._new_caller(head, given, address)
+        if len(self._usages) >= self.MOST_CALLERS:
+            self._usages.clear()
         usage = self._usages.setdefault(principal.name, Usage())
         if given and not self.is_open:
             if len(self._callers) >= self.MOST_CALLERS:
@@ -11627,7 +11637,11 @@ class Api:
 
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
         """A new session and its secret for the owner of an API token, or Unauthorized."""
-        return self._sessions.begin(ANONYMOUS if self.is_open else self._owner_of(token, address))
+        try:
+            return self._sessions.begin(ANONYMOUS if self.is_open else self._owner_of(token, address))
+        except KeysNeeded as needed:  # the loop does not wait: who signs in tries again
+            needed.read_soon(_nothing)
+            raise
 
     def begin_session(self, principal: Principal) -> str:
         """The secret of a new session of somebody who has proven who they are."""
@@ -11809,7 +11823,9 @@ class Api:
         body = parse_json(request.body, unique_keys=False)
         values = check_body(body, CALLBACK_KEYS, strict=False)
         run = self.store.get(values["run_id"])
-        if run.cluster_id and not self.reaches(request, run.cluster_id):
+        place = (run.tenant_id, run.env_id)
+        may_be_on = [run.cluster_id] if run.cluster_id else [item.id for item in self.config.clusters if (item.tenant_id, item.env_id) == place]
+        if not any(self.reaches(request, cluster_id) for cluster_id in may_be_on):
             raise NotYours(f"there is no run {run.id}")
         if values.get("tenant_id", run.tenant_id) not in (run.tenant_id, ""):
             raise NotFound(f"there is no run {run.id} of this tenant")

@@ -364,6 +364,14 @@ def test_callback_token_of_a_cluster_reaches_only_its_runs(load_manager, fake_lo
     assert asked[0].headers["X-Locust-Token"] == "guarded-token", "Locust is asked with another token than its hooks know"
 
 
+def test_callback_token_of_a_cluster_does_not_reach_a_run_that_waits_elsewhere(load_manager, fake_locust):
+    lm = load_manager(tenant_cluster(fake_locust(), "acme", callbackToken="guarded-token"), tenant_cluster(fake_locust(), "beta"))
+    lm.create(tenantId="beta")
+    waiting = lm.create(tenantId="beta", queue=True).json["id"]
+    answer = lm.callback("metrics", {"runId": waiting, "metrics": {"totalRequests": 5}}, "guarded-token")
+    assert answer.status == 404 and "lastMetrics" not in lm.run(waiting)
+
+
 # ---- what loads may be -----------------------------------------------------
 
 
@@ -466,6 +474,27 @@ def test_stop_all_stops_all_clusters_at_once(load_manager, fake_locust):
     assert all(lm.wait_for(run_id, "Finished")["stopReason"] == "user" for run_id in running)
     assert lm.run(queued)["status"] == "Failed" and all(len(fake.swarms) == 1 for fake in fakes), "who waited was started meanwhile"
     assert lm.post("/v1/stop-all", {}).json == {"success": True, "stopped": [], "failed": []}
+
+
+def test_stop_all_stops_a_run_that_is_just_starting(load_manager, fake_locust):
+    from concurrent.futures import ThreadPoolExecutor
+
+    fake = fake_locust()
+    lm = load_manager(tenant_cluster(fake, "acme"))
+
+    def slow_swarm(handler: Any) -> None:
+        time.sleep(1)
+        handler.fake.swarm({"user_count": "5"})
+        handler.send_json({"success": True, "message": "Swarming started"})
+
+    fake.faults["/swarm"] = slow_swarm
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(lm.create)
+        eventually(lambda: lm.get("/v1/tests?status=Pending").json, 5)
+        answer = lm.post("/v1/stop-all", {})
+        run_id = starting.result().json["id"]
+    assert answer.json["stopped"] == [run_id] and fake.users == 0, "the load goes on that began while all was stopped"
+    assert lm.wait_for(run_id, "Finished")["stopReason"] == "user"
 
 
 def slow_stop(fake: FakeLocust) -> Callable[[Any], None]:

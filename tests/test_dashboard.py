@@ -529,6 +529,7 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     lm = load_manager(cluster_config(fake.url), scenarios=scenarios)
     leave_the_page_before(browser)
     made = lm.post("/v1/schedules", {"cron": "@daily", "description": HOSTILE[:60], "test": create_body(scenarioId="checkout")}).json
+    browser.complaints()  # those of the tests before
     page = Page(browser, lm)
     page.sign_in()
     page.shows(HOSTILE[:60], "[aria-labelledby=h-schedules]")

@@ -145,6 +145,8 @@ def test_a_run_starts_once_at_its_moment(lm):
     after = eventually(lambda: (lambda one: one if one.get("lastRunId") else None)(lm.get(f"/v1/schedules/{made['id']}").json), 5)
     assert (after["lastRunId"], after["lastOutcome"], after["next"]) == (run["id"], "started", [])
     holds_for(lambda: len(runs_of(lm)) == 1, 1.5)
+    [told] = [entry for entry in lm.get("/v1/audit").json if entry.get("runId") == run["id"]]
+    assert (told["who"], told["action"], told["outcome"]) == (f"schedule {made['id']}", "schedule of api", "done")
 
 
 def test_a_moment_missed_while_away_is_made_up_for_once_and_only_in_time(lm):

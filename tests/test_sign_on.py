@@ -225,11 +225,21 @@ def test_new_key_is_found_at_once_and_a_flood_of_unknown_ones_is_not_asked_for(l
     jwks.kids.append("rsa-2")
     assert lm.get("/v1/tests", token=signed("rsa-2")).status == 200, "the key that came new is not known"
     assert jwks.reads == reads + 1
+    assert lm.post("/session", {"token": signed("rsa-2")}, token=None).status == 200
     with ThreadPoolExecutor(8) as pool:
         flood = list(pool.map(lambda number: lm.get("/v1/tests", token=signed(headers={"kid": f"unknown-{number}"})).status, range(40)))
     assert set(flood) <= {401, 429}
     assert jwks.reads == reads + 1, f"unknown key ids had the keys read {jwks.reads - reads} times within a minute"
     assert lm.get("/v1/tests", token=signed("rsa-2")).status == 200
+
+
+def test_sign_in_with_a_token_of_a_new_key_works_the_second_time(load_manager, fake, jwks):
+    lm = load_manager(cluster_config(fake.url), security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": jwks.url}})
+    assert lm.get("/v1/tests", token=signed()).status == 200
+    jwks.kids.append("rsa-2")
+    first = lm.post("/session", {"token": signed("rsa-2")}, token=None)
+    assert first.status == 503 and first.headers["retry-after"] == "1"
+    assert eventually(lambda: lm.post("/session", {"token": signed("rsa-2")}, token=None).status == 200, 5)
 
 
 def test_slow_provider_delays_only_who_needs_its_keys(load_manager, fake, jwks):
