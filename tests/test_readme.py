@@ -58,7 +58,7 @@ def test_every_example_of_the_api_works_as_it_stands(shipped_program, tmp_path):
 
 def test_every_example_of_the_command_line_works_as_it_stands(shipped_program, tmp_path):
     script = re.search(r"## Command line.*?```bash\n(.*?)```", README, re.S).group(1)
-    script = script.replace("http://127.0.0.1:8080", shipped_program).replace("-d 5m", "-d 4s")
+    script = script.replace("http://127.0.0.1:8080", shipped_program).replace("-d 5m", "-d 9s")
     script = script.replace("python loadmanager.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'loadmanager.py'))}")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, f"an example failed:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
