@@ -830,7 +830,7 @@ class AuditConfig:
 class LimitsConfig:
     """How much one caller may ask. A normal user never meets the defaults."""
 
-    requests_per_s: float = key("requestsPerSecond", 100_000.0, number_value(1, 10_000_000), "requests of one token in a second")
+    requests_per_s: float = key("requestsPerSecond", 1_000_000.0, number_value(1, 10_000_000), "requests of one token in a second")
     event_streams: int = key("eventStreams", 1000, number_value(1, 100_000, whole=True), "event streams of one token at the same time")
     body_bytes: int = key("bodyBytes", MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a request")
     callback_bytes: int = key("callbackBytes", 8 * MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a callback from Locust")
