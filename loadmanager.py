@@ -3073,6 +3073,8 @@ def scenario_to_wire(scenario: ScenarioConfig) -> dict[str, Any]:
 
 def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | None:
     """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
+    if (plan.tags or plan.exclude_tags) and (abilities is None or abilities.tags is None):
+        return "tags", "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks"
     if abilities is None:
         return None
     classes = abilities.user_classes
@@ -3085,8 +3087,6 @@ def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | N
     unknown = [name for name in plan.options or () if abilities.options is not None and name not in abilities.options]
     if unknown:
         return "options", f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}"
-    if (plan.tags or plan.exclude_tags) and abilities.tags is None:
-        return "tags", "the cluster's Locust does not take tags with a start: its locustfile does not import loadmanager_hooks"
     for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
         unknown = [name for name in names if name not in (abilities.tags or ())]
         if unknown:

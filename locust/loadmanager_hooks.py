@@ -237,24 +237,26 @@ class Scenes:
 
 
 class Options:
-    """The custom arguments and the host as Locust was started with: values of the /swarm form would stay."""
+    """The custom arguments and the host, without those that starts of ours brought: values of the /swarm form would stay."""
 
     def __init__(self, environment) -> None:
         self._environment = environment
-        self._host = environment.host
-        options = vars(environment.parsed_options) if environment.parsed_options else {}
-        ours = (*ARGUMENTS, *TAG_ARGUMENTS)
-        known = _default_options()
         classes = (getattr(environment, "available_user_classes", None) or {}).values()
         self._class_hosts = {user_class: user_class.host for user_class in (*environment.user_classes, *classes)}
-        self._first = {name: value for name, value in options.items() if known and name not in known and name not in ours}
+        self.remember()
+
+    def remember(self) -> None:
+        known, ours = _default_options(), (*ARGUMENTS, *TAG_ARGUMENTS)
+        options = vars(self._environment.parsed_options) if self._environment.parsed_options else {}
+        self._kept = {name: copy.deepcopy(value) for name, value in options.items() if known and name not in known and name not in ours}
+        self._host = self._environment.host
 
     def names(self) -> list[str]:
-        return sorted(self._first)
+        return sorted(self._kept)
 
     def restore(self) -> None:
         if self._environment.parsed_options:
-            vars(self._environment.parsed_options).update(copy.deepcopy(self._first))
+            vars(self._environment.parsed_options).update(copy.deepcopy(self._kept))
         self._environment.host = self._host
         if self._host is None:  # Locust has put the host of the test before on the classes
             for user_class, host in self._class_hosts.items():
@@ -586,7 +588,10 @@ class Hooks:
                 earlier.ended.set()
         self._runs = [earlier for earlier in self._runs if not earlier.closed or not earlier.ended.is_set()]
         self._worker_ids, self._flushed_ids = set(), set()
-        run = Run(self, self._take_arguments())
+        arguments = self._take_arguments()
+        if not arguments["run_id"]:
+            self.options.remember()  # what somebody chose in Locust's own page stays, as it does without us
+        run = Run(self, arguments)
         self._runs.append(run)
         run.start()
 

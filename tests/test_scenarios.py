@@ -104,6 +104,13 @@ def test_what_a_scenario_gives_travels_to_locust_and_nothing_of_it_stays_for_the
     assert endpoints(plain) == {"/read 10", "/write", "/sell"}, "classes, tags or options of an earlier run were left in Locust"
     assert targets[1].total == seen, "the host of an earlier run was left in Locust"
     assert "users_not_reached" not in [warning["code"] for warning in plain.get("warnings", ())]
+    lm.locust.swarm(2, 2, host=targets[1].url)  # somebody chooses another host in Locust's own page
+    eventually(lambda: targets[1].total > seen, 10)
+    lm.locust.post("/stop")
+    eventually(lambda: not lm.get("/v1/tests?status=Pending,Running,Stopping").json, 10, what="the test of Locust's page is over")
+    seen = targets[1].total
+    finished(lm, "waves", stages=[{"targetUsers": 1, "spawnRate": 1, "durationSeconds": 2}])
+    assert targets[1].total > seen, "what was chosen in Locust's page stays, as without us"
     again = lm.post(f"/v1/tests/{tagged['id']}/rerun", {}).json
     assert {name: again[name] for name in ("host", "tags", "userClasses", "options")} == {name: tagged[name] for name in ("host", "tags", "userClasses", "options")}
     assert lm.post(f"/v1/tests/{again['id']}/stop").status == 200
