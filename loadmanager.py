@@ -3160,7 +3160,9 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
 
 
 def _accept_moment(value: Any) -> float:
-    """RFC 3339, or epoch seconds as digits."""
+    """RFC 3339, or epoch seconds, as a number or its digits."""
+    if type(value) in (int, float) and 0 <= value < 1e11:
+        return float(value)
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,6})?", value):
         return float(value)
     return parse_utc(value)
@@ -10917,6 +10919,8 @@ def post_schedule(api: Api, request: Request) -> Response:
     api.check_place(request, schedule.tenant_id, schedule.env_id)
     api.engine.refuse_unsafe(read_create(schedule.test, api.config.scenarios))
     schedule = replace(schedule, created_by=request.principal.name)
+    if schedule.run_at is not None and schedule.run_at < time.time() - schedule.deadline_s:
+        raise InvalidInput("runAt: is over for longer than startingDeadlineSeconds", {"runAt": "is over for longer than startingDeadlineSeconds"})
     api.scheduler.add(schedule)
     return _shown_schedule(api, schedule, 201)
 

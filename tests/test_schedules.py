@@ -256,6 +256,7 @@ def test_schedules_are_changed_paused_run_and_deleted(lm):
         ({"cron": "* * * *"}, "cron"), ({"cron": None}, "cron"), ({"runAt": "2027-01-01T00:00:00Z"}, "cron"), ({"timezone": "Mars/Olympus"}, "timezone"),
         ({"timezone": "../../etc/passwd"}, "timezone"), ({"concurrencyPolicy": "Maybe"}, "concurrencyPolicy"), ({"startingDeadlineSeconds": 0}, "startingDeadlineSeconds"),
         ({"test": {}}, "test.tenantId"), ({"test": create_body(targetUsers=0)}, "test.targetUsers"), ({"test": []}, "test"), ({"colour": 1}, "colour"), ({"paused": "yes"}, "paused"),
+        ({"cron": None, "runAt": "1970-01-01T00:00:01Z"}, "runAt"),
     ],
 )  # fmt: skip
 def test_a_wrong_schedule_is_refused(lm, change, field):
