@@ -80,6 +80,26 @@ def test_thresholds_of_the_example_are_accepted():
     assert len(loadmanager.check_body(json.loads(example), loadmanager.CREATE_KEYS)["thresholds"]) == 8
 
 
+EXAMPLES = [block for section in ("Scenarios", "Who may do what", "Schedules", "Notifications")
+            for block in re.findall(r"```yaml\n(.*?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split(":")[0])
+def test_examples_of_the_configuration_are_good(tmp_path, example):
+    """As they stand, but for secrets in files that are not there."""
+    for name in re.findall(r"/run/secrets/[a-z-]+", example):
+        secret = tmp_path / Path(name).name
+        secret.write_text({"slack-url": "https://hooks.slack.example/services/T0/B0/x", "hook": "whsec_c2VjcmV0IG9mIDI0IGJ5dGVzIQ=="}.get(secret.name, "a secret of 32 bytes or some more"))
+        example = example.replace(name, str(secret))
+    config = {"locustClusters": [{"id": "c", "tenantId": "tenant-1", "envId": "dev", "baseUrl": "http://127.0.0.1:9"}], **yaml.safe_load(example)}
+    config["security"] = {"apiToken": "one of ours", "locustCallbackToken": "another", **config.get("security", {})}
+    if "oidc" in config["security"]:
+        config["server"] = {"publicUrl": "https://load.example"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    checked = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=30)
+    assert checked.returncode == 0, checked.stderr
+
+
 def ci_steps():
     section = README.split("## Did it pass")[1].split("\n## ")[0]
     gitlab, github = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", section, re.S))
