@@ -45,6 +45,7 @@ FINAL_RETRY_FOR_S = 60.0
 LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
 GUARD_TICK_S = 0.25
 STOP_AGAIN_AFTER_S = 5.0
+RAMP_SETTLES_S = 0.1
 MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
@@ -599,6 +600,9 @@ class Hooks:
         self._worker_ids = {worker.id for worker in self._workers()}
         self._flushed_ids = set()
         _end_ramp(self.environment.web_ui)
+        if self.distributed:
+            # Spawn messages on their way must not reach a worker behind its stop message: its users would go on (2.47).
+            gevent.sleep(RAMP_SETTLES_S)
         for run in self._runs:
             if not run.ended.is_set() and not run.stopping:
                 run.stopping = True
