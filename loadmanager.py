@@ -535,7 +535,7 @@ def _accept_stages(value: Any) -> tuple[Stage, ...]:
 
 
 SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
-    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_tags lm_exclude_tags"
+    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_push lm_tags lm_exclude_tags"
     " tags exclude_tags num_users users".split()
 )
 USERS = number_value(1, MAX_USERS, whole=True)
@@ -2606,6 +2606,13 @@ def _worst(threshold: Threshold, found: list[tuple[float, Any]]) -> tuple[float,
     if threshold.op == "==":
         return max(found, key=lambda pair: abs(pair[0] - threshold.limit))
     return (max if threshold.op in ("<", "<=") else min)(found, key=lambda pair: pair[0])
+
+
+def push_interval(thresholds: Iterable[Threshold]) -> str:
+    """How often the hooks are to push for these thresholds, in seconds as text: a fifth of the
+    shortest window that is made from histograms, 1 s to 10 s; "" where none is."""
+    windows = [threshold.over_s or 50.0 for threshold in thresholds if needs_histograms(threshold)]
+    return f"{min(10.0, max(1.0, min(windows) / 5)):g}" if windows else ""
 
 
 def _is_meant(threshold: Threshold, method: str, name: str) -> bool:
@@ -6004,6 +6011,7 @@ class Engine:
             "env_id": run.env_id,
             "lm_stop_after": ends_in,
             "lm_lease": lease,
+            "lm_push": push_interval(run.thresholds),
             "lm_tags": ",".join(run.plan.tags),
             "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }

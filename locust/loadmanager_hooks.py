@@ -50,7 +50,7 @@ MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
 
-ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease")  # fields of the /swarm form
+ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease", "lm_push")  # fields of the /swarm form
 TAG_ARGUMENTS = ("lm_tags", "lm_exclude_tags")  # these too; workers get them with the spawn message, so they stay
 ACTIVE_STATES = ("spawning", "running")
 FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
@@ -361,6 +361,7 @@ class Run:
         self._stop_at = math.inf  # monotonic clock, as the lease
         self._lease_s = 0.0
         self._renewed_at = time.monotonic()
+        self._push_interval_s = settings.push_interval_s
         self._warned: set[str] = set()
         self._reporter = None
         self.take_limits(arguments)
@@ -379,6 +380,8 @@ class Run:
         if _seconds(arguments["lm_lease"]):
             self._lease_s = _seconds(arguments["lm_lease"])
             self.renew()
+        if _seconds(arguments["lm_push"]):  # this run's thresholds have short windows
+            self._push_interval_s = min(self._push_interval_s, max(0.1, _seconds(arguments["lm_push"])))
 
     def renew(self) -> None:
         self._renewed_at = time.monotonic()
@@ -425,7 +428,7 @@ class Run:
     def _report(self) -> None:
         now = time.monotonic()
         attempts, announce_at = 0, now  # math.inf: done
-        push_at = now + self._hooks.settings.push_interval_s
+        push_at = now + self._push_interval_s
         if not self.id:
             self._wait_for_earlier_runs()
         while not self.ended.is_set():
@@ -437,7 +440,7 @@ class Run:
                 announce_at = math.inf if done else time.monotonic() + _retry_delay_s(attempts)
             if time.monotonic() >= push_at:
                 self._push()
-                push_at = max(push_at + self._hooks.settings.push_interval_s, time.monotonic())
+                push_at = max(push_at + self._push_interval_s, time.monotonic())
             self.ended.wait(max(0.0, min(announce_at, push_at) - time.monotonic()))
         if not self.complete:
             self._wait_for_late_reports()

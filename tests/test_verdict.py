@@ -24,7 +24,7 @@ def lm(load_manager, target):
     """A Load Manager and a real master with a worker that know each other."""
     port = find_free_port()
     lm = load_manager(cluster_config(f"http://127.0.0.1:{port}"), orchestrator=RULES)
-    environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev", "METRICS_PUSH_INTERVAL": "1"}
+    environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev"}  # pushes every 10 s unless a run asks for more
     hosts = ["--host", target.url]
     target.delay_s = target.fail_ratio = 0.0
     locust = LocustCluster(LOCUSTFILE, 1, environment, hosts, worker_args=hosts, web_port=port).start()
