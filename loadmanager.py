@@ -102,6 +102,7 @@ TRANSITIONS = {
 }
 FINAL = frozenset({RunStatus.FINISHED, RunStatus.FAILED})
 
+
 class Stage(NamedTuple):
     """A stretch of a run with its own load."""
 
@@ -115,7 +116,7 @@ SOURCES = ("api", "ui", "schedule")
 NOTIFY_EVENTS = ("started", "finished", "passed", "failed", "aborted", "lost", "scheduleMissed")
 ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 
-# Facts of Locust that the engine builds on (measured on 2.47.0 unless said).
+# Facts of Locust that the orchestrator builds on (measured on 2.47.0 unless said).
 WORKER_REPORT_S = 3.0  # a worker reports its requests every 3 s
 STATS_CACHE_S = 2.0  # /stats/requests is cached this long, state included
 RUN_TIME_CANCELLED_SINCE = (2, 47)  # before, an old run_time timer kills the next test
@@ -132,8 +133,8 @@ IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stoppin
 STOP_ANSWER_S = 30.0  # how long a stop request waits for Locust's confirmation
 WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
 LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
-MOST_LOG_LINES = 2000
-MOST_WORKERS = 1000
+MAX_LOG_LINES = 2000
+MAX_WORKERS = 1000
 RETRY_STEPS_S = (0.5, 1.0, 2.0, 4.0, 5.0)  # between tries of a stop; the last repeats
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -146,18 +147,18 @@ MAX_SPAWN_RATE = 1_000_000.0
 MAX_DURATION_S = 366 * 24 * 3600
 IDEMPOTENCY_KEEP_S = 24 * 3600
 MAX_ANNOTATION = 1000  # characters
-MOST_ANNOTATIONS = 200  # of one run
-MOST_THRESHOLDS = 50  # of one run
-MOST_STAGES = 100  # of one run
-MOST_LOAD_CHANGES = 1000  # of one run
-MOST_SCHEDULES = 1000
-MOST_DELIVERIES = 2000  # of notifications that are kept; those that wait are never dropped
+MAX_ANNOTATIONS = 200  # of one run
+MAX_THRESHOLDS = 50  # of one run
+MAX_STAGES = 100  # of one run
+MAX_LOAD_CHANGES = 1000  # of one run
+MAX_SCHEDULES = 1000
+MAX_DELIVERIES = 2000  # of notifications that are kept; those that wait are never dropped
 DELIVERIES_KEEP_S = 7 * 24 * 3600
-MOST_NAMES = 100  # user classes or tags of one run
+MAX_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
-MOST_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
+MAX_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
 NOISE_BLOCKS = 20  # stretches of a run by which it is judged how much it scatters
 
 # Exit statuses of the commands; 99 is what k6 has for thresholds.
@@ -246,7 +247,7 @@ class InvalidInput(LoadManagerError):
         super().__init__(message, **({"fields": fields} if fields else {}))
 
 
-class NotAllowed(ValueError):
+class InvalidValue(ValueError):
     """A value that is refused with words of its own, which go to the caller as they are."""
 
 
@@ -316,7 +317,9 @@ class KeysNeeded(NotReady):
     and calls what it is given once that is over."""
 
     def __init__(self, read_soon: Callable[[Callable[[], None]], None]):
-        super().__init__("the identity provider's keys are being read; try again in a moment", retry_after_s=1)
+        super().__init__(
+            "the identity provider's keys are being read; try again in a moment", retry_after_s=1
+        )
         self.read_soon = read_soon
 
 
@@ -390,10 +393,18 @@ class ServerGone(CommandError):
 class ServerRefused(CommandError):
     """The server of a command answered with an error: its HTTP status and its JSON."""
 
-    EXITS = {409: EXIT_FAILED, 401: EXIT_UNREACHABLE, 403: EXIT_UNREACHABLE, 429: EXIT_UNREACHABLE, 503: EXIT_UNREACHABLE}
+    EXITS = {
+        409: EXIT_FAILED,
+        401: EXIT_UNREACHABLE,
+        403: EXIT_UNREACHABLE,
+        429: EXIT_UNREACHABLE,
+        503: EXIT_UNREACHABLE,
+    }
 
     def __init__(self, message: str, http_status: int, document: dict[str, Any]):
-        super().__init__(message, self.EXITS.get(http_status, EXIT_USAGE if http_status < 500 else EXIT_FAILED))
+        super().__init__(
+            message, self.EXITS.get(http_status, EXIT_USAGE if http_status < 500 else EXIT_FAILED)
+        )
         self.http_status = http_status
         self.document = document
 
@@ -401,7 +412,7 @@ class ServerRefused(CommandError):
 # ============================================================================
 # 3. CONFIG - the configuration file: keys, defaults, checks, environment
 # ============================================================================
-# A section is a frozen dataclass; each field is declared once by key(), which holds the
+# A section is a frozen dataclass; each field is declared once by setting(), which holds the
 # key's name in the file, its default, its check and its meaning. The loader, the
 # environment overrides, `check` and the README's table all read these declarations.
 
@@ -417,7 +428,9 @@ class Check:
     allowed: str
     accept: Callable[[Any], Any]
     from_text: Callable[[str], Any] = str  # how an environment variable's text is read
-    schema: dict[str, Any] = field(default_factory=lambda: {"type": "string"}, compare=False)  # for the API's document
+    schema: dict[str, Any] = field(
+        default_factory=lambda: {"type": "string"}, compare=False
+    )  # for the API's document
 
 
 def text_value(allowed: str = "a non-empty string", pattern: str | None = None, empty: bool = False) -> Check:
@@ -461,18 +474,25 @@ def _accept_boolean(value: Any) -> bool:
 
 
 BOOLEAN = Check(
-    "true or false", _accept_boolean, lambda text: {"true": True, "false": False}.get(text.lower(), text), {"type": "boolean"}
+    "true or false",
+    _accept_boolean,
+    lambda text: {"true": True, "false": False}.get(text.lower(), text),
+    {"type": "boolean"},
 )
 
 
 def one_of(*words: str) -> Check:
-    return replace(text_value(" or ".join(words), "|".join(words)), schema={"type": "string", "enum": list(words)})
+    return replace(
+        text_value(" or ".join(words), "|".join(words)), schema={"type": "string", "enum": list(words)}
+    )
 
 
 def _accept_base_url(value: Any) -> str:
     """http(s)://host[:port][/path] without user, query, fragment or odd characters:
     what goes into a request line unquoted must not be able to break it."""
-    if not isinstance(value, str) or not re.fullmatch(r"https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~/\-]*)?", value):
+    if not isinstance(value, str) or not re.fullmatch(
+        r"https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~/\-]*)?", value
+    ):
         raise ValueError
     parts = urlsplit(value)
     if not parts.hostname or parts.port == 0:  # .port raises ValueError beyond 65535
@@ -492,26 +512,38 @@ def _accept_host_names(value: Any) -> tuple[str, ...]:
 
 def _accept_names(value: Any) -> tuple[str, ...]:
     names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list) or not 1 <= len(names) <= MOST_NAMES:
+    if not isinstance(names, list) or not 1 <= len(names) <= MAX_NAMES:
         raise ValueError
-    if not all(isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable() for name in names):
+    if not all(
+        isinstance(name, str) and re.fullmatch(r"[^\s,<>]{1,128}", name) and name.isprintable()
+        for name in names
+    ):
         raise ValueError
     return tuple(dict.fromkeys(names))
 
 
 def _accept_arguments(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= 100 or not all(isinstance(word, str) and "\0" not in word for word in value) or not value[0]:
+    if (
+        not isinstance(value, list)
+        or not 1 <= len(value) <= 100
+        or not all(isinstance(word, str) and "\0" not in word for word in value)
+        or not value[0]
+    ):
         raise ValueError
     return tuple(value)
 
 
 def _accept_options(value: Any) -> dict[str, Any]:
     """Custom arguments of a locustfile, by the names of the command line or of Python."""
-    if not isinstance(value, dict) or len(value) > MOST_NAMES:
+    if not isinstance(value, dict) or len(value) > MAX_NAMES:
         raise ValueError
     options = {str(name).lstrip("-").replace("-", "_"): entry for name, entry in value.items()}
     for name, entry in options.items():
-        if not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII) or type(entry) not in (str, int, float, bool) or len(str(entry)) > 4000:
+        if (
+            not re.fullmatch(r"[A-Za-z]\w{0,99}", name, re.ASCII)
+            or type(entry) not in (str, int, float, bool)
+            or len(str(entry)) > 4000
+        ):
             raise ValueError
         if type(entry) is float and not math.isfinite(entry):
             raise ValueError
@@ -521,7 +553,7 @@ def _accept_options(value: Any) -> dict[str, Any]:
 
 
 def _accept_stages(value: Any) -> tuple[Stage, ...]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MOST_STAGES:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_STAGES:
         raise ValueError
     checks = {"targetUsers": USERS, "spawnRate": SPAWN_RATE, "durationSeconds": DURATION}
     stages = []
@@ -541,26 +573,36 @@ SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
 USERS = number_value(1, MAX_USERS, whole=True)
 SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
 DURATION = number_value(1, MAX_DURATION_S, whole=True)
-NAMES = Check(f"a list of 1 to {MOST_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}})
+NAMES = Check(
+    f"a list of 1 to {MAX_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}}
+)
 OPTIONS = Check(
-    f"an object of at most {MOST_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false", _accept_options, schema={"type": "object"}
+    f"an object of at most {MAX_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false",
+    _accept_options,
+    schema={"type": "object"},
 )
 STAGES = Check(
-    f"a list of 1 to {MOST_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
-    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MOST_STAGES},
+    f"a list of 1 to {MAX_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
+    schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MAX_STAGES},
 )  # fmt: skip
 ARGUMENT_LIST = Check(
-    "a list of program and arguments, which no shell reads", _accept_arguments, schema={"type": "array", "items": {"type": "string"}}
+    "a list of program and arguments, which no shell reads",
+    _accept_arguments,
+    schema={"type": "array", "items": {"type": "string"}},
 )
+
+
 def _accept_mail_address(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"(?:[^<>@\s]+(?: [^<>@\s]+)* )?<?[^<>@\s,;]{1,64}@[A-Za-z0-9.\-]{1,255}>?", value):
+    if not isinstance(value, str) or not re.fullmatch(
+        r"(?:[^<>@\s]+(?: [^<>@\s]+)* )?<?[^<>@\s,;]{1,64}@[A-Za-z0-9.\-]{1,255}>?", value
+    ):
         raise ValueError
     return value
 
 
 def _accept_mail_addresses(value: Any) -> tuple[str, ...]:
     addresses = [value] if isinstance(value, str) else value
-    if not isinstance(addresses, list) or not 1 <= len(addresses) <= MOST_NAMES:
+    if not isinstance(addresses, list) or not 1 <= len(addresses) <= MAX_NAMES:
         raise ValueError
     return tuple(_accept_mail_address(address) for address in addresses)
 
@@ -582,20 +624,29 @@ MAPPING = Check("a mapping", _accept_mapping, schema={"type": "object"})
 MAIL_ADDRESS = Check("a mail address", _accept_mail_address)
 MAIL_ADDRESSES = Check("a list of mail addresses", _accept_mail_addresses)
 EVENT_NAMES = Check("a list of " + ", ".join(NOTIFY_EVENTS), _accept_events)
-RAW_LIST = Check("a list", lambda value: value if isinstance(value, list) else _accept_names(None), schema={"type": "array"})
+RAW_LIST = Check(
+    "a list",
+    lambda value: value if isinstance(value, list) else _accept_names(None),
+    schema={"type": "array"},
+)
 
 
 def _accept_words(value: Any) -> tuple[str, ...]:
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not words:
         raise ValueError
-    if not all(isinstance(word, str) and word and len(word) <= MAX_TEXT and word.isprintable() for word in words):
+    if not all(
+        isinstance(word, str) and word and len(word) <= MAX_TEXT and word.isprintable() for word in words
+    ):
         raise ValueError
     return tuple(words)
 
 
 def _accept_networks(value: Any) -> tuple[str, ...]:
-    return tuple(str(ipaddress.ip_network(word, strict=False)) for word in (_accept_words(value) if value != [] else ()))
+    return tuple(
+        str(ipaddress.ip_network(word, strict=False))
+        for word in (_accept_words(value) if value != [] else ())
+    )
 
 
 def _accept_expiry(value: Any) -> float:
@@ -603,7 +654,11 @@ def _accept_expiry(value: Any) -> float:
     import datetime
 
     if isinstance(value, datetime.date):
-        value = value.isoformat() if not isinstance(value, datetime.datetime) or value.tzinfo else f"{value.isoformat()}Z"
+        value = (
+            value.isoformat()
+            if not isinstance(value, datetime.datetime) or value.tzinfo
+            else f"{value.isoformat()}Z"
+        )
     if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
         value += "T00:00:00Z"
     return parse_utc(value)
@@ -626,7 +681,9 @@ def _accept_host_patterns(value: Any) -> tuple[str, ...]:
 
 
 def _accept_role_map(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(word, str) and word and role in ROLES for word, role in value.items()):
+    if not isinstance(value, dict) or not all(
+        isinstance(word, str) and word and role in ROLES for word, role in value.items()
+    ):
         raise ValueError
     return value
 
@@ -645,7 +702,9 @@ BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 WORDS = Check("a list of names", _accept_words)
 NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
 EXPIRY = Check("an RFC 3339 moment or a day such as 2027-01-31", _accept_expiry)
-HOST_PATTERNS = Check("a list of host, *.host, address or network, each with or without :port", _accept_host_patterns)
+HOST_PATTERNS = Check(
+    "a list of host, *.host, address or network, each with or without :port", _accept_host_patterns
+)
 ROLE_MAP = Check("a mapping of words of the claim to " + ", ".join(ROLES), _accept_role_map)
 ALGORITHMS = Check("a list of " + ", ".join(JWT_ALGORITHMS), _accept_jwt_algorithms)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
@@ -656,7 +715,7 @@ STORAGE_URL = text_value(
 )
 
 
-def key(name: str, default: Any, check: Any, about: str, secret: bool = False) -> Any:
+def setting(name: str, default: Any, check: Any, about: str, secret: bool = False) -> Any:
     """Declare a configuration key: its name in the file, default (REQUIRED: none), check
     (a Check, a section class, or [section class] for a list of them) and meaning."""
     meta = {"name": name, "check": check, "about": about, "secret": secret, "default": default}
@@ -673,10 +732,17 @@ def key(name: str, default: Any, check: Any, about: str, secret: bool = False) -
 class ServerTlsConfig:
     """https of our own. The files are read again when they change."""
 
-    cert_file: str = key("certFile", REQUIRED, text_value("a file name"), "our certificate and those that signed it, PEM")
-    key_file: str = key("keyFile", REQUIRED, text_value("a file name"), "its private key, PEM, without a password")
-    client_ca_file: str | None = key(
-        "clientCaFile", None, text_value("a file name"), "every client must show a certificate signed by one of these"
+    cert_file: str = setting(
+        "certFile", REQUIRED, text_value("a file name"), "our certificate and those that signed it, PEM"
+    )
+    key_file: str = setting(
+        "keyFile", REQUIRED, text_value("a file name"), "its private key, PEM, without a password"
+    )
+    client_ca_file: str | None = setting(
+        "clientCaFile",
+        None,
+        text_value("a file name"),
+        "every client must show a certificate signed by one of these",
     )
 
 
@@ -684,19 +750,27 @@ class ServerTlsConfig:
 class ServerConfig:
     """Where Load Manager listens."""
 
-    host: str = key("host", "127.0.0.1", text_value("a host name or address"), "address to listen on")
-    port: int = key("port", 8080, number_value(0, 65535, whole=True), "port to listen on; 0 takes a free one")
-    max_connections: int = key(
-        "maxConnections", 4000, number_value(16, 100_000, whole=True), "open connections; beyond, the idlest is closed"
+    host: str = setting("host", "127.0.0.1", text_value("a host name or address"), "address to listen on")
+    port: int = setting(
+        "port", 8080, number_value(0, 65535, whole=True), "port to listen on; 0 takes a free one"
     )
-    public_url: str | None = key(
-        "publicUrl", None, BASE_URL, "the address browsers use, when another than host and port (a proxy, a DNS name)"
+    max_connections: int = setting(
+        "maxConnections",
+        4000,
+        number_value(16, 100_000, whole=True),
+        "open connections; beyond, the idlest is closed",
     )
-    allowed_hosts: tuple[str, ...] = key(
+    public_url: str | None = setting(
+        "publicUrl",
+        None,
+        BASE_URL,
+        "the address browsers use, when another than host and port (a proxy, a DNS name)",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
         "allowedHosts", (), HOST_NAMES, "more host names under which a browser may sign in"
     )
-    tls: ServerTlsConfig | None = key("tls", None, ServerTlsConfig, "serve https instead of http")
-    trusted_proxies: tuple[str, ...] = key(
+    tls: ServerTlsConfig | None = setting("tls", None, ServerTlsConfig, "serve https instead of http")
+    trusted_proxies: tuple[str, ...] = setting(
         "trustedProxies", (), NETWORKS, "proxies whose X-Forwarded-For tells the client's address"
     )
 
@@ -705,33 +779,75 @@ class ServerConfig:
 class TlsConfig:
     """How an https Locust is trusted."""
 
-    ca_file: str | None = key("caFile", None, text_value("a file name"), "certificates to trust instead of the system's")
-    insecure_skip_verify: bool = key("insecureSkipVerify", False, BOOLEAN, "accept any certificate (a risk)")
+    ca_file: str | None = setting(
+        "caFile", None, text_value("a file name"), "certificates to trust instead of the system's"
+    )
+    insecure_skip_verify: bool = setting(
+        "insecureSkipVerify", False, BOOLEAN, "accept any certificate (a risk)"
+    )
 
 
 @dataclass(frozen=True)
 class LauncherConfig:
     """A cluster whose processes, or whose workers, Load Manager starts itself."""
 
-    type: str = key(
-        "type", "process", one_of("process", "command"), "process: master and workers are processes of this machine; command: workers come by commands of yours"
+    type: str = setting(
+        "type",
+        "process",
+        one_of("process", "command"),
+        "process: master and workers are processes of this machine; command: workers come by commands of yours",
     )
-    locustfile: str | None = key("locustfile", None, text_value("a file name"), "process: the locustfile, relative to this file; needed")
-    workers: int = key("workers", 2, number_value(1, MOST_WORKERS, whole=True), "process: worker processes at the start")
-    users_per_worker: int | None = key(
-        "usersPerWorker", None, USERS, "a run brings up as many workers as its users need; default: workers are not counted"
+    locustfile: str | None = setting(
+        "locustfile",
+        None,
+        text_value("a file name"),
+        "process: the locustfile, relative to this file; needed",
     )
-    max_workers: int = key("maxWorkers", 32, number_value(1, MOST_WORKERS, whole=True), "never more workers than these")
-    scale_timeout_s: float = key("scaleTimeoutSeconds", 60.0, number_value(1, 3600), "how long a run waits for its workers, and a command may take")
-    idle_s: float | None = key(
-        "idleSeconds", None, number_value(1, 86400), "after so long without a run the cluster is stopped (process) or scaled to 0 (command); default: never"
+    workers: int = setting(
+        "workers", 2, number_value(1, MAX_WORKERS, whole=True), "process: worker processes at the start"
     )
-    replace_lost_workers: bool = key("replaceLostWorkers", False, BOOLEAN, "command: scale again when workers of a run are lost; processes are always restarted")
-    scale: tuple[str, ...] = key("scale", (), ARGUMENT_LIST, "command: program and arguments that make the workers {workers} in number")
-    status: tuple[str, ...] = key("status", (), ARGUMENT_LIST, "command: program and arguments that print how many workers there are, or a line for each")
-    host: str | None = key("host", None, BASE_URL, "target given to Locust as --host")
-    python: str | None = key(
-        "python", None, text_value("a file name"), "the Python that has Locust; default: the one running Load Manager"
+    users_per_worker: int | None = setting(
+        "usersPerWorker",
+        None,
+        USERS,
+        "a run brings up as many workers as its users need; default: workers are not counted",
+    )
+    max_workers: int = setting(
+        "maxWorkers", 32, number_value(1, MAX_WORKERS, whole=True), "never more workers than these"
+    )
+    scale_timeout_s: float = setting(
+        "scaleTimeoutSeconds",
+        60.0,
+        number_value(1, 3600),
+        "how long a run waits for its workers, and a command may take",
+    )
+    idle_s: float | None = setting(
+        "idleSeconds",
+        None,
+        number_value(1, 86400),
+        "after so long without a run the cluster is stopped (process) or scaled to 0 (command); default: never",
+    )
+    replace_lost_workers: bool = setting(
+        "replaceLostWorkers",
+        False,
+        BOOLEAN,
+        "command: scale again when workers of a run are lost; processes are always restarted",
+    )
+    scale: tuple[str, ...] = setting(
+        "scale", (), ARGUMENT_LIST, "command: program and arguments that make the workers {workers} in number"
+    )
+    status: tuple[str, ...] = setting(
+        "status",
+        (),
+        ARGUMENT_LIST,
+        "command: program and arguments that print how many workers there are, or a line for each",
+    )
+    host: str | None = setting("host", None, BASE_URL, "target given to Locust as --host")
+    python: str | None = setting(
+        "python",
+        None,
+        text_value("a file name"),
+        "the Python that has Locust; default: the one running Load Manager",
     )
 
 
@@ -739,115 +855,230 @@ class LauncherConfig:
 class ClusterConfig:
     """One Locust master with its workers."""
 
-    id: str = key("id", REQUIRED, ID_TEXT, "unique name of the cluster")
-    base_url: str | None = key("baseUrl", None, BASE_URL, "the Locust master's web address; absent with a launcher")
-    tenant_id: str = key("tenantId", REQUIRED, ID_TEXT, "tenant it serves")
-    env_id: str = key("envId", REQUIRED, ID_TEXT, "environment it serves")
-    auth_token: str = key(
-        "authToken", "", text_value("a string", empty=True), "sent to Locust as a Bearer token, for a proxy", secret=True
+    id: str = setting("id", REQUIRED, ID_TEXT, "unique name of the cluster")
+    base_url: str | None = setting(
+        "baseUrl", None, BASE_URL, "the Locust master's web address; absent with a launcher"
     )
-    username: str = key("username", "", text_value("a string", empty=True), "for a Locust with --web-login")
-    password: str = key("password", "", text_value("a string", empty=True), "for a Locust with --web-login", secret=True)
-    tls: TlsConfig = key("tls", {}, TlsConfig, "for an https baseUrl")
-    callback_token: str = key(
-        "callbackToken", "", text_value("a string", empty=True), "secret of this cluster's callbacks, instead of locustCallbackToken", secret=True
+    tenant_id: str = setting("tenantId", REQUIRED, ID_TEXT, "tenant it serves")
+    env_id: str = setting("envId", REQUIRED, ID_TEXT, "environment it serves")
+    auth_token: str = setting(
+        "authToken",
+        "",
+        text_value("a string", empty=True),
+        "sent to Locust as a Bearer token, for a proxy",
+        secret=True,
     )
-    launcher: LauncherConfig | None = key("launcher", None, LauncherConfig, "start the cluster on this machine")
+    username: str = setting(
+        "username", "", text_value("a string", empty=True), "for a Locust with --web-login"
+    )
+    password: str = setting(
+        "password", "", text_value("a string", empty=True), "for a Locust with --web-login", secret=True
+    )
+    tls: TlsConfig = setting("tls", {}, TlsConfig, "for an https baseUrl")
+    callback_token: str = setting(
+        "callbackToken",
+        "",
+        text_value("a string", empty=True),
+        "secret of this cluster's callbacks, instead of locustCallbackToken",
+        secret=True,
+    )
+    launcher: LauncherConfig | None = setting(
+        "launcher", None, LauncherConfig, "start the cluster on this machine"
+    )
 
 
 @dataclass(frozen=True)
 class ApiTokenConfig:
     """A token of the API, and what its bearer may do."""
 
-    name: str = key("name", REQUIRED, text_value("1 to 64 of A-Z a-z 0-9 . _ @ -", r"[A-Za-z0-9._@-]{1,64}"), "who it is: runs and the audit name it")
-    token_sha256: str = key(
-        "tokenSha256", "", text_value("64 hexadecimal digits", r"[0-9A-Fa-f]{64}", empty=True), "SHA-256 of the token; `token new` prints it"
+    name: str = setting(
+        "name",
+        REQUIRED,
+        text_value("1 to 64 of A-Z a-z 0-9 . _ @ -", r"[A-Za-z0-9._@-]{1,64}"),
+        "who it is: runs and the audit name it",
     )
-    token: str = key("token", "", text_value("a string", empty=True), "the token itself, instead of tokenSha256", secret=True)
-    role: str = key("role", REQUIRED, one_of(*ROLES), "viewer reads, operator also starts and stops, admin also reads the audit")
-    tenants: tuple[str, ...] = key("tenants", (), WORDS, "the tenants it sees and touches; * for all; an admin without has all")
-    environments: tuple[str, ...] = key("environments", (), WORDS, "the environments of these; absent: all")
-    expires_at: float | None = key("expiresAt", None, EXPIRY, "refused from this moment on")
+    token_sha256: str = setting(
+        "tokenSha256",
+        "",
+        text_value("64 hexadecimal digits", r"[0-9A-Fa-f]{64}", empty=True),
+        "SHA-256 of the token; `token new` prints it",
+    )
+    token: str = setting(
+        "token",
+        "",
+        text_value("a string", empty=True),
+        "the token itself, instead of tokenSha256",
+        secret=True,
+    )
+    role: str = setting(
+        "role",
+        REQUIRED,
+        one_of(*ROLES),
+        "viewer reads, operator also starts and stops, admin also reads the audit",
+    )
+    tenants: tuple[str, ...] = setting(
+        "tenants", (), WORDS, "the tenants it sees and touches; * for all; an admin without has all"
+    )
+    environments: tuple[str, ...] = setting(
+        "environments", (), WORDS, "the environments of these; absent: all"
+    )
+    expires_at: float | None = setting("expiresAt", None, EXPIRY, "refused from this moment on")
 
 
 @dataclass(frozen=True)
 class JwtConfig:
     """JSON Web Tokens (RFC 7519) of a single sign-on, as Bearer tokens."""
 
-    issuer: str = key("issuer", REQUIRED, text_value(), "what the claim iss must be")
-    audience: str = key("audience", REQUIRED, text_value(), "what the claim aud must be or hold")
-    jwks_url: str | None = key("jwksUrl", None, URL_TEXT, "where the issuer's public keys are")
-    jwks_file: str | None = key("jwksFile", None, text_value("a file name"), "a file with the issuer's public keys (JWKS), where there is no network")
-    secret: str = key("secret", "", text_value("a string", empty=True), "the shared secret of HS256", secret=True)
-    algorithms: tuple[str, ...] = key("algorithms", (), ALGORITHMS, "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA")
-    leeway_s: float = key("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
-    tenants_claim: str = key("tenantsClaim", "tenants", text_value(), "the claim with the tenants, a list or words; * for all; a.b for a nested one")
-    name_claim: str = key("nameClaim", "sub", text_value(), "the claim that names the caller in runs and the audit, after sso:")
-    role_claim: str = key("roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts")
-    role_map: dict[str, str] | None = key("roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves")
+    issuer: str = setting("issuer", REQUIRED, text_value(), "what the claim iss must be")
+    audience: str = setting("audience", REQUIRED, text_value(), "what the claim aud must be or hold")
+    jwks_url: str | None = setting("jwksUrl", None, URL_TEXT, "where the issuer's public keys are")
+    jwks_file: str | None = setting(
+        "jwksFile",
+        None,
+        text_value("a file name"),
+        "a file with the issuer's public keys (JWKS), where there is no network",
+    )
+    secret: str = setting(
+        "secret", "", text_value("a string", empty=True), "the shared secret of HS256", secret=True
+    )
+    algorithms: tuple[str, ...] = setting(
+        "algorithms",
+        (),
+        ALGORITHMS,
+        "accepted signatures; default HS256 with a secret, else RS256, ES256, EdDSA",
+    )
+    leeway_s: float = setting("leewaySeconds", 30.0, number_value(0, 600), "how far clocks may differ")
+    tenants_claim: str = setting(
+        "tenantsClaim",
+        "tenants",
+        text_value(),
+        "the claim with the tenants, a list or words; * for all; a.b for a nested one",
+    )
+    name_claim: str = setting(
+        "nameClaim", "sub", text_value(), "the claim that names the caller in runs and the audit, after sso:"
+    )
+    role_claim: str = setting(
+        "roleClaim", "role", text_value(), "the claim with the role or roles; the highest counts"
+    )
+    role_map: dict[str, str] | None = setting(
+        "roleMap", None, ROLE_MAP, "what words of that claim mean; without, they are the roles themselves"
+    )
 
 
 @dataclass(frozen=True)
 class OidcConfig:
     """Signing in to the dashboard by OpenID Connect (authorization code with PKCE)."""
 
-    issuer: str = key("issuer", REQUIRED, URL_TEXT, "the provider; its /.well-known/openid-configuration is read")
-    client_id: str = key("clientId", REQUIRED, text_value(), "our name there")
-    client_secret: str = key("clientSecret", "", text_value("a string", empty=True), "our secret there; none for a public client", secret=True)
-    redirect_url: str = key("redirectUrl", REQUIRED, URL_TEXT, "our /session/oidc/callback as browsers reach it")
-    scopes: str = key("scopes", "openid profile email", text_value(), "what is asked for, joined by blanks; openid must be one")
+    issuer: str = setting(
+        "issuer", REQUIRED, URL_TEXT, "the provider; its /.well-known/openid-configuration is read"
+    )
+    client_id: str = setting("clientId", REQUIRED, text_value(), "our name there")
+    client_secret: str = setting(
+        "clientSecret",
+        "",
+        text_value("a string", empty=True),
+        "our secret there; none for a public client",
+        secret=True,
+    )
+    redirect_url: str = setting(
+        "redirectUrl", REQUIRED, URL_TEXT, "our /session/oidc/callback as browsers reach it"
+    )
+    scopes: str = setting(
+        "scopes",
+        "openid profile email",
+        text_value(),
+        "what is asked for, joined by blanks; openid must be one",
+    )
 
 
 @dataclass(frozen=True)
 class TenantConfig:
     """What the loads of a tenant may be."""
 
-    id: str = key("id", REQUIRED, ID_TEXT, "the tenant")
-    max_users: int | None = key("maxUsers", None, USERS, "users of all its runs at the same time")
-    max_concurrent_runs: int | None = key("maxConcurrentRuns", None, number_value(1, 100_000, whole=True), "runs at the same time")
-    max_duration_s: int | None = key("maxDurationSeconds", None, number_value(1, MAX_DURATION_S, whole=True), "the longest run; one without an end is refused")
-    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets its loads may aim at")
+    id: str = setting("id", REQUIRED, ID_TEXT, "the tenant")
+    max_users: int | None = setting("maxUsers", None, USERS, "users of all its runs at the same time")
+    max_concurrent_runs: int | None = setting(
+        "maxConcurrentRuns", None, number_value(1, 100_000, whole=True), "runs at the same time"
+    )
+    max_duration_s: int | None = setting(
+        "maxDurationSeconds",
+        None,
+        number_value(1, MAX_DURATION_S, whole=True),
+        "the longest run; one without an end is refused",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        "allowedHosts", (), HOST_PATTERNS, "the only targets its loads may aim at"
+    )
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """What loads on one environment of a tenant need."""
 
-    tenant_id: str = key("tenantId", REQUIRED, ID_TEXT, "whose environment")
-    id: str = key("id", REQUIRED, ID_TEXT, "the environment")
-    protected: bool = key("protected", False, BOOLEAN, "a start must say confirm: <the environment's id>")
-    allowed_hosts: tuple[str, ...] = key("allowedHosts", (), HOST_PATTERNS, "the only targets loads on it may aim at")
+    tenant_id: str = setting("tenantId", REQUIRED, ID_TEXT, "whose environment")
+    id: str = setting("id", REQUIRED, ID_TEXT, "the environment")
+    protected: bool = setting("protected", False, BOOLEAN, "a start must say confirm: <the environment's id>")
+    allowed_hosts: tuple[str, ...] = setting(
+        "allowedHosts", (), HOST_PATTERNS, "the only targets loads on it may aim at"
+    )
 
 
 @dataclass(frozen=True)
 class AuditConfig:
     """Who did what, kept in the database and, if asked, in a file."""
 
-    file: str | None = key("file", None, text_value("a file name"), "also append each entry to this file, as a line of JSON")
+    file: str | None = setting(
+        "file", None, text_value("a file name"), "also append each entry to this file, as a line of JSON"
+    )
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
     """How much one caller may ask. A normal user never meets the defaults."""
 
-    requests_per_s: float = key("requestsPerSecond", 1_000_000.0, number_value(1, 10_000_000), "requests of one token in a second")
-    event_streams: int = key("eventStreams", 1000, number_value(1, 100_000, whole=True), "event streams of one token at the same time")
-    body_bytes: int = key("bodyBytes", MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a request")
-    callback_bytes: int = key("callbackBytes", 8 * MAX_BODY_BYTES, number_value(1024, 64 * MAX_BODY_BYTES, whole=True), "the largest body of a callback from Locust")
+    requests_per_s: float = setting(
+        "requestsPerSecond", 1_000_000.0, number_value(1, 10_000_000), "requests of one token in a second"
+    )
+    event_streams: int = setting(
+        "eventStreams",
+        1000,
+        number_value(1, 100_000, whole=True),
+        "event streams of one token at the same time",
+    )
+    body_bytes: int = setting(
+        "bodyBytes",
+        MAX_BODY_BYTES,
+        number_value(1024, 64 * MAX_BODY_BYTES, whole=True),
+        "the largest body of a request",
+    )
+    callback_bytes: int = setting(
+        "callbackBytes",
+        8 * MAX_BODY_BYTES,
+        number_value(1024, 64 * MAX_BODY_BYTES, whole=True),
+        "the largest body of a callback from Locust",
+    )
 
 
 @dataclass(frozen=True)
 class SecurityConfig:
     """Who may call."""
 
-    callback_token: str = key(
-        "locustCallbackToken", "", text_value("a string", empty=True), "shared secret of callbacks from Locust", secret=True
+    callback_token: str = setting(
+        "locustCallbackToken",
+        "",
+        text_value("a string", empty=True),
+        "shared secret of callbacks from Locust",
+        secret=True,
     )
-    api_token: str = key("apiToken", "", text_value("a string", empty=True), "Bearer token of an administrator", secret=True)
-    api_tokens: tuple[ApiTokenConfig, ...] = key("apiTokens", (), [ApiTokenConfig], "more tokens, each with a role and tenants")
-    jwt: JwtConfig | None = key("jwt", None, JwtConfig, "accept the tokens of a single sign-on")
-    oidc: OidcConfig | None = key("oidc", None, OidcConfig, "sign in to the dashboard by OpenID Connect")
-    allow_anonymous: bool = key("allowAnonymous", False, BOOLEAN, "serve without tokens (a risk)")
+    api_token: str = setting(
+        "apiToken", "", text_value("a string", empty=True), "Bearer token of an administrator", secret=True
+    )
+    api_tokens: tuple[ApiTokenConfig, ...] = setting(
+        "apiTokens", (), [ApiTokenConfig], "more tokens, each with a role and tenants"
+    )
+    jwt: JwtConfig | None = setting("jwt", None, JwtConfig, "accept the tokens of a single sign-on")
+    oidc: OidcConfig | None = setting("oidc", None, OidcConfig, "sign in to the dashboard by OpenID Connect")
+    allow_anonymous: bool = setting("allowAnonymous", False, BOOLEAN, "serve without tokens (a risk)")
 
     @property
     def is_open(self) -> bool:
@@ -859,30 +1090,51 @@ class SecurityConfig:
 class OrchestratorConfig:
     """How runs are watched."""
 
-    poll_interval_s: float = key(
-        "metricsPollIntervalSeconds", 10.0, number_value(0.1, 3600), "seconds between two readings of a cluster"
+    poll_interval_s: float = setting(
+        "metricsPollIntervalSeconds",
+        10.0,
+        number_value(0.1, 3600),
+        "seconds between two readings of a cluster",
     )
-    start_timeout_s: float = key(
-        "startTimeoutSeconds", 15.0, number_value(1, 3600), "seconds for Locust to prove that the test started"
+    start_timeout_s: float = setting(
+        "startTimeoutSeconds",
+        15.0,
+        number_value(1, 3600),
+        "seconds for Locust to prove that the test started",
     )
-    lost_after_s: float = key(
-        "lostAfterSeconds", 60.0, number_value(1, 86400), "seconds of silence after which a cluster counts as lost"
+    lost_after_s: float = setting(
+        "lostAfterSeconds",
+        60.0,
+        number_value(1, 86400),
+        "seconds of silence after which a cluster counts as lost",
     )
-    lease_s: float = key(
-        "leaseSeconds", 300.0, number_value(0, 86400), "a run without duration ends when unheard for so long; 0: never"
+    lease_s: float = setting(
+        "leaseSeconds",
+        300.0,
+        number_value(0, 86400),
+        "a run without duration ends when unheard for so long; 0: never",
     )
-    on_shutdown: str = key("onShutdown", "leave", one_of("leave", "stop"), "what SIGTERM does to running loads")
+    on_shutdown: str = setting(
+        "onShutdown", "leave", one_of("leave", "stop"), "what SIGTERM does to running loads"
+    )
 
 
 @dataclass(frozen=True)
 class StorageConfig:
     """Where runs are kept."""
 
-    url: str = key(
-        "url", "sqlite:///loadmanager.db", STORAGE_URL, "a relative SQLite file lies beside this file", secret=True
+    url: str = setting(
+        "url",
+        "sqlite:///loadmanager.db",
+        STORAGE_URL,
+        "a relative SQLite file lies beside this file",
+        secret=True,
     )
-    retention_days: float = key(
-        "retentionDays", 90.0, number_value(0, 36500), "days after which a final run and its samples go; 0: never"
+    retention_days: float = setting(
+        "retentionDays",
+        90.0,
+        number_value(0, 36500),
+        "days after which a final run and its samples go; 0: never",
     )
 
 
@@ -890,83 +1142,140 @@ class StorageConfig:
 class ScenarioConfig:
     """What a scenarioId means: all that a create may leave out."""
 
-    id: str = key("id", REQUIRED, ID_TEXT, "the scenarioId")
-    description: str = key("description", "", text_value("a string", empty=True), "for those who choose")
-    host: str | None = key("host", None, BASE_URL, "the target system")
-    user_classes: tuple[str, ...] = key("userClasses", (), NAMES, "the user classes to run; default: all")
-    tags: tuple[str, ...] = key("tags", (), NAMES, "run only tasks with one of these tags")
-    exclude_tags: tuple[str, ...] = key("excludeTags", (), NAMES, "run no tasks with one of these tags")
-    locustfile: str | None = key("locustfile", None, text_value("a file name"), "what a launched cluster runs, relative to this file")
-    options: dict[str, Any] | None = key("options", None, OPTIONS, "custom arguments of the locustfile")
-    target_users: int | None = key("targetUsers", None, USERS, "users at the same time")
-    spawn_rate: float | None = key("spawnRate", None, SPAWN_RATE, "users started per second")
-    duration_s: int | None = key("durationSeconds", None, DURATION, "how long")
-    stages: tuple[Stage, ...] = key("stages", (), STAGES, "instead of the three numbers")
-    thresholds: tuple[Any, ...] = key("thresholds", (), RAW_LIST, "as on create")
-    tenants: tuple[str, ...] = key("tenants", (), NAMES, "who may run it; default: all")
+    id: str = setting("id", REQUIRED, ID_TEXT, "the scenarioId")
+    description: str = setting("description", "", text_value("a string", empty=True), "for those who choose")
+    host: str | None = setting("host", None, BASE_URL, "the target system")
+    user_classes: tuple[str, ...] = setting("userClasses", (), NAMES, "the user classes to run; default: all")
+    tags: tuple[str, ...] = setting("tags", (), NAMES, "run only tasks with one of these tags")
+    exclude_tags: tuple[str, ...] = setting("excludeTags", (), NAMES, "run no tasks with one of these tags")
+    locustfile: str | None = setting(
+        "locustfile", None, text_value("a file name"), "what a launched cluster runs, relative to this file"
+    )
+    options: dict[str, Any] | None = setting("options", None, OPTIONS, "custom arguments of the locustfile")
+    target_users: int | None = setting("targetUsers", None, USERS, "users at the same time")
+    spawn_rate: float | None = setting("spawnRate", None, SPAWN_RATE, "users started per second")
+    duration_s: int | None = setting("durationSeconds", None, DURATION, "how long")
+    stages: tuple[Stage, ...] = setting("stages", (), STAGES, "instead of the three numbers")
+    thresholds: tuple[Any, ...] = setting("thresholds", (), RAW_LIST, "as on create")
+    tenants: tuple[str, ...] = setting("tenants", (), NAMES, "who may run it; default: all")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """A run that starts by itself."""
 
-    id: str = key("id", REQUIRED, ID_TEXT, "unique name of the schedule")
-    description: str | None = key("description", None, text_value("a string", empty=True), "for those who read it")
-    cron: str | None = key("cron", None, text_value(), "when: five fields such as 0 2 * * mon-fri, or @daily")
-    timezone: str | None = key("timezone", None, text_value(), "IANA name of the clock that cron means; default: UTC")
-    run_at: str | None = key("runAt", None, text_value(), "instead of cron: once, an RFC 3339 moment in quotes")
-    policy: str | None = key("concurrencyPolicy", None, one_of("Forbid", "Queue", "Replace"), "while its last run is still active: not again, wait, or stop that one; default: Forbid")
-    deadline_s: float | None = key("startingDeadlineSeconds", None, number_value(1, 7 * 86400), "how late a missed run may still start; default: 300")
-    paused: bool | None = key("paused", None, BOOLEAN, "never for now")
-    test: dict[str, Any] = key("test", REQUIRED, MAPPING, "the body of a create")
+    id: str = setting("id", REQUIRED, ID_TEXT, "unique name of the schedule")
+    description: str | None = setting(
+        "description", None, text_value("a string", empty=True), "for those who read it"
+    )
+    cron: str | None = setting(
+        "cron", None, text_value(), "when: five fields such as 0 2 * * mon-fri, or @daily"
+    )
+    timezone: str | None = setting(
+        "timezone", None, text_value(), "IANA name of the clock that cron means; default: UTC"
+    )
+    run_at: str | None = setting(
+        "runAt", None, text_value(), "instead of cron: once, an RFC 3339 moment in quotes"
+    )
+    policy: str | None = setting(
+        "concurrencyPolicy",
+        None,
+        one_of("Forbid", "Queue", "Replace"),
+        "while its last run is still active: not again, wait, or stop that one; default: Forbid",
+    )
+    deadline_s: float | None = setting(
+        "startingDeadlineSeconds",
+        None,
+        number_value(1, 7 * 86400),
+        "how late a missed run may still start; default: 300",
+    )
+    paused: bool | None = setting("paused", None, BOOLEAN, "never for now")
+    test: dict[str, Any] = setting("test", REQUIRED, MAPPING, "the body of a create")
 
 
 @dataclass(frozen=True)
 class SmtpConfig:
     """The mail server of an email notification."""
 
-    host: str = key("host", "", text_value("a host name"), "the mail server")
-    port: int = key("port", 587, number_value(1, 65535, whole=True), "its port")
-    security: str = key("security", "starttls", one_of("starttls", "tls", "none"), "how the connection is protected")
-    username: str = key("username", "", text_value("a string", empty=True), "to sign in with")
-    password: str = key("password", "", text_value("a string", empty=True), "to sign in with", secret=True)
-    ca_file: str | None = key("caFile", None, text_value("a file name"), "certificates to trust instead of the system's")
+    host: str = setting("host", "", text_value("a host name"), "the mail server")
+    port: int = setting("port", 587, number_value(1, 65535, whole=True), "its port")
+    security: str = setting(
+        "security", "starttls", one_of("starttls", "tls", "none"), "how the connection is protected"
+    )
+    username: str = setting("username", "", text_value("a string", empty=True), "to sign in with")
+    password: str = setting(
+        "password", "", text_value("a string", empty=True), "to sign in with", secret=True
+    )
+    ca_file: str | None = setting(
+        "caFile", None, text_value("a file name"), "certificates to trust instead of the system's"
+    )
 
 
 @dataclass(frozen=True)
 class NotificationConfig:
     """Who is told of what."""
 
-    id: str = key("id", REQUIRED, ID_TEXT, "unique name of the notification")
-    type: str = key("type", REQUIRED, one_of("slack", "webhook", "email"), "slack: an incoming webhook; webhook: any receiver")
-    url: str = key("url", "", URL_TEXT, "slack and webhook: where to", secret=True)
-    secret: str = key("secret", "", text_value("whsec_ and base64", empty=True), "webhook: signs each message, as Standard Webhooks do", secret=True)
-    smtp: SmtpConfig = key("smtp", {}, SmtpConfig, "email: the mail server")
-    sender: str = key("from", "", MAIL_ADDRESS, "email: who it is from")
-    to: tuple[str, ...] = key("to", (), MAIL_ADDRESSES, "email: who gets it")
-    on: tuple[str, ...] = key("events", NOTIFY_EVENTS[1:], EVENT_NAMES, "what is told; default: every end, and schedules that were missed")
-    tenants: tuple[str, ...] = key("tenants", (), NAMES, "only of these; default: all")
-    environments: tuple[str, ...] = key("environments", (), NAMES, "only of these; default: all")
-    scenarios: tuple[str, ...] = key("scenarios", (), NAMES, "only of these; default: all")
-    allow_private: bool = key("allowPrivateAddresses", False, BOOLEAN, "slack and webhook: also call this machine and private networks")
+    id: str = setting("id", REQUIRED, ID_TEXT, "unique name of the notification")
+    type: str = setting(
+        "type",
+        REQUIRED,
+        one_of("slack", "webhook", "email"),
+        "slack: an incoming webhook; webhook: any receiver",
+    )
+    url: str = setting("url", "", URL_TEXT, "slack and webhook: where to", secret=True)
+    secret: str = setting(
+        "secret",
+        "",
+        text_value("whsec_ and base64", empty=True),
+        "webhook: signs each message, as Standard Webhooks do",
+        secret=True,
+    )
+    smtp: SmtpConfig = setting("smtp", {}, SmtpConfig, "email: the mail server")
+    sender: str = setting("from", "", MAIL_ADDRESS, "email: who it is from")
+    to: tuple[str, ...] = setting("to", (), MAIL_ADDRESSES, "email: who gets it")
+    on: tuple[str, ...] = setting(
+        "events",
+        NOTIFY_EVENTS[1:],
+        EVENT_NAMES,
+        "what is told; default: every end, and schedules that were missed",
+    )
+    tenants: tuple[str, ...] = setting("tenants", (), NAMES, "only of these; default: all")
+    environments: tuple[str, ...] = setting("environments", (), NAMES, "only of these; default: all")
+    scenarios: tuple[str, ...] = setting("scenarios", (), NAMES, "only of these; default: all")
+    allow_private: bool = setting(
+        "allowPrivateAddresses",
+        False,
+        BOOLEAN,
+        "slack and webhook: also call this machine and private networks",
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
-    server: ServerConfig = key("server", {}, ServerConfig, "where Load Manager listens")
-    clusters: tuple[ClusterConfig, ...] = key("locustClusters", (), [ClusterConfig], "the Locust clusters")
-    schedules: tuple[ScheduleConfig, ...] = key("schedules", (), [ScheduleConfig], "runs that start by themselves")
-    notifications: tuple[NotificationConfig, ...] = key("notifications", (), [NotificationConfig], "who is told of what")
-    scenarios: tuple[ScenarioConfig, ...] = key("scenarios", (), [ScenarioConfig], "what scenarioIds mean")
-    security: SecurityConfig = key("security", {}, SecurityConfig, "who may call")
-    orchestrator: OrchestratorConfig = key("orchestrator", {}, OrchestratorConfig, "how runs are watched")
-    storage: StorageConfig = key("storage", {}, StorageConfig, "where runs are kept")
-    tenants: tuple[TenantConfig, ...] = key("tenants", (), [TenantConfig], "limits of tenants")
-    environments: tuple[EnvironmentConfig, ...] = key("environments", (), [EnvironmentConfig], "protected environments")
-    audit: AuditConfig = key("audit", {}, AuditConfig, "who did what")
-    limits: LimitsConfig = key("limits", {}, LimitsConfig, "how much one caller may ask")
+    server: ServerConfig = setting("server", {}, ServerConfig, "where Load Manager listens")
+    clusters: tuple[ClusterConfig, ...] = setting(
+        "locustClusters", (), [ClusterConfig], "the Locust clusters"
+    )
+    schedules: tuple[ScheduleConfig, ...] = setting(
+        "schedules", (), [ScheduleConfig], "runs that start by themselves"
+    )
+    notifications: tuple[NotificationConfig, ...] = setting(
+        "notifications", (), [NotificationConfig], "who is told of what"
+    )
+    scenarios: tuple[ScenarioConfig, ...] = setting(
+        "scenarios", (), [ScenarioConfig], "what scenarioIds mean"
+    )
+    security: SecurityConfig = setting("security", {}, SecurityConfig, "who may call")
+    orchestrator: OrchestratorConfig = setting("orchestrator", {}, OrchestratorConfig, "how runs are watched")
+    storage: StorageConfig = setting("storage", {}, StorageConfig, "where runs are kept")
+    tenants: tuple[TenantConfig, ...] = setting("tenants", (), [TenantConfig], "limits of tenants")
+    environments: tuple[EnvironmentConfig, ...] = setting(
+        "environments", (), [EnvironmentConfig], "protected environments"
+    )
+    audit: AuditConfig = setting("audit", {}, AuditConfig, "who did what")
+    limits: LimitsConfig = setting("limits", {}, LimitsConfig, "how much one caller may ask")
     folder: str = "."
 
 
@@ -1022,7 +1331,9 @@ def _read_config_file(path: str) -> Any:
         return _parse_json_config(text)
     except (ValueError, RecursionError):
         raise ConfigError(
-            [f"{path}: reading YAML needs the package PyYAML (pip install pyyaml); a JSON configuration needs no package"]
+            [
+                f"{path}: reading YAML needs the package PyYAML (pip install pyyaml); a JSON configuration needs no package"
+            ]
         ) from None
 
 
@@ -1035,7 +1346,9 @@ def _parse_yaml(text: str) -> Any:
             seen = set()
             for key_node, _ in node.value:
                 if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                    raise ValueError(f"line {key_node.start_mark.line + 1}: key {key_node.value!r} stands twice")
+                    raise ValueError(
+                        f"line {key_node.start_mark.line + 1}: key {key_node.value!r} stands twice"
+                    )
                 seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
             return super().construct_mapping(node, deep)
 
@@ -1044,7 +1357,9 @@ def _parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}not valid YAML: {getattr(error, 'problem', None) or error}".split("\n")[0]) from None
+        raise ValueError(
+            f"{where}not valid YAML: {getattr(error, 'problem', None) or error}".split("\n")[0]
+        ) from None
     except TypeError:
         raise ValueError("not valid YAML: a key must be a plain word") from None
 
@@ -1159,7 +1474,9 @@ class _ConfigReader:
             with open(os.path.join(self.folder, name), encoding="utf-8") as file:
                 return file.read(65536).strip()
         except (OSError, UnicodeDecodeError) as error:
-            self.problems.append(f"{where}: {name} cannot be read: {getattr(error, 'strerror', None) or error}")
+            self.problems.append(
+                f"{where}: {name} cannot be read: {getattr(error, 'strerror', None) or error}"
+            )
             return REQUIRED
 
     def _expand(self, value: str, where: str) -> str:
@@ -1206,7 +1523,11 @@ def _whole_config_problems(config: Config) -> Iterator[str]:
     yield from _twice("tenants", [(item.id,) for item in config.tenants])
     yield from _twice("environments", [(item.tenant_id, item.id) for item in config.environments])
     tls = config.server.tls
-    for name, file in (("certFile", tls.cert_file), ("keyFile", tls.key_file), ("clientCaFile", tls.client_ca_file)) if tls else ():
+    for name, file in (
+        (("certFile", tls.cert_file), ("keyFile", tls.key_file), ("clientCaFile", tls.client_ca_file))
+        if tls
+        else ()
+    ):
         if file and not os.path.isfile(os.path.join(config.folder, file)):
             yield f"server.tls.{name}: {file} is not a file"
 
@@ -1221,7 +1542,10 @@ def _token_problems(config: Config) -> Iterator[str]:
     """No missing, shipped, doubled or half-declared token."""
     security = config.security
     all_guarded = bool(config.clusters) and all(cluster.callback_token for cluster in config.clusters)
-    needed = {"apiToken": security.is_open, "locustCallbackToken": not security.callback_token and not all_guarded}
+    needed = {
+        "apiToken": security.is_open,
+        "locustCallbackToken": not security.callback_token and not all_guarded,
+    }
     for name, token in (("apiToken", security.api_token), ("locustCallbackToken", security.callback_token)):
         if needed[name] and not security.allow_anonymous:
             yield f"security.{name}: is missing or empty; set it, or security.allowAnonymous: true to serve without"
@@ -1247,7 +1571,15 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
     """What the keys of security.jwt and security.oidc ask of each other."""
     jwt, oidc = config.security.jwt, config.security.oidc
     if jwt:
-        sources = [name for name, value in (("jwksUrl", jwt.jwks_url), ("jwksFile", jwt.jwks_file), ("secret", jwt.secret)) if value]
+        sources = [
+            name
+            for name, value in (
+                ("jwksUrl", jwt.jwks_url),
+                ("jwksFile", jwt.jwks_file),
+                ("secret", jwt.secret),
+            )
+            if value
+        ]
         if len(sources) != 1:
             yield f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
         wrong = [name for name in jwt.algorithms if (JWT_ALGORITHMS[name] == "oct") != bool(jwt.secret)]
@@ -1255,7 +1587,11 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
             yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
         if jwt.secret and len(jwt.secret.encode()) < 32:
             yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
-    urls = {"jwt.jwksUrl": jwt and jwt.jwks_url, "oidc.issuer": oidc and oidc.issuer, "oidc.redirectUrl": oidc and oidc.redirect_url}
+    urls = {
+        "jwt.jwksUrl": jwt and jwt.jwks_url,
+        "oidc.issuer": oidc and oidc.issuer,
+        "oidc.redirectUrl": oidc and oidc.redirect_url,
+    }
     for name, url in urls.items():
         if url and not url.startswith("https:") and not is_loopback(urlsplit(url).hostname or ""):
             yield f"security.{name}: allowed is https, or http on this machine"
@@ -1309,7 +1645,9 @@ class Scope(NamedTuple):
     environments: frozenset[str] | None = None
 
     def covers(self, tenant_id: str, env_id: str) -> bool:
-        return (self.tenants is None or tenant_id in self.tenants) and (self.environments is None or env_id in self.environments)
+        return (self.tenants is None or tenant_id in self.tenants) and (
+            self.environments is None or env_id in self.environments
+        )
 
 
 EVERYTHING = Scope()
@@ -1335,7 +1673,7 @@ class Threshold(NamedTuple):
     message: str | None = None
 
 
-def threshold_to_wire(threshold: Threshold) -> dict[str, Any]:
+def threshold_to_json(threshold: Threshold) -> dict[str, Any]:
     wire: dict[str, Any] = {"expr": threshold.expr, "value": threshold.value, "result": threshold.result}
     if threshold.first_failed_at is not None:
         wire["firstFailedAt"] = utc_text(threshold.first_failed_at)
@@ -1348,7 +1686,7 @@ def threshold_to_wire(threshold: Threshold) -> dict[str, Any]:
     return wire
 
 
-class Plan(NamedTuple):
+class LoadProfile(NamedTuple):
     """What of a locustfile is run, and against what, beyond users and time."""
 
     host: str | None = None
@@ -1360,19 +1698,33 @@ class Plan(NamedTuple):
     locustfile: str | None = None  # for a launched cluster
 
 
-def plan_to_wire(plan: Plan) -> dict[str, Any]:
-    wire = {"host": plan.host, "userClasses": list(plan.user_classes), "tags": list(plan.tags), "excludeTags": list(plan.exclude_tags), "options": plan.options}
-    wire["stages"] = [stage_to_wire(stage) for stage in plan.stages]
+def plan_to_json(plan: LoadProfile) -> dict[str, Any]:
+    wire = {
+        "host": plan.host,
+        "userClasses": list(plan.user_classes),
+        "tags": list(plan.tags),
+        "excludeTags": list(plan.exclude_tags),
+        "options": plan.options,
+    }
+    wire["stages"] = [stage_to_json(stage) for stage in plan.stages]
     return {name: value for name, value in wire.items() if value}
 
 
-def stage_to_wire(stage: Stage) -> dict[str, Any]:
+def stage_to_json(stage: Stage) -> dict[str, Any]:
     return {"targetUsers": stage.users, "spawnRate": stage.spawn_rate, "durationSeconds": stage.duration_s}
 
 
-def plan_from_record(entry: list[Any]) -> Plan:
+def plan_from_record(entry: list[Any]) -> LoadProfile:
     host, user_classes, tags, exclude_tags, options, stages, locustfile = entry
-    return Plan(host, tuple(user_classes), tuple(tags), tuple(exclude_tags), options, tuple(Stage(*stage) for stage in stages), locustfile)
+    return LoadProfile(
+        host,
+        tuple(user_classes),
+        tuple(tags),
+        tuple(exclude_tags),
+        options,
+        tuple(Stage(*stage) for stage in stages),
+        locustfile,
+    )
 
 
 class LoadChange(NamedTuple):
@@ -1384,8 +1736,13 @@ class LoadChange(NamedTuple):
     by: str
 
 
-def load_change_to_wire(change: LoadChange) -> dict[str, Any]:
-    return {"at": utc_text(change.at), "targetUsers": change.users, "spawnRate": change.spawn_rate, "by": change.by}
+def load_change_to_json(change: LoadChange) -> dict[str, Any]:
+    return {
+        "at": utc_text(change.at),
+        "targetUsers": change.users,
+        "spawnRate": change.spawn_rate,
+        "by": change.by,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -1402,7 +1759,7 @@ class RunRequest:
     queue: bool = False  # wait for a free cluster instead of a 409
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # baseline or previous
-    plan: Plan = Plan()
+    plan: LoadProfile = LoadProfile()
     confirm: str | None = None  # the id of a protected environment
 
 
@@ -1429,7 +1786,7 @@ class Baseline(NamedTuple):
         return self.tenant_id, self.env_id, self.scenario_id
 
 
-def baseline_to_wire(baseline: Baseline) -> dict[str, Any]:
+def baseline_to_json(baseline: Baseline) -> dict[str, Any]:
     return {
         "tenantId": baseline.tenant_id,
         "envId": baseline.env_id,
@@ -1456,7 +1813,13 @@ class AuditEntry(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        return "done" if self.http_status < 400 else "refused" if self.http_status in (401, 403, 404) else "failed"
+        return (
+            "done"
+            if self.http_status < 400
+            else "refused"
+            if self.http_status in (401, 403, 404)
+            else "failed"
+        )
 
 
 AUDIT_KEYS = {
@@ -1465,8 +1828,11 @@ AUDIT_KEYS = {
 }  # fmt: skip
 
 
-def audit_to_wire(entry: AuditEntry) -> dict[str, Any]:
-    wire = {"at": utc_text(entry.at), **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()}}
+def audit_to_json(entry: AuditEntry) -> dict[str, Any]:
+    wire = {
+        "at": utc_text(entry.at),
+        **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()},
+    }
     return {name: value for name, value in wire.items() if value != ""}
 
 
@@ -1493,13 +1859,19 @@ class Delivery(NamedTuple):
         return "given up" if self.problem else "delivered"
 
 
-def delivery_to_wire(delivery: Delivery) -> dict[str, Any]:
+def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
     wire: dict[str, Any] = {
         "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event, "title": delivery.title, "attempts": delivery.attempts,
         "createdAt": utc_text(delivery.created_at), "outcome": delivery.outcome,
     }  # fmt: skip
-    optional = {"runId": delivery.run_id or None, "problem": delivery.problem, "endedAt": delivery.ended_at and utc_text(delivery.ended_at)}
-    optional["nextAt"] = utc_text(delivery.next_at) if delivery.ended_at is None and delivery.attempts else None
+    optional = {
+        "runId": delivery.run_id or None,
+        "problem": delivery.problem,
+        "endedAt": delivery.ended_at and utc_text(delivery.ended_at),
+    }
+    optional["nextAt"] = (
+        utc_text(delivery.next_at) if delivery.ended_at is None and delivery.attempts else None
+    )
     wire.update((name, value) for name, value in optional.items() if value is not None)
     return wire
 
@@ -1542,7 +1914,7 @@ class Run:
     locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     imported_at: float | None = None  # it came from a file
-    plan: Plan = Plan()
+    plan: LoadProfile = LoadProfile()
     load_changes: tuple[LoadChange, ...] = ()
     cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
@@ -1560,7 +1932,17 @@ class Run:
 
 
 # Warnings that put the numbers in doubt; the others say something else about the run.
-DOUBTS = frozenset({"workers_lost", "workers_missing", "cpu_high", "users_not_reached", "users_changed", "stats_reset", "final_numbers_missing"})
+DOUBTS = frozenset(
+    {
+        "workers_lost",
+        "workers_missing",
+        "cpu_high",
+        "users_not_reached",
+        "users_changed",
+        "stats_reset",
+        "final_numbers_missing",
+    }
+)
 
 
 def doubts_of(run: Run) -> list[str]:
@@ -1571,11 +1953,11 @@ def doubts_of(run: Run) -> list[str]:
     return reasons
 
 
-def judgement_to_wire(run: Run) -> dict[str, Any]:
+def judgement_to_json(run: Run) -> dict[str, Any]:
     """Thresholds, verdict, comparison and trust, as far as the run has them."""
     wire: dict[str, Any] = {}
     if run.thresholds:
-        wire["thresholds"] = [threshold_to_wire(threshold) for threshold in run.thresholds]
+        wire["thresholds"] = [threshold_to_json(threshold) for threshold in run.thresholds]
     optional = {"verdict": run.verdict, "compareWith": run.compare_with, "comparison": run.comparison}
     wire.update((name, value) for name, value in optional.items() if value is not None)
     if run.is_final:
@@ -1585,7 +1967,7 @@ def judgement_to_wire(run: Run) -> dict[str, Any]:
     return wire
 
 
-def run_to_wire(run: Run) -> dict[str, Any]:
+def run_to_json(run: Run) -> dict[str, Any]:
     """The run as JSON-able dict, without lastMetrics; keys without a value are absent."""
     wire: dict[str, Any] = {
         "id": run.id,
@@ -1612,18 +1994,20 @@ def run_to_wire(run: Run) -> dict[str, Any]:
         "importedAt": run.imported_at and utc_text(run.imported_at),
     }
     wire.update((name, value) for name, value in optional.items() if value is not None)
-    wire.update(plan_to_wire(run.plan))
+    wire.update(plan_to_json(run.plan))
     if run.load_changes:
-        wire["usersChanges"] = [load_change_to_wire(change) for change in run.load_changes]
+        wire["usersChanges"] = [load_change_to_json(change) for change in run.load_changes]
     if run.warnings:
-        wire["warnings"] = [{"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings]
+        wire["warnings"] = [
+            {"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings
+        ]
     if run.annotations:
-        wire["annotations"] = [annotation_to_wire(annotation) for annotation in run.annotations]
-    wire.update(judgement_to_wire(run))
+        wire["annotations"] = [annotation_to_json(annotation) for annotation in run.annotations]
+    wire.update(judgement_to_json(run))
     return wire
 
 
-def annotation_to_wire(annotation: Annotation) -> dict[str, Any]:
+def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
     return {"at": utc_text(annotation.at), "text": annotation.text}
 
 
@@ -1640,7 +2024,7 @@ def run_from_record(text: str) -> Run:
     record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
     record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
     record["thresholds"] = tuple(Threshold(*entry) for entry in record.get("thresholds", ()))
-    record["plan"] = plan_from_record(record["plan"]) if "plan" in record else Plan()
+    record["plan"] = plan_from_record(record["plan"]) if "plan" in record else LoadProfile()
     record["load_changes"] = tuple(LoadChange(*entry) for entry in record.get("load_changes", ()))
     known = set(Run.__slots__)
     return Run(**{name: value for name, value in record.items() if name in known})
@@ -1712,13 +2096,15 @@ SNAPSHOT_KEYS = {
 }
 
 
-def snapshot_to_wire(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
     wire: dict[str, Any] = {"timestamp": utc_text(snapshot.taken_at)}
     for name, attribute in SNAPSHOT_KEYS.items():
         wire[name] = getattr(snapshot, attribute)
     if snapshot.endpoints is not None:
         wire["requestStats"] = {
-            f"{row.method}_{row.name}": {name: getattr(row, attribute) for name, attribute in ENDPOINT_KEYS.items()}
+            f"{row.method}_{row.name}": {
+                name: getattr(row, attribute) for name, attribute in ENDPOINT_KEYS.items()
+            }
             for row in snapshot.endpoints
         }
     return wire
@@ -1784,11 +2170,13 @@ def _histogram(row: Snapshot | EndpointStats) -> Histogram:
 def histograms_to_record(now: Histograms, before: Histograms | None) -> str:
     """What came since `before`, or all when that is None, as the JSON text that the store keeps."""
     rows = []
-    for key_, histogram in now.items():
-        part = since(histogram, before.get(key_)) if before else histogram
+    for key, histogram in now.items():
+        part = since(histogram, before.get(key)) if before else histogram
         if part is not None and part.requests:
             pairs = [number for pair in part.times.items() for number in pair]
-            rows.append([*(key_ or (None, None)), part.requests, part.failures, round(part.total_ms, 3), pairs])
+            rows.append(
+                [*(key or (None, None)), part.requests, part.failures, round(part.total_ms, 3), pairs]
+            )
     return dump_json(rows)
 
 
@@ -1796,9 +2184,9 @@ def histograms_from_record(text: str, before: Histograms | None) -> Histograms:
     """The histograms that stood at a record: what it holds, on top of `before`."""
     found = dict(before or {})
     for method, name, requests, failures, total_ms, pairs in json.loads(text):
-        key_ = None if method is None else (method, name)
+        key = None if method is None else (method, name)
         part = Histogram(requests, failures, total_ms, dict(zip(pairs[::2], pairs[1::2])))
-        found[key_] = _sum(found[key_], part) if key_ in found else part
+        found[key] = _sum(found[key], part) if key in found else part
     return found
 
 
@@ -1806,7 +2194,9 @@ def _sum(one: Histogram, other: Histogram) -> Histogram:
     times = dict(one.times)
     for ms, requests in other.times.items():
         times[ms] = times.get(ms, 0) + requests
-    return Histogram(one.requests + other.requests, one.failures + other.failures, one.total_ms + other.total_ms, times)
+    return Histogram(
+        one.requests + other.requests, one.failures + other.failures, one.total_ms + other.total_ms, times
+    )
 
 
 def since(newer: Histogram, older: Histogram | None) -> Histogram | None:
@@ -1814,9 +2204,18 @@ def since(newer: Histogram, older: Histogram | None) -> Histogram | None:
     if older is None:
         return newer
     times = {ms: more for ms, requests in newer.times.items() if (more := requests - older.times.get(ms, 0))}
-    part = Histogram(newer.requests - older.requests, newer.failures - older.failures, max(0.0, newer.total_ms - older.total_ms), times)
+    part = Histogram(
+        newer.requests - older.requests,
+        newer.failures - older.failures,
+        max(0.0, newer.total_ms - older.total_ms),
+        times,
+    )
     gone = older.times.keys() - newer.times.keys()
-    return None if gone or part.requests < 0 or part.failures < 0 or any(more < 0 for more in times.values()) else part
+    return (
+        None
+        if gone or part.requests < 0 or part.failures < 0 or any(more < 0 for more in times.values())
+        else part
+    )
 
 
 def percentile_ms(times: dict[int, int], ratio: float) -> int | None:
@@ -1830,7 +2229,7 @@ def percentile_ms(times: dict[int, int], ratio: float) -> int | None:
     return None
 
 
-def histogram_to_wire(histogram: Histogram) -> dict[str, Any]:
+def histogram_to_json(histogram: Histogram) -> dict[str, Any]:
     times = histogram.times
     return {
         "requests": histogram.requests,
@@ -1863,7 +2262,7 @@ def sample_of(run_id: str, snapshot: Snapshot, source: str) -> Sample:
     return Sample(run_id, snapshot.taken_at, *(getattr(snapshot, name) for name in shared), source)
 
 
-def sample_to_wire(sample: Sample) -> dict[str, Any]:
+def sample_to_json(sample: Sample) -> dict[str, Any]:
     return {
         "timestamp": utc_text(sample.at),
         **{name: getattr(sample, attribute) for name, attribute in SAMPLE_KEYS.items()},
@@ -1900,7 +2299,9 @@ def parse_json(raw: bytes, unique_keys: bool = True) -> Any:
     except RecursionError:
         raise InvalidInput("the body is nested too deeply") from None
     except ValueError as error:
-        words = "a number has too many digits" if "integer string conversion" in str(error) else str(error)[:200]
+        words = (
+            "a number has too many digits" if "integer string conversion" in str(error) else str(error)[:200]
+        )
         raise InvalidInput(f"the body is not valid JSON: {words}") from None
 
 
@@ -1924,7 +2325,7 @@ class TaskException(NamedTuple):
     nodes: str
 
 
-def failures_to_wire(failures: Iterable[Failure], exceptions: Iterable[TaskException]) -> dict[str, Any]:
+def failures_to_json(failures: Iterable[Failure], exceptions: Iterable[TaskException]) -> dict[str, Any]:
     return {
         "failures": [
             {
@@ -2028,7 +2429,11 @@ WINDOW_PERCENTILES = {"p50ResponseMs": "window_p50_ms", "p95ResponseMs": "window
 COUNTED = ("totalRequests", "totalFailures", "totalRps", "errorRate")  # from counters: any window has them
 METRIC_WORDS = {  # how people know them from elsewhere; lower case, only letters and digits
     **{name.lower(): name for name in ENDPOINT_METRICS},
-    **{f"p{which}{rest}": f"p{which}ResponseMs" for which in (50, 95, 99) for rest in ("", "ms", "responsetime", "responsetimems")},
+    **{
+        f"p{which}{rest}": f"p{which}ResponseMs"
+        for which in (50, 95, 99)
+        for rest in ("", "ms", "responsetime", "responsetimems")
+    },
     **dict.fromkeys(("median", "med", "medianresponsetime"), "p50ResponseMs"),
     **dict.fromkeys(("avg", "mean", "avgms", "avgresponsetime", "averageresponsetime"), "avgResponseMs"),
     **dict.fromkeys(("min", "minresponsetime"), "minResponseMs"),
@@ -2066,16 +2471,16 @@ class _Scanner:
         self.at = match.end() if match else self.at
         return match.group() if match else ""
 
-    def expected(self, what: str, at: int | None = None) -> NotAllowed:
+    def expected(self, what: str, at: int | None = None) -> InvalidValue:
         at = self.at if at is None else at
         found = _shown(self.text[at : at + 20]) if at < len(self.text) else "the end"
-        return NotAllowed(f"{_shown(self.text)}, position {at + 1}: expected {what}, found {found}")
+        return InvalidValue(f"{_shown(self.text)}, position {at + 1}: expected {what}, found {found}")
 
 
 def parse_threshold(text: str) -> Threshold:
-    """The threshold that an expression means; NotAllowed names the position and what was expected."""
+    """The threshold that an expression means; InvalidValue names the position and what was expected."""
     if len(text) > MAX_THRESHOLD or not text.isprintable():
-        raise NotAllowed(f"a threshold has at most {MAX_THRESHOLD} characters, all of them printable")
+        raise InvalidValue(f"a threshold has at most {MAX_THRESHOLD} characters, all of them printable")
     scanner = _Scanner(text)
     endpoint, is_pattern = _scan_endpoint(scanner)
     metric_at, metric, scale = _scan_metric(scanner)
@@ -2084,10 +2489,12 @@ def parse_threshold(text: str) -> Threshold:
         raise scanner.expected("one of " + ", ".join(COMPARISONS))
     limit = _scan_limit(scanner, metric, scale)
     over_s, after_s = _scan_windows(scanner)
-    threshold = Threshold("", metric, SAME_COMPARISON.get(op, op), limit, endpoint, is_pattern, over_s, after_s)
+    threshold = Threshold(
+        "", metric, SAME_COMPARISON.get(op, op), limit, endpoint, is_pattern, over_s, after_s
+    )
     why = _why_not(threshold)
     if why:
-        raise NotAllowed(f"{_shown(text)}, position {metric_at + 1}: {why}")
+        raise InvalidValue(f"{_shown(text)}, position {metric_at + 1}: {why}")
     return threshold._replace(expr=canonical_form(threshold))
 
 
@@ -2135,7 +2542,15 @@ def _scan_limit(scanner: _Scanner, metric: str, scale: float) -> float:
     if not number:
         raise scanner.expected("a number from 0")
     unit = scanner.take(r"ms(?![A-Za-z])|s(?![A-Za-z])|%|/s(?![A-Za-z])|rps(?![A-Za-z])")
-    allowed = ("ms", "s") if metric.endswith("Ms") else ("%",) if metric == "errorRate" else ("/s", "rps") if metric == "totalRps" else ()
+    allowed = (
+        ("ms", "s")
+        if metric.endswith("Ms")
+        else ("%",)
+        if metric == "errorRate"
+        else ("/s", "rps")
+        if metric == "totalRps"
+        else ()
+    )
     if unit and unit not in allowed:
         raise scanner.expected(f"{' or '.join(allowed) or 'no unit'} for {metric}", scanner.at - len(unit))
     limit = round(float(number) * scale * TIME_UNITS.get(unit, 1.0), 9)
@@ -2158,7 +2573,9 @@ def _scan_windows(scanner: _Scanner) -> tuple[float | None, float | None]:
         found[word] = _scan_duration(scanner)
     scanner.take("")
     if scanner.at < len(scanner.text):
-        raise scanner.expected(" or ".join([*(word for word in ("over", "after") if word not in found), "the end"]))
+        raise scanner.expected(
+            " or ".join([*(word for word in ("over", "after") if word not in found), "the end"])
+        )
     return found.get("over"), found.get("after")
 
 
@@ -2215,7 +2632,18 @@ def _decimal(number: float) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-THRESHOLD_KEYS = ("expr", "metric", "op", "value", "endpoint", "over", "after", "warnOnly", "abortOnFail", "delaySeconds")
+THRESHOLD_KEYS = (
+    "expr",
+    "metric",
+    "op",
+    "value",
+    "endpoint",
+    "over",
+    "after",
+    "warnOnly",
+    "abortOnFail",
+    "delaySeconds",
+)
 
 
 def _accept_threshold(value: Any) -> Threshold:
@@ -2223,34 +2651,38 @@ def _accept_threshold(value: Any) -> Threshold:
     if isinstance(value, str):
         return parse_threshold(value)
     if not isinstance(value, dict):
-        raise NotAllowed(f"allowed is an expression or an object, got {_shown(value)}")
+        raise InvalidValue(f"allowed is an expression or an object, got {_shown(value)}")
     unknown = [name for name in value if name not in THRESHOLD_KEYS]
     if unknown:
-        raise NotAllowed(f"unknown key {_shown(unknown[0])}; allowed are {', '.join(THRESHOLD_KEYS)}")
+        raise InvalidValue(f"unknown key {_shown(unknown[0])}; allowed are {', '.join(THRESHOLD_KEYS)}")
     given = {name: entry for name, entry in value.items() if entry is not None}
     flags = {name: given.pop(name, False) for name in ("warnOnly", "abortOnFail")}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise NotAllowed(f"{name}: allowed is true or false, got {_shown(flag)}")
+            raise InvalidValue(f"{name}: allowed is true or false, got {_shown(flag)}")
     delay_s = _threshold_number(given.pop("delaySeconds", 0), "delaySeconds", 3600)
     if "expr" in given and len(given) > 1:
-        raise NotAllowed(f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr or metric, op, value")
+        raise InvalidValue(
+            f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr or metric, op, value"
+        )
     threshold = _long_form(given) if "expr" not in given else parse_threshold(_threshold_text(given, "expr"))
     abort = flags["abortOnFail"]
     if abort and threshold.metric in ("totalRequests", "totalFailures") and threshold.op in (">", ">=", "=="):
-        raise NotAllowed(f"{threshold.expr}: a count that must be reached is known only at the end; abortOnFail is not allowed")
+        raise InvalidValue(
+            f"{threshold.expr}: a count that must be reached is known only at the end; abortOnFail is not allowed"
+        )
     return threshold._replace(warn_only=flags["warnOnly"], abort_on_fail=abort, delay_s=float(delay_s))
 
 
 def _threshold_text(given: dict[str, Any], name: str) -> str:
     if not isinstance(given.get(name), str) or not given[name]:
-        raise NotAllowed(f"{name}: allowed is a text, got {_shown(given.get(name))}")
+        raise InvalidValue(f"{name}: allowed is a text, got {_shown(given.get(name))}")
     return given[name]
 
 
 def _threshold_number(value: Any, name: str, highest: float) -> float:
     if type(value) not in (int, float) or not 0 <= value <= highest:
-        raise NotAllowed(f"{name}: allowed is a number from 0 to {_plain(highest)}, got {_shown(value)}")
+        raise InvalidValue(f"{name}: allowed is a number from 0 to {_plain(highest)}, got {_shown(value)}")
     return value
 
 
@@ -2263,26 +2695,30 @@ def _long_form(given: dict[str, Any]) -> Threshold:
     for name in ("over", "after"):
         if name in given:
             time_ = given[name]
-            words.append(f"{name} {time_}" if isinstance(time_, str) else f"{name} {_decimal(_threshold_number(time_, name, MAX_DURATION_S))}s")
+            words.append(
+                f"{name} {time_}"
+                if isinstance(time_, str)
+                else f"{name} {_decimal(_threshold_number(time_, name, MAX_DURATION_S))}s"
+            )
     return parse_threshold(" ".join(words))
 
 
 def _accept_thresholds(value: Any) -> tuple[Threshold, ...]:
-    if not isinstance(value, list) or len(value) > MOST_THRESHOLDS:
+    if not isinstance(value, list) or len(value) > MAX_THRESHOLDS:
         raise ValueError
     thresholds = []
     for index, entry in enumerate(value):
         try:
             thresholds.append(_accept_threshold(entry))
-        except NotAllowed as error:
-            raise NotAllowed(f"[{index}]: {error}") from None
+        except InvalidValue as error:
+            raise InvalidValue(f"[{index}]: {error}") from None
     return tuple(thresholds)
 
 
 THRESHOLDS = Check(
-    f'a list of at most {MOST_THRESHOLDS} expressions such as "p95ResponseMs < 500", or objects with the keys {", ".join(THRESHOLD_KEYS)}',
+    f'a list of at most {MAX_THRESHOLDS} expressions such as "p95ResponseMs < 500", or objects with the keys {", ".join(THRESHOLD_KEYS)}',
     _accept_thresholds,
-    schema={"type": "array", "maxItems": MOST_THRESHOLDS, "items": {"type": ["string", "object"]}},
+    schema={"type": "array", "maxItems": MAX_THRESHOLDS, "items": {"type": ["string", "object"]}},
 )
 
 
@@ -2293,9 +2729,22 @@ def undecided(threshold: Threshold) -> Threshold:
 
 # ---- comparison of two runs -------------------------------------------------
 
-COMPARED = ("totalRequests", "totalRps", "errorRate", "avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+COMPARED = (
+    "totalRequests",
+    "totalRps",
+    "errorRate",
+    "avgResponseMs",
+    "p50ResponseMs",
+    "p95ResponseMs",
+    "p99ResponseMs",
+)
 TOLERABLE = COMPARED[1:]
-LEAST_REQUESTS = {"avgResponseMs": 20, "p50ResponseMs": 20, "p95ResponseMs": 100, "p99ResponseMs": 500}  # fewer say nothing
+MIN_REQUESTS = {
+    "avgResponseMs": 20,
+    "p50ResponseMs": 20,
+    "p95ResponseMs": 100,
+    "p99ResponseMs": 500,
+}  # fewer say nothing
 ROUNDING_STEPS = 2  # of Locust's own rounding that a response time must change by
 
 
@@ -2327,7 +2776,10 @@ def _accept_tolerances(text: Any) -> dict[str, Tolerance]:
     return tolerances
 
 
-TOLERANCES = Check(f"metric:number or metric:number%, joined by commas; metrics are {', '.join(TOLERABLE)}", _accept_tolerances)
+TOLERANCES = Check(
+    f"metric:number or metric:number%, joined by commas; metrics are {', '.join(TOLERABLE)}",
+    _accept_tolerances,
+)
 
 
 def total_figures(run: dict[str, Any]) -> dict[str, float | None]:
@@ -2348,7 +2800,9 @@ def endpoint_figures(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, flo
     return figures
 
 
-def _changes(baseline: dict[str, float | None], candidate: dict[str, float | None], p_values: dict[str, float]) -> dict[str, Any]:
+def _changes(
+    baseline: dict[str, float | None], candidate: dict[str, float | None], p_values: dict[str, float]
+) -> dict[str, Any]:
     changes = {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
     for name, p_value in p_values.items():
         changes[name]["pValue"] = p_value
@@ -2370,7 +2824,9 @@ def locust_step_ms(value: float) -> float:
     return 1.0 if value < 100 else 10.0 if value < 1000 else 100.0 * 10 ** (len(str(int(value))) - 4)
 
 
-def is_worse(name: str, before: dict[str, float | None], after: dict[str, float | None], tolerance: Tolerance) -> bool:
+def is_worse(
+    name: str, before: dict[str, float | None], after: dict[str, float | None], tolerance: Tolerance
+) -> bool:
     """Whether a figure got worse by more than the tolerance, and by more than its own grain.
 
     Response times: more than two of Locust's rounding steps. Error rate and requests/s: more
@@ -2400,7 +2856,7 @@ def is_worse(name: str, before: dict[str, float | None], after: dict[str, float 
 # a run scatter than independent requests would (the overdispersion of quasi-likelihood).
 
 NOISE_P_VALUE = 0.005  # one-sided: a difference as large or larger by chance
-LEAST_ABOVE = 10  # requests of both runs above the pooled percentile
+MIN_ABOVE = 10  # requests of both runs above the pooled percentile
 
 
 def quantile_test(before: list[Histogram], after: list[Histogram], ratio: float) -> float | None:
@@ -2411,10 +2867,12 @@ def quantile_test(before: list[Histogram], after: list[Histogram], ratio: float)
         for ms, requests in part.times.items():
             pooled[ms] = pooled.get(ms, 0) + requests
     limit = _limit_between(pooled, ratio)
-    ones, others = ([(sum(part.times.values()), _slower(part, limit)) for part in parts] for parts in (before, after))
+    ones, others = (
+        [(sum(part.times.values()), _slower(part, limit)) for part in parts] for parts in (before, after)
+    )
     n1, n2 = (sum(n for n, _ in stretches) for stretches in (ones, others))
     k1, k2 = (sum(k for _, k in stretches) for stretches in (ones, others))
-    if not n1 or not n2 or k1 + k2 < LEAST_ABOVE or k1 + k2 == n1 + n2:
+    if not n1 or not n2 or k1 + k2 < MIN_ABOVE or k1 + k2 == n1 + n2:
         return None
     share = (k1 + k2) / (n1 + n2)
     variance = share * (1 - share) * (_overdispersion(ones) / n1 + _overdispersion(others) / n2)
@@ -2443,7 +2901,9 @@ def _overdispersion(stretches: list[tuple[int, int]]) -> float:
     share = k / n
     if len(known) < 5 or not 0 < share < 1:
         return 1.0
-    return max(1.0, sum((k - n * share) ** 2 / (n * share * (1 - share)) for n, k in known) / (len(known) - 1))
+    return max(
+        1.0, sum((k - n * share) ** 2 / (n * share * (1 - share)) for n, k in known) / (len(known) - 1)
+    )
 
 
 Stretches = dict[Endpoint | None, list[Histogram]]
@@ -2458,46 +2918,57 @@ def stretches_of(points: list[HistogramPoint], total_requests: int | None) -> St
     of its requests, as when a Locust without hooks ended it."""
     if not points or points[-1].histograms.get(None, Histogram(0, 0, 0, {})).requests != total_requests:
         return None
-    found: Stretches = {key_: [] for key_ in points[-1].histograms}
+    found: Stretches = {key: [] for key in points[-1].histograms}
     for before, point in zip([HistogramPoint(0, {}), *points], points):
-        for key_, histogram in point.histograms.items():
-            part = since(histogram, before.histograms.get(key_))
+        for key, histogram in point.histograms.items():
+            part = since(histogram, before.histograms.get(key))
             if part is None:
                 return None
-            found[key_].append(part)
+            found[key].append(part)
     return found
 
 
 class _Judge:
     """Collects the regressions of one comparison, and what could not be judged."""
 
-    def __init__(self, tolerances: dict[str, Tolerance], stretches: tuple[Stretches | None, Stretches | None]):
+    def __init__(
+        self, tolerances: dict[str, Tolerance], stretches: tuple[Stretches | None, Stretches | None]
+    ):
         self.tolerances = tolerances
         self.stretches = stretches
         self.regressions: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.noise: list[str] = []
 
-    def judge(self, key_: Endpoint | None, before: dict[str, float | None], after: dict[str, float | None]) -> dict[str, float]:
+    def judge(
+        self, key: Endpoint | None, before: dict[str, float | None], after: dict[str, float | None]
+    ) -> dict[str, float]:
         """Note what got worse; returns the p-values of the percentiles, as far as they are known."""
-        endpoint = None if key_ is None else " ".join(part for part in key_ if part)
-        p_values = self._p_values(key_)
+        endpoint = None if key is None else " ".join(part for part in key if part)
+        p_values = self._p_values(key)
         for name, tolerance in self.tolerances.items():
             if endpoint is not None and name == "totalRps":
                 continue  # the shares of endpoints are drawn by chance
-            least, seen = LEAST_REQUESTS.get(name, 0), min(before["totalRequests"] or 0, after["totalRequests"] or 0)
+            least, seen = (
+                MIN_REQUESTS.get(name, 0),
+                min(before["totalRequests"] or 0, after["totalRequests"] or 0),
+            )
             if seen < least:
-                self.warnings.append(f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed")
+                self.warnings.append(
+                    f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed"
+                )
             elif is_worse(name, before, after, tolerance):
                 change = _change(before[name], after[name])
                 if p_values.get(name, 0.0) > NOISE_P_VALUE:
-                    self.noise.append(f"{self._sentence(endpoint, name, change)}; that is within the noise of the runs (p = {p_values[name]:.3f})")
+                    self.noise.append(
+                        f"{self._sentence(endpoint, name, change)}; that is within the noise of the runs (p = {p_values[name]:.3f})"
+                    )
                 else:
                     self._add(endpoint, name, change, tolerance)
         return p_values
 
-    def _p_values(self, key_: Endpoint | None) -> dict[str, float]:
-        before, after = (stretches.get(key_, []) if stretches else [] for stretches in self.stretches)
+    def _p_values(self, key: Endpoint | None) -> dict[str, float]:
+        before, after = (stretches.get(key, []) if stretches else [] for stretches in self.stretches)
         if not before or not after:
             return {}
         tested = ((name, quantile_test(before, after, ratio)) for name, ratio in PERCENTILE_RATIOS.items())
@@ -2506,7 +2977,6 @@ class _Judge:
     def _add(self, endpoint: str | None, name: str, change: dict[str, Any], tolerance: Tolerance) -> None:
         message = f"{self._sentence(endpoint, name, change)}, allowed is {tolerance}"
         self.regressions.append({"endpoint": endpoint, "metric": name, **change, "message": message})
-
 
     def _sentence(self, endpoint: str | None, name: str, change: dict[str, Any]) -> str:
         percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
@@ -2527,16 +2997,16 @@ def compare_runs(
     old, new = endpoint_figures(baseline), endpoint_figures(candidate)
     differences = list(unfairness(baseline, candidate))
     endpoints = []
-    for key_ in sorted({*old, *new}):
-        name = " ".join(part for part in key_ if part)
-        entry: dict[str, Any] = {"method": key_[0], "name": key_[1]}
+    for key in sorted({*old, *new}):
+        name = " ".join(part for part in key if part)
+        entry: dict[str, Any] = {"method": key[0], "name": key[1]}
         p_values: dict[str, float] = {}
-        if key_ in old and key_ in new:
-            p_values = judge.judge(key_, old[key_], new[key_])
+        if key in old and key in new:
+            p_values = judge.judge(key, old[key], new[key])
         else:
-            entry["state"] = "new" if key_ in new else "gone"
+            entry["state"] = "new" if key in new else "gone"
             differences.append(f"endpoint {name} is {entry['state']}")
-        endpoints.append({**entry, "metrics": _changes(old.get(key_, {}), new.get(key_, {}), p_values)})
+        endpoints.append({**entry, "metrics": _changes(old.get(key, {}), new.get(key, {}), p_values)})
     return {
         "baseline": baseline["id"],
         "candidate": candidate["id"],
@@ -2586,8 +3056,15 @@ def _comparison_doubts(baseline: dict[str, Any], candidate: dict[str, Any]) -> I
 
 def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[str, Any]:
     """What a run keeps of its comparison."""
-    kept = {name: comparison[name] for name in ("baseline", "tolerances", "differences", "warnings", "noise", "noiseJudged")}
-    return {"with": compared_with, **kept, "regressions": [one["message"] for one in comparison["regressions"]]}
+    kept = {
+        name: comparison[name]
+        for name in ("baseline", "tolerances", "differences", "warnings", "noise", "noiseJudged")
+    }
+    return {
+        "with": compared_with,
+        **kept,
+        "regressions": [one["message"] for one in comparison["regressions"]],
+    }
 
 
 def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
@@ -2641,7 +3118,11 @@ def _fits(name: str, pieces: list[str]) -> bool:
 
 def _value_of_row(metric: str, row: EndpointStats) -> float | None:
     if metric == "errorRate":
-        return None if not row.requests or row.failures is None else min(100.0, 100.0 * row.failures / row.requests)
+        return (
+            None
+            if not row.requests or row.failures is None
+            else min(100.0, 100.0 * row.failures / row.requests)
+        )
     value = getattr(row, ENDPOINT_METRICS[metric])
     return value if row.requests else None
 
@@ -2674,7 +3155,11 @@ def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float 
         return None  # the statistics were reset
     if threshold.metric == "errorRate":
         return min(100.0, 100.0 * failures / requests) if requests else None
-    counts = {"totalRequests": requests, "totalFailures": failures, "totalRps": requests / (newest.at - anchor.at)}
+    counts = {
+        "totalRequests": requests,
+        "totalFailures": failures,
+        "totalRps": requests / (newest.at - anchor.at),
+    }
     return counts[threshold.metric]
 
 
@@ -2691,10 +3176,16 @@ def newest_window(threshold: Threshold, samples: list[Sample], started_at: float
     if threshold.metric in WINDOW_PERCENTILES:
         return getattr(newest, WINDOW_PERCENTILES[threshold.metric])
     last = bisect.bisect_right(samples, newest.at - threshold.over_s, key=lambda sample: sample.at) - 1
-    return window_value(threshold, newest, samples[last]) if last >= 0 and samples[last].at >= started_at else None
+    return (
+        window_value(threshold, newest, samples[last])
+        if last >= 0 and samples[last].at >= started_at
+        else None
+    )
 
 
-def judge_windows(threshold: Threshold, samples: list[Sample], moments: tuple[float, float]) -> tuple[float | None, float | None]:
+def judge_windows(
+    threshold: Threshold, samples: list[Sample], moments: tuple[float, float]
+) -> tuple[float | None, float | None]:
     """The worst value of all windows, and the moment at which one failed first."""
     started_at, finished_at = moments
     live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
@@ -2703,7 +3194,13 @@ def judge_windows(threshold: Threshold, samples: list[Sample], moments: tuple[fl
         return value, None
     found: list[tuple[float, float]] = []
     for end in range(1, len(live) + 1):
-        begin = max(0, bisect.bisect_right(live, live[end - 1].at - threshold.over_s, hi=end, key=lambda sample: sample.at) - 1)
+        begin = max(
+            0,
+            bisect.bisect_right(
+                live, live[end - 1].at - threshold.over_s, hi=end, key=lambda sample: sample.at
+            )
+            - 1,
+        )
         value = newest_window(threshold, live[begin:end], started_at)
         if value is not None:
             found.append((value, live[end - 1].at))
@@ -2731,15 +3228,17 @@ class HistogramWindow:
         if point.at <= max(self._begin, self._newest_at):
             return None
         self._newest_at = point.at
-        meant = HistogramPoint(point.at, {key_: one for key_, one in point.histograms.items() if self._means(key_)})
+        meant = HistogramPoint(
+            point.at, {key: one for key, one in point.histograms.items() if self._means(key)}
+        )
         anchor = self._anchor(meant)
         self._keep(meant)
         return None if anchor is None else self._between(anchor, meant)
 
-    def _means(self, key_: Endpoint | None) -> bool:
-        if key_ is None or self.threshold.endpoint is None:
-            return key_ is None and self.threshold.endpoint is None
-        return _is_meant(self.threshold, *key_)
+    def _means(self, key: Endpoint | None) -> bool:
+        if key is None or self.threshold.endpoint is None:
+            return key is None and self.threshold.endpoint is None
+        return _is_meant(self.threshold, *key)
 
     def _anchor(self, point: HistogramPoint) -> HistogramPoint | None:
         begin = point.at - (self.threshold.over_s or 0.0)
@@ -2754,8 +3253,8 @@ class HistogramWindow:
 
     def _between(self, anchor: HistogramPoint, point: HistogramPoint) -> float | None:
         found = []
-        for key_, histogram in point.histograms.items():
-            part = since(histogram, anchor.histograms.get(key_))
+        for key, histogram in point.histograms.items():
+            part = since(histogram, anchor.histograms.get(key))
             value = part and _value_of_histogram(self.threshold.metric, part, point.at - anchor.at)
             if value is not None:
                 found.append((value, None))
@@ -2769,7 +3268,11 @@ def _value_of_histogram(metric: str, part: Histogram, seconds: float) -> float |
         return part.total_ms / sum(part.times.values()) if part.times else None
     if metric == "errorRate":
         return min(100.0, 100.0 * part.failures / part.requests) if part.requests else None
-    return {"totalRequests": part.requests, "totalFailures": part.failures, "totalRps": part.requests / seconds}[metric]
+    return {
+        "totalRequests": part.requests,
+        "totalFailures": part.failures,
+        "totalRps": part.requests / seconds,
+    }[metric]
 
 
 class Window(NamedTuple):
@@ -2796,7 +3299,9 @@ def judge_histogram_windows(
                 continue  # while a run stops its rates fall; a warm-up's rest counts to the very end
             value = window.value(point)
             if value is not None:
-                found[window.threshold] = _next_window(window.threshold, found[window.threshold], value, point.at)
+                found[window.threshold] = _next_window(
+                    window.threshold, found[window.threshold], value, point.at
+                )
     if not seen:
         why = "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, and none came"
         return {one: window._replace(message=why) for one, window in found.items()}
@@ -2830,10 +3335,14 @@ def judge_threshold(
         return threshold._replace(value=value, result="passed", message=message)
     if value is None:
         message = f"no data: {message}"
-    return threshold._replace(value=value, result="failed", first_failed_at=first or moments[1], message=message)
+    return threshold._replace(
+        value=value, result="failed", first_failed_at=first or moments[1], message=message
+    )
 
 
-def verdict_of(thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool) -> str | None:
+def verdict_of(
+    thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool
+) -> str | None:
     """passed or failed; None when there is nothing to judge by."""
     compared = comparison is not None and comparison["baseline"] is not None
     if not thresholds and not compared:
@@ -2870,7 +3379,13 @@ class ThresholdWatch:
             aborting = []
             for index, threshold in enumerate(self.thresholds):
                 if needs_histograms(threshold):
-                    value = self._histogram_value(index, HistogramPoint(snapshot.taken_at, histograms), started_at) if histograms else None
+                    value = (
+                        self._histogram_value(
+                            index, HistogramPoint(snapshot.taken_at, histograms), started_at
+                        )
+                        if histograms
+                        else None
+                    )
                 else:
                     value = self._value(index, threshold, snapshot, started_at) if is_newest else None
                 if self._aborts(index, threshold, value, snapshot.taken_at):
@@ -2924,7 +3439,11 @@ def _accept_metadata(value: Any) -> dict[str, Any]:
     return value
 
 
-METADATA = Check(f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON", _accept_metadata, schema={"type": "object"})
+METADATA = Check(
+    f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON",
+    _accept_metadata,
+    schema={"type": "object"},
+)
 PLAN_KEYS = {
     "host": BodyKey("host", BASE_URL),
     "userClasses": BodyKey("user_classes", NAMES),
@@ -2950,13 +3469,19 @@ CREATE_KEYS = {
     "confirm": BodyKey("confirm", ID_TEXT),
     **PLAN_KEYS,
 }
-SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MOST_WORKERS, whole=True), required=True)}
+SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MAX_WORKERS, whole=True), required=True)}
 USERS_KEYS = {
     "targetUsers": BodyKey("target_users", USERS, required=True),
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
 }
-ANNOTATION_TEXT = text_value(f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION)
-RERUN_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in CREATE_KEYS.items() if name in ("queue", "metadata", "confirm")}
+ANNOTATION_TEXT = text_value(
+    f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION
+)
+RERUN_KEYS = {
+    name: BodyKey(entry.to, entry.check)
+    for name, entry in CREATE_KEYS.items()
+    if name in ("queue", "metadata", "confirm")
+}
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
     "tenantId": BodyKey("tenant_id", text_value("a string", empty=True)),
@@ -2988,11 +3513,13 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
         value = body.get(name)
         if value is None:
             if entry.required:
-                problems[name] = f"is {'null' if name in body else 'missing'}; allowed is {entry.check.allowed}"
+                problems[name] = (
+                    f"is {'null' if name in body else 'missing'}; allowed is {entry.check.allowed}"
+                )
             continue
         try:
             values[entry.to] = entry.check.accept(value)
-        except NotAllowed as error:
+        except InvalidValue as error:
             problems[name] = str(error)
         except (ValueError, TypeError, OverflowError, RecursionError):
             problems[name] = f"allowed is {entry.check.allowed}, got {_shown(value)}"
@@ -3001,22 +3528,31 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
     return values
 
 
-def plan_of(values: dict[str, Any]) -> Plan:
+def plan_of(values: dict[str, Any]) -> LoadProfile:
     """The plan among checked values, taken out of them."""
-    return Plan(**{name: values.pop(name) for name in Plan._fields if name in values})
+    return LoadProfile(**{name: values.pop(name) for name in LoadProfile._fields if name in values})
 
 
 def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
     """What a create asks for, with what its scenario gives; InvalidInput with every bad key."""
     given = check_body(body, CREATE_KEYS)
     if "stages" in given and any(entry.to in given for entry in LOAD_KEYS.values()):
-        raise InvalidInput("stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either", {"stages": "stand for targetUsers, spawnRate and durationSeconds; allowed are either"})
+        raise InvalidInput(
+            "stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either",
+            {"stages": "stand for targetUsers, spawnRate and durationSeconds; allowed are either"},
+        )
     values = {**_of_scenario(given, scenarios), **given}
     stages = values.get("stages")
     if stages:
-        values.update(target_users=max(stage.users for stage in stages), spawn_rate=stages[0].spawn_rate, duration_s=sum(stage.duration_s for stage in stages))
+        values.update(
+            target_users=max(stage.users for stage in stages),
+            spawn_rate=stages[0].spawn_rate,
+            duration_s=sum(stage.duration_s for stage in stages),
+        )
     missing = {
-        name: f"is missing; allowed is {entry.check.allowed}" for name, entry in LOAD_KEYS.items() if entry.to not in values and name != "durationSeconds"
+        name: f"is missing; allowed is {entry.check.allowed}"
+        for name, entry in LOAD_KEYS.items()
+        if entry.to not in values and name != "durationSeconds"
     }
     if missing:
         raise InvalidInput("; ".join(f"{name}: {why}" for name, why in missing.items()), missing)
@@ -3025,7 +3561,9 @@ def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
 
 def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
     """What the scenario gives where the create is silent; {} without scenarios in the configuration."""
-    allowed = {scenario.id: scenario for scenario in scenarios if is_scenario_for(scenario, given["tenant_id"])}
+    allowed = {
+        scenario.id: scenario for scenario in scenarios if is_scenario_for(scenario, given["tenant_id"])
+    }
     if not scenarios:
         return {}
     scenario = allowed.get(given["scenario_id"])
@@ -3039,7 +3577,11 @@ def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -
     if any(entry.to in given for entry in LOAD_KEYS.values()):
         found.pop("stages", None)
     if "stages" in given:
-        found = {name: value for name, value in found.items() if name not in {entry.to for entry in LOAD_KEYS.values()}}
+        found = {
+            name: value
+            for name, value in found.items()
+            if name not in {entry.to for entry in LOAD_KEYS.values()}
+        }
     if found.get("options") and given.get("options"):
         given["options"] = {**found["options"], **given["options"]}
     return found
@@ -3062,14 +3604,25 @@ def scenario_problems(config: Config) -> Iterator[str]:
         try:
             THRESHOLDS.accept(list(scenario.thresholds))
         except ValueError as error:
-            yield f"{where}.thresholds: {error}" if isinstance(error, NotAllowed) else f"{where}.thresholds: allowed is {THRESHOLDS.allowed}"
+            yield (
+                f"{where}.thresholds: {error}"
+                if isinstance(error, InvalidValue)
+                else f"{where}.thresholds: allowed is {THRESHOLDS.allowed}"
+            )
         if scenario.locustfile and not os.path.isfile(os.path.join(config.folder, scenario.locustfile)):
             yield f"{where}.locustfile: {scenario.locustfile} is not a file"
 
 
-def scenario_to_wire(scenario: ScenarioConfig) -> dict[str, Any]:
-    plan = Plan(scenario.host, scenario.user_classes, scenario.tags, scenario.exclude_tags, scenario.options, scenario.stages)
-    wire: dict[str, Any] = {"id": scenario.id, **plan_to_wire(plan)}
+def scenario_to_json(scenario: ScenarioConfig) -> dict[str, Any]:
+    plan = LoadProfile(
+        scenario.host,
+        scenario.user_classes,
+        scenario.tags,
+        scenario.exclude_tags,
+        scenario.options,
+        scenario.stages,
+    )
+    wire: dict[str, Any] = {"id": scenario.id, **plan_to_json(plan)}
     optional = {
         "description": scenario.description, "targetUsers": scenario.target_users, "spawnRate": scenario.spawn_rate, "durationSeconds": scenario.duration_s,
         "thresholds": [one.expr for one in THRESHOLDS.accept(list(scenario.thresholds))], "tenants": list(scenario.tenants),
@@ -3078,26 +3631,43 @@ def scenario_to_wire(scenario: ScenarioConfig) -> dict[str, Any]:
     return wire
 
 
-def plan_refusal(plan: Plan, abilities: Abilities | None) -> tuple[str, str] | None:
+def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, str] | None:
     """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
     if (plan.tags or plan.exclude_tags) and (abilities is None or abilities.tags is None):
-        return "tags", "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks"
+        return (
+            "tags",
+            "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks",
+        )
     if abilities is None:
         return None
     classes = abilities.user_classes
     if plan.user_classes and classes is not None:
         unknown = [name for name in plan.user_classes if name not in classes]
         if unknown:
-            return "userClasses", f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}"
+            return (
+                "userClasses",
+                f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}",
+            )
         if not abilities.can_choose and set(plan.user_classes) != set(classes):
-            return "userClasses", f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}"
-    unknown = [name for name in plan.options or () if abilities.options is not None and name not in abilities.options]
+            return (
+                "userClasses",
+                f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}",
+            )
+    unknown = [
+        name for name in plan.options or () if abilities.options is not None and name not in abilities.options
+    ]
     if unknown:
-        return "options", f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}"
+        return (
+            "options",
+            f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}",
+        )
     for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
         unknown = [name for name in names if name not in (abilities.tags or ())]
         if unknown:
-            return field_name, f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}"
+            return (
+                field_name,
+                f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}",
+            )
     return None
 
 
@@ -3157,7 +3727,7 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
         elif text:
             try:
                 values[name] = check.accept(check.from_text(text))
-            except NotAllowed as error:
+            except InvalidValue as error:
                 problems[name] = str(error)
             except (ValueError, TypeError, OverflowError):
                 problems[name] = f"allowed is {check.allowed}, got {_shown(text)}"
@@ -3178,12 +3748,17 @@ def _accept_moment(value: Any) -> float:
 MOMENT = Check("an RFC 3339 moment or epoch seconds", _accept_moment)
 ANNOTATION_KEYS = {"text": BodyKey("text", ANNOTATION_TEXT, required=True), "at": BodyKey("at", MOMENT)}
 
+
 def _is_measure(value: Any) -> bool:
     return value is None or ((type(value) is float or type(value) is int) and 0 <= value < 1e18)
 
 
 def _is_count(value: Any) -> bool:
-    return value is None or (type(value) is int and 0 <= value < 1 << 62) or (type(value) is float and value.is_integer() and 0 <= value < 1e18)
+    return (
+        value is None
+        or (type(value) is int and 0 <= value < 1 << 62)
+        or (type(value) is float and value.is_integer() and 0 <= value < 1e18)
+    )
 
 
 def _is_percent(value: Any) -> bool:
@@ -3199,7 +3774,10 @@ COUNTS = ("totalRequests", "totalFailures", "currentUsers", "numRequests", "numF
 
 
 def _number_kinds(names: Iterable[str]) -> tuple[tuple[str, Callable[[Any], bool]], ...]:
-    return tuple((name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure) for name in names)
+    return tuple(
+        (name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure)
+        for name in names
+    )
 
 
 SNAPSHOT_NUMBERS = _number_kinds(SNAPSHOT_KEYS)
@@ -3236,16 +3814,23 @@ def _checked_times(times: Any, where: str, problems: dict[str, str]) -> dict[int
     """Requests by whole ms, from JSON whose keys are digits."""
     if times is None:
         return None
-    if isinstance(times, dict) and len(times) <= MOST_BUCKETS:
-        found = {int(ms): requests for ms, requests in times.items() if _is_whole_ms(ms) and type(requests) is int and 0 <= requests < 1 << 53}
+    if isinstance(times, dict) and len(times) <= MAX_BUCKETS:
+        found = {
+            int(ms): requests
+            for ms, requests in times.items()
+            if _is_whole_ms(ms) and type(requests) is int and 0 <= requests < 1 << 53
+        }
         if len(found) == len(times):
             return found
-    problems[where] = f"allowed is an object of at most {MOST_BUCKETS} entries: whole ms to number of requests"
+    problems[where] = f"allowed is an object of at most {MAX_BUCKETS} entries: whole ms to number of requests"
     return None
 
 
 def _checked_numbers(
-    entry: dict[str, Any], kinds: tuple[tuple[str, Callable[[Any], bool]], ...], where: str, problems: dict[str, str]
+    entry: dict[str, Any],
+    kinds: tuple[tuple[str, Callable[[Any], bool]], ...],
+    where: str,
+    problems: dict[str, str],
 ) -> list[Any]:
     """The entry's numbers in the order of `kinds`; what is wrong goes to `problems`."""
     numbers = []
@@ -3317,7 +3902,10 @@ def _is_target(name: str, port: int, pattern: str) -> bool:
 
 
 def load_refusals(
-    request: RunRequest, tenant: TenantConfig | None, environment: EnvironmentConfig | None, own_hosts: Iterable[str | None]
+    request: RunRequest,
+    tenant: TenantConfig | None,
+    environment: EnvironmentConfig | None,
+    own_hosts: Iterable[str | None],
 ) -> dict[str, str]:
     """Why a load may not be started, by the key of the request: limits of the tenant, hosts of
     both, the confirmation of a protected environment. own_hosts: where the clusters that may
@@ -3325,16 +3913,31 @@ def load_refusals(
     problems: dict[str, str] = {}
     if tenant and tenant.max_users is not None and request.target_users > tenant.max_users:
         problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
-    if tenant and tenant.max_duration_s is not None and (request.duration_s or math.inf) > tenant.max_duration_s:
-        problems["durationSeconds"] = f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
+    if (
+        tenant
+        and tenant.max_duration_s is not None
+        and (request.duration_s or math.inf) > tenant.max_duration_s
+    ):
+        problems["durationSeconds"] = (
+            f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
+        )
     hosts = [request.plan.host] if request.plan.host else list(own_hosts)
-    for patterns in (tenant.allowed_hosts if tenant else (), environment.allowed_hosts if environment else ()):
+    for patterns in (
+        tenant.allowed_hosts if tenant else (),
+        environment.allowed_hosts if environment else (),
+    ):
         refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
         if refused:
-            what = _printable(refused[0]) if refused[0] else "the cluster's own target is not known; host is needed"
+            what = (
+                _printable(refused[0])
+                if refused[0]
+                else "the cluster's own target is not known; host is needed"
+            )
             problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
     if environment and environment.protected and request.confirm != environment.id:
-        problems["confirm"] = f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+        problems["confirm"] = (
+            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+        )
     return problems
 
 
@@ -3372,16 +3975,31 @@ def watch_warnings(
     the target should have been reached, negative before."""
     live = len(now_reading.live_workers)
     if now_reading.distributed and live < most_workers:
-        yield "workers_lost", f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing"
+        yield (
+            "workers_lost",
+            f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing",
+        )
     hot = [worker for worker in now_reading.live_workers if (worker.cpu_percent or 0) > CPU_LIMIT_PERCENT]
     if hot:
-        yield "cpu_high", f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's"
+        yield (
+            "cpu_high",
+            f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's",
+        )
     if before and now_reading.requests < before.requests:
-        yield "stats_reset", f"Locust's counters went back from {before.requests} to {now_reading.requests} requests"
+        yield (
+            "stats_reset",
+            f"Locust's counters went back from {before.requests} to {now_reading.requests} requests",
+        )
     if wanted_for_s > 30 and now_reading.users < target.users:
-        yield "users_not_reached", f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been"
+        yield (
+            "users_not_reached",
+            f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been",
+        )
     if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
-        yield "endpoints_cut", f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all"
+        yield (
+            "endpoints_cut",
+            f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all",
+        )
 
 
 EXTREMES = (  # what downsampling keeps of each bucket
@@ -3425,18 +4043,18 @@ def thin_to_step(samples: list[Sample], step_s: float) -> list[Sample]:
 # ============================================================================
 
 
-def steady_s() -> float:
+def monotonic_s() -> float:
     """Seconds that neither a set clock moves nor a suspended machine stops (Linux)."""
-    return _steady_clock()
+    return _monotonic_clock()
 
 
 if hasattr(time, "CLOCK_BOOTTIME"):
-    _steady_clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    _monotonic_clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 else:
-    _steady_clock = time.monotonic
+    _monotonic_clock = time.monotonic
 
 
-class Alarm:
+class ScheduledCall:
     """A moment somebody waits for; cancel() when it is no longer wanted."""
 
     __slots__ = ("due", "action", "cancelled")
@@ -3450,7 +4068,7 @@ class Alarm:
         self.cancelled = True
         self.action = _nothing
 
-    def __lt__(self, other: Alarm) -> bool:
+    def __lt__(self, other: ScheduledCall) -> bool:
         return self.due < other.due
 
 
@@ -3467,20 +4085,20 @@ class Timer(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="timer", daemon=True)
         self._changed = threading.Condition()
-        self._heap: list[Alarm] = []
+        self._heap: list[ScheduledCall] = []
         self._closed = False
 
-    def at(self, due: float, action: Callable[[], None]) -> Alarm:
-        """Call `action` when steady_s() reaches `due`."""
-        alarm = Alarm(due, action)
+    def at(self, due: float, action: Callable[[], None]) -> ScheduledCall:
+        """Call `action` when monotonic_s() reaches `due`."""
+        alarm = ScheduledCall(due, action)
         with self._changed:
             heapq.heappush(self._heap, alarm)
             if self._heap[0] is alarm:
                 self._changed.notify()
         return alarm
 
-    def after(self, delay_s: float, action: Callable[[], None]) -> Alarm:
-        return self.at(steady_s() + delay_s, action)
+    def after(self, delay_s: float, action: Callable[[], None]) -> ScheduledCall:
+        return self.at(monotonic_s() + delay_s, action)
 
     def close(self) -> None:
         with self._changed:
@@ -3495,18 +4113,18 @@ class Timer(threading.Thread):
                 except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
                     log("timer action failed", error=repr(error))
 
-    def _due(self) -> list[Alarm]:
+    def _due(self) -> list[ScheduledCall]:
         with self._changed:
-            if not self._closed and (not self._heap or self._heap[0].due > steady_s()):
-                wait_s = self._heap[0].due - steady_s() if self._heap else self.LONGEST_WAIT_S
+            if not self._closed and (not self._heap or self._heap[0].due > monotonic_s()):
+                wait_s = self._heap[0].due - monotonic_s() if self._heap else self.LONGEST_WAIT_S
                 self._changed.wait(max(0.0, min(wait_s, self.LONGEST_WAIT_S)))
-            now, due = steady_s(), []
+            now, due = monotonic_s(), []
             while self._heap and (self._heap[0].cancelled or self._heap[0].due <= now):
                 due.append(heapq.heappop(self._heap))
             return due
 
 
-def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
+def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
     """Run `work` in a daemon thread; what it raises is logged, never lost silently."""
 
     def guarded() -> None:
@@ -3526,7 +4144,7 @@ def in_background(name: str, work: Callable[[], None]) -> threading.Thread:
 # 8. STORE - every run in memory, written through to SQLite or PostgreSQL
 # ============================================================================
 # Reads are answered from a dict under Store._lock, which is held for memory only. One
-# journal thread speaks SQL: it writes what changed in batches, one commit for all who
+# writer thread speaks SQL: it writes what changed in batches, one commit for all who
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
@@ -3617,7 +4235,9 @@ class SqliteDatabase:
         except BlockingIOError:
             self._lock_file.seek(0)
             owner = self._lock_file.read(20).strip() or "unknown"
-            raise StartupError(f"database {self.path}: is in use by another Load Manager, process {owner}") from None
+            raise StartupError(
+                f"database {self.path}: is in use by another Load Manager, process {owner}"
+            ) from None
         except OSError as error:
             raise StartupError(f"database {self.path}: cannot be locked: {error.strerror}") from None
 
@@ -3626,7 +4246,9 @@ class SqliteDatabase:
         if tables and "meta" not in tables:
             raise StartupError(f"database {self.path}: is not a Load Manager database; it is left untouched")
         if self.query("PRAGMA quick_check(1)") != [("ok",)]:
-            raise StartupError(f"database {self.path}: is damaged; restore a copy, or move it away to start empty")
+            raise StartupError(
+                f"database {self.path}: is damaged; restore a copy, or move it away to start empty"
+            )
 
     def _why(self, error: Exception) -> str:
         text = str(error)
@@ -3683,11 +4305,15 @@ class PostgresDatabase:
 
     def _connect(self) -> None:
         self._connection = self._psycopg.connect(
-            self.url, autocommit=True, connect_timeout=5, options="-c statement_timeout=30000", keepalives_idle=10
+            self.url,
+            autocommit=True,
+            connect_timeout=5,
+            options="-c statement_timeout=30000",
+            keepalives_idle=10,
         )
-        give_up_at = steady_s() + self.LOCK_WAIT_S
+        give_up_at = monotonic_s() + self.LOCK_WAIT_S
         while not self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self.LOCK_ID,)).fetchone()[0]:
-            if steady_s() < give_up_at:
+            if monotonic_s() < give_up_at:
                 time.sleep(0.1)
                 continue
             self._connection.close()
@@ -3731,7 +4357,9 @@ def open_database(url: str, folder: str) -> Database:
     try:
         _migrate(database)
     except database.errors as error:
-        raise StartupError(f"database {url.split('@')[-1]}: cannot be written: {str(error).strip().splitlines()[0]}") from None
+        raise StartupError(
+            f"database {url.split('@')[-1]}: cannot be written: {str(error).strip().splitlines()[0]}"
+        ) from None
     return database
 
 
@@ -3753,7 +4381,7 @@ def _migrate(database: Database) -> None:
 
 
 class _Ticket:
-    """Somebody waiting for the journal: done when all written before it is durable."""
+    """Somebody waiting for the writer: done when all written before it is durable."""
 
     __slots__ = ("ready", "read", "result", "error")
 
@@ -3772,15 +4400,21 @@ class _Ticket:
 class _Batch:
     """What is to be written; a later state of the same run replaces the earlier."""
 
-    runs: dict[str, Record | None] = field(default_factory=dict)  # None: deleted
+    runs: dict[str, StoredRun | None] = field(default_factory=dict)  # None: deleted
     samples: list[Sample] = field(default_factory=list)
-    histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; the last ones of the run
+    histograms: list[tuple[str, HistogramPoint, bool]] = field(
+        default_factory=list
+    )  # run id; the last ones of the run
     packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
     keys: list[tuple[str, str, str, float]] = field(default_factory=list)
     artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
-    baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)  # None: no longer one
+    baselines: dict[tuple[str, str, str], Baseline | None] = field(
+        default_factory=dict
+    )  # None: no longer one
     audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
-    documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(default_factory=dict)  # table and id -> the rest of the row; None: deleted
+    documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(
+        default_factory=dict
+    )  # table and id -> the rest of the row; None: deleted
     tickets: list[_Ticket] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -3789,7 +4423,15 @@ class _Batch:
     @property
     def has_rows(self) -> bool:
         return bool(
-            self.runs or self.samples or self.histograms or self.packed_histograms or self.keys or self.artefacts or self.baselines or self.audit or self.documents
+            self.runs
+            or self.samples
+            or self.histograms
+            or self.packed_histograms
+            or self.keys
+            or self.artefacts
+            or self.baselines
+            or self.audit
+            or self.documents
         )
 
 
@@ -3804,19 +4446,21 @@ def _unpacked(text: str) -> bytes:
 def _goes_on(before: HistogramPoint, point: HistogramPoint) -> bool:
     """Whether the later counters contain the earlier ones."""
     now = point.histograms
-    return all(key_ in now and since(now[key_], histogram) is not None for key_, histogram in before.histograms.items())
+    return all(
+        key in now and since(now[key], histogram) is not None for key, histogram in before.histograms.items()
+    )
 
 
-class Journal(threading.Thread):
+class DatabaseWriter(threading.Thread):
     """The only thread that writes. What fails is kept and tried again every second, so a
     full disk loses nothing once there is room; meanwhile `problem` says why."""
 
     LAZY_S = 0.5  # how long samples nobody waits for may stay unwritten
-    MOST_SAMPLES = 500_000  # kept while the disk is full; then the oldest go
-    MOST_HISTOGRAMS = 5_000  # likewise
+    MAX_SAMPLES = 500_000  # kept while the disk is full; then the oldest go
+    MAX_HISTOGRAMS = 5_000  # likewise
     HISTOGRAM_STEP_S = 0.9  # not more often
     WHOLE_EVERY = 60  # the others hold what came since the one before
-    MOST_AUDIT = 100_000  # likewise
+    MAX_AUDIT = 100_000  # likewise
 
     def __init__(self, database: Database, records_lock: threading.RLock, audit_file: str | None = None):
         super().__init__(name="journal", daemon=True)
@@ -3826,10 +4470,12 @@ class Journal(threading.Thread):
         self._changed = threading.Condition()
         self._batch = _Batch()
         self._closing = False
-        self._histograms: dict[str, tuple[HistogramPoint, int]] = {}  # of each run the newest written, and its number
+        self._histograms: dict[
+            str, tuple[HistogramPoint, int]
+        ] = {}  # of each run the newest written, and its number
         self.problem: str | None = None
 
-    def save(self, record: Record) -> None:
+    def save(self, record: StoredRun) -> None:
         with self._changed:
             self._batch.runs[record.run.id] = record
 
@@ -3837,7 +4483,9 @@ class Journal(threading.Thread):
         with self._changed:
             self._batch.audit.append((seq, entry))
 
-    def save_history(self, record: Record, samples: list[Sample], histograms: list[tuple[float, int, str]]) -> None:
+    def save_history(
+        self, record: StoredRun, samples: list[Sample], histograms: list[tuple[float, int, str]]
+    ) -> None:
         """A run with its whole history, for one commit."""
         rows = [(record.run.id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
         with self._changed:
@@ -3954,7 +4602,9 @@ class Journal(threading.Thread):
             if batch.audit:
                 marks = ", ".join("?" * (len(AuditEntry._fields) + 1))
                 rows = [(seq, *entry) for seq, entry in batch.audit]
-                database.execute_many(f"INSERT INTO audit VALUES ({marks}) ON CONFLICT (seq) DO NOTHING", rows)
+                database.execute_many(
+                    f"INSERT INTO audit VALUES ({marks}) ON CONFLICT (seq) DO NOTHING", rows
+                )
             database.execute("COMMIT")
             self._append_audit(batch)
         for ticket in batch.tickets:
@@ -3967,19 +4617,30 @@ class Journal(threading.Thread):
         entries, batch.audit = batch.audit, []
         if not entries or self._audit_file is None:
             return
-        lines = "".join(dump_json(audit_to_wire(entry)) + "\n" for _, entry in entries)
+        lines = "".join(dump_json(audit_to_json(entry)) + "\n" for _, entry in entries)
         try:
-            with open(os.open(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640), "a", encoding="utf-8") as file:
+            with open(
+                os.open(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640),
+                "a",
+                encoding="utf-8",
+            ) as file:
                 file.write(lines)
         except OSError as error:
-            log("audit file not written", file=self._audit_file, entries=len(entries), why=error.strerror or error)
+            log(
+                "audit file not written",
+                file=self._audit_file,
+                entries=len(entries),
+                why=error.strerror or error,
+            )
 
     def _histogram_rows(self, batch: _Batch) -> Iterator[tuple[str, float, int, str]]:
         """Rows of the table; one that holds everything since the start comes first, after a
         restart, after a reset of Locust's statistics, and every WHOLE_EVERY rows."""
         for run_id, point, are_last in batch.histograms:
             before, number = self._histograms.get(run_id, (None, 0))
-            if before is not None and (point.at <= before.at or (not are_last and point.at - before.at < self.HISTOGRAM_STEP_S)):
+            if before is not None and (
+                point.at <= before.at or (not are_last and point.at - before.at < self.HISTOGRAM_STEP_S)
+            ):
                 continue
             is_whole = before is None or number % self.WHOLE_EVERY == 0 or not _goes_on(before, point)
             content = histograms_to_record(point.histograms, None if is_whole else before.histograms)
@@ -4020,7 +4681,9 @@ class Journal(threading.Thread):
         for (table, id_), row in batch.documents.items():
             self._database.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))
             if row is not None:
-                self._database.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * (len(row) + 1))})", (id_, *row))
+                self._database.execute(
+                    f"INSERT INTO {table} VALUES ({', '.join('?' * (len(row) + 1))})", (id_, *row)
+                )
 
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
@@ -4036,19 +4699,19 @@ class Journal(threading.Thread):
             self.problem = f"{error}; {second}"
         with self._changed:
             self._batch.runs = {**batch.runs, **self._batch.runs}
-            self._batch.samples[:0] = batch.samples[-self.MOST_SAMPLES :]
-            self._batch.histograms[:0] = batch.histograms[-self.MOST_HISTOGRAMS :]
+            self._batch.samples[:0] = batch.samples[-self.MAX_SAMPLES :]
+            self._batch.histograms[:0] = batch.histograms[-self.MAX_HISTOGRAMS :]
             self._batch.packed_histograms[:0] = batch.packed_histograms
             self._histograms.clear()  # which of them are written is not known
             self._batch.keys[:0] = batch.keys
             self._batch.artefacts[:0] = batch.artefacts
-            self._batch.audit[:0] = batch.audit[-self.MOST_AUDIT :]
+            self._batch.audit[:0] = batch.audit[-self.MAX_AUDIT :]
             self._batch.baselines = {**batch.baselines, **self._batch.baselines}
             self._batch.documents = {**batch.documents, **self._batch.documents}
         self._settle(batch, error)
 
 
-class Record:
+class StoredRun:
     """A run in memory with its newest numbers. The answer is made once for each change:
     `head` is the run's JSON without the closing brace, `metrics` its lastMetrics; kept
     apart, neither is stored twice and a new sample does not remake the run."""
@@ -4076,7 +4739,7 @@ class Record:
     def metrics_json(self) -> bytes | None:
         snapshot = self.snapshot
         if self.metrics is None and snapshot is not None:
-            self.metrics = dump_json(snapshot_to_wire(snapshot)).encode()
+            self.metrics = dump_json(snapshot_to_json(snapshot)).encode()
             if self.run.is_final:
                 self.snapshot = None  # 3 KiB as bytes against 10 as objects
         return self.metrics
@@ -4088,14 +4751,14 @@ class Record:
         """The answer in pieces, so that a list of 10,000 is copied once."""
         head, metrics = self.head, self.metrics_json()
         if head is None:
-            head = self.head = dump_json(run_to_wire(self.run)).encode()[:-1]
+            head = self.head = dump_json(run_to_json(self.run)).encode()[:-1]
         return (head, b',"lastMetrics":', metrics, b"}") if metrics else (head, b"}")
 
     def brief(self) -> bytes:
         """As wire(), without the endpoints' rows, which can be 500."""
-        wire = run_to_wire(self.run)
+        wire = run_to_json(self.run)
         if self.snapshot is not None:
-            wire["lastMetrics"] = snapshot_to_wire(self.snapshot._replace(endpoints=None))
+            wire["lastMetrics"] = snapshot_to_json(self.snapshot._replace(endpoints=None))
         elif self.metrics is not None:
             wire["lastMetrics"] = json.loads(self.metrics)
             wire["lastMetrics"].pop("requestStats", None)
@@ -4151,7 +4814,11 @@ class AuditFilter(NamedTuple):
     to_at: float | None = None
     before_seq: int | None = None
 
-    OUTCOMES = {"done": "http_status < 400", "refused": "http_status IN (401, 403, 404)", "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)"}
+    OUTCOMES = {
+        "done": "http_status < 400",
+        "refused": "http_status IN (401, 403, 404)",
+        "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)",
+    }
 
     def where(self, scope: Scope) -> tuple[str, list[Any]]:
         """The condition and its values; of a scope with limits only what is within them."""
@@ -4159,13 +4826,20 @@ class AuditFilter(NamedTuple):
         exact |= {"at >= ?": self.from_at, "at <= ?": self.to_at, "seq < ?": self.before_seq}
         parts = [(condition, [value]) for condition, value in exact.items() if value is not None]
         if self.action is not None:
-            parts.append(("LOWER(action) LIKE ? ESCAPE '!'", ["%" + re.sub("([!%_])", r"!\1", self.action.lower()) + "%"]))
+            parts.append(
+                (
+                    "LOWER(action) LIKE ? ESCAPE '!'",
+                    ["%" + re.sub("([!%_])", r"!\1", self.action.lower()) + "%"],
+                )
+            )
         if self.outcome is not None:
             parts.append((self.OUTCOMES[self.outcome], []))
         for column, allowed in (("tenant_id", scope.tenants), ("env_id", scope.environments)):
             if allowed is not None:
                 parts.append((f"{column} IN ({', '.join('?' * len(allowed)) or 'NULL'})", sorted(allowed)))
-        return " AND ".join(condition for condition, _ in parts) or "1 = 1", [value for _, values in parts for value in values]
+        return " AND ".join(condition for condition, _ in parts) or "1 = 1", [
+            value for _, values in parts for value in values
+        ]
 
 
 class Store:
@@ -4173,28 +4847,36 @@ class Store:
 
     def __init__(self, database: Database, audit_file: str | None = None):
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
-        self._records: dict[str, Record] = {}  # oldest first
+        self._records: dict[str, StoredRun] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
         self._deliveries: dict[str, Delivery] = {}  # oldest first
-        self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = None  # what a transition is to tell
+        self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = (
+            None  # what a transition is to tell
+        )
         self._next_seq = self._next_audit_seq = 1
         self._load(database)
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        self._journal = Journal(database, self._lock, audit_file)
-        self._journal.start()
+        self._writer = DatabaseWriter(database, self._lock, audit_file)
+        self._writer.start()
 
     def _load(self, database: Database) -> None:
         try:
             # Row by row: all rows at once would double the memory that 10,000 runs take.
-            for run_id, record, metrics in database.execute("SELECT id, record, metrics FROM runs ORDER BY seq"):
+            for run_id, record, metrics in database.execute(
+                "SELECT id, record, metrics FROM runs ORDER BY seq"
+            ):
                 run = run_from_record(record)
-                self._records[run_id] = Record(run, metrics.encode() if metrics else None)
+                self._records[run_id] = StoredRun(run, metrics.encode() if metrics else None)
                 self._next_seq = run.seq + 1
-            for key_, body_hash, run_id, at in database.query("SELECT key, body_hash, run_id, created_at FROM idempotency"):
-                self._keys[key_] = (body_hash, run_id, at)
-            for row in database.query("SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"):
+            for key, body_hash, run_id, at in database.query(
+                "SELECT key, body_hash, run_id, created_at FROM idempotency"
+            ):
+                self._keys[key] = (body_hash, run_id, at)
+            for row in database.query(
+                "SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"
+            ):
                 self._baselines[row[0], row[1], row[2]] = Baseline(*row)
             self._schedules = dict(database.query("SELECT id, record FROM schedules"))
             for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
@@ -4204,7 +4886,9 @@ class Store:
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise StartupError(f"the database holds a run that cannot be read ({error!r}); it is left untouched") from None
+            raise StartupError(
+                f"the database holds a run that cannot be read ({error!r}); it is left untouched"
+            ) from None
 
     # ---- reading -----------------------------------------------------------
 
@@ -4261,7 +4945,7 @@ class Store:
         seq if there are more. The search goes without the lock, which callbacks wait for."""
         with self._lock:
             records = list(self._records.values())
-        found: list[Record] = []
+        found: list[StoredRun] = []
         for record in reversed(records):
             run = record.run
             if (before_seq is None or run.seq < before_seq) and wanted.takes(run):
@@ -4281,7 +4965,7 @@ class Store:
     def samples(self, run_id: str, from_at: float = 0.0, to_at: float = 1e12) -> list[Sample]:
         """The run's history between two moments, oldest first; NotReady when it cannot be read."""
         columns = ", ".join(Sample._fields)
-        rows = self._journal.read(
+        rows = self._writer.read(
             lambda database: database.query(
                 f"SELECT {columns} FROM samples WHERE run_id = ? AND at >= ? AND at <= ? ORDER BY at",
                 (run_id, from_at, to_at),
@@ -4291,8 +4975,10 @@ class Store:
 
     def artefact(self, run_id: str, name: str) -> bytes | None:
         """What was kept beside a run under this name, or None."""
-        rows = self._journal.read(
-            lambda database: database.query("SELECT content FROM artefacts WHERE run_id = ? AND name = ?", (run_id, name))
+        rows = self._writer.read(
+            lambda database: database.query(
+                "SELECT content FROM artefacts WHERE run_id = ? AND name = ?", (run_id, name)
+            )
         )
         return _unpacked(rows[0][0]) if rows else None
 
@@ -4304,12 +4990,16 @@ class Store:
     def histogram_records(self, run_id: str) -> list[tuple[float, int, str]]:
         """The run's histograms as they are kept: epoch seconds, whether it holds all since the
         start or what came since the one before, and its record."""
-        return [(at, is_whole, _unpacked(content).decode()) for at, is_whole, content in self._histogram_rows(run_id)]
+        return [
+            (at, is_whole, _unpacked(content).decode())
+            for at, is_whole, content in self._histogram_rows(run_id)
+        ]
 
     def _histogram_rows(self, run_id: str, to_at: float = 1e12) -> list[tuple[float, int, str]]:
-        return self._journal.read(
+        return self._writer.read(
             lambda database: database.query(
-                "SELECT at, is_whole, content FROM histograms WHERE run_id = ? AND at <= ? ORDER BY at", (run_id, to_at)
+                "SELECT at, is_whole, content FROM histograms WHERE run_id = ? AND at <= ? ORDER BY at",
+                (run_id, to_at),
             )
         )
 
@@ -4319,17 +5009,19 @@ class Store:
         if run is None or run.started_at is None:
             return None
         lasted_s = (run.finished_at or time.time()) - run.started_at
-        return stretches_of(last_of_each_step(self.histograms(run_id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests)
+        return stretches_of(
+            last_of_each_step(self.histograms(run_id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests
+        )
 
     @property
     def problem(self) -> str | None:
         """Why nothing can be written at the moment, or None."""
-        return self._journal.problem
+        return self._writer.problem
 
-    def recall_key(self, key_: str, now: float) -> tuple[str, str] | None:
+    def recall_key(self, key: str, now: float) -> tuple[str, str] | None:
         """Body hash and run id of an Idempotency-Key used in the last 24 h."""
         with self._lock:
-            known = self._keys.get(key_)
+            known = self._keys.get(key)
         if known is None or known[2] < now - IDEMPOTENCY_KEEP_S:
             return None
         return known[0], known[1]
@@ -4342,22 +5034,27 @@ class Store:
         with self._lock:
             run = replace(run, seq=self._next_seq)
             self._next_seq += 1
-            record = self._records[run.id] = Record(run)
-            self._journal.save(record)
+            record = self._records[run.id] = StoredRun(run)
+            self._writer.save(record)
             if idempotency:
-                key_, body_hash = idempotency
-                self._keys[key_] = (body_hash, run.id, run.created_at)
-                self._journal.save_key((key_, body_hash, run.id, run.created_at))
+                key, body_hash = idempotency
+                self._keys[key] = (body_hash, run.id, run.created_at)
+                self._writer.save_key((key, body_hash, run.id, run.created_at))
             self._tell(run)
         try:
-            self._journal.wait_durable()
+            self._writer.wait_durable()
         except NotReady:
             self._drop(run.id)
             raise
         return run
 
     def add_imported(
-        self, run: Run, snapshot: Snapshot | None, samples: list[Sample], histograms: list[tuple[float, int, str]], failures: bytes | None
+        self,
+        run: Run,
+        snapshot: Snapshot | None,
+        samples: list[Sample],
+        histograms: list[tuple[float, int, str]],
+        failures: bytes | None,
     ) -> None:
         """Keep a run from a file with its history; returns once durable. Conflict when there
         is a run of its id; NotReady, and nothing is kept, when it cannot be written."""
@@ -4366,35 +5063,46 @@ class Store:
                 raise Conflict(f"there is a run {run.id} already")
             run = replace(run, seq=self._next_seq)
             self._next_seq += 1
-            record = self._records[run.id] = Record(run)
+            record = self._records[run.id] = StoredRun(run)
             if snapshot is not None:
                 record.set_snapshot(snapshot, "final")
-            self._journal.save_history(record, samples, histograms)
+            self._writer.save_history(record, samples, histograms)
             if failures is not None:
-                self._journal.save_artefact(run.id, FAILURES, failures)
+                self._writer.save_artefact(run.id, FAILURES, failures)
             self._tell(run)
         try:
-            self._journal.wait_durable(60.0)
+            self._writer.wait_durable(60.0)
         except NotReady:
             self._drop(run.id)
             raise
 
     def transition(
-        self, run_id: str, to: RunStatus, snapshot: Snapshot | None = None, durable: bool = True, **changes: Any
+        self,
+        run_id: str,
+        to: RunStatus,
+        snapshot: Snapshot | None = None,
+        durable: bool = True,
+        **changes: Any,
     ) -> Run:
         """Move a run to another status, the only way it changes; Conflict when TRANSITIONS
         does not have it. With `durable` it returns after the commit; a commit that fails is
-        tried again by the journal, and the change stands."""
+        tried again by the writer, and the change stands."""
         with self._lock:
             record = self._record(run_id)
             run = record.run
             if to not in TRANSITIONS[run.status]:
-                raise Conflict(f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value)
+                raise Conflict(
+                    f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value
+                )
             if snapshot is not None:
                 record.set_snapshot(snapshot, "final")
                 self._keep_sample(run_id, snapshot, "final")
-            run = self._save(record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes}))
-            for delivery in self.deliveries_for(run, snapshot or record.snapshot) if self.deliveries_for else ():
+            run = self._save(
+                record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
+            )
+            for delivery in (
+                self.deliveries_for(run, snapshot or record.snapshot) if self.deliveries_for else ()
+            ):
                 self.keep_delivery(delivery)  # in the same commit
         if durable:
             self.wait_durable_or_log()
@@ -4420,32 +5128,38 @@ class Store:
         """Note a warning once per code; False when it was there, or the run is final."""
         with self._lock:
             record = self._records.get(run_id)
-            if record is None or record.run.is_final or any(known.code == code for known in record.run.warnings):
+            if (
+                record is None
+                or record.run.is_final
+                or any(known.code == code for known in record.run.warnings)
+            ):
                 return False
-            self._save(record, replace(record.run, warnings=(*record.run.warnings, Warning_(code, now, message))))
+            self._save(
+                record, replace(record.run, warnings=(*record.run.warnings, Warning_(code, now, message)))
+            )
             return True
 
     def keep_artefact(self, run_id: str, name: str, content: bytes) -> None:
         """Keep a file beside a run; it goes with the run."""
         if run_id in self._records:
-            self._journal.save_artefact(run_id, name, content)
+            self._writer.save_artefact(run_id, name, content)
 
     def annotate(self, run_id: str, annotation: Annotation) -> None:
         """Mark a moment of a run, also of a final one: the one thing a person may still add
-        to it. Conflict when it has MOST_ANNOTATIONS."""
+        to it. Conflict when it has MAX_ANNOTATIONS."""
         with self._lock:
             record = self._record(run_id)
-            if len(record.run.annotations) >= MOST_ANNOTATIONS:
-                raise Conflict(f"run {run_id} has {MOST_ANNOTATIONS} annotations, the most there may be")
+            if len(record.run.annotations) >= MAX_ANNOTATIONS:
+                raise Conflict(f"run {run_id} has {MAX_ANNOTATIONS} annotations, the most there may be")
             annotations = tuple(sorted((*record.run.annotations, annotation)))
             self._save(record, replace(record.run, annotations=annotations))
-        self._journal.wait_durable()
+        self._writer.wait_durable()
 
     def _keep_sample(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = True) -> None:
-        self._journal.add_sample(sample_of(run_id, snapshot, source))
+        self._writer.add_sample(sample_of(run_id, snapshot, source))
         histograms = histograms_of(snapshot)
         if histograms is not None:
-            self._journal.add_histograms(run_id, HistogramPoint(snapshot.taken_at, histograms), is_last)
+            self._writer.add_histograms(run_id, HistogramPoint(snapshot.taken_at, histograms), is_last)
 
     def add_snapshot(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = False) -> bool:
         """Keep a sample of a run that is not final; shown as its newest unless it is older
@@ -4457,7 +5171,7 @@ class Store:
             self._keep_sample(run_id, snapshot, source, is_last)
             if snapshot.taken_at >= record.snapshot_at:
                 record.set_snapshot(snapshot, source)
-                self._journal.save(record)
+                self._writer.save(record)
                 self._tell(record.run)
             return True
 
@@ -4466,17 +5180,25 @@ class Store:
         with self._lock:
             run = self._record(run_id).run
             if not run.is_final:
-                raise Conflict(f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted")
+                raise Conflict(
+                    f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted"
+                )
             if self._is_baseline(run):
-                raise Conflict(f"run {run_id} is the baseline of {run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first")
+                raise Conflict(
+                    f"run {run_id} is the baseline of {run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first"
+                )
             self._drop(run_id)
-        self._journal.wait_durable()
+        self._writer.wait_durable()
 
     def delete_older(self, before_at: float) -> int:
         """Remove final runs that finished before a moment; how many."""
         with self._lock:
             final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
-            old = {run.id for run in final if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at}
+            old = {
+                run.id
+                for run in final
+                if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at
+            }
             self._drop(*old)
         return len(old)
 
@@ -4488,29 +5210,35 @@ class Store:
 
     def keep_schedule(self, schedule_id: str, record: str | None, durable: bool = False) -> None:
         """Keep a schedule's record, None: no longer. NotReady when it is to be durable and cannot be."""
-        self._journal.save_document("schedules", schedule_id, None if record is None else (record,))
+        self._writer.save_document("schedules", schedule_id, None if record is None else (record,))
         if durable:
-            self._journal.wait_durable()
+            self._writer.wait_durable()
 
     def keep_delivery(self, delivery: Delivery) -> None:
         """Keep a new delivery, or how an old one fares."""
         with self._lock:
             self._deliveries[delivery.id] = delivery
-            self._journal.save_document("outbox", delivery.id, (delivery.created_at, dump_json(list(delivery))))
-            if len(self._deliveries) > MOST_DELIVERIES or delivery.ended_at is not None:
+            self._writer.save_document(
+                "outbox", delivery.id, (delivery.created_at, dump_json(list(delivery)))
+            )
+            if len(self._deliveries) > MAX_DELIVERIES or delivery.ended_at is not None:
                 self._forget_deliveries(time.time() - DELIVERIES_KEEP_S)
 
     def _forget_deliveries(self, before_at: float) -> None:
         ended = [one for one in self._deliveries.values() if one.ended_at is not None]
-        over = len(self._deliveries) - MOST_DELIVERIES
+        over = len(self._deliveries) - MAX_DELIVERIES
         for index, one in enumerate(ended):
             if index < over or (one.ended_at or 0) < before_at:
                 del self._deliveries[one.id]
-                self._journal.save_document("outbox", one.id, None)
+                self._writer.save_document("outbox", one.id, None)
 
     def waiting_deliveries(self, channel_id: str) -> list[Delivery]:
         with self._lock:
-            return [one for one in self._deliveries.values() if one.ended_at is None and one.channel_id == channel_id]
+            return [
+                one
+                for one in self._deliveries.values()
+                if one.ended_at is None and one.channel_id == channel_id
+            ]
 
     def list_deliveries(self, most: int) -> list[Delivery]:
         """The newest first."""
@@ -4528,16 +5256,16 @@ class Store:
         with self._lock:
             self._record(baseline.run_id)
             self._baselines[baseline.place] = baseline
-            self._journal.save_baseline(baseline.place, baseline)
-        self._journal.wait_durable()
+            self._writer.save_baseline(baseline.place, baseline)
+        self._writer.wait_durable()
 
     def drop_baseline(self, place: tuple[str, str, str]) -> None:
         """Have no baseline there; NotFound when there is none."""
         with self._lock:
             if self._baselines.pop(place, None) is None:
                 raise NotFound("there is no baseline of " + "/".join(place))
-            self._journal.save_baseline(place, None)
-        self._journal.wait_durable()
+            self._writer.save_baseline(place, None)
+        self._writer.wait_durable()
 
     def _is_baseline(self, run: Run) -> bool:
         baseline = self._baselines.get((run.tenant_id, run.env_id, run.scenario_id))
@@ -4557,45 +5285,48 @@ class Store:
     def audit(self, entry: AuditEntry) -> None:
         """Append an entry; it is on disk within half a second."""
         with self._lock:
-            self._journal.add_audit(self._next_audit_seq, entry)
+            self._writer.add_audit(self._next_audit_seq, entry)
             self._next_audit_seq += 1
 
     def audit_entries(self, wanted: AuditFilter, scope: Scope, limit: int) -> list[tuple[int, AuditEntry]]:
         """Up to `limit` entries with their numbers, newest first; NotReady when they cannot be read."""
         condition, values = wanted.where(scope)
         columns = ", ".join(("seq", *AuditEntry._fields))
-        rows = self._journal.read(
-            lambda database: database.query(f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}", tuple(values))
+        rows = self._writer.read(
+            lambda database: database.query(
+                f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}",
+                tuple(values),
+            )
         )
         return [(row[0], AuditEntry(*row[1:])) for row in rows]
 
     def wait_durable_or_log(self) -> None:
         try:
-            self._journal.wait_durable()
+            self._writer.wait_durable()
         except NotReady as error:
             log("change not yet on disk", why=error.message)
 
     def close(self) -> None:
-        self._journal.close()
+        self._writer.close()
 
-    def _record(self, run_id: str) -> Record:
+    def _record(self, run_id: str) -> StoredRun:
         record = self._records.get(run_id)
         if record is None:
             raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
         return record
 
-    def _save(self, record: Record, run: Run) -> Run:
+    def _save(self, record: StoredRun, run: Run) -> Run:
         record.set_run(run)
-        self._journal.save(record)
+        self._writer.save(record)
         self._tell(run)
         return run
 
     def _drop(self, *run_ids: str) -> None:
         with self._lock:
-            self._keys = {key_: known for key_, known in self._keys.items() if known[1] not in run_ids}
+            self._keys = {key: known for key, known in self._keys.items() if known[1] not in run_ids}
             for run_id in run_ids:
                 record = self._records.pop(run_id, None)
-                self._journal.forget(run_id)
+                self._writer.forget(run_id)
                 if record:
                     self._tell(record.run)  # who then does not find the run knows that it is gone
 
@@ -4645,36 +5376,51 @@ class LocustClient:
 
     def read_state(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
         """The state of now from the hooks' route, else the cached one of the statistics."""
-        if steady_s() >= self._hooks_absent_until:
+        if monotonic_s() >= self._hooks_absent_until:
             reading = self._read_hooks(timeout_s)
             if reading is not None:
                 return reading
-            self._hooks_absent_until = steady_s() + self.HOOKS_ABSENT_S
+            self._hooks_absent_until = monotonic_s() + self.HOOKS_ABSENT_S
         return self.read_stats(timeout_s)
 
     def read_stats(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
         """State and numbers from /stats/requests, up to STATS_CACHE_S old."""
         document = self._json("GET", "/stats/requests", timeout_s=timeout_s)
         if not isinstance(document.get("state"), str) or not isinstance(document.get("stats"), list):
-            raise LocustBadAnswer(f"{self._where('/stats/requests')} has no state and stats: is it a Locust master?")
+            raise LocustBadAnswer(
+                f"{self._where('/stats/requests')} has no state and stats: is it a Locust master?"
+            )
         return _reading_of_stats(document, time.time())
 
     def read_final(self, timeout_s: float = LOCUST_CALL_S) -> Snapshot:
         """The whole test's numbers as Locust's own CSV has them: not cached, not cut."""
         status, headers, body = self._call("GET", "/stats/requests/csv", None, timeout_s)
         if status != 200 or "html" in headers.get("content-type", "").lower():
-            raise LocustBadAnswer(f"{self._where('/stats/requests/csv')} answered HTTP {status} without a CSV report")
+            raise LocustBadAnswer(
+                f"{self._where('/stats/requests/csv')} answered HTTP {status} without a CSV report"
+            )
         return _snapshot_of_csv(body.decode("utf-8", "replace"), time.time())
 
     def read_failures(self) -> tuple[Failure, ...]:
         """Failed requests by endpoint and error, of now."""
         status, _, body = self._call("GET", "/stats/failures/csv", None, 2.0)
-        return tuple(_failure_of_csv(row) for row in csv.DictReader(io.StringIO(body.decode("utf-8", "replace")))) if status == 200 else ()
+        return (
+            tuple(
+                _failure_of_csv(row) for row in csv.DictReader(io.StringIO(body.decode("utf-8", "replace")))
+            )
+            if status == 200
+            else ()
+        )
 
     def read_exceptions(self) -> tuple[TaskException, ...]:
         document = self._json("GET", "/exceptions", timeout_s=2.0)
         rows = [row for row in document.get("exceptions") or () if isinstance(row, dict)]
-        return tuple(TaskException(_whole(r.get("count")), str(r.get("msg")), str(r.get("traceback")), str(r.get("nodes"))) for r in rows)
+        return tuple(
+            TaskException(
+                _whole(r.get("count")), str(r.get("msg")), str(r.get("traceback")), str(r.get("nodes"))
+            )
+            for r in rows
+        )
 
     def read_report(self) -> bytes:
         """Locust's own HTML report, about 1 MB."""
@@ -4695,16 +5441,28 @@ class LocustClient:
         try:
             document = json.loads(body) if status == 200 else None
             workers = document["workers"] if document else {}
-            found = [("master", document["master"]), *((str(name), entries) for name, entries in workers.items())] if document else []
-            return [{"process": name, "lines": [str(line) for line in entries[-lines:]]} for name, entries in found]
+            found = (
+                [("master", document["master"]), *((str(name), entries) for name, entries in workers.items())]
+                if document
+                else []
+            )
+            return [
+                {"process": name, "lines": [str(line) for line in entries[-lines:]]}
+                for name, entries in found
+            ]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise LocustRefused(f"{self._where('/logs')} answered HTTP {status}, and no logs: this Locust does not tell them") from None
+            raise LocustRefused(
+                f"{self._where('/logs')} answered HTTP {status}, and no logs: this Locust does not tell them"
+            ) from None
 
     def read_abilities(self) -> Abilities | None:
         """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
         _, _, page = self._call("GET", "/", None, 3.0)
         text = page.decode("utf-8", "replace")
-        classes, options = _list_in_page(text, "available_user_classes"), _object_in_page(text, "extra_options")
+        classes, options = (
+            _list_in_page(text, "available_user_classes"),
+            _object_in_page(text, "extra_options"),
+        )
         can_choose = re.search(r'"show_userclass_picker":\s*true', text) is not None
         if classes is None and options is None:
             return None
@@ -4747,7 +5505,9 @@ class LocustClient:
         self._version = _version_numbers(reading.version)
         return reading
 
-    def _json(self, method: str, path: str, form: dict[str, Any] | None = None, timeout_s: float = LOCUST_CALL_S) -> dict[str, Any]:
+    def _json(
+        self, method: str, path: str, form: dict[str, Any] | None = None, timeout_s: float = LOCUST_CALL_S
+    ) -> dict[str, Any]:
         status, headers, body = self._call(method, path, form, timeout_s)
         return self._decoded(path, status, headers, body)
 
@@ -4769,7 +5529,9 @@ class LocustClient:
     def _where(self, path: str) -> str:
         return f"Locust at {self.base_url}{path}"
 
-    def _call(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> tuple[int, dict[str, str], bytes]:
+    def _call(
+        self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float
+    ) -> tuple[int, dict[str, str], bytes]:
         """One request; signs in once when Locust asks for it."""
         status, headers, body = self._send(method, path, form, timeout_s)
         if 300 <= status < 400:
@@ -4779,7 +5541,11 @@ class LocustClient:
                 self._sign_in(timeout_s)
                 status, headers, body = self._send(method, path, form, timeout_s)
             if 300 <= status < 400:
-                hint = "it asks for a sign-in: set username and password of the cluster" if wants_login else "redirects are not followed"
+                hint = (
+                    "it asks for a sign-in: set username and password of the cluster"
+                    if wants_login
+                    else "redirects are not followed"
+                )
                 raise LocustRefused(f"{self._where(path)} redirects to {_printable(location)}; {hint}")
         return status, headers, body
 
@@ -4794,10 +5560,14 @@ class LocustClient:
         status, headers, _ = self._send("POST", target, form, timeout_s)
         cookie = headers.get("set-cookie", "").split(";")[0]
         if not cookie or status >= 400 or urlsplit(headers.get("location", "")).path.endswith("/login"):
-            raise LocustRefused(f"{self._where(target)} did not accept the username and password of the cluster")
+            raise LocustRefused(
+                f"{self._where(target)} did not accept the username and password of the cluster"
+            )
         self._cookie = cookie
 
-    def _send(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> tuple[int, dict[str, str], bytes]:
+    def _send(
+        self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float
+    ) -> tuple[int, dict[str, str], bytes]:
         """One exchange on a kept or new connection, bounded as a whole by `timeout_s`."""
         expired = threading.Event()
         connection = self._kept_connection()
@@ -4819,13 +5589,17 @@ class LocustClient:
                 raise TimeoutError
             body = urlencode(form, doseq=True) if form is not None and method == "POST" else None
             sent = True
-            connection.request(method, (urlsplit(self.base_url).path or "") + path, body, self._headers(path, body))
+            connection.request(
+                method, (urlsplit(self.base_url).path or "") + path, body, self._headers(path, body)
+            )
             response = connection.getresponse()
             raw = response.read(LOCUST_ANSWER_BYTES + 1)
             if expired.is_set():
                 raise TimeoutError
             if len(raw) > LOCUST_ANSWER_BYTES:
-                raise LocustBadAnswer(f"{self._where(path)} answered more than {LOCUST_ANSWER_BYTES >> 20} MiB")
+                raise LocustBadAnswer(
+                    f"{self._where(path)} answered more than {LOCUST_ANSWER_BYTES >> 20} MiB"
+                )
             headers = {name.lower(): value for name, value in response.getheaders()}
             if response.isclosed() and not response.will_close:
                 self._keep(connection)
@@ -4838,7 +5612,9 @@ class LocustClient:
             if connection is not None:
                 connection.close()
 
-    def _explained(self, error: Exception, path: str, expired: bool, sent: bool, timeout_s: float) -> LocustError:
+    def _explained(
+        self, error: Exception, path: str, expired: bool, sent: bool, timeout_s: float
+    ) -> LocustError:
         """What a network error means to the person who reads it."""
         where = self._where(path)
         if isinstance(error, LocustError):
@@ -4913,7 +5689,7 @@ class LocustClient:
         if re.fullmatch(r"[0-9.]+|.*:.*", host):
             return host
         with self._lock:
-            if self._addresses and self._addresses[1] > steady_s():
+            if self._addresses and self._addresses[1] > monotonic_s():
                 return self._addresses[0]
         found: list[Any] = []
 
@@ -4923,13 +5699,13 @@ class LocustClient:
             except OSError as error:
                 found.append(error)
 
-        in_background("dns", look_up).join(min(timeout_s, 5.0))
+        start_thread("dns", look_up).join(min(timeout_s, 5.0))
         if not found:
             raise OSError(f"the name {host} could not be looked up within {min(timeout_s, 5.0):g} s")
         if isinstance(found[0], OSError):
             raise OSError(f"the name {host} is not known ({found[0].strerror})")
         with self._lock:
-            self._addresses = (found[0], steady_s() + 60)
+            self._addresses = (found[0], monotonic_s() + 60)
         return found[0]
 
 
@@ -4999,14 +5775,21 @@ def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
         users=_whole(document.get("user_count")),
         distributed=isinstance(workers, list),
         workers=tuple(
-            Worker(str(w.get("id")), str(w.get("state")), _whole(w.get("user_count")), _number(w.get("cpu_usage")))
+            Worker(
+                str(w.get("id")),
+                str(w.get("state")),
+                _whole(w.get("user_count")),
+                _number(w.get("cpu_usage")),
+            )
             for w in workers or ()
             if isinstance(w, dict)
         ),
         requests=snapshot.requests or 0,
         cached=True,
         snapshot=snapshot,
-        failures=tuple(_failure_of_stats(row) for row in document.get("errors") or () if isinstance(row, dict)),
+        failures=tuple(
+            _failure_of_stats(row) for row in document.get("errors") or () if isinstance(row, dict)
+        ),
     )
 
 
@@ -5034,7 +5817,9 @@ def _failure_of_csv(row: dict[str, Any]) -> Failure:
 
 def _csv_moment(text: Any) -> float | None:
     try:
-        return parse_utc(text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z")
+        return parse_utc(
+            text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z"
+        )
     except ValueError:
         return None
 
@@ -5046,7 +5831,9 @@ def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
     requests, failures = _count(total.get("num_requests")), _count(total.get("num_failures"))
     window = document.get("current_response_time_percentiles")
     window = window if isinstance(window, dict) else {}
-    current = document.get("current_rps", document.get("total_rps"))  # total_rps is the current one before 2.46
+    current = document.get(
+        "current_rps", document.get("total_rps")
+    )  # total_rps is the current one before 2.46
     return Snapshot(
         taken_at=now,
         rps=_number(current),
@@ -5059,7 +5846,11 @@ def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
         p99_ms=_percentile(total, "0.99") if requests else None,
         users=_count(document.get("user_count")),
         endpoints=tuple(_endpoint_of_stats(row) for row in rows),
-        fails_per_s=_number(document.get("current_fail_per_sec", document.get("fail_per_sec", total.get("current_fail_per_sec")))),
+        fails_per_s=_number(
+            document.get(
+                "current_fail_per_sec", document.get("fail_per_sec", total.get("current_fail_per_sec"))
+            )
+        ),
         window_p50_ms=_number(window.get("response_time_percentile_0.5")),
         window_p95_ms=_number(window.get("response_time_percentile_0.95")),
     )
@@ -5152,7 +5943,12 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         users=_whole(document.get("userCount")),
         distributed=bool(document.get("distributed")),
         workers=tuple(
-            Worker(str(w.get("id")), str(w.get("state")), _whole(w.get("userCount")), _number(w.get("cpuPercent")))
+            Worker(
+                str(w.get("id")),
+                str(w.get("state")),
+                _whole(w.get("userCount")),
+                _number(w.get("cpuPercent")),
+            )
             for w in workers
         ),
         requests=_whole(document.get("numRequests")),
@@ -5161,7 +5957,9 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         run_id=str(document.get("runId") or ""),
         last_run_id=str(document.get("lastRunId") or ""),
         boot_id=str(document.get("bootId") or ""),
-        locustfile_sha256=str(document["locustfileSha256"])[:64] if document.get("locustfileSha256") else None,
+        locustfile_sha256=str(document["locustfileSha256"])[:64]
+        if document.get("locustfileSha256")
+        else None,
         version=str(document.get("locustVersion") or ""),
         target_users=_count(document.get("targetUserCount")),
         test_started_at=_number(document.get("testStartedAt")),
@@ -5176,7 +5974,12 @@ def _abilities_of_hooks(document: dict[str, Any]) -> Abilities | None:
     classes, options, tags = (document.get(name) for name in ("availableUserClasses", "options", "tags"))
     if not isinstance(classes, list) or not isinstance(options, list) or not isinstance(tags, list):
         return None  # hooks of an earlier version
-    return Abilities(tuple(map(str, classes)), bool(document.get("classPicker")), tuple(map(str, options)), tuple(map(str, tags)))
+    return Abilities(
+        tuple(map(str, classes)),
+        bool(document.get("classPicker")),
+        tuple(map(str, options)),
+        tuple(map(str, tags)),
+    )
 
 
 def _list_in_page(page: str, name: str) -> tuple[str, ...] | None:
@@ -5234,7 +6037,7 @@ class LaunchedCluster:
 
     @property
     def is_starting(self) -> bool:
-        return self.problem is None and steady_s() - self.started_at < WORKERS_PATIENCE_S
+        return self.problem is None and monotonic_s() - self.started_at < WORKERS_PATIENCE_S
 
     def start(self, control_plane_url: str, locustfile: str | None = None) -> None:
         """Start the guard, for the cluster's locustfile or another; `problem` says why when
@@ -5260,8 +6063,14 @@ class LaunchedCluster:
             start_new_session=True,  # Ctrl-C in our terminal is ours to handle
         )
         self._tell_guard(plan)
-        self.started_at = steady_s()
-        log("cluster launched", cluster=self.config.id, url=self.base_url, workers=self.workers, logs=self._log_folder)
+        self.started_at = monotonic_s()
+        log(
+            "cluster launched",
+            cluster=self.config.id,
+            url=self.base_url,
+            workers=self.workers,
+            logs=self._log_folder,
+        )
 
     def scale(self, workers: int) -> None:
         """Have so many workers from now on; OSError when the guard is gone."""
@@ -5275,7 +6084,9 @@ class LaunchedCluster:
     def read_logs(self, lines: int) -> list[dict[str, Any]]:
         """The last lines of each process, the master's first."""
         names = ["master", *(f"worker-{number + 1}" for number in range(self.workers))]
-        return [{"process": name, "lines": _last_lines(f"{self._log_start}-{name}.log", lines)} for name in names]
+        return [
+            {"process": name, "lines": _last_lines(f"{self._log_start}-{name}.log", lines)} for name in names
+        ]
 
     def why_dead(self) -> str | None:
         """What the master said last when it has ended, and where its log is; None while it runs."""
@@ -5323,9 +6134,28 @@ class LaunchedCluster:
         python = self._launcher.python or sys.executable
         locust = [python, "-m", "locust", "-f", os.path.join(self._folder, self.locustfile)]
         host = ["--host", self._launcher.host] if self._launcher.host else []
-        master = [*locust, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(master_port), "--class-picker"]
+        master = [
+            *locust,
+            "--master",
+            "--master-bind-host",
+            "127.0.0.1",
+            "--master-bind-port",
+            str(master_port),
+            "--class-picker",
+        ]
         master += ["--web-host", "127.0.0.1", "--web-port", str(web_port), *host]
-        return {"master": master, "worker": [*locust, "--worker", "--master-host", "127.0.0.1", "--master-port", str(master_port), *host]}
+        return {
+            "master": master,
+            "worker": [
+                *locust,
+                "--worker",
+                "--master-host",
+                "127.0.0.1",
+                "--master-port",
+                str(master_port),
+                *host,
+            ],
+        }
 
     def _environment(self, control_plane_url: str) -> dict[str, str]:
         ours = {
@@ -5335,7 +6165,11 @@ class LaunchedCluster:
             "ENV_ID": self.config.env_id,
             "CLUSTER_ID": self.config.id,
         }
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOADMANAGER_", "LOCUST_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LOADMANAGER_", "LOCUST_"))
+        }
         kept.pop("RUN_ID", None)
         return {**kept, "METRICS_PUSH_INTERVAL": "10", **ours}
 
@@ -5366,7 +6200,14 @@ def run_command(words: tuple[str, ...], facts: dict[str, object], timeout_s: flo
         words = tuple(word.replace(f"{{{name}}}", str(value)) for word in words)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOADMANAGER_")}
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, env=environment, start_new_session=True)
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            env=environment,
+            start_new_session=True,
+        )
     except subprocess.TimeoutExpired:
         raise LocustUnreachable(f"{words[0]} did not end within {timeout_s:g} s") from None
     except OSError as error:
@@ -5374,7 +6215,9 @@ def run_command(words: tuple[str, ...], facts: dict[str, object], timeout_s: flo
     output = done.stdout[:65536].decode("utf-8", "replace")
     if done.returncode:
         said = (done.stderr[-2000:].decode("utf-8", "replace") or output).strip().splitlines()
-        raise LocustUnreachable(f"{words[0]} ended with status {done.returncode}: {_printable(said[-1]) if said else 'it said nothing'}")
+        raise LocustUnreachable(
+            f"{words[0]} ended with status {done.returncode}: {_printable(said[-1]) if said else 'it said nothing'}"
+        )
     return output
 
 
@@ -5427,7 +6270,9 @@ class _GuardedCluster:
         while len(self._workers) > workers:
             self._workers.pop().end()
         for number in range(len(self._workers), workers):
-            self._workers.append(_GuardedProcess(self._plan["worker"], f"{self._plan['logs']}-worker-{number + 1}.log"))
+            self._workers.append(
+                _GuardedProcess(self._plan["worker"], f"{self._plan['logs']}-worker-{number + 1}.log")
+            )
 
     def keep_running(self) -> None:
         restarted = self._master.keep_running()
@@ -5457,7 +6302,7 @@ class _GuardedProcess:
 
     def keep_running(self) -> bool:
         """Start it when it is not running and its pause is over; True for a start after a death."""
-        now = steady_s()
+        now = monotonic_s()
         if self._process is not None:
             if self._process.poll() is None:
                 self._shorten_log(now)
@@ -5467,7 +6312,9 @@ class _GuardedProcess:
             self._start_at = now + pause_s
             self._deaths += 1
             with open(self._log_file, "a") as output:
-                output.write(f"{GUARD_ENDED} with status {self._process.returncode}, starting it again in {pause_s:g} s\n")
+                output.write(
+                    f"{GUARD_ENDED} with status {self._process.returncode}, starting it again in {pause_s:g} s\n"
+                )
             self._process = None
         if now < self._start_at:
             return False
@@ -5493,12 +6340,16 @@ class _GuardedProcess:
     def _start(self) -> None:
         import subprocess
 
-        self._started_at = steady_s()
+        self._started_at = monotonic_s()
         with open(self._log_file, "ab") as output:
             output.write(f"{GUARD_WORDS}started at {utc_text(time.time())}\n".encode())
             output.flush()
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=_die_with_parent
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=_die_with_parent,
             )
 
     def terminate(self) -> None:
@@ -5535,13 +6386,13 @@ def _die_with_parent() -> None:
 # ============================================================================
 # Every active run has one watch thread, so that a master that hangs delays no other run;
 # deadlines are kept by the timer and stops run in threads of their own, so that hanging
-# statistics delay no stop. Engine._lock guards who has which cluster, and is never held
+# statistics delay no stop. Orchestrator._lock guards who has which cluster, and is never held
 # while talking to Locust; a cluster's own lock is held through a start, a stop or a
 # change of users there, as a swarm into a stopping Locust makes load nobody can stop.
 
 
 class Cluster:
-    """One configured cluster and what the engine knows of it."""
+    """One configured cluster and what the orchestrator knows of it."""
 
     def __init__(self, config: ClusterConfig, client: LocustClient, launched: LaunchedCluster | None):
         self.config = config
@@ -5549,16 +6400,16 @@ class Cluster:
         self.client = client
         self.launched = launched
         self.operation = threading.RLock()  # a start, a stop or a change of users is going on
-        self.busy_with: str | None = None  # run that has it; guarded by Engine._lock
-        self.claimed_users = 0  # of that run
+        self.active_run_id: str | None = None  # run that has it; guarded by Orchestrator._lock
+        self.reserved_users = 0  # of that run
         self.cleanup_for: str | None = None  # a run that is over whose load may still run here
-        self.heard_at = steady_s()  # its last answer
+        self.last_seen_at = monotonic_s()  # its last answer
         self.stopped_at = -math.inf  # our last stop there
         self.problem: str | None = None
         self.had_workers = False
         self.workers_wanted = 1  # for the run that is starting
         self.patient_until = -math.inf  # until then workers may be missing
-        self.idle_since = steady_s()
+        self.idle_since = monotonic_s()
         self.scaled_at = -math.inf
 
     @property
@@ -5570,15 +6421,19 @@ class Cluster:
         """Have so many workers; returns when that is under way. LocustUnreachable when it cannot be."""
         launcher = self.config.launcher
         assert launcher is not None
-        self.scaled_at = steady_s()
+        self.scaled_at = monotonic_s()
         self.workers_wanted, self.patient_until = workers, self.scaled_at + launcher.scale_timeout_s
         try:
             if self.launched:
                 self.launched.scale(workers)
             else:
-                run_command(launcher.scale, {"workers": workers, "clusterId": self.id}, launcher.scale_timeout_s)
+                run_command(
+                    launcher.scale, {"workers": workers, "clusterId": self.id}, launcher.scale_timeout_s
+                )
         except OSError as error:
-            raise LocustUnreachable(f"cluster {self.id} cannot be scaled: {error.strerror or error}") from None
+            raise LocustUnreachable(
+                f"cluster {self.id} cannot be scaled: {error.strerror or error}"
+            ) from None
         log("cluster scaled", cluster=self.id, workers=workers)
 
     def count_workers(self) -> str:
@@ -5587,7 +6442,9 @@ class Cluster:
         if launcher is None or not launcher.status:
             return ""
         try:
-            output = run_command(launcher.status, {"clusterId": self.id}, min(10.0, launcher.scale_timeout_s)).split("\n")
+            output = run_command(
+                launcher.status, {"clusterId": self.id}, min(10.0, launcher.scale_timeout_s)
+            ).split("\n")
         except LocustError as error:
             return f"; the status command: {error.message}"
         lines = [line for line in output if line.strip()]
@@ -5595,7 +6452,7 @@ class Cluster:
         return f"; the status command counts {count}"
 
     def heard(self, reading: Reading) -> Reading:
-        self.heard_at = steady_s()
+        self.last_seen_at = monotonic_s()
         self.problem = None
         self.had_workers = self.had_workers or bool(reading.live_workers)
         return reading
@@ -5607,17 +6464,17 @@ class Cluster:
         return self.heard(self.client.read_stats(timeout_s))
 
 
-class Watch:
-    """What the engine keeps in memory of a run that is Running or Stopping."""
+class RunMonitor:
+    """What the orchestrator keeps in memory of a run that is Running or Stopping."""
 
     def __init__(self, run: Run, cluster: Cluster, deadline: float | None):
         self.run_id = run.id
         self.cluster = cluster
-        self.started = steady_s()
+        self.started = monotonic_s()
         self.deadline = deadline  # steady seconds
         self.over = threading.Event()  # the run is final, or being stopped
         self.final = threading.Event()  # the run is final
-        self.alarms: list[Alarm] = []
+        self.alarms: list[ScheduledCall] = []
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # somebody saw a user or a request
         self.most_workers = 0
@@ -5633,7 +6490,7 @@ class Watch:
 
     @property
     def age_s(self) -> float:
-        return steady_s() - self.started
+        return monotonic_s() - self.started
 
     @property
     def wanted_for_s(self) -> float:
@@ -5641,7 +6498,7 @@ class Watch:
         return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
 
     def remaining_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - steady_s())
+        return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
 
 
 class StopOutcome:
@@ -5663,7 +6520,7 @@ class LoadGoesOn(LocustError):
     error = "Locust cannot be stopped"
 
 
-class Engine:
+class Orchestrator:
     """The orchestrator. Public methods may be called from any thread and may wait for Locust."""
 
     CLEANUP_EVERY_S = 3.0
@@ -5678,10 +6535,10 @@ class Engine:
         self.store = store
         self.timer = timer
         self._lock = threading.RLock()
-        self._watches: dict[str, Watch] = {}
+        self._monitors: dict[str, RunMonitor] = {}
         self._control_plane_url = ""
         self._queue: list[str] = []  # ids of waiting runs, the next first
-        self._queue_alarm: Alarm | None = None
+        self._queue_alarm: ScheduledCall | None = None
         self._closing = False
         self._limits = {tenant.id: tenant for tenant in config.tenants}
         self._environments = {(item.tenant_id, item.id): item for item in config.environments}
@@ -5700,7 +6557,9 @@ class Engine:
         for cluster in self.clusters.values():
             if cluster.launched and not (cluster.config.launcher and cluster.config.launcher.idle_s):
                 self._launch(cluster, None)  # the others start when a run needs them
-        if any(cluster.config.launcher and cluster.config.launcher.idle_s for cluster in self.clusters.values()):
+        if any(
+            cluster.config.launcher and cluster.config.launcher.idle_s for cluster in self.clusters.values()
+        ):
             self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
 
     def _launch(self, cluster: Cluster, locustfile: str | None) -> None:
@@ -5709,7 +6568,7 @@ class Engine:
         launched.start(self._control_plane_url, locustfile)
         cluster.client.moved_to(launched.base_url)
         cluster.problem = launched.problem
-        cluster.workers_wanted, cluster.patient_until = launched.workers, steady_s() + WORKERS_PATIENCE_S
+        cluster.workers_wanted, cluster.patient_until = launched.workers, monotonic_s() + WORKERS_PATIENCE_S
 
     def reconcile(self) -> None:
         """Settle what an earlier process left: waits (bounded) for overdue stops only."""
@@ -5719,25 +6578,30 @@ class Engine:
             if run.queued:
                 self._queue.append(run.id)
             elif cluster is None:
-                self._fail(run.id, f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand")
+                self._fail(
+                    run.id, f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand"
+                )
             else:
-                cluster.busy_with = run.id
-                thread = in_background("reconcile", functools.partial(self._reconcile, run, cluster))
+                cluster.active_run_id = run.id
+                thread = start_thread("reconcile", functools.partial(self._reconcile, run, cluster))
                 if run.deadline_at and run.deadline_at <= time.time():
                     overdue.append(thread)
         for run in self.store.list_runs():
             if run.cleanup and run.cluster_id in self.clusters:
                 self._clean_up_later(self.clusters[run.cluster_id], run.id)
-        give_up_at = steady_s() + 2
+        give_up_at = monotonic_s() + 2
         for thread in overdue:
-            thread.join(max(0.0, give_up_at - steady_s()))
+            thread.join(max(0.0, give_up_at - monotonic_s()))
         self._forget_old()
         self._dispatch_queue()
 
     def _reconcile(self, run: Run, cluster: Cluster) -> None:
         log("run found after a restart", run=run.id, status=run.status.value, cluster=cluster.id)
         if cluster.launched:
-            self._fail(run.id, "its cluster ended with the Load Manager that had launched it; the numbers are its last ones")
+            self._fail(
+                run.id,
+                "its cluster ended with the Load Manager that had launched it; the numbers are its last ones",
+            )
         elif run.status is RunStatus.PENDING:
             self._reconcile_pending(run, cluster)
         elif run.status is RunStatus.STOPPING:
@@ -5768,7 +6632,11 @@ class Engine:
         try:
             reading = cluster.read_state()
         except LocustError as error:
-            self._fail(run.id, f"Load Manager ended before the start was confirmed, and {error.message}", cleanup=True)
+            self._fail(
+                run.id,
+                f"Load Manager ended before the start was confirmed, and {error.message}",
+                cleanup=True,
+            )
             return
         if reading.hooks and reading.run_id == run.id:
             started_at = min(reading.test_started_at or time.time(), time.time())
@@ -5782,17 +6650,26 @@ class Engine:
         with self._lock:
             self._closing = True
         ending = [
-            run for run in self.store.active_runs()
+            run
+            for run in self.store.active_runs()
             if run.status in (RunStatus.RUNNING, RunStatus.STOPPING) and self._ends_with_us(run)
         ]
-        stops = [in_background("shutdown", functools.partial(self._stop_quietly, run.id)) for run in ending]
-        give_up_at = steady_s() + 3.2
+        stops = [start_thread("shutdown", functools.partial(self._stop_quietly, run.id)) for run in ending]
+        give_up_at = monotonic_s() + 3.2
         for thread in stops:
-            thread.join(max(0.0, give_up_at - steady_s()))
+            thread.join(max(0.0, give_up_at - monotonic_s()))
         for run in ending:
-            watch = self._watches.get(run.id)
-            if watch and not watch.final.wait(max(0.0, give_up_at - steady_s())) and self.clusters[run.cluster_id].launched:
-                self._fail(run.id, "Load Manager was stopped, and its launched cluster with it", stop_reason="shutdown")
+            watch = self._monitors.get(run.id)
+            if (
+                watch
+                and not watch.final.wait(max(0.0, give_up_at - monotonic_s()))
+                and self.clusters[run.cluster_id].launched
+            ):
+                self._fail(
+                    run.id,
+                    "Load Manager was stopped, and its launched cluster with it",
+                    stop_reason="shutdown",
+                )
         for cluster in self.clusters.values():
             if cluster.launched:
                 cluster.launched.stop(2.0)
@@ -5810,7 +6687,11 @@ class Engine:
     # ---- creating ----------------------------------------------------------
 
     def create(
-        self, request: RunRequest, created_by: str, source: str = "api", idempotency: tuple[str, str] | None = None
+        self,
+        request: RunRequest,
+        created_by: str,
+        source: str = "api",
+        idempotency: tuple[str, str] | None = None,
     ) -> Run:
         """Start a run on the first free cluster of its tenant and environment, or queue it.
 
@@ -5854,8 +6735,16 @@ class Engine:
         """Start again what a run was asked for."""
         old = self.store.get(run_id)
         request = RunRequest(
-            old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s, old.metadata,
-            thresholds=tuple(undecided(threshold) for threshold in old.thresholds), compare_with=old.compare_with, plan=old.plan,
+            old.tenant_id,
+            old.env_id,
+            old.scenario_id,
+            old.target_users,
+            old.spawn_rate,
+            old.duration_s,
+            old.metadata,
+            thresholds=tuple(undecided(threshold) for threshold in old.thresholds),
+            compare_with=old.compare_with,
+            plan=old.plan,
         )
         return self.create(replace(request, **changes), created_by)
 
@@ -5863,7 +6752,9 @@ class Engine:
         tenants = [cluster for cluster in self.clusters.values() if cluster.config.tenant_id == tenant_id]
         serving = [cluster for cluster in tenants if cluster.config.env_id == env_id]
         if not tenants:
-            raise InvalidInput(f"no cluster serves tenant {tenant_id!r}", {"tenantId": "no cluster serves this tenant"})
+            raise InvalidInput(
+                f"no cluster serves tenant {tenant_id!r}", {"tenantId": "no cluster serves this tenant"}
+            )
         if not serving:
             known = ", ".join(sorted({cluster.config.env_id for cluster in tenants}))
             why = f"no cluster of the tenant serves this environment; there are {known}"
@@ -5873,10 +6764,12 @@ class Engine:
     def _claim(self, cluster: Cluster, run: Run) -> bool:
         """Take a free cluster for a run; those who queue for it go first."""
         with self._lock:
-            waiting = any(self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id)
+            waiting = any(
+                self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id
+            )
             if self._is_taken(cluster) or (waiting and run.id not in self._queue) or self._over_limit(run):
                 return False
-            cluster.busy_with, cluster.claimed_users = run.id, run.target_users
+            cluster.active_run_id, cluster.reserved_users = run.id, run.target_users
             return True
 
     def refuse_unsafe(self, request: RunRequest) -> None:
@@ -5885,7 +6778,11 @@ class Engine:
         tenant = self._limits.get(request.tenant_id)
         environment = self._environments.get((request.tenant_id, request.env_id))
         place = (request.tenant_id, request.env_id)
-        serving = [cluster.config for cluster in self.clusters.values() if (cluster.config.tenant_id, cluster.config.env_id) == place]
+        serving = [
+            cluster.config
+            for cluster in self.clusters.values()
+            if (cluster.config.tenant_id, cluster.config.env_id) == place
+        ]
         own_hosts = [config.launcher.host if config.launcher else None for config in serving]
         problems = load_refusals(request, tenant, environment, own_hosts)
         if problems:
@@ -5917,14 +6814,20 @@ class Engine:
         """The clusters that other runs of its tenant have."""
         with self._lock:
             return [
-                cluster for cluster in self.clusters.values()
-                if cluster.config.tenant_id == run.tenant_id and cluster.busy_with != run.id and self._is_taken(cluster)
+                cluster
+                for cluster in self.clusters.values()
+                if cluster.config.tenant_id == run.tenant_id
+                and cluster.active_run_id != run.id
+                and self._is_taken(cluster)
             ]
 
     def _users_on(self, cluster: Cluster) -> int:
         """The users that its run has, or will have."""
-        run, watch = self.store.find(cluster.busy_with or ""), self._watches.get(cluster.busy_with or "")
-        asked = run.target_users if run else cluster.claimed_users  # claimed, and not kept yet
+        run, watch = (
+            self.store.find(cluster.active_run_id or ""),
+            self._monitors.get(cluster.active_run_id or ""),
+        )
+        asked = run.target_users if run else cluster.reserved_users  # claimed, and not kept yet
         return max(asked, watch.target.users) if watch else asked
 
     def _limit_reached(self, run: Run) -> Conflict | None:
@@ -5934,23 +6837,26 @@ class Engine:
     def _is_taken(self, cluster: Cluster) -> bool:
         """A run has it that is not over: who sees a run final may start the next at once,
         also in the moment before its end is on disk."""
-        run = self.store.find(cluster.busy_with or "")
-        return cluster.busy_with is not None and not (run is not None and run.is_final)
+        run = self.store.find(cluster.active_run_id or "")
+        return cluster.active_run_id is not None and not (run is not None and run.is_final)
 
     def _may_use(self, run_id: str, cluster: Cluster) -> bool:
         run = self.store.find(run_id)
-        return run is not None and (run.tenant_id, run.env_id) == (cluster.config.tenant_id, cluster.config.env_id)
+        return run is not None and (run.tenant_id, run.env_id) == (
+            cluster.config.tenant_id,
+            cluster.config.env_id,
+        )
 
     def _release(self, cluster: Cluster, run_id: str) -> None:
         with self._lock:
-            if cluster.busy_with == run_id:
-                cluster.busy_with = None
-                cluster.idle_since = steady_s()
+            if cluster.active_run_id == run_id:
+                cluster.active_run_id = None
+                cluster.idle_since = monotonic_s()
         self._dispatch_queue()
 
     def _busy(self, candidates: list[Cluster]) -> ClusterBusy:
         first = candidates[0]
-        active = next((cluster.busy_with for cluster in candidates if self._is_taken(cluster)), None)
+        active = next((cluster.active_run_id for cluster in candidates if self._is_taken(cluster)), None)
         extra = {"activeRunId": active} if active else {}
         which = f"cluster {first.id} has" if len(candidates) == 1 else f"all {len(candidates)} clusters have"
         return ClusterBusy(f'{which} an active run; stop it, wait, or create with "queue": true', **extra)
@@ -5969,7 +6875,7 @@ class Engine:
 
     def _was_swarmed(self, run_id: str) -> bool:
         with self._lock:
-            return run_id in self._watches
+            return run_id in self._monitors
 
     def _start_on(self, cluster: Cluster, run: Run, idempotency: tuple[str, str] | None = None) -> Run:
         """Check that the cluster is idle, keep the run, swarm. The cluster is claimed."""
@@ -5998,7 +6904,9 @@ class Engine:
             self._warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
         return self._started(run.id)
 
-    def _swarm_form(self, cluster: Cluster, run: Run, watch: Watch, reading: Reading | None) -> dict[str, Any]:
+    def _swarm_form(
+        self, cluster: Cluster, run: Run, watch: RunMonitor, reading: Reading | None
+    ) -> dict[str, Any]:
         """The form of /swarm. All custom arguments go every time, as Locust keeps old ones."""
         remaining = watch.remaining_s()
         ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
@@ -6015,7 +6923,10 @@ class Engine:
             "lm_tags": ",".join(run.plan.tags),
             "lm_exclude_tags": ",".join(run.plan.exclude_tags),
         }
-        form.update((name, str(value).lower() if isinstance(value, bool) else value) for name, value in (run.plan.options or {}).items())
+        form.update(
+            (name, str(value).lower() if isinstance(value, bool) else value)
+            for name, value in (run.plan.options or {}).items()
+        )
         host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
         if host:
             form["host"] = host
@@ -6025,10 +6936,14 @@ class Engine:
             form["run_time"] = ends_in
         return form
 
-    def _check_plan(self, cluster: Cluster, plan: Plan, reading: Reading) -> None:
+    def _check_plan(self, cluster: Cluster, plan: LoadProfile, reading: Reading) -> None:
         """InvalidInput when the cluster's Locust cannot run what is planned."""
         abilities = reading.abilities
-        if abilities is None and not reading.hooks and (plan.user_classes or plan.options or plan.tags or plan.exclude_tags):
+        if (
+            abilities is None
+            and not reading.hooks
+            and (plan.user_classes or plan.options or plan.tags or plan.exclude_tags)
+        ):
             abilities = cluster.client.read_abilities()
         refusal = plan_refusal(plan, abilities)
         if refusal:
@@ -6042,7 +6957,9 @@ class Engine:
             wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
             if launched.is_running and launched.locustfile != wanted_file:
                 if self._is_loaded(cluster):
-                    raise ClusterBusy(f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page")
+                    raise ClusterBusy(
+                        f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page"
+                    )
                 launched.stop()
             if not launched.is_running:
                 self._launch(cluster, wanted_file)
@@ -6070,13 +6987,22 @@ class Engine:
             return
         for cluster in self.clusters.values():
             launcher = cluster.config.launcher
-            if launcher and launcher.idle_s and not cluster.is_asleep and self._is_unused_for(cluster, launcher.idle_s):
-                in_background("sleep", functools.partial(self._put_to_sleep, cluster))
+            if (
+                launcher
+                and launcher.idle_s
+                and not cluster.is_asleep
+                and self._is_unused_for(cluster, launcher.idle_s)
+            ):
+                start_thread("sleep", functools.partial(self._put_to_sleep, cluster))
         self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
 
     def _is_unused_for(self, cluster: Cluster, seconds: float) -> bool:
         with self._lock:
-            return cluster.busy_with is None and cluster.cleanup_for is None and steady_s() - cluster.idle_since >= seconds
+            return (
+                cluster.active_run_id is None
+                and cluster.cleanup_for is None
+                and monotonic_s() - cluster.idle_since >= seconds
+            )
 
     def _put_to_sleep(self, cluster: Cluster) -> None:
         """Stop a launched cluster, or scale away the workers of another, unless somebody has it."""
@@ -6086,7 +7012,12 @@ class Engine:
             return
         try:
             is_down = cluster.launched is None and cluster.workers_wanted == 0
-            if is_down or cluster.is_asleep or not self._is_unused_for(cluster, launcher.idle_s or 0) or self._is_loaded(cluster):
+            if (
+                is_down
+                or cluster.is_asleep
+                or not self._is_unused_for(cluster, launcher.idle_s or 0)
+                or self._is_loaded(cluster)
+            ):
                 return
             if cluster.launched:
                 cluster.launched.stop()
@@ -6094,7 +7025,7 @@ class Engine:
             else:
                 cluster.scale(0)
         except LocustError as error:
-            cluster.idle_since = steady_s()  # not again at once
+            cluster.idle_since = monotonic_s()  # not again at once
             cluster.problem = error.message
             log("cluster not put to sleep", cluster=cluster.id, why=error.message)
         finally:
@@ -6115,11 +7046,11 @@ class Engine:
         try:
             if cluster.is_asleep:
                 self._launch(cluster, None)
-            cluster.idle_since = steady_s()
+            cluster.idle_since = monotonic_s()
             cluster.scale(workers)
         finally:
             cluster.operation.release()
-        watch = self._watches.get(cluster.busy_with or "")
+        watch = self._monitors.get(cluster.active_run_id or "")
         if watch:
             watch.most_workers = min(watch.most_workers, workers)  # those that go now are not lost
             watch.scaled = True
@@ -6132,10 +7063,15 @@ class Engine:
 
     def _replace_lost(self, cluster: Cluster, reading: Reading) -> None:
         launcher = cluster.config.launcher
-        if launcher is None or cluster.launched or not launcher.replace_lost_workers or steady_s() - cluster.scaled_at < self.REPLACE_EVERY_S:
+        if (
+            launcher is None
+            or cluster.launched
+            or not launcher.replace_lost_workers
+            or monotonic_s() - cluster.scaled_at < self.REPLACE_EVERY_S
+        ):
             return
         if len(reading.live_workers) < cluster.workers_wanted:
-            in_background("replace", functools.partial(self._scale_again, cluster, cluster.workers_wanted))
+            start_thread("replace", functools.partial(self._scale_again, cluster, cluster.workers_wanted))
 
     def _scale_again(self, cluster: Cluster, workers: int) -> None:
         try:
@@ -6146,7 +7082,7 @@ class Engine:
     def _wait_until_idle(self, cluster: Cluster) -> Reading:
         """The reading of an idle cluster, waiting (bounded) for one that is starting or still
         stopping. ClusterBusy when somebody else's test runs there, LocustError otherwise."""
-        give_up_at = steady_s() + IDLE_WAIT_S
+        give_up_at = monotonic_s() + IDLE_WAIT_S
         if cluster.launched:
             if cluster.launched.problem:
                 raise LocustUnreachable(f"cluster {cluster.id} is not launched: {cluster.launched.problem}")
@@ -6154,28 +7090,38 @@ class Engine:
         if cluster.cleanup_for:
             self._clean_up(cluster)
         while True:
-            patient_workers = steady_s() < cluster.patient_until
+            patient_workers = monotonic_s() < cluster.patient_until
             verdict, reading, error = self._look_for_idle(cluster)
             if verdict is Idleness.IDLE and reading:
                 cluster.patient_until = -math.inf
                 return reading
             if error and cluster.launched and (why := cluster.launched.why_dead()):
                 raise LocustUnreachable(f"cluster {cluster.id} does not run: {why}")
-            patient = steady_s() < give_up_at
-            just_stopped = steady_s() - cluster.stopped_at < IDLE_WAIT_S
+            patient = monotonic_s() < give_up_at
+            just_stopped = monotonic_s() - cluster.stopped_at < IDLE_WAIT_S
             if error and not (patient and cluster.launched):
                 raise error
-            stale = reading is not None and reading.cached and steady_s() - cluster.stopped_at < STATS_CACHE_S + 0.5
+            stale = (
+                reading is not None
+                and reading.cached
+                and monotonic_s() - cluster.stopped_at < STATS_CACHE_S + 0.5
+            )
             if verdict is Idleness.LOADED and not stale:
-                raise ClusterBusy(f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page")
-            hopeless = verdict is Idleness.NO_WORKERS and not (cluster.launched or patient_workers or (just_stopped and cluster.had_workers))
+                raise ClusterBusy(
+                    f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page"
+                )
+            hopeless = verdict is Idleness.NO_WORKERS and not (
+                cluster.launched or patient_workers or (just_stopped and cluster.had_workers)
+            )
             if not patient or hopeless:
                 counted = cluster.count_workers() if verdict is Idleness.NO_WORKERS else ""
-                raise LocustUnreachable(f"cluster {cluster.id} {verdict.value if verdict else 'does not answer'}{counted}")
+                raise LocustUnreachable(
+                    f"cluster {cluster.id} {verdict.value if verdict else 'does not answer'}{counted}"
+                )
             time.sleep(0.1 if reading is None or not reading.cached else 0.5)
 
     def _look_for_idle(self, cluster: Cluster) -> tuple[Idleness | None, Reading | None, LocustError | None]:
-        wanted = max(1, cluster.workers_wanted) if steady_s() < cluster.patient_until else 1
+        wanted = max(1, cluster.workers_wanted) if monotonic_s() < cluster.patient_until else 1
         try:
             reading = cluster.read_state()
         except LocustError as error:
@@ -6183,12 +7129,12 @@ class Engine:
             return None, None, error
         return idleness(reading, wanted), reading, None
 
-    def _new_watch(self, run: Run, cluster: Cluster, remaining_s: float | None) -> Watch:
-        deadline = None if remaining_s is None else steady_s() + remaining_s
+    def _new_watch(self, run: Run, cluster: Cluster, remaining_s: float | None) -> RunMonitor:
+        deadline = None if remaining_s is None else monotonic_s() + remaining_s
         with self._lock:
-            watch = self._watches.get(run.id)
+            watch = self._monitors.get(run.id)
             if watch is None:
-                watch = self._watches[run.id] = Watch(run, cluster, deadline)
+                watch = self._monitors[run.id] = RunMonitor(run, cluster, deadline)
         return watch
 
     def _started(self, run_id: str) -> Run:
@@ -6202,13 +7148,15 @@ class Engine:
         log("run started", run=run.id, cluster=cluster.id, users=run.target_users, duration_s=run.duration_s)
         return self.store.get(run_id)
 
-    def _arm(self, run: Run, cluster: Cluster, remaining_s: float | None) -> Watch:
+    def _arm(self, run: Run, cluster: Cluster, remaining_s: float | None) -> RunMonitor:
         """Start watching a Running run and set its deadline."""
         watch = self._new_watch(run, cluster, remaining_s)
-        watch.started = steady_s()
+        watch.started = monotonic_s()
         watch.deadline = None if remaining_s is None else watch.started + remaining_s
         if watch.deadline is not None:
-            watch.alarms.append(self.timer.at(watch.deadline, functools.partial(self._begin_stop, run.id, "duration")))
+            watch.alarms.append(
+                self.timer.at(watch.deadline, functools.partial(self._begin_stop, run.id, "duration"))
+            )
         elapsed_s = time.time() - (run.started_at or time.time())
         for start_s in stage_starts(run):
             if start_s > elapsed_s:
@@ -6216,7 +7164,7 @@ class Engine:
                 watch.alarms.append(self.timer.at(watch.started + start_s - elapsed_s, apply))
         proof_at = watch.started + self.rules.start_timeout_s
         watch.alarms.append(self.timer.at(proof_at, functools.partial(self._proof_is_due, watch)))
-        in_background(f"watch-{run.id[:8]}", functools.partial(self._watch, watch))
+        start_thread(f"watch-{run.id[:8]}", functools.partial(self._watch, watch))
         return watch
 
     # ---- the queue ---------------------------------------------------------
@@ -6250,9 +7198,12 @@ class Engine:
                 if (run.tenant_id, run.env_id) in served:
                     continue
                 served.add((run.tenant_id, run.env_id))
-                cluster = next((c for c in self.clusters.values() if self._may_use(run_id, c) and self._claim(c, run)), None)
+                cluster = next(
+                    (c for c in self.clusters.values() if self._may_use(run_id, c) and self._claim(c, run)),
+                    None,
+                )
                 if cluster:
-                    in_background("queue", functools.partial(self._start_queued, run, cluster))
+                    start_thread("queue", functools.partial(self._start_queued, run, cluster))
             self._number_queue()
             if self._queue and self._queue_alarm is None:
                 self._queue_alarm = self.timer.after(self.QUEUE_RETRY_S, self._retry_queue)
@@ -6264,7 +7215,7 @@ class Engine:
     def _retry_queue(self) -> None:
         with self._lock:
             self._queue_alarm = None
-        in_background("queue", self._dispatch_queue)
+        start_thread("queue", self._dispatch_queue)
 
     def _start_queued(self, run: Run, cluster: Cluster) -> None:
         """Start the queue's first; one whose cluster is not ready goes on waiting."""
@@ -6276,21 +7227,21 @@ class Engine:
             else:
                 log("queued run waits on", run=run.id, why=error.message)
                 with self._lock:
-                    cluster.busy_with = None
+                    cluster.active_run_id = None
         except InvalidInput as error:
             self._fail(run.id, error.message)  # waiting does not make it possible
         except LoadManagerError as error:
             log("queued run waits on", run=run.id, why=error.message)
             with self._lock:
-                cluster.busy_with = None
+                cluster.active_run_id = None
 
     # ---- watching ----------------------------------------------------------
 
-    def _watch(self, watch: Watch) -> None:
+    def _watch(self, watch: RunMonitor) -> None:
         """The thread of one Running run: look at its cluster on the interval, oftener until
         the start is proven. Ends with the run's Running."""
         due = watch.started + min(1.0, self.rules.poll_interval_s)
-        while not watch.over.wait(max(0.0, due - steady_s())):
+        while not watch.over.wait(max(0.0, due - monotonic_s())):
             run = self.store.find(watch.run_id)
             if run is None or run.status is not RunStatus.RUNNING:
                 return
@@ -6298,12 +7249,14 @@ class Engine:
                 self._look(watch, run)
             except LocustError as error:
                 self._not_heard(watch, run, error)
-            interval = self.rules.poll_interval_s if watch.users_seen else min(1.0, self.rules.poll_interval_s)
+            interval = (
+                self.rules.poll_interval_s if watch.users_seen else min(1.0, self.rules.poll_interval_s)
+            )
             if watch.judge.may_abort:
                 interval = min(interval, ABORT_LOOK_S)
-            due = max(due + interval, steady_s())
+            due = max(due + interval, monotonic_s())
 
-    def _look(self, watch: Watch, run: Run) -> None:
+    def _look(self, watch: RunMonitor, run: Run) -> None:
         """One look: the uncached state first where it matters, then the numbers."""
         cluster = watch.cluster
         if not watch.users_seen or self._lease_needs_us(run):
@@ -6333,18 +7286,18 @@ class Engine:
     def _lease_needs_us(self, run: Run) -> bool:
         return run.duration_s is None and self.rules.lease_s > 0
 
-    def _note_start(self, watch: Watch, reading: Reading) -> None:
+    def _note_start(self, watch: RunMonitor, reading: Reading) -> None:
         watch.start_seen = watch.start_seen or reading.is_loaded
         watch.users_seen = watch.users_seen or (reading.users > 0 and reading.is_loaded)
         watch.boot_id = watch.boot_id or reading.boot_id
 
-    def _is_over(self, watch: Watch, run: Run, reading: Reading) -> bool:
+    def _is_over(self, watch: RunMonitor, run: Run, reading: Reading) -> bool:
         """Locust no longer runs this test, as far as this reading tells."""
         if reading.hooks and reading.run_id and reading.run_id != run.id:
             return True  # another test has taken its place
         return watch.start_seen and watch.age_s > 2 and not reading.is_loaded and reading.state in IDLE_STATES
 
-    def _confirm_end(self, watch: Watch, run: Run, first: Reading) -> None:
+    def _confirm_end(self, watch: RunMonitor, run: Run, first: Reading) -> None:
         """No decision on one cached reading: look again when the cache must be new."""
         if watch.over.wait(0.0 if first.requests < watch.last_requests else STATS_CACHE_S + 0.3):
             return
@@ -6352,10 +7305,12 @@ class Engine:
         if self._is_over(watch, run, second):
             self._ended_by_locust(watch, second)
 
-    def _note_reading(self, watch: Watch, run: Run, reading: Reading) -> None:
+    def _note_reading(self, watch: RunMonitor, run: Run, reading: Reading) -> None:
         workers_before = watch.most_workers
         watch.most_workers = max(watch.most_workers, len(reading.live_workers))
-        for code, sentence in watch_warnings(watch.target, watch.last, reading, watch.most_workers, watch.wanted_for_s):
+        for code, sentence in watch_warnings(
+            watch.target, watch.last, reading, watch.most_workers, watch.wanted_for_s
+        ):
             self._warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
             self.store.add_snapshot(run.id, reading.snapshot, "poll")
@@ -6365,7 +7320,7 @@ class Engine:
         self._replace_lost(watch.cluster, reading)
         watch.last, watch.failures = reading, reading.failures
 
-    def _judge(self, watch: Watch, snapshot: Snapshot) -> None:
+    def _judge(self, watch: RunMonitor, snapshot: Snapshot) -> None:
         """Hold new numbers against the thresholds; stop the run when one says so."""
         run = self.store.find(watch.run_id)
         if run is None or run.status is not RunStatus.RUNNING or not run.thresholds or run.started_at is None:
@@ -6374,7 +7329,7 @@ class Engine:
         if failed is not None and self._begin_stop(run.id, "threshold"):
             log("run aborted by a threshold", run=run.id, threshold=failed.expr)
 
-    def _mind_users(self, watch: Watch, run: Run, reading: Reading, workers_before: int) -> None:
+    def _mind_users(self, watch: RunMonitor, run: Run, reading: Reading, workers_before: int) -> None:
         """Spread the users again after workers came or went; note users changed in Locust's page."""
         before, wanted = watch.last, watch.target.users
         if before is None:
@@ -6382,25 +7337,39 @@ class Engine:
         came = workers_before and any(worker.state == "ready" for worker in reading.live_workers)
         went = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
         watch.respread_due = bool(watch.respread_due or came or went)
-        short = watch.scaled and reading.users < wanted and watch.wanted_for_s > 5 and before.users == reading.users
-        if short and steady_s() - watch.respread_at > 10:
+        short = (
+            watch.scaled
+            and reading.users < wanted
+            and watch.wanted_for_s > 5
+            and before.users == reading.users
+        )
+        if short and monotonic_s() - watch.respread_at > 10:
             watch.scaled, watch.respread_due = False, True  # a worker came and went between two looks
-        if reading.state != "running" or steady_s() - watch.respread_at < 5:
+        if reading.state != "running" or monotonic_s() - watch.respread_at < 5:
             return
         if reading.live_workers and watch.respread_due:
             watch.respread_due = False
             self._respread(watch, run)
             return
-        stable = before.users == reading.users and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
+        stable = (
+            before.users == reading.users
+            and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
+        )
         if stable and 0 < reading.users != wanted and watch.wanted_for_s > 5 and before.state == "running":
-            if reading.users < wanted and watch.respread_at == -math.inf and not self._changed_by_hand(watch, reading):
+            if (
+                reading.users < wanted
+                and watch.respread_at == -math.inf
+                and not self._changed_by_hand(watch, reading)
+            ):
                 return
-            self._warn(run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}")
+            self._warn(
+                run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}"
+            )
             watch.target = watch.target._replace(users=reading.users)
             if watch.deadline is not None:
                 self._respread(watch, run)  # Locust forgot run_time with the change
 
-    def _changed_by_hand(self, watch: Watch, reading: Reading) -> bool:
+    def _changed_by_hand(self, watch: RunMonitor, reading: Reading) -> bool:
         """Fewer users than asked may be a cluster that cannot; the hooks know what was asked."""
         try:
             state = watch.cluster.read_state()
@@ -6408,7 +7377,7 @@ class Engine:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def _respread(self, watch: Watch, run: Run) -> bool:
+    def _respread(self, watch: RunMonitor, run: Run) -> bool:
         """Swarm again with the same run and its remaining time: Locust spreads users over the
         workers it has only then (2.47.0). False when the run is about to end anyway."""
         cluster = watch.cluster
@@ -6421,7 +7390,7 @@ class Engine:
                 return False
             if not cluster.read_state().is_loaded:
                 return False  # it just ended: a swarm would start it anew
-            watch.respread_at = steady_s()
+            watch.respread_at = monotonic_s()
             cluster.client.swarm(self._swarm_form(cluster, run, watch, None))
         log("users spread again", run=run.id, cluster=cluster.id, users=watch.target.users)
         return True
@@ -6430,15 +7399,23 @@ class Engine:
         """Give a running load another number of users; returns when Locust took it. Conflict
         when the run is not Running, LocustError when Locust does not."""
         run = self.store.get(run_id)
-        watch = self._watches.get(run_id)
+        watch = self._monitors.get(run_id)
         if run.status is not RunStatus.RUNNING or watch is None:
-            raise Conflict(f"run {run_id} is {run.status.value}; only the users of a Running one can be changed", status=run.status.value)
-        if len(run.load_changes) >= MOST_LOAD_CHANGES:
-            raise Conflict(f"the users of run {run_id} were changed {MOST_LOAD_CHANGES} times, the most there may be")
+            raise Conflict(
+                f"run {run_id} is {run.status.value}; only the users of a Running one can be changed",
+                status=run.status.value,
+            )
+        if len(run.load_changes) >= MAX_LOAD_CHANGES:
+            raise Conflict(
+                f"the users of run {run_id} were changed {MAX_LOAD_CHANGES} times, the most there may be"
+            )
         why = self._over_users(run, users)
         if why:
             raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
-        before, change = watch.target, LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by)
+        before, change = (
+            watch.target,
+            LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by),
+        )
         with watch.cluster.operation:
             watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
             is_taken = False
@@ -6454,10 +7431,10 @@ class Engine:
         log("users changed", run=run_id, users=users, by=by)
         return self.store.get(run_id)
 
-    def _apply_target_soon(self, watch: Watch) -> None:
-        in_background("stage", functools.partial(self._apply_target, watch))
+    def _apply_target_soon(self, watch: RunMonitor) -> None:
+        start_thread("stage", functools.partial(self._apply_target, watch))
 
-    def _apply_target(self, watch: Watch) -> None:
+    def _apply_target(self, watch: RunMonitor) -> None:
         """Give Locust the load that the run should have now; tried again while it does not answer."""
         for pause_s in (*RETRY_STEPS_S, None):
             run = self.store.find(watch.run_id)
@@ -6470,24 +7447,28 @@ class Engine:
                 return
             except LocustError as error:
                 if pause_s is None or watch.over.wait(pause_s):
-                    self._warn(run.id, "users_not_reached", f"a stage of {watch.target.users} users could not begin: {error.message}")
+                    self._warn(
+                        run.id,
+                        "users_not_reached",
+                        f"a stage of {watch.target.users} users could not begin: {error.message}",
+                    )
                     return
 
-    def _not_heard(self, watch: Watch, run: Run, error: LocustError) -> None:
+    def _not_heard(self, watch: RunMonitor, run: Run, error: LocustError) -> None:
         cluster = watch.cluster
         if cluster.problem is None:
             log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
         cluster.problem = error.message
-        silent_s = steady_s() - max(cluster.heard_at, watch.started)
+        silent_s = monotonic_s() - max(cluster.last_seen_at, watch.started)
         if silent_s >= self.rules.lost_after_s:
             reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
             self._fail(run.id, reason, stop_reason="lost", cleanup=True)
 
-    def _proof_is_due(self, watch: Watch) -> None:
+    def _proof_is_due(self, watch: RunMonitor) -> None:
         if not watch.users_seen and not watch.over.is_set():
-            in_background("proof", functools.partial(self._check_proof, watch))
+            start_thread("proof", functools.partial(self._check_proof, watch))
 
-    def _check_proof(self, watch: Watch) -> None:
+    def _check_proof(self, watch: RunMonitor) -> None:
         """startTimeoutSeconds are over and nobody saw a user: is there a start at all?"""
         why = "Locust accepted the start, but no test began"
         try:
@@ -6502,7 +7483,9 @@ class Engine:
             why = error.message
         if watch.users_seen or watch.start_seen or watch.over.is_set():
             return
-        self._fail(watch.run_id, f"no user was started within {self.rules.start_timeout_s:g} s: {why}", cleanup=True)
+        self._fail(
+            watch.run_id, f"no user was started within {self.rules.start_timeout_s:g} s: {why}", cleanup=True
+        )
 
     # ---- stopping ----------------------------------------------------------
 
@@ -6517,7 +7500,9 @@ class Engine:
         if outcome is None:
             raise self._not_stoppable(self.store.get(run_id))
         if not outcome.settled.wait(wait_s):
-            raise LocustTimeout(f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does")
+            raise LocustTimeout(
+                f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does"
+            )
         if outcome.error:
             raise type(outcome.error)(f"{outcome.error.message}; the stop is tried again until it succeeds")
 
@@ -6525,8 +7510,12 @@ class Engine:
         """Stop every run that `sees` takes, all clusters at once. By run: None once Locust
         confirmed, else why not yet; what could not be stopped is tried until it is."""
         wanted = [run for run in self.store.active_runs() if sees(run)]
-        outcomes: dict[str, str | None] = {run.id: "was not stopped in time; it is tried until it is" for run in wanted}
-        waiting = [run for run in wanted if self._leave_queue(run)]  # first, as they would take what gets free
+        outcomes: dict[str, str | None] = {
+            run.id: "was not stopped in time; it is tried until it is" for run in wanted
+        }
+        waiting = [
+            run for run in wanted if self._leave_queue(run)
+        ]  # first, as they would take what gets free
         for run in waiting:
             self._fail(run.id, "cancelled while it waited in the queue", stop_reason="user")
             outcomes[run.id] = None
@@ -6535,16 +7524,16 @@ class Engine:
             outcomes[run_id] = self._stop_whatever_it_does(run_id)
 
         going = [run.id for run in wanted if run not in waiting]
-        threads = [in_background("stop-all", functools.partial(stop_one, run_id)) for run_id in going]
-        give_up_at = steady_s() + STOP_ANSWER_S + 2
+        threads = [start_thread("stop-all", functools.partial(stop_one, run_id)) for run_id in going]
+        give_up_at = monotonic_s() + STOP_ANSWER_S + 2
         for thread in threads:
-            thread.join(max(0.0, give_up_at - steady_s()))
+            thread.join(max(0.0, give_up_at - monotonic_s()))
         return dict(outcomes)
 
     def _stop_whatever_it_does(self, run_id: str) -> str | None:
         """As stop(), for a run that may just be starting or stopping; None when it is stopped, else why not."""
-        give_up_at = steady_s() + STOP_ANSWER_S
-        while (left_s := give_up_at - steady_s()) > 0:
+        give_up_at = monotonic_s() + STOP_ANSWER_S
+        while (left_s := give_up_at - monotonic_s()) > 0:
             try:
                 self.stop(run_id, "user", left_s)
                 return None
@@ -6560,7 +7549,9 @@ class Engine:
     def _leave_queue(self, run: Run) -> bool:
         """Take a waiting run out of the queue, unless a cluster was just given to it."""
         with self._lock:
-            if run.id not in self._queue or any(cluster.busy_with == run.id for cluster in self.clusters.values()):
+            if run.id not in self._queue or any(
+                cluster.active_run_id == run.id for cluster in self.clusters.values()
+            ):
                 return False
             self._queue.remove(run.id)
             return True
@@ -6581,13 +7572,13 @@ class Engine:
             return None
         outcome = StopOutcome()
         cluster = self.clusters[run.cluster_id]
-        in_background(f"stop-{run_id[:8]}", functools.partial(self._carry_out_stop, run_id, cluster, outcome))
+        start_thread(f"stop-{run_id[:8]}", functools.partial(self._carry_out_stop, run_id, cluster, outcome))
         return outcome
 
     def _carry_out_stop(self, run_id: str, cluster: Cluster, outcome: StopOutcome) -> None:
         """Stop the load, again and again until it is stopped or the cluster is lost; then finish the run."""
         watch = self._end_watching(run_id, cluster)
-        began, tries, unconfirmed, undying = steady_s(), 0, 0, 0
+        began, tries, unconfirmed, undying = monotonic_s(), 0, 0, 0
         while True:
             try:
                 self._stop_load(cluster, run_id)
@@ -6600,9 +7591,13 @@ class Engine:
                 failure = error
             log("stop failed, trying again", run=run_id, cluster=cluster.id, why=failure.message)
             if unconfirmed >= 3:
-                self._warn(run_id, "stop_unconfirmed", f"Locust accepted the stop, but could not be asked for its users: {failure.message}")
+                self._warn(
+                    run_id,
+                    "stop_unconfirmed",
+                    f"Locust accepted the stop, but could not be asked for its users: {failure.message}",
+                )
                 break
-            lost = steady_s() - max(began, cluster.heard_at) >= self.rules.lost_after_s
+            lost = monotonic_s() - max(began, cluster.last_seen_at) >= self.rules.lost_after_s
             if undying >= 2 or lost:
                 words = "cannot be stopped" if undying >= 2 else "was lost while it was to be stopped"
                 reason = f"cluster {cluster.id} {words}: {failure.message}"
@@ -6619,7 +7614,7 @@ class Engine:
         outcome.settle()
         self._finish(watch, quiet_at)
 
-    def _end_watching(self, run_id: str, cluster: Cluster) -> Watch:
+    def _end_watching(self, run_id: str, cluster: Cluster) -> RunMonitor:
         run = self.store.get(run_id)
         watch = self._new_watch(run, cluster, None)
         watch.over.set()
@@ -6631,30 +7626,38 @@ class Engine:
         """Stop whatever runs on the cluster, for this run, and see that its users are gone."""
         with cluster.operation:
             cluster.client.stop()
-            cluster.heard_at = cluster.stopped_at = steady_s()
+            cluster.last_seen_at = cluster.stopped_at = monotonic_s()
             try:
                 self._wait_until_quiet(cluster)
             except LoadGoesOn:
                 # Load from a swarm into a stopping Locust: state is "stopped", /stop does
                 # nothing. Only a new swarm makes it stoppable (2.47.0).
-                cluster.client.swarm({"user_count": 1, "spawn_rate": 1, "run_id": run_id, "lm_stop_after": "10", "lm_lease": ""})
+                cluster.client.swarm(
+                    {
+                        "user_count": 1,
+                        "spawn_rate": 1,
+                        "run_id": run_id,
+                        "lm_stop_after": "10",
+                        "lm_lease": "",
+                    }
+                )
                 cluster.client.stop()
                 self._wait_until_quiet(cluster)
-            cluster.stopped_at = steady_s()
+            cluster.stopped_at = monotonic_s()
 
     def _wait_until_quiet(self, cluster: Cluster) -> None:
-        give_up_at = steady_s() + self.QUIET_WAIT_S
+        give_up_at = monotonic_s() + self.QUIET_WAIT_S
         while True:
             reading = cluster.read_state(5.0)
             if not reading.is_loaded:
                 return
-            if steady_s() > give_up_at:
+            if monotonic_s() > give_up_at:
                 raise LoadGoesOn(f"Locust answered the stop with success, but {reading.users} users go on")
             time.sleep(0.05 if reading.hooks else 0.5)
 
     # ---- ending ------------------------------------------------------------
 
-    def _ended_by_locust(self, watch: Watch, reading: Reading) -> None:
+    def _ended_by_locust(self, watch: RunMonitor, reading: Reading) -> None:
         """Locust no longer runs the test: it ended it, or is another process now."""
         run = self.store.find(watch.run_id)
         if run is None or run.status is not RunStatus.RUNNING:
@@ -6667,23 +7670,33 @@ class Engine:
             self._fail(run.id, reason, stop_reason="lost")
             return
         if reading.distributed and reading.workers and not reading.live_workers:
-            self._fail(run.id, "all workers of the cluster were lost", stop_reason="lost", snapshot=self._final_numbers(watch, reading))
+            self._fail(
+                run.id,
+                "all workers of the cluster were lost",
+                stop_reason="lost",
+                snapshot=self._final_numbers(watch, reading),
+            )
             return
         self._claim_end(watch, self._finish)
 
-    def _claim_end(self, watch: Watch, finish: Callable[[Watch, float], None]) -> bool:
+    def _claim_end(self, watch: RunMonitor, finish: Callable[[RunMonitor, float], None]) -> bool:
         """Locust ended the test: Running becomes Stopping; `finish` follows in a thread. False
         when the run is not Running."""
-        on_time = watch.deadline is not None and steady_s() > watch.deadline - 1.5
+        on_time = watch.deadline is not None and monotonic_s() > watch.deadline - 1.5
         try:
-            self.store.transition(watch.run_id, RunStatus.STOPPING, durable=False, stop_reason="duration" if on_time else "locust")
+            self.store.transition(
+                watch.run_id,
+                RunStatus.STOPPING,
+                durable=False,
+                stop_reason="duration" if on_time else "locust",
+            )
         except (Conflict, NotFound):
             return False
         self._end_watching(watch.run_id, watch.cluster)
-        in_background(f"finish-{watch.run_id[:8]}", functools.partial(finish, watch, time.time()))
+        start_thread(f"finish-{watch.run_id[:8]}", functools.partial(finish, watch, time.time()))
         return True
 
-    def _finish(self, watch: Watch, quiet_at: float) -> None:
+    def _finish(self, watch: RunMonitor, quiet_at: float) -> None:
         """Read the final numbers when they can be complete, and end the run.
 
         Workers report every 3 s: only with the hooks' flush, or standalone, is a reading
@@ -6702,7 +7715,7 @@ class Engine:
             self._keep_details(watch)
             self._conclude(watch, final, quiet_at)
 
-    def _keep_details(self, watch: Watch) -> None:
+    def _keep_details(self, watch: RunMonitor) -> None:
         """Keep what Locust knows beyond numbers, before its next test clears it. The run's end
         must not depend on it: whatever goes wrong is logged."""
         client = watch.cluster.client
@@ -6713,22 +7726,30 @@ class Engine:
             self.store.keep_artefact(watch.run_id, LOCUST_REPORT, client.read_report())
         except LocustError as error:
             log("details not kept", run=watch.run_id, why=error.message)
-        self.store.keep_artefact(watch.run_id, FAILURES, dump_json(failures_to_wire(failures, exceptions)).encode())
+        self.store.keep_artefact(
+            watch.run_id, FAILURES, dump_json(failures_to_json(failures, exceptions)).encode()
+        )
 
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
         kept = self.store.artefact(run.id, FAILURES)
         if kept is not None:
             return json.loads(kept)
-        watch = self._watches.get(run.id)
+        watch = self._monitors.get(run.id)
         if watch is None:
-            return failures_to_wire((), ())
-        return failures_to_wire(watch.cluster.client.read_failures() or watch.failures, watch.cluster.client.read_exceptions())
+            return failures_to_json((), ())
+        return failures_to_json(
+            watch.cluster.client.read_failures() or watch.failures, watch.cluster.client.read_exceptions()
+        )
 
-    def _final_numbers(self, watch: Watch, reading: Reading | None) -> Snapshot | None:
+    def _final_numbers(self, watch: RunMonitor, reading: Reading | None) -> Snapshot | None:
         """Locust's CSV report; None, with a warning, when it is not this run's any more."""
         why = "Locust did not answer"
-        if reading is not None and reading.hooks and watch.run_id not in (reading.run_id, reading.last_run_id, ""):
+        if (
+            reading is not None
+            and reading.hooks
+            and watch.run_id not in (reading.run_id, reading.last_run_id, "")
+        ):
             why = "another test has begun in Locust meanwhile"
         else:
             for pause_s in (0.0, 0.5, 1.5):
@@ -6743,33 +7764,45 @@ class Engine:
                     return final
                 why = "Locust's statistics were reset"
                 break
-        self._warn(watch.run_id, "final_numbers_missing", f"the numbers are the last ones seen, not the final ones: {why}")
+        self._warn(
+            watch.run_id,
+            "final_numbers_missing",
+            f"the numbers are the last ones seen, not the final ones: {why}",
+        )
         return None
 
     def _last_requests(self, run_id: str) -> int:
         document = json.loads(self.store.wire(run_id)).get("lastMetrics") or {}
         return document.get("totalRequests") or 0
 
-    def _conclude(self, watch: Watch, final: Snapshot | None, finished_at: float) -> None:
+    def _conclude(self, watch: RunMonitor, final: Snapshot | None, finished_at: float) -> None:
         """Stopping becomes Finished, or Failed when Locust ended a test that never began."""
         run = self.store.find(watch.run_id)
         if run is None or run.is_final:
             return
         began = watch.users_seen or final is None or (final.requests or 0) > 0
         if run.stop_reason == "locust" and not began and watch.age_s < self.rules.start_timeout_s:
-            self._fail(run.id, "Locust ended the test without starting a user: is a host set? Its log tells", snapshot=final)
+            self._fail(
+                run.id,
+                "Locust ended the test without starting a user: is a host set? Its log tells",
+                snapshot=final,
+            )
             return
         self._note_users_never_reached(run, watch)
         finished_at = max(finished_at, run.started_at or 0)
         judged = self._judgement(run, final, finished_at, has_failed=False)
         try:
-            self.store.transition(run.id, RunStatus.FINISHED, snapshot=final, finished_at=finished_at, **judged)
+            self.store.transition(
+                run.id, RunStatus.FINISHED, snapshot=final, finished_at=finished_at, **judged
+            )
         except Conflict:
             return
         log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
         self._run_is_final(run.id)
 
-    def _judgement(self, run: Run, final: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
+    def _judgement(
+        self, run: Run, final: Snapshot | None, finished_at: float, has_failed: bool
+    ) -> dict[str, Any]:
         """The thresholds with their results and the verdict of a run that is about to be final.
 
         Made before the transition, as a final run never changes. A history that cannot be
@@ -6779,16 +7812,24 @@ class Engine:
         snapshot = final or self.store.newest_numbers(run.id)
         thresholds = self._judged_thresholds(run, snapshot, finished_at)
         comparison = self._comparison(run, snapshot, finished_at, has_failed) if run.compare_with else None
-        return {"thresholds": thresholds, "comparison": comparison, "verdict": verdict_of(thresholds, comparison, has_failed)}
+        return {
+            "thresholds": thresholds,
+            "comparison": comparison,
+            "verdict": verdict_of(thresholds, comparison, has_failed),
+        }
 
-    def _judged_thresholds(self, run: Run, snapshot: Snapshot | None, finished_at: float) -> tuple[Threshold, ...]:
-        watch = self._watches.get(run.id)
+    def _judged_thresholds(
+        self, run: Run, snapshot: Snapshot | None, finished_at: float
+    ) -> tuple[Threshold, ...]:
+        watch = self._monitors.get(run.id)
         live = watch.judge if watch else ThresholdWatch(run.thresholds)
         # Windows end with the last numbers of the Running run: while it stops, rates fall.
         moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
         windows: dict[Threshold, Window] = {}
         try:
-            samples = self.store.samples(run.id) if any(one.over_s or one.after_s for one in run.thresholds) else []
+            samples = (
+                self.store.samples(run.id) if any(one.over_s or one.after_s for one in run.thresholds) else []
+            )
             if any(map(needs_histograms, run.thresholds)):
                 windows = judge_histogram_windows(run.thresholds, self.store.histograms(run.id), moments)
         except NotReady as error:
@@ -6800,7 +7841,9 @@ class Engine:
             for index, one in enumerate(run.thresholds)
         )
 
-    def _comparison(self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool) -> dict[str, Any]:
+    def _comparison(
+        self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool
+    ) -> dict[str, Any]:
         """The run against its baseline or the run before, as the run keeps it."""
         asked = run.compare_with or ""
         if has_failed:
@@ -6816,15 +7859,28 @@ class Engine:
         except NotFound:
             other = None
         if other is None:
-            return no_comparison(asked, "not compared: there is no " + ("baseline" if asked == "baseline" else "earlier finished run"))
-        wire = run_to_wire(run)
-        wire.update(status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run))
-        wire["lastMetrics"] = snapshot_to_wire(snapshot) if snapshot else None
+            return no_comparison(
+                asked,
+                "not compared: there is no "
+                + ("baseline" if asked == "baseline" else "earlier finished run"),
+            )
+        wire = run_to_json(run)
+        wire.update(
+            status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run)
+        )
+        wire["lastMetrics"] = snapshot_to_json(snapshot) if snapshot else None
         return comparison_summary(asked, self.compare(other, wire))
 
-    def compare(self, baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None) -> dict[str, Any]:
+    def compare(
+        self,
+        baseline: dict[str, Any],
+        candidate: dict[str, Any],
+        tolerances: dict[str, Tolerance] | None = None,
+    ) -> dict[str, Any]:
         """Two runs as JSON, compared, with the noise of both where their histograms were kept."""
-        return compare_runs(baseline, candidate, tolerances, (self._stretches(baseline), self._stretches(candidate)))
+        return compare_runs(
+            baseline, candidate, tolerances, (self._stretches(baseline), self._stretches(candidate))
+        )
 
     def _stretches(self, run: dict[str, Any]) -> Stretches | None:
         try:
@@ -6833,14 +7889,23 @@ class Engine:
             log("histograms not read for a comparison", run=run["id"], why=error.message)
             return None
 
-    def _note_users_never_reached(self, run: Run, watch: Watch) -> None:
+    def _note_users_never_reached(self, run: Run, watch: RunMonitor) -> None:
         last = watch.last
         unchanged = watch.target.users == load_target(run, time.time()).users  # by nobody in Locust's page
         if last and unchanged and watch.wanted_for_s > 5 and last.users < watch.target.users:
-            self._warn(run.id, "users_not_reached", f"{last.users} of {watch.target.users} users were running at the last reading")
+            self._warn(
+                run.id,
+                "users_not_reached",
+                f"{last.users} of {watch.target.users} users were running at the last reading",
+            )
 
     def _fail(
-        self, run_id: str, reason: str, stop_reason: str | None = None, cleanup: bool = False, snapshot: Snapshot | None = None
+        self,
+        run_id: str,
+        reason: str,
+        stop_reason: str | None = None,
+        cleanup: bool = False,
+        snapshot: Snapshot | None = None,
     ) -> None:
         """End a run as Failed; with `cleanup` its load is stopped as soon as that is possible."""
         changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
@@ -6849,14 +7914,22 @@ class Engine:
             changes.update(self._judgement(found, snapshot, time.time(), has_failed=True))
         try:
             run = self.store.transition(
-                run_id, RunStatus.FAILED, snapshot=snapshot, failure_reason=reason, finished_at=time.time(), cleanup=cleanup, **changes
+                run_id,
+                RunStatus.FAILED,
+                snapshot=snapshot,
+                failure_reason=reason,
+                finished_at=time.time(),
+                cleanup=cleanup,
+                **changes,
             )
         except Conflict:
             return
         log("run failed", run=run_id, cluster=run.cluster_id, why=reason)
-        watch = self._watches.get(run_id)
+        watch = self._monitors.get(run_id)
         if watch and watch.failures:
-            self.store.keep_artefact(run_id, FAILURES, dump_json(failures_to_wire(watch.failures, ())).encode())
+            self.store.keep_artefact(
+                run_id, FAILURES, dump_json(failures_to_json(watch.failures, ())).encode()
+            )
         if cleanup and run.cluster_id in self.clusters:
             self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
         self._run_is_final(run_id)
@@ -6864,11 +7937,11 @@ class Engine:
     def _run_is_final(self, run_id: str) -> None:
         """Let go of everything that was kept for an active run."""
         with self._lock:
-            watch = self._watches.pop(run_id, None)
+            watch = self._monitors.pop(run_id, None)
             for cluster in self.clusters.values():
-                if cluster.busy_with == run_id:
-                    cluster.busy_with = None
-                    cluster.idle_since = steady_s()
+                if cluster.active_run_id == run_id:
+                    cluster.active_run_id = None
+                    cluster.idle_since = monotonic_s()
         if watch:
             watch.over.set()
             watch.final.set()
@@ -6886,24 +7959,26 @@ class Engine:
             gone = self.store.delete_older(time.time() - self.config.storage.retention_days * 86400)
             if gone:
                 log("old runs removed", runs=gone)
-            self.timer.after(3600, lambda: in_background("retention", self._forget_old) and None)
+            self.timer.after(3600, lambda: start_thread("retention", self._forget_old) and None)
 
     # ---- load whose run is over --------------------------------------------
 
     def _clean_up_later(self, cluster: Cluster, run_id: str, delay_s: float | None = None) -> None:
         cluster.cleanup_for = run_id
         delay_s = self.CLEANUP_EVERY_S if delay_s is None else delay_s
-        self.timer.after(delay_s, lambda: in_background("cleanup", functools.partial(self._try_clean_up, cluster)) and None)
+        self.timer.after(
+            delay_s, lambda: start_thread("cleanup", functools.partial(self._try_clean_up, cluster)) and None
+        )
 
     def _try_clean_up(self, cluster: Cluster) -> None:
         with self._lock:
             run_id = cluster.cleanup_for
             if run_id is None or self._closing:
                 return
-            if cluster.busy_with is not None:  # a create has it and cleans up itself
+            if cluster.active_run_id is not None:  # a create has it and cleans up itself
                 self._clean_up_later(cluster, run_id)
                 return
-            cluster.busy_with = run_id
+            cluster.active_run_id = run_id
         try:
             self._clean_up(cluster)
         except LocustError as error:
@@ -6931,14 +8006,18 @@ class Engine:
     def locust_started(self, run_id: str) -> None:
         """The hooks of a run's cluster saw its test start."""
         run = self.store.get(run_id)
-        watch = self._watches.get(run_id)
+        watch = self._monitors.get(run_id)
         if run.status is RunStatus.PENDING and run.cluster_id and not run.queued:
             self._started(run_id)
-            watch = self._watches.get(run_id)
+            watch = self._monitors.get(run_id)
         if watch:
             watch.start_seen = True
-            watch.cluster.heard_at = steady_s()
-        elif run.status is RunStatus.FAILED and run.cluster_id in self.clusters and time.time() - (run.finished_at or 0) < 120:
+            watch.cluster.last_seen_at = monotonic_s()
+        elif (
+            run.status is RunStatus.FAILED
+            and run.cluster_id in self.clusters
+            and time.time() - (run.finished_at or 0) < 120
+        ):
             # The start came after we had given the run up: a load without a run.
             self.store.update(run_id, cleanup=True)
             self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
@@ -6947,11 +8026,11 @@ class Engine:
         """A push of numbers from the hooks."""
         if not self.store.add_snapshot(run_id, snapshot, "push"):
             return
-        watch = self._watches.get(run_id)
+        watch = self._monitors.get(run_id)
         if watch:
             watch.start_seen = True
             watch.users_seen = watch.users_seen or bool(snapshot.users or snapshot.requests)
-            watch.cluster.heard_at = steady_s()
+            watch.cluster.last_seen_at = monotonic_s()
             watch.last_requests = snapshot.requests or watch.last_requests
             self._judge(watch, snapshot)
 
@@ -6961,39 +8040,46 @@ class Engine:
         run = self.store.get(run_id)
         if run.status is RunStatus.PENDING and run.cluster_id and not run.queued:
             self._started(run_id)
-        watch = self._watches.get(run_id)
+        watch = self._monitors.get(run_id)
         if watch is None or self.store.get(run_id).is_final:
             return
-        watch.cluster.heard_at = steady_s()
+        watch.cluster.last_seen_at = monotonic_s()
         if snapshot is not None:
             self.store.add_snapshot(run_id, snapshot, "push", is_last=True)
         if not (complete and snapshot is not None):
             self._claim_end(watch, self._finish)
         elif not self._claim_end(watch, functools.partial(self._finish_with, snapshot)):
             # Our own stop is going on: these are its final numbers.
-            in_background("finish", functools.partial(self._finish_with, snapshot, watch, time.time()))
+            start_thread("finish", functools.partial(self._finish_with, snapshot, watch, time.time()))
 
-    def _finish_with(self, final: Snapshot, watch: Watch, quiet_at: float) -> None:
+    def _finish_with(self, final: Snapshot, watch: RunMonitor, quiet_at: float) -> None:
         self._keep_details(watch)
         self._conclude(watch, final, quiet_at)
 
-    def register_external(self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]) -> tuple[str, bool]:
+    def register_external(
+        self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]
+    ) -> tuple[str, bool]:
         """The id of the run for a test started in Locust's own page, and whether it is new.
         Conflict when the cluster is just being started or stopped, Forbidden when the caller's
         token `reaches` none of the clusters that it may be on."""
-        candidates = [cluster for cluster in self._serving(request.tenant_id, request.env_id) if reaches(cluster.id)]
+        candidates = [
+            cluster for cluster in self._serving(request.tenant_id, request.env_id) if reaches(cluster.id)
+        ]
         if not candidates:
             why = "the callback token is not that of a cluster of this tenant and environment"
             raise Forbidden(why, {"tenantId": why})
         if cluster_id:
             candidates = [cluster for cluster in candidates if cluster.id == cluster_id]
             if not candidates:
-                raise InvalidInput("clusterId: is not a cluster of this tenant and environment", {"clusterId": "is not a cluster of this tenant and environment"})
+                raise InvalidInput(
+                    "clusterId: is not a cluster of this tenant and environment",
+                    {"clusterId": "is not a cluster of this tenant and environment"},
+                )
         if self._closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         run = replace(_new_run(request, "locust", "ui"), status=RunStatus.RUNNING, started_at=time.time())
         cluster = self._claim_for_external(candidates, run)
-        if cluster.busy_with != run.id:
+        if cluster.active_run_id != run.id:
             return self._active_there(cluster), False
         try:
             run = self.store.add(replace(run, cluster_id=cluster.id))
@@ -7010,13 +8096,13 @@ class Engine:
             candidates = sorted(candidates, key=self._runs_unclaimed_test, reverse=True)
         with self._lock:
             for cluster in candidates:
-                if cluster.busy_with is None:
-                    cluster.busy_with = run.id
+                if cluster.active_run_id is None:
+                    cluster.active_run_id = run.id
                     return cluster
             return candidates[0]
 
     def _runs_unclaimed_test(self, cluster: Cluster) -> bool:
-        if cluster.busy_with is not None:
+        if cluster.active_run_id is not None:
             return False
         try:
             return cluster.read_state(2.0).is_loaded
@@ -7024,9 +8110,11 @@ class Engine:
             return False
 
     def _active_there(self, cluster: Cluster) -> str:
-        run = self.store.find(cluster.busy_with or "")
+        run = self.store.find(cluster.active_run_id or "")
         if run is None or run.status not in (RunStatus.PENDING, RunStatus.RUNNING):
-            raise Conflict(f"cluster {cluster.id} is just being started or stopped; register again in a moment")
+            raise Conflict(
+                f"cluster {cluster.id} is just being started or stopped; register again in a moment"
+            )
         return run.id
 
     # ---- what is there -----------------------------------------------------
@@ -7045,12 +8133,15 @@ class Engine:
             except LocustError as error:
                 answers[cluster.id] = error.message
 
-        threads = [in_background("ask", functools.partial(ask, cluster)) for cluster in wanted]
-        give_up_at = steady_s() + 2.2
+        threads = [start_thread("ask", functools.partial(ask, cluster)) for cluster in wanted]
+        give_up_at = monotonic_s() + 2.2
         for thread in threads:
-            thread.join(max(0.0, give_up_at - steady_s()))
+            thread.join(max(0.0, give_up_at - monotonic_s()))
         return [
-            {**_cluster_to_wire(cluster, answers.get(cluster.id, "did not answer within 2 s")), "protected": self._is_protected(cluster)}
+            {
+                **_cluster_to_json(cluster, answers.get(cluster.id, "did not answer within 2 s")),
+                "protected": self._is_protected(cluster),
+            }
             for cluster in wanted
         ]
 
@@ -7088,7 +8179,7 @@ def _hooks_absent_sentence(run: Run) -> str:
     return "the locustfile does not import loadmanager_hooks: numbers come from polling only"
 
 
-def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
+def _cluster_to_json(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
     reading = answer if isinstance(answer, Reading) else None
     problem = cluster.problem if reading else str(answer) or None
     if cluster.launched and cluster.launched.problem:
@@ -7103,11 +8194,14 @@ def _cluster_to_wire(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
         "workersWanted": cluster.workers_wanted if cluster.config.launcher else None,
         "userCount": reading.users if reading else None,
         "workers": [
-            {"id": w.id, "state": w.state, "userCount": w.users, "cpuPercent": w.cpu_percent} for w in reading.workers
-        ] if reading else [],
+            {"id": w.id, "state": w.state, "userCount": w.users, "cpuPercent": w.cpu_percent}
+            for w in reading.workers
+        ]
+        if reading
+        else [],
         "hooks": reading.hooks if reading else None,
         "locustVersion": reading.version or None if reading else None,
-        "activeRunId": cluster.busy_with,
+        "activeRunId": cluster.active_run_id,
         "problem": problem,
     }
 
@@ -7122,7 +8216,9 @@ CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
-MONTH_NAMES = {name: index + 1 for index, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split())}
+MONTH_NAMES = {
+    name: index + 1 for index, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split())
+}
 DAY_NAMES = {name: index for index, name in enumerate("sun mon tue wed thu fri sat".split())}
 CRON_FIELDS = (  # name, least, most, names
     ("minute", 0, 59, {}),
@@ -7168,18 +8264,27 @@ class Cron(NamedTuple):
 
 
 def parse_cron(text: str) -> Cron:
-    """The expression's meaning; NotAllowed names the field and what is allowed there."""
+    """The expression's meaning; InvalidValue names the field and what is allowed there."""
     words = CRON_NAMES.get(text.strip().lower(), text).split()
     if len(words) != 5:
         names = ", ".join(name for name, *_ in CRON_FIELDS)
-        raise NotAllowed(f"{_shown(text)}: allowed are five fields ({names}) or one of {', '.join(CRON_NAMES)}")
+        raise InvalidValue(
+            f"{_shown(text)}: allowed are five fields ({names}) or one of {', '.join(CRON_NAMES)}"
+        )
     values = [_cron_field(word, *field_) for word, field_ in zip(words, CRON_FIELDS)]
     minutes, hours, days, months, weekdays = values
     either_day = not {words[2], words[4]} & {"*", "*/1"}
-    cron = Cron(tuple(sorted(minutes)), tuple(sorted(hours)), days, months, frozenset(day % 7 for day in weekdays), either_day)
+    cron = Cron(
+        tuple(sorted(minutes)),
+        tuple(sorted(hours)),
+        days,
+        months,
+        frozenset(day % 7 for day in weekdays),
+        either_day,
+    )
     longest = max(MONTH_DAYS[month] for month in months)
     if not either_day and min(days) > longest:
-        raise NotAllowed(f"{_shown(text)}: there is no such day in these months")
+        raise InvalidValue(f"{_shown(text)}: there is no such day in these months")
     return cron
 
 
@@ -7189,9 +8294,13 @@ MONTH_DAYS = dict(zip(range(1, 13), (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
 def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, int]) -> frozenset[int]:
     found: set[int] = set()
     for part in word.split(","):
-        match = re.fullmatch(r"(\*|[0-9]{1,2}|[A-Za-z]{3})(?:-([0-9]{1,2}|[A-Za-z]{3}))?(?:/([0-9]{1,2}))?", part)
+        match = re.fullmatch(
+            r"(\*|[0-9]{1,2}|[A-Za-z]{3})(?:-([0-9]{1,2}|[A-Za-z]{3}))?(?:/([0-9]{1,2}))?", part
+        )
         if not match or (match.group(1) == "*" and match.group(2)):
-            raise NotAllowed(f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, each with /step, joined by commas")
+            raise InvalidValue(
+                f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, each with /step, joined by commas"
+            )
         first, last, step = match.groups()
         begin = least if first == "*" else _cron_value(first, name, least, most, names)
         end = most if first == "*" or (step and not last) else begin
@@ -7199,7 +8308,7 @@ def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, in
         if first == "*" and most == 7:
             end = 6
         if begin > end or step == "0" or step == "00":
-            raise NotAllowed(f"{name} {_shown(part)}: a range goes upwards, and its step is 1 or more")
+            raise InvalidValue(f"{name} {_shown(part)}: a range goes upwards, and its step is 1 or more")
         found.update(range(begin, end + 1, int(step or 1)))
     return frozenset(found)
 
@@ -7208,12 +8317,12 @@ def _cron_value(word: str, name: str, least: int, most: int, names: dict[str, in
     value = names.get(word.lower()) if word.isalpha() else int(word)
     if value is None or not least <= value <= most:
         allowed = f"{least} to {most}" + (f" or {', '.join(names)}" if names else "")
-        raise NotAllowed(f"{name} {_shown(word)}: allowed is {allowed}")
+        raise InvalidValue(f"{name} {_shown(word)}: allowed is {allowed}")
     return value
 
 
 def time_zone(name: str) -> Any:
-    """The zoneinfo of an IANA name; NotAllowed when it is none, or this machine has no zones."""
+    """The zoneinfo of an IANA name; InvalidValue when it is none, or this machine has no zones."""
     import zoneinfo
 
     try:
@@ -7222,9 +8331,15 @@ def time_zone(name: str) -> Any:
         if name == "UTC":
             import datetime
 
-            return datetime.timezone.utc
-        hint = "" if zoneinfo.available_timezones() else "; this machine has no time zones: install tzdata (a package of the system, or of Python)"
-        raise NotAllowed(f"{_shown(name)} is no time zone; allowed are IANA names such as Europe/Berlin{hint}") from None
+            return datetime.UTC
+        hint = (
+            ""
+            if zoneinfo.available_timezones()
+            else "; this machine has no time zones: install tzdata (a package of the system, or of Python)"
+        )
+        raise InvalidValue(
+            f"{_shown(name)} is no time zone; allowed are IANA names such as Europe/Berlin{hint}"
+        ) from None
 
 
 def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[float]:
@@ -7249,11 +8364,18 @@ def _moment_of(local: Any, zone: Any) -> float:
     moment = local.replace(tzinfo=zone).timestamp()
     if datetime.datetime.fromtimestamp(moment, zone).replace(tzinfo=None) == local:
         return moment
-    low, high = local.replace(tzinfo=zone, fold=1).timestamp(), moment  # the clock is put forward between the two
+    low, high = (
+        local.replace(tzinfo=zone, fold=1).timestamp(),
+        moment,
+    )  # the clock is put forward between the two
     offset = datetime.datetime.fromtimestamp(low, zone).utcoffset()
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if datetime.datetime.fromtimestamp(middle, zone).utcoffset() == offset else (low, middle)
+        low, high = (
+            (middle, high)
+            if datetime.datetime.fromtimestamp(middle, zone).utcoffset() == offset
+            else (low, middle)
+        )
     return high
 
 
@@ -7287,12 +8409,16 @@ class Schedule:
         if self.paused:
             return []
         if self.cron is None:
-            is_due = self.run_at is not None and (self.taken_at is None or self.taken_at < self.run_at) and self.run_at > after
+            is_due = (
+                self.run_at is not None
+                and (self.taken_at is None or self.taken_at < self.run_at)
+                and self.run_at > after
+            )
             return [self.run_at] if is_due and self.run_at is not None else []
         return next_times(parse_cron(self.cron), time_zone(self.timezone), after, count)
 
 
-def schedule_to_wire(schedule: Schedule, now: float) -> dict[str, Any]:
+def schedule_to_json(schedule: Schedule, now: float) -> dict[str, Any]:
     wire: dict[str, Any] = {
         "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test, "concurrencyPolicy": schedule.policy,
         "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused, "readOnly": schedule.read_only, "timezone": schedule.timezone,
@@ -7338,9 +8464,16 @@ def _accept_object(value: Any) -> dict[str, Any]:
 
 SCHEDULE_KEYS = {
     "description": BodyKey("description", text_value("a string", empty=True)),
-    "test": BodyKey("test", Check("the body of a create", _accept_object, schema={"type": "object"}), required=True),
-    "cron": BodyKey("cron", Check("five fields such as 0 2 * * mon-fri, or @daily", _accept_cron, schema={"type": "string"})),
-    "timezone": BodyKey("timezone", Check("an IANA name such as Europe/Berlin", _accept_zone, schema={"type": "string"})),
+    "test": BodyKey(
+        "test", Check("the body of a create", _accept_object, schema={"type": "object"}), required=True
+    ),
+    "cron": BodyKey(
+        "cron",
+        Check("five fields such as 0 2 * * mon-fri, or @daily", _accept_cron, schema={"type": "string"}),
+    ),
+    "timezone": BodyKey(
+        "timezone", Check("an IANA name such as Europe/Berlin", _accept_zone, schema={"type": "string"})
+    ),
     "runAt": BodyKey("run_at", MOMENT),
     "concurrencyPolicy": BodyKey("policy", one_of("Forbid", "Queue", "Replace")),
     "startingDeadlineSeconds": BodyKey("deadline_s", number_value(1, 7 * 86400)),
@@ -7349,14 +8482,18 @@ SCHEDULE_KEYS = {
 CHANGE_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in SCHEDULE_KEYS.items()}
 
 
-def read_schedule(body: Any, scenarios: tuple[ScenarioConfig, ...], before: Schedule | None = None) -> Schedule:
+def read_schedule(
+    body: Any, scenarios: tuple[ScenarioConfig, ...], before: Schedule | None = None
+) -> Schedule:
     """The schedule a body asks for, or one changed by it; InvalidInput names what is wrong."""
     values = check_body(body, SCHEDULE_KEYS if before is None else CHANGE_KEYS)
     if "test" in values:
         try:
             request = read_create(values["test"], scenarios)
         except InvalidInput as error:
-            wrong = {f"test.{name}": why for name, why in error.extra.get("fields", {}).items()} or {"test": error.message}
+            wrong = {f"test.{name}": why for name, why in error.extra.get("fields", {}).items()} or {
+                "test": error.message
+            }
             raise InvalidInput(f"test: {error.message}", wrong) from None
         values.update(tenant_id=request.tenant_id, env_id=request.env_id)
     if before is None:
@@ -7367,7 +8504,9 @@ def read_schedule(body: Any, scenarios: tuple[ScenarioConfig, ...], before: Sche
                 values[other] = None
         both = 2 if values.get("cron") and values.get("run_at") else 1
     if both != 1:
-        raise InvalidInput("cron: allowed is either cron or runAt", {"cron": "allowed is either cron or runAt"})
+        raise InvalidInput(
+            "cron: allowed is either cron or runAt", {"cron": "allowed is either cron or runAt"}
+        )
     if before is not None:
         return replace(before, **values)
     import uuid
@@ -7386,7 +8525,10 @@ def schedule_problems(config: Config) -> Iterator[str]:
         try:
             _configured_schedule(item, config.scenarios)
         except InvalidInput as error:
-            yield from (f"{where}.{name}: {why}" for name, why in (error.extra.get("fields") or {"": error.message}).items())
+            yield from (
+                f"{where}.{name}: {why}"
+                for name, why in (error.extra.get("fields") or {"": error.message}).items()
+            )
 
 
 def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, ...]) -> Schedule:
@@ -7403,16 +8545,23 @@ class Scheduler:
 
     LOOK_S = 20.0  # at most between two looks at the wall's clock, which people and NTP change
 
-    def __init__(self, config: Config, store: Store, engine: Engine, timer: Timer, on_missed: Callable[[Schedule, str], None]):
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        orchestrator: Orchestrator,
+        timer: Timer,
+        on_missed: Callable[[Schedule, str], None],
+    ):
         self._config = config
         self._store = store
-        self._engine = engine
+        self._engine = orchestrator
         self._timer = timer
         self._on_missed = on_missed
         self._lock = threading.Lock()  # guards _schedules and _firing
         self._schedules: dict[str, Schedule] = {}
         self._firing: set[str] = set()
-        self._alarm: Alarm | None = None
+        self._alarm: ScheduledCall | None = None
         self._closed = False
 
     def start(self) -> None:
@@ -7427,7 +8576,10 @@ class Scheduler:
         for item in self._config.schedules:
             known, schedule = kept.pop(item.id, None), _configured_schedule(item, self._config.scenarios)
             if known is not None:
-                memory = {name: getattr(known, name) for name in ("created_at", "taken_at", "last_run_id", "last_outcome")}
+                memory = {
+                    name: getattr(known, name)
+                    for name in ("created_at", "taken_at", "last_run_id", "last_outcome")
+                }
                 schedule = replace(schedule, **memory)
             self._schedules[item.id] = schedule
             self._store.keep_schedule(item.id, schedule_to_record(schedule))
@@ -7441,7 +8593,10 @@ class Scheduler:
 
     def list(self) -> list[Schedule]:
         with self._lock:
-            return sorted(self._schedules.values(), key=lambda schedule: (schedule.tenant_id, schedule.env_id, schedule.created_at))
+            return sorted(
+                self._schedules.values(),
+                key=lambda schedule: (schedule.tenant_id, schedule.env_id, schedule.created_at),
+            )
 
     def get(self, schedule_id: str) -> Schedule:
         """The schedule, or NotFound."""
@@ -7454,8 +8609,8 @@ class Scheduler:
     def add(self, schedule: Schedule) -> None:
         """Keep a new one; Conflict when there are too many."""
         with self._lock:
-            if len(self._schedules) >= MOST_SCHEDULES:
-                raise Conflict(f"there are {MOST_SCHEDULES} schedules, the most there may be")
+            if len(self._schedules) >= MAX_SCHEDULES:
+                raise Conflict(f"there are {MAX_SCHEDULES} schedules, the most there may be")
         self._keep(schedule, durable=True)
         self._look_soon()
 
@@ -7464,7 +8619,9 @@ class Scheduler:
         before = self._own(schedule_id)
         schedule = read_schedule(body, self._config.scenarios, before)
         if before.paused and not schedule.paused:
-            schedule = replace(schedule, taken_at=time.time() if schedule.cron else schedule.taken_at)  # what was missed on purpose is not made up for
+            schedule = replace(
+                schedule, taken_at=time.time() if schedule.cron else schedule.taken_at
+            )  # what was missed on purpose is not made up for
         self._keep(schedule, durable=True)
         self._look_soon()
         return schedule
@@ -7489,7 +8646,7 @@ class Scheduler:
     # ---- time --------------------------------------------------------------
 
     def _look_soon(self) -> None:
-        in_background("schedules", self._look)
+        start_thread("schedules", self._look)
 
     def _look(self) -> None:
         """Deal with every moment that has come, and set the alarm for the next."""
@@ -7503,7 +8660,7 @@ class Scheduler:
                 if due is not None:
                     self._take(schedule, due)
                 waits += [at - now for at in schedule.next_after(now)]
-            except NotAllowed as error:
+            except InvalidValue as error:
                 log("schedule not understood", schedule=schedule.id, why=error)
         with self._lock:
             if self._alarm is not None:
@@ -7515,14 +8672,17 @@ class Scheduler:
             if schedule.id in self._firing:
                 return
             self._firing.add(schedule.id)
-        in_background(f"schedule-{schedule.id[:8]}", functools.partial(self._fire, schedule, due))
+        start_thread(f"schedule-{schedule.id[:8]}", functools.partial(self._fire, schedule, due))
 
     def _fire(self, schedule: Schedule, due: float) -> None:
         """Start the run of one moment, or say why not."""
         try:
             late_s = time.time() - due
             if late_s > schedule.deadline_s:
-                outcome, run_id = f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later", None
+                outcome, run_id = (
+                    f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later",
+                    None,
+                )
             else:
                 outcome, run_id = self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}")
             if run_id is None:
@@ -7530,14 +8690,18 @@ class Scheduler:
                 self._on_missed(schedule, outcome)
             current = self._schedules.get(schedule.id)
             if current is not None:
-                self._keep(replace(current, taken_at=due, last_run_id=run_id or current.last_run_id, last_outcome=outcome))
+                self._keep(
+                    replace(
+                        current, taken_at=due, last_run_id=run_id or current.last_run_id, last_outcome=outcome
+                    )
+                )
         finally:
             with self._lock:
                 self._firing.discard(schedule.id)
 
-    def _start_run(self, schedule: Schedule, key_: str) -> tuple[str, str | None]:
+    def _start_run(self, schedule: Schedule, key: str) -> tuple[str, str | None]:
         """Outcome in words, and the run's id if one was started."""
-        known = self._store.recall_key(key_, time.time())
+        known = self._store.recall_key(key, time.time())
         if known is not None:
             return "started", known[1]
         try:
@@ -7548,7 +8712,7 @@ class Scheduler:
                 return f"skipped: its run {active} is still active", None
             if active and schedule.policy == "Replace":
                 self._engine.stop(active, "user")
-            run = self._engine.create(request, f"schedule {schedule.id}", "schedule", (key_, ""))
+            run = self._engine.create(request, f"schedule {schedule.id}", "schedule", (key, ""))
             self._note(schedule, run.id, 201, "")
         except LoadManagerError as error:
             self._note(schedule, str(error.extra.get("runId", "")), error.http_status, error.message)
@@ -7558,7 +8722,18 @@ class Scheduler:
     def _note(self, schedule: Schedule, run_id: str, http_status: int, detail: str) -> None:
         """A start that nobody asked for just now is in the audit like any other."""
         action = f"schedule of {schedule.created_by}" if schedule.created_by else "schedule"
-        entry = AuditEntry(time.time(), f"schedule {schedule.id}", "", "", action, schedule.tenant_id, schedule.env_id, run_id, http_status, detail)
+        entry = AuditEntry(
+            time.time(),
+            f"schedule {schedule.id}",
+            "",
+            "",
+            action,
+            schedule.tenant_id,
+            schedule.env_id,
+            run_id,
+            http_status,
+            detail,
+        )
         self._store.audit(entry)
 
     def _active_run(self, schedule: Schedule) -> str | None:
@@ -7604,7 +8779,14 @@ def latest_due(schedule: Schedule, now: float) -> float | None:
 # A delivery is written in the commit of the transition it tells of, and is tried by a thread
 # of its channel until the receiver has taken it: no run waits, no death of ours loses one.
 
-RETRY_DELIVERY_S = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0)  # after the first try, the second...; the last repeats
+RETRY_DELIVERY_S = (
+    1.0,
+    5.0,
+    15.0,
+    60.0,
+    300.0,
+    900.0,
+)  # after the first try, the second...; the last repeats
 GIVE_UP_DELIVERY_S = 24 * 3600.0
 DELIVERY_CALL_S = 10.0
 
@@ -7619,7 +8801,14 @@ def events_of(run: Run) -> tuple[str, ...]:
         return ("lost", "failed")
     if run.status is RunStatus.FAILED:
         return ("failed",)
-    words = [word for word, is_so in (("aborted", run.stop_reason == "threshold"), (run.verdict or "", run.verdict is not None)) if is_so]
+    words = [
+        word
+        for word, is_so in (
+            ("aborted", run.stop_reason == "threshold"),
+            (run.verdict or "", run.verdict is not None),
+        )
+        if is_so
+    ]
     return (*words, "finished")
 
 
@@ -7637,7 +8826,11 @@ def notification_title(event: str, run: Run, snapshot: Snapshot | None) -> str:
         return f"{title}, {run.target_users} users{minutes}"
     figures = []
     if snapshot is not None and snapshot.requests:
-        numbers = (("p95", snapshot.p95_ms, " ms"), ("errors", snapshot.error_percent, " %"), ("", snapshot.rps, " req/s"))
+        numbers = (
+            ("p95", snapshot.p95_ms, " ms"),
+            ("errors", snapshot.error_percent, " %"),
+            ("", snapshot.rps, " req/s"),
+        )
         figures = [f"{name} {value:,.4g}{unit}".strip() for name, value, unit in numbers if value is not None]
     return title + (": " + ", ".join(figures) if figures else "")
 
@@ -7650,7 +8843,11 @@ def run_details(run: Run) -> list[str]:
             value = "no data" if threshold.value is None else f"was {_decimal(round(threshold.value, 3))}"
             lines.append(f"{threshold.expr}: {value}")
     lines += list((run.comparison or {}).get("regressions") or ())
-    return lines + [f"doubtful: {reason}" for reason in doubts_of(run) if run.status is RunStatus.FINISHED and run.is_final]
+    return lines + [
+        f"doubtful: {reason}"
+        for reason in doubts_of(run)
+        if run.status is RunStatus.FINISHED and run.is_final
+    ]
 
 
 class Channel:
@@ -7663,7 +8860,12 @@ class Channel:
     def wants(self, event: str, tenant_id: str, env_id: str, scenario_id: str) -> bool:
         config = self.config
         return event in config.on and all(
-            not allowed or name in allowed for allowed, name in ((config.tenants, tenant_id), (config.environments, env_id), (config.scenarios, scenario_id))
+            not allowed or name in allowed
+            for allowed, name in (
+                (config.tenants, tenant_id),
+                (config.environments, env_id),
+                (config.scenarios, scenario_id),
+            )
         )
 
     def send(self, delivery: Delivery) -> None:
@@ -7672,7 +8874,11 @@ class Channel:
         elif self.config.type == "slack":
             self._post({"text": message_text(delivery)}, delivery, {})
         else:
-            body = {"type": f"run.{delivery.event}", "timestamp": utc_text(delivery.created_at), "data": delivery.facts}
+            body = {
+                "type": f"run.{delivery.event}",
+                "timestamp": utc_text(delivery.created_at),
+                "data": delivery.facts,
+            }
             self._post(body, delivery, None)
 
     def _post(self, document: dict[str, Any], delivery: Delivery, headers: dict[str, str] | None) -> None:
@@ -7681,7 +8887,10 @@ class Channel:
             headers = signature_headers(self.config.secret, delivery.id, time.time(), body)
         status, answer = post_to(self.config.url, body, headers, self.config.allow_private)
         if not 200 <= status < 300:
-            raise DeliveryRefused(f"HTTP {status} {_printable(answer[:80].decode('utf-8', 'replace').strip())}".strip(), is_final=status == 410)
+            raise DeliveryRefused(
+                f"HTTP {status} {_printable(answer[:80].decode('utf-8', 'replace').strip())}".strip(),
+                is_final=status == 410,
+            )
 
     def _send_mail(self, delivery: Delivery) -> None:
         import email.message
@@ -7694,11 +8903,17 @@ class Channel:
         message["Subject"] = " ".join(delivery.title.split())
         message["From"], message["To"] = config.sender, ", ".join(config.to)
         message["Date"] = email.utils.formatdate(delivery.created_at)
-        message["Message-ID"] = f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"  # the same at each try
+        message["Message-ID"] = (
+            f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"  # the same at each try
+        )
         message.set_content(message_text(delivery))
-        context = ssl.create_default_context(cafile=os.path.join(self._folder, smtp.ca_file) if smtp.ca_file else None)
+        context = ssl.create_default_context(
+            cafile=os.path.join(self._folder, smtp.ca_file) if smtp.ca_file else None
+        )
         if smtp.security == "tls":
-            connection: smtplib.SMTP = smtplib.SMTP_SSL(smtp.host, smtp.port, timeout=DELIVERY_CALL_S, context=context)
+            connection: smtplib.SMTP = smtplib.SMTP_SSL(
+                smtp.host, smtp.port, timeout=DELIVERY_CALL_S, context=context
+            )
         else:
             connection = smtplib.SMTP(smtp.host, smtp.port, timeout=DELIVERY_CALL_S)
         with connection:
@@ -7747,7 +8962,7 @@ def post_to(url: str, body: bytes, headers: dict[str, str], allow_private: bool)
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     address = allowed_address(parts.hostname or "", port, allow_private)
-    give_up_at = steady_s() + DELIVERY_CALL_S
+    give_up_at = monotonic_s() + DELIVERY_CALL_S
     sock: Any = socket.create_connection(address, timeout=DELIVERY_CALL_S)
     try:
         if parts.scheme == "https":
@@ -7755,8 +8970,13 @@ def post_to(url: str, body: bytes, headers: dict[str, str], allow_private: bool)
         connection = http.client.HTTPConnection(parts.hostname or "", port, timeout=DELIVERY_CALL_S)
         connection.sock = sock
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("POST", target, body, {"Content-Type": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **headers})
-        sock.settimeout(max(0.1, give_up_at - steady_s()))
+        connection.request(
+            "POST",
+            target,
+            body,
+            {"Content-Type": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **headers},
+        )
+        sock.settimeout(max(0.1, give_up_at - monotonic_s()))
         response = connection.getresponse()
         return response.status, response.read(1000)
     except http.client.HTTPException as error:
@@ -7772,7 +8992,11 @@ def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int
         found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (socket.gaierror, UnicodeError) as error:
         raise OSError(f"{host} cannot be found: {getattr(error, 'strerror', None) or error}") from None
-    good = [address for address in found if allow_private or ipaddress.ip_address(address.partition("%")[0]).is_global]
+    good = [
+        address
+        for address in found
+        if allow_private or ipaddress.ip_address(address.partition("%")[0]).is_global
+    ]
     if not good:
         raise OSError(f"{host} is a private address ({found[0]}); allowed only with allowPrivateAddresses")
     return good[0], port
@@ -7783,17 +9007,26 @@ class Notifier:
 
     def __init__(self, config: Config, store: Store):
         self._store = store
-        self._public_url = (config.server.public_url or f"http://{host_to_call(config.server.host)}:{config.server.port}").rstrip("/")
+        self._public_url = (
+            config.server.public_url or f"http://{host_to_call(config.server.host)}:{config.server.port}"
+        ).rstrip("/")
         self.channels = {item.id: Channel(item, config.folder) for item in config.notifications}
         self._changed = threading.Condition()
         self._closed = False
-        self._names_secrets = [value for item in config.notifications for value in (item.secret, item.smtp.password, urlsplit(item.url).path) if len(value) > 3]
+        self._names_secrets = [
+            value
+            for item in config.notifications
+            for value in (item.secret, item.smtp.password, urlsplit(item.url).path)
+            if len(value) > 3
+        ]
         if self.channels:
             store.deliveries_for = self._of_transition
 
     def start(self) -> None:
         for channel in self.channels.values():
-            threading.Thread(target=self._deliver_all, args=(channel,), name=f"notify-{channel.config.id}", daemon=True).start()
+            threading.Thread(
+                target=self._deliver_all, args=(channel,), name=f"notify-{channel.config.id}", daemon=True
+            ).start()
 
     def close(self) -> None:
         with self._changed:
@@ -7807,17 +9040,23 @@ class Notifier:
         events = events_of(run)
         found = []
         for channel in self.channels.values():
-            wanted = [event for event in events if channel.wants(event, run.tenant_id, run.env_id, run.scenario_id)]
+            wanted = [
+                event for event in events if channel.wants(event, run.tenant_id, run.env_id, run.scenario_id)
+            ]
             if wanted:
                 found.append(self._of_run(channel, wanted[0], run, snapshot))
         self._wake()
         return found
 
     def _of_run(self, channel: Channel, event: str, run: Run, snapshot: Snapshot | None) -> Delivery:
-        facts = run_to_wire(run)
-        facts["lastMetrics"] = snapshot_to_wire(snapshot._replace(endpoints=None)) if snapshot else None
-        facts.update(details=run_details(run) if run.is_final else [], link=f"{self._public_url}/#/runs/{run.id}")
-        return _new_delivery(channel, event, notification_title(event, run, snapshot), facts, run.id, run.tenant_id)
+        facts = run_to_json(run)
+        facts["lastMetrics"] = snapshot_to_json(snapshot._replace(endpoints=None)) if snapshot else None
+        facts.update(
+            details=run_details(run) if run.is_final else [], link=f"{self._public_url}/#/runs/{run.id}"
+        )
+        return _new_delivery(
+            channel, event, notification_title(event, run, snapshot), facts, run.id, run.tenant_id
+        )
 
     def schedule_missed(self, schedule: Schedule, why: str) -> None:
         """Tell that a schedule did not start its run."""
@@ -7826,15 +9065,26 @@ class Notifier:
             if channel.wants("scheduleMissed", schedule.tenant_id, schedule.env_id, scenario_id):
                 name = schedule.description or schedule.id
                 title = f"{TITLES['scheduleMissed']}: {name}, {scenario_id} on {schedule.tenant_id}/{schedule.env_id}"
-                facts = {"scheduleId": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "details": [why], "link": f"{self._public_url}/"}
-                self._store.keep_delivery(_new_delivery(channel, "scheduleMissed", title, facts, "", schedule.tenant_id))
+                facts = {
+                    "scheduleId": schedule.id,
+                    "tenantId": schedule.tenant_id,
+                    "envId": schedule.env_id,
+                    "details": [why],
+                    "link": f"{self._public_url}/",
+                }
+                self._store.keep_delivery(
+                    _new_delivery(channel, "scheduleMissed", title, facts, "", schedule.tenant_id)
+                )
         self._wake()
 
     def test(self, channel_id: str) -> None:
         """Send a message now; NotFound, or LocustError-like failures as Unreachable with the reason."""
         channel = self.channels.get(channel_id)
         if channel is None:
-            raise InvalidInput(f"id: allowed are {', '.join(self.channels) or 'none: there are no notifications'}", {"id": "is no notification of the configuration"})
+            raise InvalidInput(
+                f"id: allowed are {', '.join(self.channels) or 'none: there are no notifications'}",
+                {"id": "is no notification of the configuration"},
+            )
         facts = {"details": ["This is a test."], "link": f"{self._public_url}/"}
         delivery = _new_delivery(channel, "finished", f"Load Manager can reach {channel_id}", facts, "", "")
         problem, _ = self._try(channel, delivery)
@@ -7851,7 +9101,10 @@ class Notifier:
         """The thread of one channel: the oldest that is due first."""
         while not self._closed:
             now = time.time()
-            waiting = sorted((one for one in self._store.waiting_deliveries(channel.config.id)), key=lambda one: (one.next_at, one.created_at))
+            waiting = sorted(
+                (one for one in self._store.waiting_deliveries(channel.config.id)),
+                key=lambda one: (one.next_at, one.created_at),
+            )
             if not waiting or waiting[0].next_at > now:
                 with self._changed:
                     self._changed.wait(min(2.0, waiting[0].next_at - now) if waiting else 2.0)
@@ -7866,12 +9119,23 @@ class Notifier:
         problem, is_final = self._try(channel, delivery)
         now, attempts = time.time(), delivery.attempts + 1
         pause_s = RETRY_DELIVERY_S[min(attempts, len(RETRY_DELIVERY_S)) - 1]
-        pause_s *= 0.8 + 0.4 * secrets.randbelow(1000) / 1000  # receivers that come back are not met by all at once
+        pause_s *= (
+            0.8 + 0.4 * secrets.randbelow(1000) / 1000
+        )  # receivers that come back are not met by all at once
         ended = problem is None or is_final or now - delivery.created_at > GIVE_UP_DELIVERY_S
-        changed = delivery._replace(attempts=attempts, next_at=now + pause_s, ended_at=now if ended else None, problem=problem)
+        changed = delivery._replace(
+            attempts=attempts, next_at=now + pause_s, ended_at=now if ended else None, problem=problem
+        )
         self._store.keep_delivery(changed)
         if problem and (attempts == 1 or ended):
-            log("notification not delivered", channel=channel.config.id, event=delivery.event, run=delivery.run_id, why=problem, given_up=ended)
+            log(
+                "notification not delivered",
+                channel=channel.config.id,
+                event=delivery.event,
+                run=delivery.run_id,
+                why=problem,
+                given_up=ended,
+            )
 
     def _try(self, channel: Channel, delivery: Delivery) -> tuple[str | None, bool]:
         """Why it could not be delivered, in words without secrets, and whether another try is hopeless."""
@@ -7881,7 +9145,11 @@ class Notifier:
             channel.send(delivery)
             return None, False
         except smtplib.SMTPResponseException as error:
-            said = error.smtp_error.decode("utf-8", "replace") if isinstance(error.smtp_error, bytes) else str(error.smtp_error)
+            said = (
+                error.smtp_error.decode("utf-8", "replace")
+                if isinstance(error.smtp_error, bytes)
+                else str(error.smtp_error)
+            )
             words = f"SMTP {error.smtp_code} {said}"
         except (smtplib.SMTPException, OSError, ValueError) as error:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -7895,8 +9163,19 @@ class Notifier:
         return " ".join(text.split())[:300]
 
 
-def _new_delivery(channel: Channel, event: str, title: str, facts: dict[str, Any], run_id: str, tenant_id: str) -> Delivery:
-    return Delivery("msg_" + secrets.token_hex(12), channel.config.id, event, run_id, tenant_id, time.time(), _printable_line(title), facts)
+def _new_delivery(
+    channel: Channel, event: str, title: str, facts: dict[str, Any], run_id: str, tenant_id: str
+) -> Delivery:
+    return Delivery(
+        "msg_" + secrets.token_hex(12),
+        channel.config.id,
+        event,
+        run_id,
+        tenant_id,
+        time.time(),
+        _printable_line(title),
+        facts,
+    )
 
 
 def _printable_line(text: str) -> str:
@@ -7942,7 +9221,13 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 # needs nothing from anywhere, so that it opens from a mail attachment and prints.
 
 # The colours of Locust's own page, which its users know by heart.
-SERIES_COLOURS = {"rps": "#00ca5a", "fails": "#ff6d6d", "p50": "#eeb457", "p95": "#9966cc", "users": "#4a90d9"}
+SERIES_COLOURS = {
+    "rps": "#00ca5a",
+    "fails": "#ff6d6d",
+    "p50": "#eeb457",
+    "p95": "#9966cc",
+    "users": "#4a90d9",
+}
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 CHART_WIDTH, CHART_HEIGHT = 860, 230
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 56, 12, 28, 26
@@ -7980,7 +9265,9 @@ def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, 
         _report_verdict(run),
         _report_warnings(run),
         _report_charts(run, samples),
-        _report_table("Endpoints", ENDPOINT_TITLES, list(_endpoint_cells(run)), text_columns=2, total_last=True),
+        _report_table(
+            "Endpoints", ENDPOINT_TITLES, list(_endpoint_cells(run)), text_columns=2, total_last=True
+        ),
         _report_failures(failures),
         _report_annotations(run),
         _report_metadata(run),
@@ -7989,7 +9276,7 @@ def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, 
     title = html.escape(f"{run['scenarioId']} - {run['status']}")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'"><title>{title}</title>'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>{title}</title>"
         f"<style>{REPORT_CSS}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
@@ -7997,7 +9284,13 @@ def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, 
 def _report_head(run: dict[str, Any]) -> str:
     where = f"{run['tenantId']} / {run['envId']} on {run.get('locustClusterId') or 'no cluster'}"
     words = run["status"] + (f" ({run['stopReason']})" if run.get("stopReason") else "")
-    kind = "bad" if run["status"] == "Failed" or run.get("verdict") == "failed" else "good" if run["status"] == "Finished" else "dim"
+    kind = (
+        "bad"
+        if run["status"] == "Failed" or run.get("verdict") == "failed"
+        else "good"
+        if run["status"] == "Finished"
+        else "dim"
+    )
     reason = f'<p class="bad">{html.escape(run["failureReason"])}</p>' if run.get("failureReason") else ""
     return (
         f'<header><h1>{html.escape(run["scenarioId"])}</h1><p><strong class="{kind}">{html.escape(words)}</strong> '
@@ -8038,15 +9331,27 @@ def _report_facts(run: dict[str, Any]) -> str:
         ("99 %", f"{_figure(metrics.get('p99ResponseMs'))} ms"),
         ("users asked for", f"{_figure(run['targetUsers'])} at {run['spawnRate']:g}/s"),
     ]
-    return '<div class="facts">' + "".join(f"<div><b>{html.escape(value)}</b>{name}</div>" for name, value in facts) + "</div>"
+    return (
+        '<div class="facts">'
+        + "".join(f"<div><b>{html.escape(value)}</b>{name}</div>" for name, value in facts)
+        + "</div>"
+    )
 
 
 def _report_verdict(run: dict[str, Any]) -> str:
     if not run.get("thresholds"):
         return ""
-    rows = [[one.get("expr", ""), _threshold_value(one), one.get("result", ""), one.get("message", "")] for one in run["thresholds"]]
+    rows = [
+        [one.get("expr", ""), _threshold_value(one), one.get("result", ""), one.get("message", "")]
+        for one in run["thresholds"]
+    ]
     trust = f" · trust {run['trust']}" if run.get("trust") else ""
-    return _report_table(f"Verdict: {run.get('verdict', 'pending')}{trust}", ["Threshold", "Value", "Result", ""], rows, text_columns=4)
+    return _report_table(
+        f"Verdict: {run.get('verdict', 'pending')}{trust}",
+        ["Threshold", "Value", "Result", ""],
+        rows,
+        text_columns=4,
+    )
 
 
 def _threshold_value(threshold: dict[str, Any]) -> str:
@@ -8073,7 +9378,11 @@ def _report_metadata(run: dict[str, Any]) -> str:
 
 def _report_failures(failures: dict[str, Any]) -> str:
     rows = [[one["method"], one["name"], one["error"], one["occurrences"]] for one in failures["failures"]]
-    text = _report_table("Failures", ["Method", "Name", "Error", "Occurrences"], rows, text_columns=3) if rows else ""
+    text = (
+        _report_table("Failures", ["Method", "Name", "Error", "Occurrences"], rows, text_columns=3)
+        if rows
+        else ""
+    )
     for one in failures["exceptions"]:
         text += f"<section><h2>{_figure(one['count'])} × {html.escape(one['message'])}</h2><pre>{html.escape(one['traceback'])}</pre></section>"
     if failures.get("problem"):
@@ -8081,31 +9390,75 @@ def _report_failures(failures: dict[str, Any]) -> str:
     return text
 
 
-ENDPOINT_TITLES = ["Type", "Name", "Requests", "Fails", "Median", "95 %", "99 %", "Average", "Min", "Max", "req/s"]
+ENDPOINT_TITLES = [
+    "Type",
+    "Name",
+    "Requests",
+    "Fails",
+    "Median",
+    "95 %",
+    "99 %",
+    "Average",
+    "Min",
+    "Max",
+    "req/s",
+]
 
 
 def _endpoint_cells(run: dict[str, Any]) -> Iterator[list[Any]]:
     """The rows of Locust's table, the total last."""
     metrics = run.get("lastMetrics") or {}
     for row in (metrics.get("requestStats") or {}).values():
-        times = [row.get(name) for name in ("medianResponseTime", "p95ResponseTime", "p99ResponseTime", "avgResponseTime", "minResponseTime", "maxResponseTime")]
-        yield [row["method"], row["name"], row["numRequests"], row["numFailures"], *map(_figure, times), _figure(row.get("requestsPerSec"), 2)]
+        times = [
+            row.get(name)
+            for name in (
+                "medianResponseTime",
+                "p95ResponseTime",
+                "p99ResponseTime",
+                "avgResponseTime",
+                "minResponseTime",
+                "maxResponseTime",
+            )
+        ]
+        yield [
+            row["method"],
+            row["name"],
+            row["numRequests"],
+            row["numFailures"],
+            *map(_figure, times),
+            _figure(row.get("requestsPerSec"), 2),
+        ]
     if metrics:
-        times = [metrics.get(name) for name in ("p50ResponseMs", "p95ResponseMs", "p99ResponseMs", "avgResponseMs")]
-        yield ["", "Aggregated", metrics.get("totalRequests"), metrics.get("totalFailures"), *map(_figure, times), "", "", _figure(metrics.get("totalRps"), 2)]
+        times = [
+            metrics.get(name) for name in ("p50ResponseMs", "p95ResponseMs", "p99ResponseMs", "avgResponseMs")
+        ]
+        yield [
+            "",
+            "Aggregated",
+            metrics.get("totalRequests"),
+            metrics.get("totalFailures"),
+            *map(_figure, times),
+            "",
+            "",
+            _figure(metrics.get("totalRps"), 2),
+        ]
 
 
-def _report_table(title: str, titles: list[str], rows: list[list[Any]], text_columns: int = 0, total_last: bool = False) -> str:
+def _report_table(
+    title: str, titles: list[str], rows: list[list[Any]], text_columns: int = 0, total_last: bool = False
+) -> str:
     if not rows:
         return ""
 
     def cells(tag: str, values: list[Any]) -> str:
         return "".join(
-            f'<{tag}{" class=text" if index < text_columns else ""}>{html.escape(_cell_text(value))}</{tag}>' for index, value in enumerate(values)
+            f"<{tag}{' class=text' if index < text_columns else ''}>{html.escape(_cell_text(value))}</{tag}>"
+            for index, value in enumerate(values)
         )
 
     body = "".join(
-        f'<tr{" class=total" if total_last and index == len(rows) - 1 else ""}>{cells("td", row)}</tr>' for index, row in enumerate(rows)
+        f"<tr{' class=total' if total_last and index == len(rows) - 1 else ''}>{cells('td', row)}</tr>"
+        for index, row in enumerate(rows)
     )
     return f'<section><h2>{html.escape(title)}</h2><div class="box"><table><thead><tr>{cells("th", titles)}</tr></thead><tbody>{body}</tbody></table></div></section>'
 
@@ -8132,15 +9485,32 @@ def _report_charts(run: dict[str, Any], samples: list[Sample]) -> str:
     start = parse_utc(run["startedAt"]) if run.get("startedAt") else live[0].at
 
     def line(label: str, colour: str, *names: str) -> Line:
-        chosen = next((name for name in names if any(getattr(sample, name) is not None for sample in live)), names[-1])
-        points = [(sample.at - start, getattr(sample, chosen)) for sample in live if getattr(sample, chosen) is not None]
+        chosen = next(
+            (name for name in names if any(getattr(sample, name) is not None for sample in live)), names[-1]
+        )
+        points = [
+            (sample.at - start, getattr(sample, chosen))
+            for sample in live
+            if getattr(sample, chosen) is not None
+        ]
         return Line(label, SERIES_COLOURS[colour], points)
 
     marks = [(parse_utc(one["at"]) - start, one["text"]) for one in run.get("annotations", [])]
     return "".join(
         [
-            _chart("Requests per second", [line("requests/s", "rps", "rps"), line("failures/s", "fails", "fails_per_s")], marks),
-            _chart("Response times (ms)", [line("median", "p50", "window_p50_ms", "p50_ms"), line("95 %", "p95", "window_p95_ms", "p95_ms")], marks),
+            _chart(
+                "Requests per second",
+                [line("requests/s", "rps", "rps"), line("failures/s", "fails", "fails_per_s")],
+                marks,
+            ),
+            _chart(
+                "Response times (ms)",
+                [
+                    line("median", "p50", "window_p50_ms", "p50_ms"),
+                    line("95 %", "p95", "window_p95_ms", "p95_ms"),
+                ],
+                marks,
+            ),
             _chart("Users", [line("users", "users", "users")], marks),
         ]
     )
@@ -8156,24 +9526,38 @@ def _chart(title: str, lines: list[Line], marks: list[tuple[float, str]]) -> str
     width, height = CHART_WIDTH - CHART_LEFT - CHART_RIGHT, CHART_HEIGHT - CHART_TOP - CHART_BOTTOM
 
     def at(x: float, y: float) -> str:
-        return f"{CHART_LEFT + width * min(max(x, 0), last) / last:.1f},{CHART_TOP + height * (1 - y / top):.1f}"
+        return (
+            f"{CHART_LEFT + width * min(max(x, 0), last) / last:.1f},{CHART_TOP + height * (1 - y / top):.1f}"
+        )
 
     parts = [f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{html.escape(title)}">']
     for step in range(5):
         y = CHART_TOP + height * step / 4
-        parts.append(f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>'
+        )
         x = CHART_LEFT + width * step / 4
         anchor = "start" if step == 0 else "end" if step == 4 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="{anchor}">{duration_text(last * step / 4)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="{anchor}">{duration_text(last * step / 4)}</text>'
+        )
     for x, text in marks:
         place = CHART_LEFT + width * min(max(x, 0), last) / last
-        parts.append(f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>')
+        parts.append(
+            f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>'
+        )
     for number, line in enumerate(lines):
         points = " ".join(at(x, y) for x, y in line.points if y is not None)
-        parts.append(f'<polyline fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round" points="{points}"/>')
+        parts.append(
+            f'<polyline fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round" points="{points}"/>'
+        )
         x = CHART_LEFT + number * 110
-        parts.append(f'<rect x="{x}" y="8" width="12" height="4" fill="{line.colour}"/><text x="{x + 18}" y="14">{html.escape(line.label)}</text>')
+        parts.append(
+            f'<rect x="{x}" y="8" width="12" height="4" fill="{line.colour}"/><text x="{x + 18}" y="14">{html.escape(line.label)}</text>'
+        )
     return f"<section><h2>{html.escape(title)}</h2>" + "".join(parts) + "</svg></section>"
 
 
@@ -8194,17 +9578,33 @@ def _tick_text(value: float) -> str:
 
 def junit_xml(run: dict[str, Any]) -> str:
     """The run as JUnit XML: a test case for its end, for each threshold, for the comparison."""
-    cases = [_junit_case(run, "the run finished", run.get("failureReason") or "it failed" if run["status"] == "Failed" else None)]
+    cases = [
+        _junit_case(
+            run,
+            "the run finished",
+            run.get("failureReason") or "it failed" if run["status"] == "Failed" else None,
+        )
+    ]
     for one in run.get("thresholds", ()):
         why = f"is {_threshold_value(one)}" + (f" ({one['message']})" if one.get("message") else "")
         is_failed = one["result"] == "failed" and not one.get("warnOnly")
-        cases.append(_junit_case(run, one["expr"], why if is_failed else None, skipped=one["result"] == "pending"))
+        cases.append(
+            _junit_case(run, one["expr"], why if is_failed else None, skipped=one["result"] == "pending")
+        )
     comparison = run.get("comparison")
     if comparison and comparison["baseline"]:
         name = f"no regression against {comparison['with']} {comparison['baseline']}"
         cases.append(_junit_case(run, name, "; ".join(comparison["regressions"]) or None))
-    lasted_s = parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"]) if run.get("startedAt") and run.get("finishedAt") else 0.0
-    facts = [("runId", run["id"]), ("trust", run.get("trust", "")), ("trustReasons", "; ".join(run.get("trustReasons", ())))]
+    lasted_s = (
+        parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
+        if run.get("startedAt") and run.get("finishedAt")
+        else 0.0
+    )
+    facts = [
+        ("runId", run["id"]),
+        ("trust", run.get("trust", "")),
+        ("trustReasons", "; ".join(run.get("trustReasons", ()))),
+    ]
     properties = "".join(f'<property name="{name}" value="{_xml(value)}"/>' for name, value in facts)
     failures, skipped = sum("<failure" in case for case in cases), sum("<skipped" in case for case in cases)
     return (
@@ -8216,7 +9616,13 @@ def junit_xml(run: dict[str, Any]) -> str:
 
 
 def _junit_case(run: dict[str, Any], name: str, why: str | None, skipped: bool = False) -> str:
-    inner = f'<failure message="{_xml(why)}">{_xml(why)}</failure>' if why is not None else "<skipped/>" if skipped else ""
+    inner = (
+        f'<failure message="{_xml(why)}">{_xml(why)}</failure>'
+        if why is not None
+        else "<skipped/>"
+        if skipped
+        else ""
+    )
     return f'<testcase classname="{_xml(run["scenarioId"])}" name="{_xml(name)}">{inner}</testcase>'
 
 
@@ -8230,7 +9636,9 @@ def summary_md(run: dict[str, Any]) -> str:
     metrics = run.get("lastMetrics") or {}
     words = run.get("verdict") or run["status"]
     lines = [f"## Load test {_md(run['scenarioId'])}: {words}", ""]
-    lines.append(f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`")
+    lines.append(
+        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`"
+    )
     if run.get("failureReason"):
         lines += ["", f"> {_md(run['failureReason'])}"]
     if run.get("thresholds"):
@@ -8268,7 +9676,8 @@ def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, An
     metrics = run.get("lastMetrics") or {}
     words = run["status"] + (f" ({run['stopReason']})" if run.get("stopReason") else "")
     lines = [
-        f"## Load test {_md(run['scenarioId'])}: {words}" + (f", verdict {run['verdict']}" if run.get("verdict") else ""),
+        f"## Load test {_md(run['scenarioId'])}: {words}"
+        + (f", verdict {run['verdict']}" if run.get("verdict") else ""),
         "",
         f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`",
         "",
@@ -8280,11 +9689,16 @@ def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, An
         lines += ["", f"> {_md(run['failureReason'])}"]
     lines += [f"- warning {one['code']}: {_md(one['message'])}" for one in run.get("warnings", [])]
     if run.get("thresholds"):
-        rows = [[one.get("expr", ""), _threshold_value(one), one.get("result", "")] for one in run["thresholds"]]
+        rows = [
+            [one.get("expr", ""), _threshold_value(one), one.get("result", "")] for one in run["thresholds"]
+        ]
         lines += ["", *_md_table(["Threshold", "Value", "Result"], rows, 3)]
     lines += ["", *_md_table(ENDPOINT_TITLES, list(_endpoint_cells(run)), 2)]
     if failures["failures"]:
-        rows = [[one["method"], one["name"], one["error"], one["occurrences"]] for one in failures["failures"][:50]]
+        rows = [
+            [one["method"], one["name"], one["error"], one["occurrences"]]
+            for one in failures["failures"][:50]
+        ]
         lines += ["", *_md_table(["Method", "Name", "Error", "Occurrences"], rows, 3)]
     return "\n".join(lines) + "\n"
 
@@ -8303,7 +9717,7 @@ def _md_table(titles: list[str], rows: list[list[Any]], text_columns: int) -> li
 
 def metrics_csv(samples: list[Sample]) -> str:
     """Every sample, a line each."""
-    return _csv_text(["timestamp", *SAMPLE_KEYS], (sample_to_wire(sample).values() for sample in samples))
+    return _csv_text(["timestamp", *SAMPLE_KEYS], (sample_to_json(sample).values() for sample in samples))
 
 
 def requests_csv(run: dict[str, Any]) -> str:
@@ -8311,7 +9725,17 @@ def requests_csv(run: dict[str, Any]) -> str:
     metrics = run.get("lastMetrics") or {}
     rows = [[row.get(name) for name in ENDPOINT_KEYS] for row in (metrics.get("requestStats") or {}).values()]
     if metrics:
-        names = ("totalRequests", "totalFailures", "avgResponseMs", None, None, "p50ResponseMs", "totalRps", "p95ResponseMs", "p99ResponseMs")
+        names = (
+            "totalRequests",
+            "totalFailures",
+            "avgResponseMs",
+            None,
+            None,
+            "p50ResponseMs",
+            "totalRps",
+            "p95ResponseMs",
+            "p99ResponseMs",
+        )
         rows.append(["", "Aggregated", *(metrics.get(name) if name else None for name in names)])
     return _csv_text(list(ENDPOINT_KEYS), rows)
 
@@ -8341,7 +9765,7 @@ def _csv_cell(value: Any) -> Any:
 EXPORT_FORMAT, EXPORT_VERSION = "loadmanager-run", 1
 LOCUST_JSON, LOCUST_CSV = "locust-json", "locust-csv"
 IMPORT_BYTES = 64 * 1024 * 1024
-MOST_IMPORTED_SAMPLES = 500_000
+MAX_IMPORTED_SAMPLES = 500_000
 LATEST_MOMENT_S = 4_102_444_800.0  # the year 2100
 IMPORT_NAMESPACE = "b0f6c0de-5d5c-4f0e-9d0b-6c6f6164746d"  # of ids made from a file's content
 
@@ -8357,14 +9781,27 @@ class ImportedRun(NamedTuple):
 
 
 def export_parts(
-    run: dict[str, Any], samples: list[Sample], histograms: list[tuple[float, int, str]], failures: dict[str, Any]
+    run: dict[str, Any],
+    samples: list[Sample],
+    histograms: list[tuple[float, int, str]],
+    failures: dict[str, Any],
 ) -> Iterator[str]:
     """The export of a run in pieces of JSON: one document, with all samples."""
-    head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "loadManager": VERSION, "exportedAt": utc_text(time.time()), "run": run, "failures": failures}
+    head = {
+        "format": EXPORT_FORMAT,
+        "version": EXPORT_VERSION,
+        "loadManager": VERSION,
+        "exportedAt": utc_text(time.time()),
+        "run": run,
+        "failures": failures,
+    }
     yield dump_json(head)[:-1] + ',"samples":['
-    yield ",".join(dump_json(sample_to_wire(sample)) for sample in samples)
+    yield ",".join(dump_json(sample_to_json(sample)) for sample in samples)
     yield '],"histograms":['
-    yield ",".join(f'{{"timestamp":"{utc_text(at)}","isWhole":{"true" if is_whole else "false"},"rows":{text}}}' for at, is_whole, text in histograms)
+    yield ",".join(
+        f'{{"timestamp":"{utc_text(at)}","isWhole":{"true" if is_whole else "false"},"rows":{text}}}'
+        for at, is_whole, text in histograms
+    )
     yield "]}"
 
 
@@ -8378,7 +9815,10 @@ def _only(allowed: str, is_good: Callable[[Any], bool]) -> Check:
 
 
 def _long_text(most: int) -> Check:
-    return _only(f"a text of at most {most} characters", lambda value: isinstance(value, str) and len(value) <= most and "\0" not in value)
+    return _only(
+        f"a text of at most {most} characters",
+        lambda value: isinstance(value, str) and len(value) <= most and "\0" not in value,
+    )
 
 
 def _list_of(keys: dict[str, BodyKey], most: int, make: Callable[[dict[str, Any]], Any]) -> Check:
@@ -8391,8 +9831,10 @@ def _list_of(keys: dict[str, BodyKey], most: int, make: Callable[[dict[str, Any]
         for index, entry in enumerate(value):
             try:
                 found.append(make(check_body(entry, keys)))
-            except (InvalidInput, NotAllowed) as error:
-                raise NotAllowed(f"[{index}]: {error.message if isinstance(error, InvalidInput) else error}") from None
+            except (InvalidInput, InvalidValue) as error:
+                raise InvalidValue(
+                    f"[{index}]: {error.message if isinstance(error, InvalidInput) else error}"
+                ) from None
         return tuple(found)
 
     return Check(f"a list of at most {most} objects with the keys {', '.join(keys)}", accept)
@@ -8413,10 +9855,19 @@ def _imported_threshold(values: dict[str, Any]) -> Threshold:
 LONG_TEXT = _long_text(4000)
 ANY_JSON = _only("JSON", lambda value: True)
 MEASURE = _only(NUMBER_KINDS[_is_measure], _is_measure)
-TEXTS = _only("a list of texts", lambda value: isinstance(value, list) and len(value) <= 10_000 and all(isinstance(one, str) for one in value))
+TEXTS = _only(
+    "a list of texts",
+    lambda value: (
+        isinstance(value, list) and len(value) <= 10_000 and all(isinstance(one, str) for one in value)
+    ),
+)
 RUN_ID = Check("a UUID", _accept_run_id)
 USERS_OR_NONE = number_value(0, MAX_USERS, whole=True)
-WARNING_KEYS = {"code": BodyKey("code", ID_TEXT, required=True), "at": BodyKey("at", MOMENT, required=True), "message": BodyKey("message", LONG_TEXT, required=True)}
+WARNING_KEYS = {
+    "code": BodyKey("code", ID_TEXT, required=True),
+    "at": BodyKey("at", MOMENT, required=True),
+    "message": BodyKey("message", LONG_TEXT, required=True),
+}
 JUDGED_KEYS = {
     "expr": BodyKey("expr", _long_text(MAX_THRESHOLD), required=True),
     "value": BodyKey("value", MEASURE),
@@ -8441,7 +9892,10 @@ COMPARISON_KEYS = {
     "noiseJudged": BodyKey("noiseJudged", BOOLEAN),
     "message": BodyKey("message", LONG_TEXT),
 }  # fmt: skip
-COMPARISON = Check("an object with the keys " + ", ".join(COMPARISON_KEYS), lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)})
+COMPARISON = Check(
+    "an object with the keys " + ", ".join(COMPARISON_KEYS),
+    lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)},
+)
 IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attribute are derived, and ignored
     "id": BodyKey("id", RUN_ID, required=True),
     "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
@@ -8462,20 +9916,24 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "metadata": BodyKey("metadata", METADATA),
     "locustfileSha256": BodyKey("locustfile_sha256", text_value("64 hexadecimal digits", "[0-9a-f]{64}")),
     "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100, lambda values: Warning_(values["code"], values["at"], values["message"]))),
-    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MOST_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
-    "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MOST_THRESHOLDS, _imported_threshold)),
+    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
+    "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MAX_THRESHOLDS, _imported_threshold)),
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
     "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
     "comparison": BodyKey("comparison", COMPARISON),
     **PLAN_KEYS,
-    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MOST_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
+    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
     "importedAt": BodyKey("", MOMENT),
     "trust": BodyKey("", ANY_JSON),
     "trustReasons": BodyKey("", ANY_JSON),
     "queuePosition": BodyKey("", ANY_JSON),
     "lastMetrics": BodyKey("", ANY_JSON),
 }  # fmt: skip
-SAMPLE_NUMBERS = tuple((name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure) for name in SAMPLE_KEYS if name != "source")
+SAMPLE_NUMBERS = tuple(
+    (name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure)
+    for name in SAMPLE_KEYS
+    if name != "source"
+)
 CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
     "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
     "envId": BodyKey("env_id", ID_TEXT, required=True),
@@ -8486,7 +9944,10 @@ CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
     "finishedAt": BodyKey("finished_at", MOMENT),
     "metadata": BodyKey("metadata", METADATA),
 }
-EXPORT_KEYS = {name: BodyKey(name, ANY_JSON) for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")}
+EXPORT_KEYS = {
+    name: BodyKey(name, ANY_JSON)
+    for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")
+}
 LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS, "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds", lambda value: isinstance(value, list)), required=True)}  # fmt: skip
 CSV_TEXT = _only("the text of a CSV file", lambda value: isinstance(value, str))
 LOCUST_CSV_KEYS = {
@@ -8508,7 +9969,11 @@ def read_import(body: Any, now: float) -> ImportedRun:
         raise InvalidInput(f"format: {why}", {"format": why})
     found = readers[kind](body, now)
     run = found.run
-    for name, at in (("createdAt", run.created_at), ("startedAt", run.started_at or 0.0), ("finishedAt", run.finished_at or 0.0)):
+    for name, at in (
+        ("createdAt", run.created_at),
+        ("startedAt", run.started_at or 0.0),
+        ("finishedAt", run.finished_at or 0.0),
+    ):
         if not 0 <= at <= LATEST_MOMENT_S:
             raise _bad(name, "allowed is a moment before the year 2100")
     if (run.finished_at or 0.0) < (run.started_at or 0.0):
@@ -8520,12 +9985,14 @@ def read_import(body: Any, now: float) -> ImportedRun:
 def _check_sizes(found: ImportedRun) -> None:
     """Refuse numbers that no database column takes, wherever they were computed from."""
     if found.snapshot is not None:
-        check_metrics({"stats": snapshot_to_wire(found.snapshot)}, "stats", math.inf)
+        check_metrics({"stats": snapshot_to_json(found.snapshot)}, "stats", math.inf)
     problems: dict[str, str] = {}
     for sample in found.samples:
         if not 0 <= sample.at <= LATEST_MOMENT_S:
             raise _bad("samples", f"allowed are moments before the year 2100, got {_shown(sample.at)}")
-        _checked_numbers(sample_to_wire(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems)
+        _checked_numbers(
+            sample_to_json(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems
+        )
         if problems:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
 
@@ -8542,21 +10009,29 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     try:
         values = check_body(document, IMPORTED_RUN_KEYS)
     except InvalidInput as error:
-        fields = {f"run.{name}": why for name, why in error.extra.get("fields", {}).items()} or {"run": error.message}
+        fields = {f"run.{name}": why for name, why in error.extra.get("fields", {}).items()} or {
+            "run": error.message
+        }
         raise InvalidInput("run: " + error.message, fields) from None
     values.pop("", None)
     values["status"] = RunStatus(values["status"])
     run = Run(plan=plan_of(values), **values, imported_at=now)
     snapshot = check_metrics(document, "lastMetrics", math.inf)
     samples = _read_samples(body.get("samples"), run.id)
-    return ImportedRun(run, snapshot, samples, list(_read_histograms(body.get("histograms"))), _read_failures(body.get("failures")))
+    return ImportedRun(
+        run,
+        snapshot,
+        samples,
+        list(_read_histograms(body.get("histograms"))),
+        _read_failures(body.get("failures")),
+    )
 
 
 def _read_samples(rows: Any, run_id: str) -> list[Sample]:
     if rows is None:
         return []
-    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
-        raise _bad("samples", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} points")
+    if not isinstance(rows, list) or len(rows) > MAX_IMPORTED_SAMPLES:
+        raise _bad("samples", f"allowed is a list of at most {MAX_IMPORTED_SAMPLES} points")
     samples = []
     problems: dict[str, str] = {}
     for index, row in enumerate(rows):
@@ -8568,21 +10043,32 @@ def _read_samples(rows: Any, run_id: str) -> list[Sample]:
             problems[f"{place}.source"] = "allowed is poll, push or final"
         if problems:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
-        samples.append(Sample(run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]))
+        samples.append(
+            Sample(run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"])
+        )
     return sorted(samples, key=lambda sample: sample.at)
 
 
 def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
     if rows is None:
         return
-    if not isinstance(rows, list) or len(rows) > MOST_IMPORTED_SAMPLES:
-        raise _bad("histograms", f"allowed is a list of at most {MOST_IMPORTED_SAMPLES} entries")
+    if not isinstance(rows, list) or len(rows) > MAX_IMPORTED_SAMPLES:
+        raise _bad("histograms", f"allowed is a list of at most {MAX_IMPORTED_SAMPLES} entries")
     for index, row in enumerate(rows):
         place = f"histograms[{index}]"
-        if not isinstance(row, dict) or set(row) != {"timestamp", "isWhole", "rows"} or not isinstance(row["isWhole"], bool):
-            raise _bad(place, "allowed is an object with the keys timestamp, isWhole (true or false) and rows")
+        if (
+            not isinstance(row, dict)
+            or set(row) != {"timestamp", "isWhole", "rows"}
+            or not isinstance(row["isWhole"], bool)
+        ):
+            raise _bad(
+                place, "allowed is an object with the keys timestamp, isWhole (true or false) and rows"
+            )
         if not isinstance(row["rows"], list) or not all(map(_is_histogram_row, row["rows"])):
-            raise _bad(f"{place}.rows", "allowed is a list of [method, name, requests, failures, total ms, [ms, requests, ...]]")
+            raise _bad(
+                f"{place}.rows",
+                "allowed is a list of [method, name, requests, failures, total ms, [ms, requests, ...]]",
+            )
         yield _moment_at(row["timestamp"], f"{place}.timestamp"), int(row["isWhole"]), dump_json(row["rows"])
 
 
@@ -8593,7 +10079,7 @@ def _is_histogram_row(row: Any) -> bool:
     is_named = (method is None and name is None) or (type(method) is str and type(name) is str)
     counted = all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures))
     is_measured = total_ms is not None and _is_measure(total_ms)
-    return is_named and counted and is_measured and isinstance(pairs, list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MOST_BUCKETS and all(
+    return is_named and counted and is_measured and isinstance(pairs, list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MAX_BUCKETS and all(
         type(number) is int and 0 <= number < 1 << 53 for number in pairs
     )  # fmt: skip
 
@@ -8611,8 +10097,17 @@ EXCEPTION_KEYS = {
     **{name: BodyKey(name, _long_text(100_000), required=True) for name in ("message", "traceback", "nodes")},
 }
 FAILURES_KEYS = {
-    "failures": BodyKey("failures", _list_of(FAILURE_KEYS, 10_000, lambda values: Failure(**{"first_seen_at": None, "last_seen_at": None, **values}))),
-    "exceptions": BodyKey("exceptions", _list_of(EXCEPTION_KEYS, 10_000, lambda values: TaskException(**values))),
+    "failures": BodyKey(
+        "failures",
+        _list_of(
+            FAILURE_KEYS,
+            10_000,
+            lambda values: Failure(**{"first_seen_at": None, "last_seen_at": None, **values}),
+        ),
+    ),
+    "exceptions": BodyKey(
+        "exceptions", _list_of(EXCEPTION_KEYS, 10_000, lambda values: TaskException(**values))
+    ),
 }
 
 
@@ -8620,7 +10115,7 @@ def _read_failures(document: Any) -> dict[str, Any] | None:
     if document is None:
         return None
     values = check_body(document, FAILURES_KEYS)
-    return failures_to_wire(values.get("failures", ()), values.get("exceptions", ()))
+    return failures_to_json(values.get("failures", ()), values.get("exceptions", ()))
 
 
 def _bad(place: str, why: str) -> InvalidInput:
@@ -8637,7 +10132,9 @@ def _moment_at(value: Any, place: str) -> float:
 # ---- files of a headless Locust ----
 
 
-def _run_of_file(values: dict[str, Any], body: dict[str, Any], began: float, ended: float, most_users: int, now: float) -> Run:
+def _run_of_file(
+    values: dict[str, Any], body: dict[str, Any], began: float, ended: float, most_users: int, now: float
+) -> Run:
     """The run a file of Locust tells of. Its id is made from the content, so that a file is imported once."""
     import uuid
 
@@ -8663,9 +10160,17 @@ def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
     histograms: Histograms = {(entry.method, entry.name): entry.histogram for entry in entries}
     total = functools.reduce(_sum, histograms.values())
     snapshot = _snapshot_of_entries(entries, total, lasted_s, ended)
-    run = _run_of_file(values, body, values.get("started_at", began), values.get("finished_at", ended), 0, now)
+    run = _run_of_file(
+        values, body, values.get("started_at", began), values.get("finished_at", ended), 0, now
+    )
     histograms[None] = total
-    return ImportedRun(run, snapshot, _samples_of_entries(entries, run.id), [(ended, 1, histograms_to_record(histograms, None))], None)
+    return ImportedRun(
+        run,
+        snapshot,
+        _samples_of_entries(entries, run.id),
+        [(ended, 1, histograms_to_record(histograms, None))],
+        None,
+    )
 
 
 class _LocustEntry:
@@ -8675,14 +10180,21 @@ class _LocustEntry:
         if not isinstance(entry, dict):
             raise _bad(place, "allowed is an object")
         self._entry, self._place = entry, place
-        self.method, self.name = (self._take(name, lambda value: isinstance(value, str) or value is None, "a text") or "" for name in ("method", "name"))
+        self.method, self.name = (
+            self._take(name, lambda value: isinstance(value, str) or value is None, "a text") or ""
+            for name in ("method", "name")
+        )
         self.requests = int(self._number("num_requests"))
         self.none_requests = int(self._number("num_none_requests"))
         total_ms = self._number("total_response_time")
         self.began, self.ended = self._number("start_time"), self._number("last_request_timestamp")
         self.min_ms, self.max_ms = self._number("min_response_time"), self._number("max_response_time")
-        self.per_second, self.fails_per_second = (self._counts(name) for name in ("num_reqs_per_sec", "num_fail_per_sec"))
-        self.histogram = Histogram(self.requests, int(self._number("num_failures")), total_ms, self._counts("response_times"))
+        self.per_second, self.fails_per_second = (
+            self._counts(name) for name in ("num_reqs_per_sec", "num_fail_per_sec")
+        )
+        self.histogram = Histogram(
+            self.requests, int(self._number("num_failures")), total_ms, self._counts("response_times")
+        )
         self.ended = max(self.ended, self.began)
 
     def _take(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> Any:
@@ -8696,12 +10208,21 @@ class _LocustEntry:
 
     def _counts(self, name: str) -> dict[int, int]:
         """Whole ms, or whole seconds, to a number of requests."""
-        given = self._take(name, lambda value: isinstance(value, dict) and len(value) <= MOST_IMPORTED_SAMPLES, "an object")
+        given = self._take(
+            name, lambda value: isinstance(value, dict) and len(value) <= MAX_IMPORTED_SAMPLES, "an object"
+        )
         found: dict[int, int] = {}
-        for key_, count in given.items():
-            if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", key_) or type(count) is not int or not 0 <= count < 1 << 53:
-                raise _bad(f"{self._place}.{name}", f"allowed are numbers to whole numbers, got {_shown(key_)}: {_shown(count)}")
-            found[round(float(key_))] = found.get(round(float(key_)), 0) + count
+        for key, count in given.items():
+            if (
+                not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", key)
+                or type(count) is not int
+                or not 0 <= count < 1 << 53
+            ):
+                raise _bad(
+                    f"{self._place}.{name}",
+                    f"allowed are numbers to whole numbers, got {_shown(key)}: {_shown(count)}",
+                )
+            found[round(float(key))] = found.get(round(float(key)), 0) + count
         return found
 
     @property
@@ -8724,12 +10245,24 @@ class _LocustEntry:
         )  # fmt: skip
 
 
-def _snapshot_of_entries(entries: list[_LocustEntry], total: Histogram, lasted_s: float, ended: float) -> Snapshot:
+def _snapshot_of_entries(
+    entries: list[_LocustEntry], total: Histogram, lasted_s: float, ended: float
+) -> Snapshot:
     percentiles = [percentile_ms(total.times, ratio) for ratio in PERCENTILE_RATIOS.values()]
     average = total.total_ms / sum(total.times.values()) if total.times else None
     error_percent = 100.0 * total.failures / total.requests
     per_s = total.requests / lasted_s if lasted_s else None
-    return Snapshot(ended, per_s, total.requests, total.failures, error_percent, average, *percentiles, 0, tuple(entry.row(lasted_s) for entry in entries))
+    return Snapshot(
+        ended,
+        per_s,
+        total.requests,
+        total.failures,
+        error_percent,
+        average,
+        *percentiles,
+        0,
+        tuple(entry.row(lasted_s) for entry in entries),
+    )
 
 
 def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
@@ -8744,7 +10277,25 @@ def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample
         requests, failures = requests + per_second[second][0], failures + per_second[second][1]
         percent = min(100.0, 100.0 * failures / requests) if requests else None
         now = per_second[second]
-        samples.append(Sample(run_id, float(second), float(now[0]), float(now[1]), requests, failures, percent, None, None, None, None, None, None, None, "poll"))
+        samples.append(
+            Sample(
+                run_id,
+                float(second),
+                float(now[0]),
+                float(now[1]),
+                requests,
+                failures,
+                percent,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                "poll",
+            )
+        )
     return samples
 
 
@@ -8754,22 +10305,37 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
     history = _csv_rows(values.get("history", ""), "history")
     totals = [row for row in history if row.get("Name") == "Aggregated"]
     moments = [moment for row in totals if (moment := _csv_number(row.get("Timestamp"))) is not None]
-    began, ended = values.get("started_at", min(moments, default=None)), values.get("finished_at", max(moments, default=None))
+    began, ended = (
+        values.get("started_at", min(moments, default=None)),
+        values.get("finished_at", max(moments, default=None)),
+    )
     if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
-        raise _bad("startedAt", "is missing; allowed is startedAt with finishedAt, or history, the text of _stats_history.csv, which has them")
+        raise _bad(
+            "startedAt",
+            "is missing; allowed is startedAt with finishedAt, or history, the text of _stats_history.csv, which has them",
+        )
     try:
         snapshot = _snapshot_of_csv(values["stats"], ended)
     except (LocustBadAnswer, csv.Error, ValueError, OverflowError):
         raise _bad("stats", "is not the text of Locust's _stats.csv") from None
     users = [int(_csv_number(row.get("User Count")) or 0) for row in totals]
     run = _run_of_file(values, body, began, ended, max(users, default=0), now)
-    samples = [_sample_of_history(row, run.id, is_current=len(totals) < len(history)) for row in totals if _csv_number(row.get("Timestamp")) is not None]
+    samples = [
+        _sample_of_history(row, run.id, is_current=len(totals) < len(history))
+        for row in totals
+        if _csv_number(row.get("Timestamp")) is not None
+    ]
     failures = tuple(map(_failure_of_csv, _csv_rows(values.get("failures", ""), "failures")))
     exceptions = tuple(
-        TaskException(int(_csv_number(row.get("Count")) or 0), row.get("Message") or "", row.get("Traceback") or "", row.get("Nodes") or "")
+        TaskException(
+            int(_csv_number(row.get("Count")) or 0),
+            row.get("Message") or "",
+            row.get("Traceback") or "",
+            row.get("Nodes") or "",
+        )
         for row in _csv_rows(values.get("exceptions", ""), "exceptions")
     )
-    return ImportedRun(run, snapshot, samples, [], failures_to_wire(failures, exceptions))
+    return ImportedRun(run, snapshot, samples, [], failures_to_json(failures, exceptions))
 
 
 def _csv_rows(text: str, place: str) -> list[dict[str, Any]]:
@@ -8782,7 +10348,9 @@ def _csv_rows(text: str, place: str) -> list[dict[str, Any]]:
 def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sample:
     """One row of _stats_history.csv; with --csv-full-history its percentiles are the current ones."""
     p50, p95, p99 = (_csv_number(row.get(column)) for column in ("50%", "95%", "99%"))
-    requests, failures = (int(_csv_number(row.get(f"Total {what} Count")) or 0) for what in ("Request", "Failure"))
+    requests, failures = (
+        int(_csv_number(row.get(f"Total {what} Count")) or 0) for what in ("Request", "Failure")
+    )
     whole_run = (None, None, None) if is_current else (p50, p95, p99)
     return Sample(
         run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")), _csv_number(row.get("Failures/s")), requests, failures,
@@ -8809,14 +10377,14 @@ REASONS = {
     502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 
-MOST_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
+MAX_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
 IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
 WRITE_STALL_S = 30.0
 HANDSHAKE_DEADLINE_S = 10.0
 LINGER_S = 2.0  # reading on after an answer that closes the connection
-MOST_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
+MAX_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
 
 
 class BadRequest(LoadManagerError):
@@ -8833,7 +10401,16 @@ class BadRequest(LoadManagerError):
 class RequestHead:
     """A parsed request head; immutable but for `matched`, where the API keeps its route."""
 
-    __slots__ = ("method", "path", "query", "headers", "content_length", "keep_alive", "wants_continue", "matched")
+    __slots__ = (
+        "method",
+        "path",
+        "query",
+        "headers",
+        "content_length",
+        "keep_alive",
+        "wants_continue",
+        "matched",
+    )
 
     def __init__(self, method: str, target: str, headers: dict[str, str], version: str):
         self.method = method
@@ -8848,7 +10425,17 @@ class RequestHead:
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
-ONLY_ONCE = frozenset({"host", "content-length", "authorization", "x-locust-token", "content-type", "idempotency-key", "transfer-encoding"})
+ONLY_ONCE = frozenset(
+    {
+        "host",
+        "content-length",
+        "authorization",
+        "x-locust-token",
+        "content-type",
+        "idempotency-key",
+        "transfer-encoding",
+    }
+)
 
 
 def parse_head(raw: bytes) -> RequestHead:
@@ -8874,7 +10461,9 @@ def _parse_head(raw: bytes) -> RequestHead:
         raise BadRequest("the header Host is missing")
     if "transfer-encoding" in headers:
         known_length = "content-length" in headers
-        raise BadRequest("Transfer-Encoding is not supported; send Content-Length", 400 if known_length else 501)
+        raise BadRequest(
+            "Transfer-Encoding is not supported; send Content-Length", 400 if known_length else 501
+        )
     if not target.startswith("/") and not (target == "*" and method == "OPTIONS"):
         raise BadRequest("the request target must be a path that begins with /")
     return RequestHead(method, target, headers, "1.1" if minor != "0" else "1.0")
@@ -8909,7 +10498,19 @@ class Request:
     """A whole request as a handler gets it. tenant_id, env_id, run_id and note: what it turned
     out to be about, for the audit."""
 
-    __slots__ = ("head", "route", "params", "body", "query", "principal", "address", "tenant_id", "env_id", "run_id", "note")
+    __slots__ = (
+        "head",
+        "route",
+        "params",
+        "body",
+        "query",
+        "principal",
+        "address",
+        "tenant_id",
+        "env_id",
+        "run_id",
+        "note",
+    )
 
     def __init__(self, head: RequestHead, route: Any, params: dict[str, str], principal: Any, address: str):
         self.head = head
@@ -8998,7 +10599,11 @@ class TlsFiles:
 
     def __init__(self, config: ServerTlsConfig, folder: str):
         """StartupError when they cannot be used."""
-        names = {"certFile": config.cert_file, "keyFile": config.key_file, "clientCaFile": config.client_ca_file}
+        names = {
+            "certFile": config.cert_file,
+            "keyFile": config.key_file,
+            "clientCaFile": config.client_ca_file,
+        }
         self._paths = {name: os.path.join(folder, path) for name, path in names.items() if path}
         self._seen = self._marks()
         self._context = self._read()
@@ -9039,7 +10644,9 @@ class TlsFiles:
         context.set_alpn_protocols(["http/1.1"])
         name = "certFile"
         try:
-            context.load_cert_chain(self._paths["certFile"], self._paths["keyFile"], password=lambda: "")  # a prompt would hang
+            context.load_cert_chain(
+                self._paths["certFile"], self._paths["keyFile"], password=lambda: ""
+            )  # a prompt would hang
             if "clientCaFile" in self._paths:
                 name = "clientCaFile"
                 context.load_verify_locations(self._paths[name])
@@ -9047,7 +10654,9 @@ class TlsFiles:
         except (OSError, ValueError) as error:
             why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
             both = " with keyFile" if name == "certFile" else ""
-            raise StartupError(f"server.tls.{name}: {self._paths[name]}{both} cannot be used: {why}") from None
+            raise StartupError(
+                f"server.tls.{name}: {self._paths[name]}{both} cannot be used: {why}"
+            ) from None
         return context
 
 
@@ -9126,9 +10735,9 @@ class Connection:
         self.busy = False  # a thread works on its request
         self.out: Any = b""  # still to be sent: a memoryview, so that 30 MB are not copied for each write
         self.closing = False  # close when `out` is sent
-        self.deadline = steady_s() + (HANDSHAKE_DEADLINE_S if self.shakes_hands else IDLE_CONNECTION_S)
+        self.deadline = monotonic_s() + (HANDSHAKE_DEADLINE_S if self.shakes_hands else IDLE_CONNECTION_S)
         self.mask = 0
-        self.waiting_since = steady_s()  # idle or half-sent since then
+        self.waiting_since = monotonic_s()  # idle or half-sent since then
         self.streams = False  # an event stream: nothing more is read, its end is the connection's
         self.on_close: Callable[[], None] = _nothing
 
@@ -9158,7 +10767,7 @@ class Connection:
             self.loop.watch(self, wanted)
             return
         self.shakes_hands = False
-        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.deadline = monotonic_s() + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
         self._receive()
 
@@ -9183,7 +10792,9 @@ class Connection:
 
     def advance(self) -> None:
         """Handle every whole request that has arrived, in order."""
-        while not self.busy and not self.closing and not self.streams and self.sock is not None and not self.out:
+        while (
+            not self.busy and not self.closing and not self.streams and self.sock is not None and not self.out
+        ):
             if self.request is None and not self._begin_request():
                 return
             if self.request is not None:
@@ -9225,8 +10836,8 @@ class Connection:
         except BadRequest as error:
             self.send(error_response(error).to_bytes(False), close=True)
             return
-        if self.deadline > steady_s() + HEAD_DEADLINE_S:
-            self.deadline = self.waiting_since = steady_s()
+        if self.deadline > monotonic_s() + HEAD_DEADLINE_S:
+            self.deadline = self.waiting_since = monotonic_s()
             self.deadline += HEAD_DEADLINE_S
 
     def _admit(self, head: RequestHead) -> None:
@@ -9246,7 +10857,7 @@ class Connection:
         self.missing = head.content_length
         self.parts = []
         if self.missing:
-            self.deadline = steady_s() + BODY_DEADLINE_S
+            self.deadline = monotonic_s() + BODY_DEADLINE_S
             if head.wants_continue and not self.buffer:
                 self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
             received, self.buffer = self.buffer, b""
@@ -9264,7 +10875,7 @@ class Connection:
         self.busy = False
         if self.sock is None:
             return
-        self.deadline = steady_s() + IDLE_CONNECTION_S
+        self.deadline = monotonic_s() + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
         self._admit(head)
         self.advance()
@@ -9310,7 +10921,7 @@ class Connection:
     def push(self, raw: bytes) -> None:
         """Append to a stream. A client that leaves too much unread is dropped: it can come
         back and resume, whereas its backlog would grow for ever."""
-        if self.out and len(self.out) + len(raw) > MOST_UNSENT_BYTES:
+        if self.out and len(self.out) + len(raw) > MAX_UNSENT_BYTES:
             log("slow event stream dropped", address=self.address, unsent=len(self.out))
             self.close()
             return
@@ -9335,7 +10946,7 @@ class Connection:
             return
         if sent < len(raw):
             self.out = memoryview(raw)[sent:]
-            self.deadline = steady_s() + WRITE_STALL_S
+            self.deadline = monotonic_s() + WRITE_STALL_S
             self.loop.watch(self, selectors.EVENT_WRITE)
         else:
             self._sent()
@@ -9349,7 +10960,7 @@ class Connection:
             self.close()
             return
         self.out = self.out[sent:]
-        self.deadline = steady_s() + WRITE_STALL_S
+        self.deadline = monotonic_s() + WRITE_STALL_S
         if not self.out:
             self._sent()
             self.advance()
@@ -9359,7 +10970,7 @@ class Connection:
             self._close_gently()
             return
         if self.request is None:
-            self.waiting_since = steady_s()
+            self.waiting_since = monotonic_s()
             self.deadline = math.inf if self.streams else self.waiting_since + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
 
@@ -9371,7 +10982,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        self.deadline = steady_s() + LINGER_S
+        self.deadline = monotonic_s() + LINGER_S
         self.buffer = b""
         self.loop.watch(self, selectors.EVENT_READ)
 
@@ -9422,8 +11033,8 @@ class ConnectionLoop(threading.Thread):
         """Answer what is in hand, close what is idle; returns when all is answered or time is up."""
         self.draining = True
         self.call(self._close_idle)
-        give_up_at = steady_s() + wait_s
-        while self._connections and steady_s() < give_up_at:
+        give_up_at = monotonic_s() + wait_s
+        while self._connections and monotonic_s() < give_up_at:
             time.sleep(0.02)
 
     def close(self) -> None:
@@ -9433,7 +11044,7 @@ class ConnectionLoop(threading.Thread):
     # ---- in the loop's thread ----------------------------------------------
 
     def run(self) -> None:
-        sweep_at = steady_s() + 1
+        sweep_at = monotonic_s() + 1
         while not self._closed:
             for event, mask in self._selector.select(1.0):
                 if event.data is None:
@@ -9446,9 +11057,9 @@ class ConnectionLoop(threading.Thread):
 
                     log("connection failed", error=repr(error), trace=traceback.format_exc())
                     event.data.close()
-            if steady_s() >= sweep_at:
+            if monotonic_s() >= sweep_at:
                 self._sweep()
-                sweep_at = steady_s() + 1
+                sweep_at = monotonic_s() + 1
 
     def _make_calls(self) -> None:
         try:
@@ -9499,8 +11110,12 @@ class ConnectionLoop(threading.Thread):
 
     def work_on(self, connection: Connection, request: Request) -> None:
         """Have a thread make the response to a request that waits for Locust or the disk."""
-        if self._waiting >= MOST_WAITING_REQUESTS and not request.route.reserved:
-            self._answered(connection, request, error_response(NotReady("too many requests are waiting", retry_after_s=1)))
+        if self._waiting >= MAX_WAITING_REQUESTS and not request.route.reserved:
+            self._answered(
+                connection,
+                request,
+                error_response(NotReady("too many requests are waiting", retry_after_s=1)),
+            )
             return
         self._waiting += 1
 
@@ -9523,12 +11138,16 @@ class ConnectionLoop(threading.Thread):
 
     def tell_failed_handshake(self, address: str, error: Exception) -> None:
         """Log it, but not each of a flood."""
-        if steady_s() - self._told_of_handshake_at >= 1.0:
-            self._told_of_handshake_at = steady_s()
-            log("TLS handshake failed", address=address, why=getattr(error, "reason", None) or _network_words(error))
+        if monotonic_s() - self._told_of_handshake_at >= 1.0:
+            self._told_of_handshake_at = monotonic_s()
+            log(
+                "TLS handshake failed",
+                address=address,
+                why=getattr(error, "reason", None) or _network_words(error),
+            )
 
     def _sweep(self) -> None:
-        now = steady_s()
+        now = monotonic_s()
         if self._tls:
             self._tls.refresh()
         for connection in [item for item in self._connections if item.deadline < now]:
@@ -9605,7 +11224,14 @@ class Stream:
 
     __slots__ = ("connection", "run_id", "scope", "resume_id", "is_allowed", "owner")
 
-    def __init__(self, run_id: str | None, scope: Scope, resume_id: str | None, is_allowed: Callable[[], bool], owner: str):
+    def __init__(
+        self,
+        run_id: str | None,
+        scope: Scope,
+        resume_id: str | None,
+        is_allowed: Callable[[], bool],
+        owner: str,
+    ):
         self.connection: Connection | None = None
         self.run_id = run_id  # None: all runs
         self.scope = scope
@@ -9634,10 +11260,12 @@ class EventFeed:
 
     ROUND_S = 0.25
     HEARTBEAT_S = 15.0
-    MOST_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
-    MOST_REPLAYED = 500
+    MAX_REMEMBERED = 5000  # runs whose last change is known; older ids cannot be resumed
+    MAX_REPLAYED = 500
 
-    def __init__(self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int, most_of_one: int = 1000):
+    def __init__(
+        self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int, most_of_one: int = 1000
+    ):
         self._store = store
         self._loop = loop
         self._timer = timer
@@ -9665,7 +11293,7 @@ class EventFeed:
             if self._round_is_due:
                 return
             self._round_is_due = True
-        wait_s = self._next_round_at - steady_s()
+        wait_s = self._next_round_at - monotonic_s()
         if wait_s <= 0:
             self._loop.call(self._round)
         else:
@@ -9678,11 +11306,18 @@ class EventFeed:
         too many are of one owner."""
         open_streams = self._all_streams()
         if len(open_streams) >= self._most_streams:
-            raise NotReady(f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10)
+            raise NotReady(
+                f"{self._most_streams} event streams are open, the most there may be", retry_after_s=10
+            )
         if sum(other.owner == stream.owner for other in open_streams) >= self._most_of_one:
-            raise TooManyRequests(f"{self._most_of_one} event streams of this token are open, the most there may be", retry_after_s=10)
+            raise TooManyRequests(
+                f"{self._most_of_one} event streams of this token are open, the most there may be",
+                retry_after_s=10,
+            )
         headers = {"X-Accel-Buffering": "no"}  # nginx would keep events back
-        return Response(content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream))
+        return Response(
+            content_type="text/event-stream", headers=headers, opens=functools.partial(self._join, stream)
+        )
 
     def _join(self, stream: Stream, connection: Connection) -> None:
         stream.connection = connection
@@ -9734,7 +11369,7 @@ class EventFeed:
                 break
             if stream.run_id in (None, run_id) and stream.scope.covers(*change.place):
                 missed.append((run_id, change.seq))
-            if len(missed) > self.MOST_REPLAYED:
+            if len(missed) > self.MAX_REPLAYED:
                 return None
         return [self._run_event(run_id, seq, brief=stream.run_id is None) for run_id, seq in reversed(missed)]
 
@@ -9744,7 +11379,7 @@ class EventFeed:
         with self._lock:
             noted, self._noted = self._noted, {}
             self._round_is_due = False
-            self._next_round_at = steady_s() + self.ROUND_S
+            self._next_round_at = monotonic_s() + self.ROUND_S
         changed = [(run_id, self._remember(run_id, place)) for run_id, place in noted.items()]
         self._tell_followers_of_all(changed)
         for run_id, change in changed:
@@ -9757,7 +11392,7 @@ class EventFeed:
         self._seq += 1
         change = self._changes[run_id] = Change(self._seq, place)
         self._changes.move_to_end(run_id)
-        if len(self._changes) > self.MOST_REMEMBERED:
+        if len(self._changes) > self.MAX_REMEMBERED:
             self._forgotten_seq = self._changes.popitem(last=False)[1].seq
         return change
 
@@ -9765,7 +11400,9 @@ class EventFeed:
         streams = self._streams.get(None)
         if not streams:
             return
-        events = [(change.place, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed]
+        events = [
+            (change.place, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed
+        ]
         told: dict[Scope, bytes] = {}  # the same bytes for all who see the same
         for stream in list(streams):
             if stream.scope not in told:
@@ -9797,7 +11434,7 @@ class EventFeed:
         if sample is None or sample.at <= self._sampled_at.get(run_id, 0.0):
             return b""
         self._sampled_at[run_id] = sample.at
-        return b"event: sample\ndata: " + dump_json(sample_to_wire(sample)).encode() + b"\n\n"
+        return b"event: sample\ndata: " + dump_json(sample_to_json(sample)).encode() + b"\n\n"
 
     def _event(self, name: bytes, data: bytes, seq: int) -> bytes:
         return b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._era.encode(), seq, name, data)
@@ -9833,7 +11470,9 @@ NOBODY = Principal("", "")  # who has not proven anything
 def scope_of(tenants: Iterable[str], environments: Iterable[str] = ()) -> Scope:
     """The scope that names of tenants and environments mean: * is all of them."""
     tenants, environments = frozenset(tenants), frozenset(environments)
-    return Scope(None if "*" in tenants else tenants, None if not environments or "*" in environments else environments)
+    return Scope(
+        None if "*" in tenants else tenants, None if not environments or "*" in environments else environments
+    )
 
 
 class ApiTokens:
@@ -9862,8 +11501,12 @@ class CallbackTokens:
     """The secrets of Locust's callbacks: one for all clusters, or a cluster's own."""
 
     def __init__(self, config: Config):
-        own = [(token_digest(item.callback_token), item.id) for item in config.clusters if item.callback_token]
-        self.guarded = frozenset(cluster_id for _, cluster_id in own)  # clusters that the common token does not reach
+        own = [
+            (token_digest(item.callback_token), item.id) for item in config.clusters if item.callback_token
+        ]
+        self.guarded = frozenset(
+            cluster_id for _, cluster_id in own
+        )  # clusters that the common token does not reach
         common = config.security.callback_token
         self._common = token_digest(common) if common else None
         self._is_open = not common and config.security.allow_anonymous
@@ -9879,7 +11522,9 @@ class CallbackTokens:
         return found
 
     def may_touch(self, principal: Principal, cluster_id: str) -> bool:
-        return cluster_id not in self.guarded if principal.clusters is None else cluster_id in principal.clusters
+        return (
+            cluster_id not in self.guarded if principal.clusters is None else cluster_id in principal.clusters
+        )
 
 
 class FailedAttempts:
@@ -9894,8 +11539,10 @@ class FailedAttempts:
 
     def note(self, address: str) -> int | None:
         """Count one; the seconds to wait when there were too many."""
-        now = steady_s()
-        who = ":".join(address.split(":")[:4]) if ":" in address else address  # IPv6: who has one address has its /64
+        now = monotonic_s()
+        who = (
+            ":".join(address.split(":")[:4]) if ":" in address else address
+        )  # IPv6: who has one address has its /64
         count, since = self._counts.get(who, (0, now))
         if now - since > self.WINDOW_S:
             count, since = 0, now
@@ -9905,7 +11552,7 @@ class FailedAttempts:
         return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
 
 
-class Usage:
+class RateCounter:
     """What one caller asked for in this second; only the loop's thread counts."""
 
     __slots__ = ("second", "count")
@@ -9916,7 +11563,7 @@ class Usage:
 
     def note(self, most_per_s: float) -> None:
         """Count one request; TooManyRequests beyond the limit."""
-        second = int(steady_s())
+        second = int(monotonic_s())
         if second != self.second:
             self.second, self.count = second, 0
         self.count += 1
@@ -9929,7 +11576,7 @@ class Caller(NamedTuple):
     the key that signed it may be withdrawn."""
 
     principal: Principal
-    usage: Usage
+    usage: RateCounter
     until: float
 
     KEEP_S = 300.0
@@ -9941,11 +11588,11 @@ class RefusalBudget:
     BURST, PER_S = 1000.0, 20.0
 
     def __init__(self) -> None:
-        self._left, self._at = self.BURST, steady_s()
+        self._left, self._at = self.BURST, monotonic_s()
         self.skipped = 0  # since the last one written
 
     def takes(self) -> bool:
-        now = steady_s()
+        now = monotonic_s()
         self._left, self._at = min(self.BURST, self._left + (now - self._at) * self.PER_S), now
         if self._left < 1:
             self.skipped += 1
@@ -10004,7 +11651,9 @@ class TokenRefused(Exception):
     """A signed token that does not count, and why, as a sentence without anything of the token."""
 
 
-def fetch_json(url: str, form: dict[str, str] | None = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
+def fetch_json(
+    url: str, form: dict[str, str] | None = None, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The JSON object at an identity provider's URL; ProviderFailed otherwise. No redirect is
     followed: what we send must not travel on."""
     import urllib.error
@@ -10017,7 +11666,9 @@ def fetch_json(url: str, form: dict[str, str] | None = None, headers: dict[str, 
     where = url.partition("?")[0]
     near = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
     body = None if form is None else urlencode(form).encode()
-    request = urllib.request.Request(url, body, {"Accept": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **(headers or {})})
+    request = urllib.request.Request(
+        url, body, {"Accept": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
+    )
     try:
         with urllib.request.build_opener(NoRedirect, *near).open(request, timeout=PROVIDER_CALL_S) as answer:
             raw = answer.read(PROVIDER_ANSWER_BYTES + 1)
@@ -10025,7 +11676,9 @@ def fetch_json(url: str, form: dict[str, str] | None = None, headers: dict[str, 
     except urllib.error.HTTPError as error:
         raise ProviderFailed(f"the identity provider answered {where} with HTTP {error.code}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ProviderFailed(f"the identity provider cannot be asked at {where}: {_network_words(getattr(error, 'reason', error))}") from None
+        raise ProviderFailed(
+            f"the identity provider cannot be asked at {where}: {_network_words(getattr(error, 'reason', error))}"
+        ) from None
     except InvalidInput:
         document = None
     if not isinstance(document, dict):
@@ -10038,7 +11691,7 @@ class KeySource:
 
     STALE_S = 600.0  # read again after this even if nobody asks for a new key
     RETRY_S = 10.0  # after a failure
-    MOST_WAITING = 1000
+    MAX_WAITING = 1000
 
     def __init__(self, read: Callable[[], dict[str, Any]], every_s: float = 60.0):
         self._read = read
@@ -10054,7 +11707,7 @@ class KeySource:
         """The key of this id for this algorithm, None when there is none, or more than one.
         KeysNeeded when it may be among keys that are not read yet."""
         fitting = [entry for entry in self._keys if _key_fits(entry, kid, algorithm)]
-        if steady_s() - self._read_at > self.STALE_S:
+        if monotonic_s() - self._read_at > self.STALE_S:
             self.read_soon(_nothing, is_asked=False)
         if not fitting and self._may_read():
             raise KeysNeeded(self.read_soon)
@@ -10062,27 +11715,27 @@ class KeySource:
 
     def _may_read(self) -> bool:
         with self._lock:
-            if len(self._waiting) >= self.MOST_WAITING:
+            if len(self._waiting) >= self.MAX_WAITING:
                 raise NotReady("the identity provider's keys are being read", retry_after_s=1)
-            return self._is_reading or steady_s() >= self._next_at
+            return self._is_reading or monotonic_s() >= self._next_at
 
     def read_soon(self, then: Callable[[], None], is_asked: bool = True) -> None:
         """Read the keys in a thread, and call `then` once that is over, well or not. is_asked:
         for a key that is not known, which counts."""
         with self._lock:
-            is_too_soon = is_asked and not self._is_reading and steady_s() < self._next_at
+            is_too_soon = is_asked and not self._is_reading and monotonic_s() < self._next_at
             if not is_too_soon:
                 self._waiting.append(then)
                 if is_asked and not self._is_reading:
-                    self._next_at = steady_s() + self._every_s
+                    self._next_at = monotonic_s() + self._every_s
                 was_reading, self._is_reading = self._is_reading, True
         if is_too_soon:
             then()
         elif not was_reading:
-            in_background("keys", self._read_now)
+            start_thread("keys", self._read_now)
 
     def _read_now(self) -> None:
-        self._read_at = steady_s()
+        self._read_at = monotonic_s()
         try:
             keys = self._read().get("keys")
             if not isinstance(keys, list):
@@ -10092,7 +11745,7 @@ class KeySource:
         except (LoadManagerError, OSError) as error:
             log("keys of the identity provider not read", why=getattr(error, "message", error))
             self._read_at += self.RETRY_S - self.STALE_S
-            self._next_at = min(self._next_at, steady_s() + self.RETRY_S)
+            self._next_at = min(self._next_at, monotonic_s() + self.RETRY_S)
         with self._lock:
             waiting, self._waiting, self._is_reading = self._waiting, [], False
         for then in waiting:
@@ -10139,15 +11792,25 @@ def require_pyjwt(algorithms: Iterable[str]) -> None:
             raise ImportError
     except ImportError:
         if wanted:
-            raise StartupError(f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip install 'PyJWT[crypto]'") from None
+            raise StartupError(
+                f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip install 'PyJWT[crypto]'"
+            ) from None
 
 
 class JwtVerifier:
     """Decides whether a signed token counts. keys, or secret: what its signature is checked with."""
 
-    MOST_CHARACTERS = 16 * 1024
+    MAX_CHARACTERS = 16 * 1024
 
-    def __init__(self, issuer: str, audience: str, algorithms: tuple[str, ...], leeway_s: float, keys: KeySource | None, secret: str = ""):
+    def __init__(
+        self,
+        issuer: str,
+        audience: str,
+        algorithms: tuple[str, ...],
+        leeway_s: float,
+        keys: KeySource | None,
+        secret: str = "",
+    ):
         self._issuer = issuer
         self._audience = audience
         self._algorithms = algorithms
@@ -10159,7 +11822,7 @@ class JwtVerifier:
         """What a token claims, once its signature, issuer, audience and times are good;
         TokenRefused otherwise, KeysNeeded when its key may still have to be read."""
         parts = token.split(".")
-        if len(parts) != 3 or len(token) > self.MOST_CHARACTERS:
+        if len(parts) != 3 or len(token) > self.MAX_CHARACTERS:
             raise TokenRefused("the token is not a signed JWT")
         header, claims = _jwt_object(parts[0]), _jwt_object(parts[1])
         algorithm = header.get("alg")
@@ -10174,16 +11837,18 @@ class JwtVerifier:
 
     def _is_signed(self, header: dict[str, Any], algorithm: str, signed: bytes, signature: bytes) -> bool:
         if algorithm == "HS256":
-            return bool(self._secret) and hmac.compare_digest(hmac.new(self._secret, signed, hashlib.sha256).digest(), signature)
+            return bool(self._secret) and hmac.compare_digest(
+                hmac.new(self._secret, signed, hashlib.sha256).digest(), signature
+            )
         kid = header.get("kid")
         if self._keys is None or not (kid is None or isinstance(kid, str)):
             return False
-        key_ = self._keys.find(kid, algorithm)
-        if key_ is None:
+        key = self._keys.find(kid, algorithm)
+        if key is None:
             return False
         import jwt
 
-        return bool(jwt.get_algorithm_by_name(algorithm).verify(signed, key_, signature))
+        return bool(jwt.get_algorithm_by_name(algorithm).verify(signed, key, signature))
 
     def _check_claims(self, claims: dict[str, Any], now: float) -> None:
         audience = claims.get("aud")
@@ -10231,10 +11896,24 @@ class ClaimsMap:
         if not isinstance(name, str) or not name or not name.isprintable():
             raise TokenRefused(f"the token has no {config.name_claim}")
         words = words_of(claim_of(claims, config.role_claim))
-        roles = [role for role in ROLES if any((config.role_map or {}).get(word, word if config.role_map is None else None) == role for word in words)]
-        who = Principal("sso:" + name[:MAX_TEXT], roles[-1] if roles else "", scope_of(words_of(claim_of(claims, config.tenants_claim))), ends_at)
+        roles = [
+            role
+            for role in ROLES
+            if any(
+                (config.role_map or {}).get(word, word if config.role_map is None else None) == role
+                for word in words
+            )
+        ]
+        who = Principal(
+            "sso:" + name[:MAX_TEXT],
+            roles[-1] if roles else "",
+            scope_of(words_of(claim_of(claims, config.tenants_claim))),
+            ends_at,
+        )
         if not roles:
-            refused = Forbidden(f"the sign-on gives no role here: the claim {config.role_claim} has none of those that count")
+            refused = Forbidden(
+                f"the sign-on gives no role here: the claim {config.role_claim} has none of those that count"
+            )
             refused.caller = who
             raise refused
         return who
@@ -10267,10 +11946,14 @@ class JwtTokens:
         if config.jwks_url:
             keys = KeySource(functools.partial(fetch_json, config.jwks_url))
         elif config.jwks_file:
-            keys = KeySource(functools.partial(read_jwks_file, os.path.join(folder, config.jwks_file)), every_s=1.0)
+            keys = KeySource(
+                functools.partial(read_jwks_file, os.path.join(folder, config.jwks_file)), every_s=1.0
+            )
         if keys:
             keys.read_soon(_nothing, is_asked=False)
-        self._verifier = JwtVerifier(config.issuer, config.audience, algorithms, config.leeway_s, keys, config.secret)
+        self._verifier = JwtVerifier(
+            config.issuer, config.audience, algorithms, config.leeway_s, keys, config.secret
+        )
         self._map = ClaimsMap(config)
         self._leeway_s = config.leeway_s
 
@@ -10293,7 +11976,10 @@ class OpenIdSignOn:
     DOCUMENT_S = 3600.0
 
     def __init__(self, config: OidcConfig, mapping: JwtConfig | None):
-        algorithms = tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256") or PUBLIC_ALGORITHMS
+        algorithms = (
+            tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256")
+            or PUBLIC_ALGORITHMS
+        )
         require_pyjwt(algorithms)
         self._config = config
         self._issuer = config.issuer.rstrip("/")
@@ -10314,7 +12000,10 @@ class OpenIdSignOn:
             "state": state, "nonce": self._derived("nonce", state), "code_challenge": _unpadded(challenge), "code_challenge_method": "S256",
         }  # fmt: skip
         endpoint = self._discovered()["authorization_endpoint"]
-        return f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}", f"{state}.{self._derived('cookie', state)}"
+        return (
+            f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(query)}",
+            f"{state}.{self._derived('cookie', state)}",
+        )
 
     def finish(self, query: dict[str, str], cookie: str | None) -> Principal:
         """Who came back from the provider; Unauthorized, Forbidden or ProviderFailed."""
@@ -10325,7 +12014,9 @@ class OpenIdSignOn:
         if int(state.rpartition(".")[2]) < time.time():
             raise Unauthorized("this sign-in took too long; begin again")
         if "error" in query or not query.get("code"):
-            raise Unauthorized(f"the identity provider refused the sign-in: {_printable(query.get('error', 'no code'))}")
+            raise Unauthorized(
+                f"the identity provider refused the sign-in: {_printable(query.get('error', 'no code'))}"
+            )
         if query.get("iss", self._issuer).rstrip("/") != self._issuer:  # RFC 9207
             raise Unauthorized("the answer is of another identity provider")
         answer = self._exchange(query["code"], self._derived("verifier", state))
@@ -10336,7 +12027,13 @@ class OpenIdSignOn:
 
     def _exchange(self, code: str, verifier: str) -> dict[str, Any]:
         config, document = self._config, self._discovered()
-        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": config.redirect_url, "code_verifier": verifier, "client_id": config.client_id}
+        form = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": config.redirect_url,
+            "code_verifier": verifier,
+            "client_id": config.client_id,
+        }
         headers = {}
         methods = document.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
         if config.client_secret and "client_secret_basic" in methods:
@@ -10359,7 +12056,9 @@ class OpenIdSignOn:
         return self._map.principal({**self._user_info(answer, claims), **claims}, math.inf)
 
     def _id_claims(self, token: str) -> dict[str, Any]:
-        verifier = JwtVerifier(self._discovered()["issuer"], self._config.client_id, self._algorithms, self._leeway_s, self._keys)
+        verifier = JwtVerifier(
+            self._discovered()["issuer"], self._config.client_id, self._algorithms, self._leeway_s, self._keys
+        )
         try:
             return verifier.claims(token)
         except KeysNeeded as needed:
@@ -10385,7 +12084,7 @@ class OpenIdSignOn:
 
     def _discovered(self) -> dict[str, Any]:
         read_at, document = self._document
-        if steady_s() - read_at < self.DOCUMENT_S:
+        if monotonic_s() - read_at < self.DOCUMENT_S:
             return document
         document = fetch_json(f"{self._issuer}/.well-known/openid-configuration")
         if str(document.get("issuer", "")).rstrip("/") != self._issuer:
@@ -10394,11 +12093,15 @@ class OpenIdSignOn:
             parts = _url_parts(str(document.get(name)))
             if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
                 raise ProviderFailed(f"the identity provider's {name} is not an https URL")
-        self._document = steady_s(), document
+        self._document = monotonic_s(), document
         return document
 
     def _derived(self, purpose: str, state: str) -> str:
-        return _unpadded(hmac.new(self._key, f"{purpose}:{state}".encode("utf-8", "surrogateescape"), hashlib.sha256).digest())
+        return _unpadded(
+            hmac.new(
+                self._key, f"{purpose}:{state}".encode("utf-8", "surrogateescape"), hashlib.sha256
+            ).digest()
+        )
 
 
 def _unpadded(raw: bytes) -> str:
@@ -10465,7 +12168,7 @@ class Sessions:
         """A new session and the secret for its cookie; beyond MOST the oldest ends."""
         secret = secrets.token_urlsafe(32)
         keep_s = min(self.KEEP_S, principal.ends_at - time.time())
-        session = Session(principal, secrets.token_urlsafe(32), steady_s() + keep_s)
+        session = Session(principal, secrets.token_urlsafe(32), monotonic_s() + keep_s)
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
             while len(self._by_digest) > self.MOST:
@@ -10476,7 +12179,7 @@ class Sessions:
         if secret is None:
             return None
         session = self._by_digest.get(hashlib.sha256(secret.encode("latin-1")).digest())
-        return session if session and session.ends_at > steady_s() else None
+        return session if session and session.ends_at > monotonic_s() else None
 
     def is_alive(self, secret: str) -> bool:
         return self.find(secret) is not None
@@ -10486,14 +12189,16 @@ class Sessions:
             self._by_digest.pop(hashlib.sha256((secret or "").encode("latin-1")).digest(), None)
 
 
-def session_to_wire(session: Session) -> dict[str, Any]:
+def session_to_json(session: Session) -> dict[str, Any]:
     return {
         "signedIn": True,
         "name": session.principal.name,
         "role": session.principal.role,
-        "tenants": None if session.principal.scope.tenants is None else sorted(session.principal.scope.tenants),
+        "tenants": None
+        if session.principal.scope.tenants is None
+        else sorted(session.principal.scope.tenants),
         "csrfToken": session.csrf_token,
-        "expiresInSeconds": max(0, math.floor(session.ends_at - steady_s())),
+        "expiresInSeconds": max(0, math.floor(session.ends_at - monotonic_s())),
     }
 
 
@@ -10525,7 +12230,9 @@ def check_host(head: RequestHead, server: ServerConfig) -> None:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        raise Forbidden(f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts may add it") from None
+        raise Forbidden(
+            f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts may add it"
+        ) from None
 
 
 def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -> None:
@@ -10536,10 +12243,17 @@ def check_same_origin(head: RequestHead, server: ServerConfig, required: bool) -
         return
     check_host(head, server)
     parts, public = _url_parts(origin or ""), _url_parts(server.public_url or "")
-    is_public = bool(server.public_url) and (parts.scheme, parts.netloc.lower()) == (public.scheme, public.netloc.lower())
-    is_here = parts.scheme in ("http", "https") and parts.netloc.lower() == head.headers.get("host", "").lower()
+    is_public = bool(server.public_url) and (parts.scheme, parts.netloc.lower()) == (
+        public.scheme,
+        public.netloc.lower(),
+    )
+    is_here = (
+        parts.scheme in ("http", "https") and parts.netloc.lower() == head.headers.get("host", "").lower()
+    )
     if not is_public and not is_here:
-        raise Forbidden("the header Origin is missing or another site's; only our own pages may do this with a cookie")
+        raise Forbidden(
+            "the header Origin is missing or another site's; only our own pages may do this with a cookie"
+        )
 
 
 def check_csrf(head: RequestHead, session: Session) -> None:
@@ -10554,6 +12268,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 NO_SUCH_PATH = "there is no such path"
+
 
 @dataclass(frozen=True)
 class Route:
@@ -10601,7 +12316,9 @@ def get_health(api: Api, request: Request) -> Response:
     problem = api.store.problem
     if problem is None:
         return HEALTHY
-    return json_response({"status": "unhealthy", "message": f"the database cannot be written: {problem}"}, 503)
+    return json_response(
+        {"status": "unhealthy", "message": f"the database cannot be written: {problem}"}, 503
+    )
 
 
 def post_test(api: Api, request: Request) -> Response:
@@ -10609,20 +12326,22 @@ def post_test(api: Api, request: Request) -> Response:
     api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
     run_request = read_create(body, api.config.scenarios)
     api.check_place(request, run_request.tenant_id, run_request.env_id)
-    key_ = request.head.headers.get("idempotency-key")
-    if key_ is None:
-        run = api.engine.create(run_request, request.principal.name)
+    key = request.head.headers.get("idempotency-key")
+    if key is None:
+        run = api.orchestrator.create(run_request, request.principal.name)
         request.run_id = run.id
         return api.run_response(run.id, 201)
-    if not 1 <= len(key_) <= 255 or not key_.isprintable():
+    if not 1 <= len(key) <= 255 or not key.isprintable():
         raise InvalidInput("Idempotency-Key: allowed are 1 to 255 printable characters")
-    return api.create_once(f"{request.principal.name}:{key_}", body, run_request, request)
+    return api.create_once(f"{request.principal.name}:{key}", body, run_request, request)
 
 
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
     search = query["search"].lower() if "search" in query else None
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.scope, search)
+    wanted = RunFilter(
+        query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.scope, search
+    )
     limit = query.get("limit")
     page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
@@ -10652,7 +12371,7 @@ def delete_test(api: Api, request: Request) -> Response:
 def post_stop(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     log("stop asked for", run=run.id, by=request.principal.name)
-    api.engine.stop(run.id, "user")
+    api.orchestrator.stop(run.id, "user")
     api.store.wait_durable_or_log()
     return json_response({"success": True, "message": "Test stopped successfully"})
 
@@ -10660,23 +12379,36 @@ def post_stop(api: Api, request: Request) -> Response:
 def post_users(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     values = check_body(parse_json(request.body), USERS_KEYS)
-    api.engine.change_users(run.id, values["target_users"], values.get("spawn_rate"), request.principal.name)
+    api.orchestrator.change_users(
+        run.id, values["target_users"], values.get("spawn_rate"), request.principal.name
+    )
     return api.run_response(run.id, 200)
 
 
 def get_scenarios(api: Api, request: Request) -> Response:
     scope = request.principal.scope
-    tenants = {cluster.tenant_id for cluster in api.config.clusters if scope.covers(cluster.tenant_id, cluster.env_id)}
-    shown = [scenario for scenario in api.config.scenarios if not scenario.tenants or tenants & set(scenario.tenants)]
+    tenants = {
+        cluster.tenant_id
+        for cluster in api.config.clusters
+        if scope.covers(cluster.tenant_id, cluster.env_id)
+    }
+    shown = [
+        scenario
+        for scenario in api.config.scenarios
+        if not scenario.tenants or tenants & set(scenario.tenants)
+    ]
     if scope.tenants is not None:  # other tenants are not named
-        shown = [replace(scenario, tenants=tuple(name for name in scenario.tenants if name in scope.tenants)) for scenario in shown]
-    return json_response([scenario_to_wire(scenario) for scenario in shown])
+        shown = [
+            replace(scenario, tenants=tuple(name for name in scenario.tenants if name in scope.tenants))
+            for scenario in shown
+        ]
+    return json_response([scenario_to_json(scenario) for scenario in shown])
 
 
 def post_rerun(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     changes = check_body(parse_json(request.body), RERUN_KEYS) if request.body else {}
-    again = api.engine.rerun(run.id, changes, request.principal.name)
+    again = api.orchestrator.rerun(run.id, changes, request.principal.name)
     request.run_id, request.note = again.id, f"again {run.id}"
     return api.run_response(again.id, 201)
 
@@ -10687,11 +12419,13 @@ def post_stop_all(api: Api, request: Request) -> Response:
     request.tenant_id, request.env_id = wanted.get("tenant_id", ""), wanted.get("env_id", "")
 
     def is_meant(run: Run) -> bool:
-        named = run.tenant_id == wanted.get("tenant_id", run.tenant_id) and run.env_id == wanted.get("env_id", run.env_id)
+        named = run.tenant_id == wanted.get("tenant_id", run.tenant_id) and run.env_id == wanted.get(
+            "env_id", run.env_id
+        )
         return named and request.principal.may_touch(run.tenant_id, run.env_id)
 
     log("stop of all asked for", by=request.principal.name, **wanted)
-    outcomes = api.engine.stop_all(is_meant)
+    outcomes = api.orchestrator.stop_all(is_meant)
     api.store.wait_durable_or_log()
     stopped = [run_id for run_id, why in outcomes.items() if why is None]
     failed = [{"runId": run_id, "message": why} for run_id, why in outcomes.items() if why is not None]
@@ -10711,7 +12445,7 @@ def get_audit(api: Api, request: Request) -> Response:
         again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
         again["cursor"] = _cursor_text(found[limit - 1][0])
         headers["Link"] = f'</v1/audit?{urlencode(again)}>; rel="next"'
-    return json_response([audit_to_wire(entry) for _, entry in found[:limit]], headers=headers)
+    return json_response([audit_to_json(entry) for _, entry in found[:limit]], headers=headers)
 
 
 def get_metrics(api: Api, request: Request) -> Response:
@@ -10721,16 +12455,26 @@ def get_metrics(api: Api, request: Request) -> Response:
     if "step" in query:
         samples = thin_to_step(samples, query["step"])
     samples = downsample(samples, query.get("maxPoints", 500))
-    points = [sample_to_wire(sample) for sample in samples]
-    return json_response({"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points})
+    points = [sample_to_json(sample) for sample in samples]
+    return json_response(
+        {"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points}
+    )
 
 
 def get_export(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     if not run.is_final:
-        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished or Failed run can be exported", status=run.status.value)
+        raise Conflict(
+            f"run {run.id} is {run.status.value}; only a Finished or Failed run can be exported",
+            status=run.status.value,
+        )
     document = json.loads(api.store.wire(run.id))
-    parts = export_parts(document, api.store.samples(run.id), api.store.histogram_records(run.id), api.engine.failures(run))
+    parts = export_parts(
+        document,
+        api.store.samples(run.id),
+        api.store.histogram_records(run.id),
+        api.orchestrator.failures(run),
+    )
     return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
 
 
@@ -10754,16 +12498,28 @@ def get_histograms(api: Api, request: Request) -> Response:
         end = point
     if end is None:
         raise NotFound("there are no histograms in this time: loadmanager_hooks inside Locust push them")
-    parts = {key_: since(histogram, start.histograms.get(key_)) for key_, histogram in end.histograms.items()}
+    parts = {key: since(histogram, start.histograms.get(key)) for key, histogram in end.histograms.items()}
     if None in parts.values():
         raise Conflict("Locust's statistics were reset in this time")
-    endpoints = [{"method": key_[0], "name": key_[1], **histogram_to_wire(part)} for key_, part in parts.items() if key_ and part]
-    totals = histogram_to_wire(parts[None])  # type: ignore[arg-type]
-    return json_response({"runId": run.id, "from": utc_text(start.at), "to": utc_text(end.at), "totals": totals, "endpoints": endpoints})
+    endpoints = [
+        {"method": key[0], "name": key[1], **histogram_to_json(part)}
+        for key, part in parts.items()
+        if key and part
+    ]
+    totals = histogram_to_json(parts[None])  # type: ignore[arg-type]
+    return json_response(
+        {
+            "runId": run.id,
+            "from": utc_text(start.at),
+            "to": utc_text(end.at),
+            "totals": totals,
+            "endpoints": endpoints,
+        }
+    )
 
 
 def get_failures(api: Api, request: Request) -> Response:
-    return json_response(api.engine.failures(api.visible_run(request)))
+    return json_response(api.orchestrator.failures(api.visible_run(request)))
 
 
 def post_annotation(api: Api, request: Request) -> Response:
@@ -10771,24 +12527,36 @@ def post_annotation(api: Api, request: Request) -> Response:
     values = check_body(parse_json(request.body), ANNOTATION_KEYS)
     annotation = Annotation(values.get("at", time.time()), values["text"])
     api.store.annotate(run.id, annotation)
-    return json_response(annotation_to_wire(annotation), 201)
+    return json_response(annotation_to_json(annotation), 201)
 
 
 def get_annotations(api: Api, request: Request) -> Response:
-    return json_response([annotation_to_wire(annotation) for annotation in api.visible_run(request).annotations])
+    return json_response(
+        [annotation_to_json(annotation) for annotation in api.visible_run(request).annotations]
+    )
 
 
 def get_report_html(api: Api, request: Request) -> Response:
-    return api.file_response(request, "report.html", "text/html; charset=utf-8", report_html(*api.report_parts(request)), REPORT_POLICY)
+    return api.file_response(
+        request,
+        "report.html",
+        "text/html; charset=utf-8",
+        report_html(*api.report_parts(request)),
+        REPORT_POLICY,
+    )
 
 
 def get_report_md(api: Api, request: Request) -> Response:
-    return api.file_response(request, "report.md", "text/markdown; charset=utf-8", report_md(*api.report_parts(request)))
+    return api.file_response(
+        request, "report.md", "text/markdown; charset=utf-8", report_md(*api.report_parts(request))
+    )
 
 
 def get_metrics_csv(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
-    return api.file_response(request, "metrics.csv", "text/csv; charset=utf-8", metrics_csv(api.store.samples(run.id)))
+    return api.file_response(
+        request, "metrics.csv", "text/csv; charset=utf-8", metrics_csv(api.store.samples(run.id))
+    )
 
 
 def get_requests_csv(api: Api, request: Request) -> Response:
@@ -10801,8 +12569,12 @@ def get_locust_report(api: Api, request: Request) -> Response:
     report = api.store.artefact(run.id, LOCUST_REPORT)
     if report is None:
         raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")
-    policy = "sandbox allow-scripts; default-src 'unsafe-inline' data:"  # its scripts must not reach our origin
-    return api.file_response(request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy)
+    policy = (
+        "sandbox allow-scripts; default-src 'unsafe-inline' data:"  # its scripts must not reach our origin
+    )
+    return api.file_response(
+        request, "locust-report.html", "text/html; charset=utf-8", report.decode("utf-8", "replace"), policy
+    )
 
 
 def get_junit(api: Api, request: Request) -> Response:
@@ -10816,14 +12588,18 @@ def get_summary(api: Api, request: Request) -> Response:
 
 
 def get_comparison(api: Api, request: Request) -> Response:
-    missing = {name: "is missing; allowed is the id of a run" for name in ("baseline", "candidate") if name not in request.query}
+    missing = {
+        name: "is missing; allowed is the id of a run"
+        for name in ("baseline", "candidate")
+        if name not in request.query
+    }
     if missing:
         raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
     documents = []
     for name in ("baseline", "candidate"):
         run = api.allowed_run(request, request.query[name])
         documents.append(json.loads(api.store.wire(run.id)))
-    return json_response(api.engine.compare(documents[0], documents[1], request.query.get("tolerance")))
+    return json_response(api.orchestrator.compare(documents[0], documents[1], request.query.get("tolerance")))
 
 
 def _place(api: Api, request: Request) -> tuple[str, str, str]:
@@ -10842,7 +12618,7 @@ def get_baseline(api: Api, request: Request) -> Response:
     baseline = api.store.find_baseline(place)
     if baseline is None:
         raise NotFound("there is no baseline of " + "/".join(place))
-    return json_response(baseline_to_wire(baseline))
+    return json_response(baseline_to_json(baseline))
 
 
 def put_baseline(api: Api, request: Request) -> Response:
@@ -10850,13 +12626,19 @@ def put_baseline(api: Api, request: Request) -> Response:
     run_id = check_body(parse_json(request.body), BASELINE_KEYS)["run_id"]
     run = api.store.find(run_id)
     if run is None or (run.tenant_id, run.env_id, run.scenario_id) != place:
-        raise InvalidInput(f"runId: there is no run {_printable(run_id)} of " + "/".join(place), {"runId": "is not a run of this tenant, environment and scenario"})
+        raise InvalidInput(
+            f"runId: there is no run {_printable(run_id)} of " + "/".join(place),
+            {"runId": "is not a run of this tenant, environment and scenario"},
+        )
     if run.status is not RunStatus.FINISHED:
-        raise Conflict(f"run {run.id} is {run.status.value}; only a Finished run can be a baseline", status=run.status.value)
+        raise Conflict(
+            f"run {run.id} is {run.status.value}; only a Finished run can be a baseline",
+            status=run.status.value,
+        )
     baseline = Baseline(*place, run.id, time.time(), request.principal.name)
     api.store.set_baseline(baseline)
     log("baseline named", run=run.id, by=request.principal.name)
-    return json_response(baseline_to_wire(baseline))
+    return json_response(baseline_to_json(baseline))
 
 
 def delete_baseline(api: Api, request: Request) -> Response:
@@ -10866,12 +12648,27 @@ def delete_baseline(api: Api, request: Request) -> Response:
 
 def get_trends(api: Api, request: Request) -> Response:
     query, metric = request.query, request.query.get("metric", "p95ResponseMs")
-    wanted = RunFilter(query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.scope)
-    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][: query.get("limit", 100)]
+    wanted = RunFilter(
+        query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.scope
+    )
+    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][
+        : query.get("limit", 100)
+    ]
     points = []
     for run in reversed(runs):
         document = json.loads(api.store.brief(run.id)) if api.store.find(run.id) else {}
-        facts = {name: document.get(name) for name in ("scenarioId", "createdAt", "startedAt", "finishedAt", "targetUsers", "verdict", "trust")}
+        facts = {
+            name: document.get(name)
+            for name in (
+                "scenarioId",
+                "createdAt",
+                "startedAt",
+                "finishedAt",
+                "targetUsers",
+                "verdict",
+                "trust",
+            )
+        }
         points.append({"runId": run.id, **facts, "value": (document.get("lastMetrics") or {}).get(metric)})
     return json_response({"metric": metric, "points": points})
 
@@ -10908,16 +12705,20 @@ def _page_headers(css: str, js: str) -> dict[str, str]:
 
 
 def get_clusters(api: Api, request: Request) -> Response:
-    return json_response(api.engine.list_clusters(lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)))
+    return json_response(
+        api.orchestrator.list_clusters(
+            lambda cluster: request.principal.may_touch(cluster.config.tenant_id, cluster.config.env_id)
+        )
+    )
 
 
 def _shown_schedule(api: Api, schedule: Schedule, http_status: int = 200) -> Response:
-    return json_response(schedule_to_wire(schedule, time.time()), http_status)
+    return json_response(schedule_to_json(schedule, time.time()), http_status)
 
 
 def get_schedules(api: Api, request: Request) -> Response:
     mine = [one for one in api.scheduler.list() if request.principal.may_touch(one.tenant_id, one.env_id)]
-    return json_response([schedule_to_wire(schedule, time.time()) for schedule in mine])
+    return json_response([schedule_to_json(schedule, time.time()) for schedule in mine])
 
 
 def post_schedule(api: Api, request: Request) -> Response:
@@ -10925,10 +12726,13 @@ def post_schedule(api: Api, request: Request) -> Response:
     api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
     schedule = read_schedule(body, api.config.scenarios)
     api.check_place(request, schedule.tenant_id, schedule.env_id)
-    api.engine.refuse_unsafe(read_create(schedule.test, api.config.scenarios))
+    api.orchestrator.refuse_unsafe(read_create(schedule.test, api.config.scenarios))
     schedule = replace(schedule, created_by=request.principal.name)
     if schedule.run_at is not None and schedule.run_at < time.time() - schedule.deadline_s:
-        raise InvalidInput("runAt: is over for longer than startingDeadlineSeconds", {"runAt": "is over for longer than startingDeadlineSeconds"})
+        raise InvalidInput(
+            "runAt: is over for longer than startingDeadlineSeconds",
+            {"runAt": "is over for longer than startingDeadlineSeconds"},
+        )
     api.scheduler.add(schedule)
     return _shown_schedule(api, schedule, 201)
 
@@ -10942,7 +12746,7 @@ def patch_schedule(api: Api, request: Request) -> Response:
     api.check_named_place(request, body.get("test") if isinstance(body, dict) else None)
     changed = read_schedule(body, api.config.scenarios, before)
     api.check_place(request, changed.tenant_id, changed.env_id)
-    api.engine.refuse_unsafe(read_create(changed.test, api.config.scenarios))
+    api.orchestrator.refuse_unsafe(read_create(changed.test, api.config.scenarios))
     return _shown_schedule(api, api.scheduler.change(before.id, body))
 
 
@@ -10958,14 +12762,16 @@ def post_schedule_run(api: Api, request: Request) -> Response:
 
 def get_notifications(api: Api, request: Request) -> Response:
     scope = request.principal.scope
-    channels = [{"id": item.id, "type": item.type, "events": list(item.on)} for item in api.config.notifications]
+    channels = [
+        {"id": item.id, "type": item.type, "events": list(item.on)} for item in api.config.notifications
+    ]
 
     def is_mine(one: Delivery) -> bool:
         run = api.store.find(one.run_id)
         return scope.covers(one.tenant_id, run.env_id) if run else scope == EVERYTHING
 
     deliveries = [one for one in api.store.list_deliveries(200) if is_mine(one)]
-    return json_response({"channels": channels, "deliveries": [delivery_to_wire(one) for one in deliveries]})
+    return json_response({"channels": channels, "deliveries": [delivery_to_json(one) for one in deliveries]})
 
 
 def post_notification_test(api: Api, request: Request) -> Response:
@@ -10976,14 +12782,19 @@ def post_notification_test(api: Api, request: Request) -> Response:
 def post_scale(api: Api, request: Request) -> Response:
     cluster = api.visible_cluster(request)
     workers = check_body(parse_json(request.body), SCALE_KEYS)["workers"]
-    api.engine.scale_cluster(cluster, workers)
+    api.orchestrator.scale_cluster(cluster, workers)
     log("scale asked for", cluster=cluster.id, workers=workers, by=request.principal.name)
-    return json_response(api.engine.list_clusters(lambda one: one is cluster)[0])
+    return json_response(api.orchestrator.list_clusters(lambda one: one is cluster)[0])
 
 
 def get_logs(api: Api, request: Request) -> Response:
     cluster = api.visible_cluster(request)
-    return json_response({"clusterId": cluster.id, "logs": api.engine.read_logs(cluster, request.query.get("lines", 200))})
+    return json_response(
+        {
+            "clusterId": cluster.id,
+            "logs": api.orchestrator.read_logs(cluster, request.query.get("lines", 200)),
+        }
+    )
 
 
 def get_events(api: Api, request: Request) -> Response:
@@ -10997,9 +12808,11 @@ def get_run_events(api: Api, request: Request) -> Response:
 def get_session(api: Api, request: Request) -> Response:
     session = api.session_of(request.head)
     if session is not None:
-        return json_response({**session_to_wire(session), "anonymous": False})
+        return json_response({**session_to_json(session), "anonymous": False})
     if api.is_open:
-        return json_response({"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role})
+        return json_response(
+            {"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role}
+        )
     return json_response({"signedIn": False, "anonymous": False, "singleSignOn": api.sign_on is not None})
 
 
@@ -11008,14 +12821,19 @@ def post_session(api: Api, request: Request) -> Response:
     session, secret = api.sign_in(_sign_in_token(request), request.address)
     request.principal = session.principal
     log("signed in", name=session.principal.name, address=request.address)
-    return json_response(session_to_wire(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)})
+    return json_response(
+        session_to_json(session), headers={"Set-Cookie": session_cookie(api.config.server, secret)}
+    )
 
 
 def get_oidc(api: Api, request: Request) -> Response:
     if api.sign_on is None:
         raise NotFound("security.oidc is not configured")
     location, state = api.sign_on.begin()
-    return Response(http_status=302, headers={"Location": location, "Set-Cookie": sign_on_cookie(api.config.server, state)})
+    return Response(
+        http_status=302,
+        headers={"Location": location, "Set-Cookie": sign_on_cookie(api.config.server, state)},
+    )
 
 
 def get_oidc_callback(api: Api, request: Request) -> Response:
@@ -11026,7 +12844,9 @@ def get_oidc_callback(api: Api, request: Request) -> Response:
     secret = api.begin_session(request.principal)
     log("signed in", name=request.principal.name, address=request.address)
     home = urlsplit(api.config.security.oidc.redirect_url).path.removesuffix("session/oidc/callback")
-    return Response(http_status=302, headers={"Location": home, "Set-Cookie": session_cookie(api.config.server, secret)})
+    return Response(
+        http_status=302, headers={"Location": home, "Set-Cookie": session_cookie(api.config.server, secret)}
+    )
 
 
 def _sign_in_token(request: Request) -> str:
@@ -11037,7 +12857,9 @@ def _sign_in_token(request: Request) -> str:
     elif content_type == JSON_TYPE:
         body = parse_json(request.body)
     else:
-        raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE} or a form")
+        raise UnsupportedMediaType(
+            f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE} or a form"
+        )
     return check_body(body, SIGN_IN_KEYS)["token"]
 
 
@@ -11062,7 +12884,7 @@ def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
 
 def locust_test_start(api: Api, request: Request) -> Response:
     run_id, _ = api.callback(request)
-    api.engine.locust_started(run_id)
+    api.orchestrator.locust_started(run_id)
     api.store.wait_durable_or_log()
     return SUCCESS
 
@@ -11070,7 +12892,7 @@ def locust_test_start(api: Api, request: Request) -> Response:
 def locust_test_stop(api: Api, request: Request) -> Response:
     run_id, body = api.callback(request)
     snapshot = check_metrics(body, "finalMetrics", time.time())
-    api.engine.locust_stopped(run_id, snapshot, body.get("complete") is True)
+    api.orchestrator.locust_stopped(run_id, snapshot, body.get("complete") is True)
     api.store.wait_durable_or_log()
     return SUCCESS
 
@@ -11079,8 +12901,10 @@ def locust_metrics(api: Api, request: Request) -> Response:
     run_id, body = api.callback(request)
     snapshot = check_metrics(body, "metrics", time.time())
     if snapshot is None:
-        raise InvalidInput("metrics: is missing; allowed is an object", {"metrics": "is missing; allowed is an object"})
-    api.engine.locust_measured(run_id, snapshot)
+        raise InvalidInput(
+            "metrics: is missing; allowed is an object", {"metrics": "is missing; allowed is an object"}
+        )
+    api.orchestrator.locust_measured(run_id, snapshot)
     return SUCCESS
 
 
@@ -11094,7 +12918,9 @@ def locust_register(api: Api, request: Request) -> Response:
         values.get("target_users", 0),
         values.get("spawn_rate", 0),
     )
-    run_id, is_new = api.engine.register_external(run_request, values.get("cluster_id"), functools.partial(api.reaches, request))
+    run_id, is_new = api.orchestrator.register_external(
+        run_request, values.get("cluster_id"), functools.partial(api.reaches, request)
+    )
     request.run_id = run_id
     message = "External test registered" if is_new else "The cluster's active run is this test"
     return json_response({"runId": run_id, "message": message})
@@ -11122,7 +12948,10 @@ def _accept_statuses(text: Any) -> frozenset[str]:
 LIST_QUERY = {
     "tenantId": text_value("a string"),
     "envId": text_value("a string"),
-    "status": Check("one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus), _accept_statuses),
+    "status": Check(
+        "one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus),
+        _accept_statuses,
+    ),
     "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT),
     "brief": BOOLEAN,
     "limit": number_value(1, 1000, whole=True),
@@ -11135,7 +12964,7 @@ METRICS_QUERY = {
     "maxPoints": number_value(1, 100_000, whole=True),
 }
 NOTIFICATION_TEST_KEYS = {"id": BodyKey("id", ID_TEXT, required=True)}
-LOGS_QUERY = {"lines": number_value(1, MOST_LOG_LINES, whole=True)}
+LOGS_QUERY = {"lines": number_value(1, MAX_LOG_LINES, whole=True)}
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 AUDIT_QUERY = {
     **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
@@ -11147,7 +12976,19 @@ AUDIT_QUERY = {
 }
 OIDC_QUERY = {  # what providers send back; all but the first five mean nothing to us
     name: text_value("a string", empty=True)
-    for name in ("code", "state", "iss", "error", "error_description", "error_uri", "session_state", "scope", "authuser", "prompt", "hd")
+    for name in (
+        "code",
+        "state",
+        "iss",
+        "error",
+        "error_description",
+        "error_uri",
+        "session_state",
+        "scope",
+        "authuser",
+        "prompt",
+        "hd",
+    )
 }
 STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
 COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
@@ -11168,7 +13009,11 @@ SIGN_IN_BYTES = 16 * 1024
 STARTING = (409, 422, 502, 503, 504)  # what a start may meet beyond bad input
 LOCUST_ANSWERS = (409, 502, 503, 504)
 METRICS_SCHEMA = {"$ref": "#/components/schemas/Metrics"}
-HTML_TYPE, CSV_TYPE, MARKDOWN_TYPE = "text/html; charset=utf-8", "text/csv; charset=utf-8", "text/markdown; charset=utf-8"
+HTML_TYPE, CSV_TYPE, MARKDOWN_TYPE = (
+    "text/html; charset=utf-8",
+    "text/csv; charset=utf-8",
+    "text/markdown; charset=utf-8",
+)
 EVENT_TYPE = "text/event-stream"
 
 ROUTES = (
@@ -11270,7 +13115,11 @@ ROUTES = (
 
 
 def _object(required: str = "", **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, **({"required": required.split()} if required else {})}
+    return {
+        "type": "object",
+        "properties": properties,
+        **({"required": required.split()} if required else {}),
+    }
 
 
 def _array(name: str) -> dict[str, Any]:
@@ -11284,7 +13133,14 @@ _COUNT = {"type": ["integer", "null"]}
 _NAME_OR_NULL = {"type": ["string", "null"]}
 
 _TEXTS = {"type": "array", "items": _TEXT}
-_PLAN = {"host": _TEXT, "userClasses": _TEXTS, "tags": _TEXTS, "excludeTags": _TEXTS, "options": {"type": "object"}, "stages": _array("Stage")}
+_PLAN = {
+    "host": _TEXT,
+    "userClasses": _TEXTS,
+    "tags": _TEXTS,
+    "excludeTags": _TEXTS,
+    "options": {"type": "object"},
+    "stages": _array("Stage"),
+}
 
 SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
@@ -11387,13 +13243,22 @@ def openapi_document() -> dict[str, Any]:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Load Manager", "version": VERSION, "description": "Control plane for Locust load testing."},
+        "info": {
+            "title": "Load Manager",
+            "version": VERSION,
+            "description": "Control plane for Locust load testing.",
+        },
         "paths": paths,
         "components": {
             "schemas": SCHEMAS,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "An API token"},
-                "locust": {"type": "apiKey", "in": "header", "name": "X-Locust-Token", "description": "security.locustCallbackToken"},
+                "locust": {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": "X-Locust-Token",
+                    "description": "security.locustCallbackToken",
+                },
             },
         },
     }
@@ -11410,18 +13275,33 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.body is not None or route.more_body:
         schema = _body_schema(route)
-        operation["requestBody"] = {"required": bool(schema.get("required")), "content": {JSON_TYPE: {"schema": schema}}}
+        operation["requestBody"] = {
+            "required": bool(schema.get("required")),
+            "content": {JSON_TYPE: {"schema": schema}},
+        }
     return operation
 
 
 def _parameters(route: Route) -> list[dict[str, Any]]:
-    in_path = [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in re.findall(r"\{(\w+)\}", route.path)]
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": _TEXT}
+        for name in re.findall(r"\{(\w+)\}", route.path)
+    ]
     in_query = [
-        {"name": name, "in": "query", "required": False, "schema": check.schema, "description": check.allowed} for name, check in route.query.items()
+        {"name": name, "in": "query", "required": False, "schema": check.schema, "description": check.allowed}
+        for name, check in route.query.items()
     ]
     if route.handler is post_test:
         key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
-        in_query.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key_schema, "description": "the same key and body get the same run, for 24 h"})
+        in_query.append(
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "schema": key_schema,
+                "description": "the same key and body get the same run, for 24 h",
+            }
+        )
     return in_path + in_query
 
 
@@ -11505,12 +13385,20 @@ def _path_text(segment: str) -> str:
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
-    MOST_CALLERS = 10_000  # headers that are remembered
+    MAX_CALLERS = 10_000  # headers that are remembered
 
-    def __init__(self, config: Config, store: Store, engine: Engine, feed: EventFeed, scheduler: Scheduler, notifier: Notifier):
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        orchestrator: Orchestrator,
+        feed: EventFeed,
+        scheduler: Scheduler,
+        notifier: Notifier,
+    ):
         self.config = config
         self.store = store
-        self.engine = engine
+        self.orchestrator = orchestrator
         self.scheduler = scheduler
         self.notifier = notifier
         self._feed = feed
@@ -11525,9 +13413,12 @@ class Api:
         self.sign_on = OpenIdSignOn(security.oidc, security.jwt) if security.oidc else None
         self._callers: dict[str, Caller] = {}  # by a good header Authorization
         self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
-        self._usages: dict[str, Usage] = {}  # by the caller's name
+        self._usages: dict[str, RateCounter] = {}  # by the caller's name
         self._proxies = tuple(ipaddress.ip_network(text) for text in config.server.trusted_proxies)
-        self._body_limits = {MAX_BODY_BYTES: config.limits.body_bytes, CALLBACK_BYTES: config.limits.callback_bytes}
+        self._body_limits = {
+            MAX_BODY_BYTES: config.limits.body_bytes,
+            CALLBACK_BYTES: config.limits.callback_bytes,
+        }
         self.is_open = config.security.is_open  # anybody may call
         self._creating: dict[str, threading.Lock] = {}  # Idempotency-Keys in work
 
@@ -11581,7 +13472,7 @@ class Api:
         principal = self._callback_tokens.owner(given)
         if principal is None:
             raise self._refused(address, "the header X-Locust-Token is missing or wrong")
-        if len(self._callback_callers) < self.MOST_CALLERS:  # with allowAnonymous any token is good
+        if len(self._callback_callers) < self.MAX_CALLERS:  # with allowAnonymous any token is good
             self._callback_callers[given] = principal
         return principal
 
@@ -11593,13 +13484,15 @@ class Api:
             known.usage.note(limit)
             return known.principal
         principal = self._new_caller(head, given, address)
-        if len(self._usages) >= self.MOST_CALLERS:
+        if len(self._usages) >= self.MAX_CALLERS:
             self._usages.clear()
-        usage = self._usages.setdefault(principal.name, Usage())
+        usage = self._usages.setdefault(principal.name, RateCounter())
         if given and not self.is_open:
-            if len(self._callers) >= self.MOST_CALLERS:
+            if len(self._callers) >= self.MAX_CALLERS:
                 self._callers.clear()
-            self._callers[given] = Caller(principal, usage, min(principal.ends_at, time.time() + Caller.KEEP_S))
+            self._callers[given] = Caller(
+                principal, usage, min(principal.ends_at, time.time() + Caller.KEEP_S)
+            )
         usage.note(limit)
         return principal
 
@@ -11666,13 +13559,19 @@ class Api:
     def event_stream(self, request: Request, run_id: str | None) -> Response:
         """A stream of events of one run, or of all the caller may see."""
         headers = request.head.headers
-        secret = None if self.is_open or "authorization" in headers else session_secret(request.head, self.config.server)
+        secret = (
+            None
+            if self.is_open or "authorization" in headers
+            else session_secret(request.head, self.config.server)
+        )
         principal = request.principal
 
         def is_allowed() -> bool:
             return self._sessions.is_alive(secret) if secret else principal.ends_at > time.time()
 
-        return self._feed.response(Stream(run_id, principal.scope, headers.get("last-event-id"), is_allowed, principal.name))
+        return self._feed.response(
+            Stream(run_id, principal.scope, headers.get("last-event-id"), is_allowed, principal.name)
+        )
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
         wait_s = self._failed.note(address)
@@ -11711,7 +13610,9 @@ class Api:
         """What changed something, or was to, is in the audit before it is answered."""
         if failure is not None:
             request.run_id = request.run_id or str(failure.extra.get("runId", ""))
-        detail = request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
+        detail = (
+            request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
+        )
         self.store.audit(self._entry(request, http_status, detail))
         if request.route.waits:
             self.store.wait_durable_or_log()
@@ -11726,13 +13627,17 @@ class Api:
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
         """An entry with what of the request may be known: never a header, a query or a body."""
-        run_id = request.run_id or (request.params.get("id", "") if request.route.path.startswith("/v1/tests/") else "")
+        run_id = request.run_id or (
+            request.params.get("id", "") if request.route.path.startswith("/v1/tests/") else ""
+        )
         run = self.store.find(run_id)
         tenant_id = request.tenant_id or request.params.get("tenantId", "") or (run.tenant_id if run else "")
         env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
         texts = (audit_text(text) for text in (tenant_id, env_id, run_id))
         who, action = request.principal, f"{request.route.method} {request.route.path}"
-        return AuditEntry(time.time(), who.name, who.role, request.address, action, *texts, http_status, audit_text(detail))
+        return AuditEntry(
+            time.time(), who.name, who.role, request.address, action, *texts, http_status, audit_text(detail)
+        )
 
     # ---- what handlers share -----------------------------------------------
 
@@ -11771,16 +13676,24 @@ class Api:
         if not request.principal.may_touch(schedule.tenant_id, schedule.env_id):
             request.tenant_id, request.env_id = schedule.tenant_id, schedule.env_id
             raise NotYours(f"there is no schedule {request.params['id'][:MAX_TEXT]}")
-        request.tenant_id, request.env_id, request.note = schedule.tenant_id, schedule.env_id, f"schedule {schedule.id}"
+        request.tenant_id, request.env_id, request.note = (
+            schedule.tenant_id,
+            schedule.env_id,
+            f"schedule {schedule.id}",
+        )
         return schedule
 
     def visible_cluster(self, request: Request) -> Cluster:
         """The cluster of the path, NotFound also for another tenant's."""
-        cluster = self.engine.clusters.get(request.params["id"])
+        cluster = self.orchestrator.clusters.get(request.params["id"])
         none = f"there is no cluster {request.params['id'][:MAX_TEXT]}"
         if cluster is None:
             raise NotFound(none)
-        request.tenant_id, request.env_id, request.note = cluster.config.tenant_id, cluster.config.env_id, f"cluster {cluster.id}"
+        request.tenant_id, request.env_id, request.note = (
+            cluster.config.tenant_id,
+            cluster.config.env_id,
+            f"cluster {cluster.id}",
+        )
         if not request.principal.may_touch(request.tenant_id, request.env_id):
             raise NotYours(none)
         return cluster
@@ -11793,15 +13706,25 @@ class Api:
         """What a report is made of: the run as on the wire, its history, its failures."""
         run = self.visible_run(request)
         try:
-            failures = self.engine.failures(run)
+            failures = self.orchestrator.failures(run)
         except LocustError as error:
-            failures = {**failures_to_wire((), ()), "problem": error.message}
+            failures = {**failures_to_json((), ()), "problem": error.message}
         return json.loads(self.store.wire(run.id)), downsample(self.store.samples(run.id), 600), failures
 
-    def file_response(self, request: Request, name: str, content_type: str, text: str, policy: str = "default-src 'none'; sandbox") -> Response:
+    def file_response(
+        self,
+        request: Request,
+        name: str,
+        content_type: str,
+        text: str,
+        policy: str = "default-src 'none'; sandbox",
+    ) -> Response:
         """A text shown in the browser, or saved with ?download=1 under a name with the run's id."""
         kind = "attachment" if request.query.get("download") == "1" else "inline"
-        headers = {"Content-Disposition": f'{kind}; filename="{request.params["id"][:36]}-{name}"', "Content-Security-Policy": policy}
+        headers = {
+            "Content-Disposition": f'{kind}; filename="{request.params["id"][:36]}-{name}"',
+            "Content-Security-Policy": policy,
+        }
         return Response(text.encode("utf-8", "replace"), content_type=content_type, headers=headers)
 
     def run_response(self, run_id: str, http_status: int, replayed: bool = False) -> Response:
@@ -11810,19 +13733,21 @@ class Api:
             headers["Idempotent-Replayed"] = "true"
         return Response(self.store.wire(run_id), http_status, headers=headers)
 
-    def create_once(self, key_: str, body: Any, run_request: RunRequest, request: Request) -> Response:
+    def create_once(self, key: str, body: Any, run_request: RunRequest, request: Request) -> Response:
         """Create under an Idempotency-Key: the same key and body get the same run."""
         body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        lock = self._creating.setdefault(key_, threading.Lock())
+        lock = self._creating.setdefault(key, threading.Lock())
         with lock:
             try:
-                known = self.store.recall_key(key_, time.time())
+                known = self.store.recall_key(key, time.time())
                 if known is None:
-                    run = self.engine.create(run_request, request.principal.name, idempotency=(key_, body_hash))
+                    run = self.orchestrator.create(
+                        run_request, request.principal.name, idempotency=(key, body_hash)
+                    )
                     request.run_id = run.id
                     return self.run_response(run.id, 201)
             finally:
-                self._creating.pop(key_, None)
+                self._creating.pop(key, None)
         known_hash, run_id = known
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body")
@@ -11836,7 +13761,11 @@ class Api:
         values = check_body(body, CALLBACK_KEYS, strict=False)
         run = self.store.get(values["run_id"])
         place = (run.tenant_id, run.env_id)
-        may_be_on = [run.cluster_id] if run.cluster_id else [item.id for item in self.config.clusters if (item.tenant_id, item.env_id) == place]
+        may_be_on = (
+            [run.cluster_id]
+            if run.cluster_id
+            else [item.id for item in self.config.clusters if (item.tenant_id, item.env_id) == place]
+        )
         if not any(self.reaches(request, cluster_id) for cluster_id in may_be_on):
             raise NotYours(f"there is no run {run.id}")
         if values.get("tenant_id", run.tenant_id) not in (run.tenant_id, ""):
@@ -11848,7 +13777,9 @@ class Api:
 
 def audit_text(text: str, most: int = 500) -> str:
     """A text that both databases and a terminal take: what is not printable is escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most])
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:most]
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -11906,7 +13837,9 @@ class Service:
         try:
             self._server = ApiServer(config.server.host, config.server.port, self._loop)
         except OSError as error:
-            raise StartupError(f"cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}") from None
+            raise StartupError(
+                f"cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}"
+            ) from None
         try:
             audit_file = os.path.join(config.folder, config.audit.file) if config.audit.file else None
             self._store = Store(open_database(config.storage.url, config.folder), audit_file)
@@ -11914,13 +13847,25 @@ class Service:
             self._server.server_close()
             raise
         self._timer = Timer()
-        self._engine = Engine(config, self._store, self._timer)
-        feed = EventFeed(self._store, self._loop, self._timer, config.server.max_connections // 2, config.limits.event_streams)
+        self._engine = Orchestrator(config, self._store, self._timer)
+        feed = EventFeed(
+            self._store,
+            self._loop,
+            self._timer,
+            config.server.max_connections // 2,
+            config.limits.event_streams,
+        )
         self._notifier = Notifier(config, self._store)
-        self._scheduler = Scheduler(config, self._store, self._engine, self._timer, self._notifier.schedule_missed)
+        self._scheduler = Scheduler(
+            config, self._store, self._engine, self._timer, self._notifier.schedule_missed
+        )
         self._loop.api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
-        self.url = f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
-        self._callbacks = LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
+        self.url = (
+            f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
+        )
+        self._callbacks = (
+            LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
+        )
 
     def start(self) -> None:
         self._timer.start()
@@ -11963,7 +13908,9 @@ class LocalCallbacks:
 
     def start(self) -> None:
         self._loop.start()
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept-callbacks", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="accept-callbacks", daemon=True
+        ).start()
 
     def admit(self, head: RequestHead, address: str) -> Request:
         request = self._api.admit(head, address)
@@ -12019,10 +13966,18 @@ def check_config(config_path: str) -> int:
             TlsFiles(config.server.tls, config.folder)
     except StartupError as error:
         return _print_problems(ConfigError([str(error)]))
-    print(f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}")
+    print(
+        f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}"
+    )
     for cluster in config.clusters:
-        if cluster.launcher and cluster.launcher.locustfile and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile)):
-            print(f"{config_path}: note: cluster {cluster.id}: {cluster.launcher.locustfile} does not exist yet")
+        if (
+            cluster.launcher
+            and cluster.launcher.locustfile
+            and not os.path.isfile(os.path.join(config.folder, cluster.launcher.locustfile))
+        ):
+            print(
+                f"{config_path}: note: cluster {cluster.id}: {cluster.launcher.locustfile} does not exist yet"
+            )
     return 0
 
 
@@ -12038,7 +13993,15 @@ def _print_problems(error: ConfigError) -> int:
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
 
-COLOURS = {"green": "32", "red": "31", "orange": "33", "blue": "34", "violet": "35", "grey": "90", "bold": "1"}
+COLOURS = {
+    "green": "32",
+    "red": "31",
+    "orange": "33",
+    "blue": "34",
+    "violet": "35",
+    "grey": "90",
+    "bold": "1",
+}
 PAINT = re.compile(r"(\x1b\[[0-9;]*m)")  # only ours: text of others has no escape character left
 JOINERS = "\u200d\u200c"  # parts of emoji and of Persian words: invisible, and harmless
 
@@ -12127,12 +14090,17 @@ class Column(NamedTuple):
 def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None = None) -> list[str]:
     """Lines of a table, at most `width` columns wide (None: as wide as it is)."""
     chosen = list(range(len(columns)))
-    widths = [max([columns_of(column.heading), *(columns_of(row[index]) for row in rows)]) for index, column in enumerate(columns)]
+    widths = [
+        max([columns_of(column.heading), *(columns_of(row[index]) for row in rows)])
+        for index, column in enumerate(columns)
+    ]
     while width is not None and sum(widths[index] + 2 for index in chosen) - 2 > width:
         last = max(chosen, key=lambda index: columns[index].drop)
         over = sum(widths[index] + 2 for index in chosen) - 2 - width
         widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
-        least = 28 if columns[last].drop > 3 else 16  # a name that still tells is worth more than the lesser numbers
+        least = (
+            28 if columns[last].drop > 3 else 16
+        )  # a name that still tells is worth more than the lesser numbers
         if widths[widest] - over >= min(least, widths[widest]):
             widths[widest] -= over
         elif columns[last].drop > 0:
@@ -12141,7 +14109,10 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
             widths[widest] = max(widths[widest] - over, 4)
             break
     lines = [[column.heading for column in columns], *rows]
-    return ["  ".join(fill(line[index], widths[index], columns[index].right) for index in chosen).rstrip() for line in lines]
+    return [
+        "  ".join(fill(line[index], widths[index], columns[index].right) for index in chosen).rstrip()
+        for line in lines
+    ]
 
 
 class Screen:
@@ -12203,7 +14174,9 @@ class Screen:
         """The API's JSON; on a terminal control characters are written as JSON escapes."""
         text = data.decode("utf-8", "replace").rstrip("\n")
         if self.is_terminal and not text.isprintable():
-            text = "".join(char if char.isprintable() or char in "\n\t" else json.dumps(char)[1:-1] for char in text)
+            text = "".join(
+                char if char.isprintable() or char in "\n\t" else json.dumps(char)[1:-1] for char in text
+            )
         self._write(text + "\n")
 
     def _erased(self) -> str:
@@ -12250,7 +14223,7 @@ def clock_words(seconds: float) -> str:
 # 24. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
-# nothing of the engine. Every failure is a CommandError: one line and an exit status.
+# nothing of the orchestrator. Every failure is a CommandError: one line and an exit status.
 
 
 class ServerAddress(NamedTuple):
@@ -12273,7 +14246,9 @@ def find_server(options: Any, environ: dict[str, str]) -> ServerAddress:
         token = token_of_command(command)
     if url is not None and token is not None:
         return ServerAddress(url, token, ca_file, command)
-    here = [os.path.join(folder, DEFAULT_CONFIG) for folder in (".", os.path.dirname(os.path.abspath(__file__)))]
+    here = [
+        os.path.join(folder, DEFAULT_CONFIG) for folder in (".", os.path.dirname(os.path.abspath(__file__)))
+    ]
     path = options.config or next(filter(os.path.isfile, here), None)
     if path is None:
         return ServerAddress(url or f"http://127.0.0.1:{ServerConfig().port}", token or "", ca_file)
@@ -12296,16 +14271,23 @@ def token_of_command(command: str) -> str:
     name = "LOADMANAGER_TOKEN_COMMAND"
     try:
         words = shlex.split(command)
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=False)
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60, check=False
+        )
     except (ValueError, IndexError) as error:
         raise CommandError(f"{name}: cannot be split into words: {error}", EXIT_USAGE) from None
     except OSError as error:
-        raise CommandError(f"{name}: {words[0]} cannot be run: {error.strerror or error}", EXIT_USAGE) from None
+        raise CommandError(
+            f"{name}: {words[0]} cannot be run: {error.strerror or error}", EXIT_USAGE
+        ) from None
     except subprocess.TimeoutExpired:
         raise CommandError(f"{name}: printed no token within 60 s", EXIT_UNREACHABLE) from None
     token = done.stdout.decode("ascii", "replace").strip()
     if done.returncode or not re.fullmatch("[!-~]+", token):
-        raise CommandError(f"{name}: ended with {done.returncode} and printed {'no' if not token else 'something else than a'} token", EXIT_UNREACHABLE)
+        raise CommandError(
+            f"{name}: ended with {done.returncode} and printed {'no' if not token else 'something else than a'} token",
+            EXIT_UNREACHABLE,
+        )
     return token
 
 
@@ -12331,10 +14313,14 @@ def _given_token(options: Any, environ: dict[str, str]) -> str | None:
                 token = file.read(65536).strip()
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
-            raise CommandError(f"--token-file: {options.token_file} cannot be read: {why}", EXIT_USAGE) from None
+            raise CommandError(
+                f"--token-file: {options.token_file} cannot be read: {why}", EXIT_USAGE
+            ) from None
     token = environ.get("LOADMANAGER_TOKEN") or None if token is None else token
     if token is not None and not re.fullmatch("[!-~]*", token):
-        raise CommandError("the token has characters that no token has; allowed are printable ASCII characters", EXIT_USAGE)
+        raise CommandError(
+            "the token has characters that no token has; allowed are printable ASCII characters", EXIT_USAGE
+        )
     return token
 
 
@@ -12351,7 +14337,9 @@ def _configured_server(path: str, need_url: bool, need_token: bool) -> ServerAdd
     if problems:
         raise ConfigError(problems)
     if need_url and server.port == 0:
-        raise CommandError(f"{path}: server.port is 0, any free one: say which with --url or LOADMANAGER_URL", EXIT_USAGE)
+        raise CommandError(
+            f"{path}: server.port is 0, any free one: say which with --url or LOADMANAGER_URL", EXIT_USAGE
+        )
     scheme = "https" if server.tls else "http"
     return ServerAddress(f"{scheme}://{host_to_call(server.host)}:{server.port}", security.api_token)
 
@@ -12366,14 +14354,16 @@ class ApiAnswer(NamedTuple):
     def json(self, *keys: str) -> dict[str, Any]:
         """The body, an object with these keys, or CommandError: what answers is not Load Manager."""
         value = self._value()
-        if not isinstance(value, dict) or any(key_ not in value for key_ in keys):
+        if not isinstance(value, dict) or any(key not in value for key in keys):
             raise self._strange()
         return value
 
     def json_list(self, *keys: str) -> list[dict[str, Any]]:
         """As json(), for a list of objects."""
         value = self._value()
-        if not isinstance(value, list) or any(not isinstance(item, dict) or key_ not in item for item in value for key_ in keys):
+        if not isinstance(value, list) or any(
+            not isinstance(item, dict) or key not in item for item in value for key in keys
+        ):
             raise self._strange()
         return value
 
@@ -12385,7 +14375,10 @@ class ApiAnswer(NamedTuple):
 
     @staticmethod
     def _strange() -> CommandError:
-        return CommandError("what answers there is not Load Manager: check the address (--url, LOADMANAGER_URL)", EXIT_UNREACHABLE)
+        return CommandError(
+            "what answers there is not Load Manager: check the address (--url, LOADMANAGER_URL)",
+            EXIT_UNREACHABLE,
+        )
 
 
 class ApiClient:
@@ -12414,7 +14407,9 @@ class ApiClient:
         given = {name: value for name, value in query.items() if value is not None}
         return self.request("GET", path + ("?" + urlencode(given) if given else ""))
 
-    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> ApiAnswer:
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> ApiAnswer:
         """A good answer; ServerGone without one, ServerRefused for one that is an error.
 
         What changes something is sent on a new connection: on a kept one that the server
@@ -12454,7 +14449,9 @@ class ApiClient:
         if body is not None:
             sent["Content-Type"] = JSON_TYPE
         connection.sock.settimeout(self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
-        connection.request(method, self._prefix + path, None if body is None else dump_json(body).encode(), sent)
+        connection.request(
+            method, self._prefix + path, None if body is None else dump_json(body).encode(), sent
+        )
         response = connection.getresponse()
         answer = ApiAnswer(response.status, response.headers, response.read())
         if response.will_close:
@@ -12483,13 +14480,18 @@ class ApiClient:
             context = ssl.create_default_context(cafile=self._server.ca_file)
         except OSError as error:
             why = error.strerror or error
-            raise CommandError(f"--ca-file: {self._server.ca_file} has no certificates: {why}", EXIT_USAGE) from None
+            raise CommandError(
+                f"--ca-file: {self._server.ca_file} has no certificates: {why}", EXIT_USAGE
+            ) from None
         own = os.environ.get("LOADMANAGER_CLIENT_CERT")
         try:
             if own:
                 context.load_cert_chain(own, password=lambda: "")
         except (OSError, ValueError) as error:
-            raise CommandError(f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
+            raise CommandError(
+                f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: {getattr(error, 'strerror', None) or error}",
+                EXIT_USAGE,
+            ) from None
         return context
 
     def _note_clock(self, date: str | None) -> None:
@@ -12508,7 +14510,10 @@ class ApiClient:
             message = one_line(document["message"])
         except (ValueError, TypeError, KeyError, RecursionError):
             where = one_line(self._server.url)
-            return CommandError(f"{where} answered {asked} with HTTP {answer.http_status}, not as Load Manager does; is it its address?", EXIT_UNREACHABLE)
+            return CommandError(
+                f"{where} answered {asked} with HTTP {answer.http_status}, not as Load Manager does; is it its address?",
+                EXIT_UNREACHABLE,
+            )
         if answer.http_status == 404 and message == NO_SUCH_PATH:
             message = f"the server does not offer this ({asked}): it may be an older Load Manager"
         elif answer.http_status == 401:
@@ -12554,11 +14559,21 @@ VARIABLES = {
     "NO_COLOR": "set to anything: no colours",
 }
 LATEST = "latest"
-LEAST_PREFIX = 6  # characters of a run's id
-RUN_KEYS = ("id", "status", "tenantId", "envId", "scenarioId", "locustClusterId", "targetUsers", "spawnRate", "createdAt")
+MIN_PREFIX = 6  # characters of a run's id
+RUN_KEYS = (
+    "id",
+    "status",
+    "tenantId",
+    "envId",
+    "scenarioId",
+    "locustClusterId",
+    "targetUsers",
+    "spawnRate",
+    "createdAt",
+)
 FINAL_WORDS = tuple(status.value for status in FINAL)
 FOLLOW_S = 0.5  # between two looks at a run
-MOST_ENDPOINTS = 100  # rows of a summary; --json and reports have all
+MAX_ENDPOINTS = 100  # rows of a summary; --json and reports have all
 STOP_PATIENCE_S = 90.0  # how long a starting run is asked to stop
 
 
@@ -12586,7 +14601,12 @@ def duration_value(text: str) -> int:
 def count_value(text: str) -> int:
     """A count written as `1000`, `1_000`, `1k` or `1.5k`."""
     match = re.fullmatch(r"([0-9]{1,3}(?:[_,][0-9]{3})+|[0-9]{1,12}(?:\.[0-9]{1,6})?)([kKM]?)", text)
-    number = float(re.sub("[_,]", "", match.group(1))) * {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}[match.group(2)] if match else 0.5
+    number = (
+        float(re.sub("[_,]", "", match.group(1)))
+        * {"": 1, "k": 1000, "K": 1000, "M": 1_000_000}[match.group(2)]
+        if match
+        else 0.5
+    )
     if number != int(number):
         raise ValueError("a whole number such as 1000, 1_000 or 1k")
     return int(number)
@@ -12612,7 +14632,11 @@ def stage_value(text: str) -> dict[str, Any]:
     parts = text.split(":")
     if len(parts) != 3:
         raise ValueError("users, users per second and a time, such as 50:5:60s")
-    return {"targetUsers": count_value(parts[0]), "spawnRate": rate_value(parts[1]), "durationSeconds": duration_value(parts[2])}
+    return {
+        "targetUsers": count_value(parts[0]),
+        "spawnRate": rate_value(parts[1]),
+        "durationSeconds": duration_value(parts[2]),
+    }
 
 
 def key_value(text: str) -> str:
@@ -12622,8 +14646,8 @@ def key_value(text: str) -> str:
 
 
 def run_value(text: str) -> str:
-    if text != LATEST and len(text) < LEAST_PREFIX:
-        raise ValueError(f"a run's id, at least its first {LEAST_PREFIX} characters, or {LATEST}")
+    if text != LATEST and len(text) < MIN_PREFIX:
+        raise ValueError(f"a run's id, at least its first {MIN_PREFIX} characters, or {LATEST}")
     return text
 
 
@@ -12677,13 +14701,22 @@ def find_run(client: ApiClient, text: str) -> str:
     if len(ids) == 1:
         return ids[0]
     if not ids:
-        raise CommandError(f"there is no run whose id begins with {printable(text)}; see `{PROGRAM} list`", EXIT_USAGE)
-    raise CommandError(f"{printable(text)} begins {len(ids)} ids: {', '.join(ids[:5])}; give more of it", EXIT_USAGE)
+        raise CommandError(
+            f"there is no run whose id begins with {printable(text)}; see `{PROGRAM} list`", EXIT_USAGE
+        )
+    raise CommandError(
+        f"{printable(text)} begins {len(ids)} ids: {', '.join(ids[:5])}; give more of it", EXIT_USAGE
+    )
 
 
 def command_list(options: Any) -> int:
     client = open_client(options)
-    query = {"tenantId": options.tenant, "envId": options.env, "status": options.status, "search": options.search}
+    query = {
+        "tenantId": options.tenant,
+        "envId": options.env,
+        "status": options.status,
+        "search": options.search,
+    }
     answer = client.get("/v1/tests", **query, limit=options.limit, brief=None if options.json else "true")
     if options.json:
         print_json(answer.body)
@@ -12691,9 +14724,13 @@ def command_list(options: Any) -> int:
     screen = open_screen(options)
     runs = answer.json_list(*RUN_KEYS)
     now = time.time() + client.clock_offset_s
-    screen.print(*paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns)))
+    screen.print(
+        *paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns))
+    )
     if "next" in (answer.headers.get("Link") or ""):
-        say("there are more: give a larger --limit, at most 1000, or say which with --search, --status, --tenant, --env")
+        say(
+            "there are more: give a larger --limit, at most 1000, or say which with --search, --status, --tenant, --env"
+        )
     return EXIT_DONE
 
 
@@ -12714,18 +14751,39 @@ def command_clusters(options: Any) -> int:
         print_json(answer.body)
         return EXIT_DONE
     screen = open_screen(options)
-    screen.print(*paint_head(screen, table(CLUSTER_COLUMNS, [cluster_row(cluster) for cluster in answer.json_list("id", "workers")], screen.columns)))
+    screen.print(
+        *paint_head(
+            screen,
+            table(
+                CLUSTER_COLUMNS,
+                [cluster_row(cluster) for cluster in answer.json_list("id", "workers")],
+                screen.columns,
+            ),
+        )
+    )
     return EXIT_DONE
 
 
-SCENARIO_COLUMNS = (Column("SCENARIO"), Column("USERS", right=True), Column("TIME", right=True), Column("HOST", drop=2), Column("DESCRIPTION", drop=1))
+SCENARIO_COLUMNS = (
+    Column("SCENARIO"),
+    Column("USERS", right=True),
+    Column("TIME", right=True),
+    Column("HOST", drop=2),
+    Column("DESCRIPTION", drop=1),
+)
 
 
 def scenario_row(scenario: dict[str, Any]) -> list[str]:
     stages = scenario.get("stages") or [scenario]
     users = [stage["targetUsers"] for stage in stages if stage.get("targetUsers")]
     seconds = sum(stage.get("durationSeconds") or 0 for stage in stages)
-    shown = [scenario["id"], str(max(users)) if users else "", clock_words(seconds) if seconds else "", scenario.get("host", ""), scenario.get("description", "")]
+    shown = [
+        scenario["id"],
+        str(max(users)) if users else "",
+        clock_words(seconds) if seconds else "",
+        scenario.get("host", ""),
+        scenario.get("description", ""),
+    ]
     return [printable(value) for value in shown]
 
 
@@ -12735,7 +14793,16 @@ def command_scenarios(options: Any) -> int:
         print_json(answer.body)
         return EXIT_DONE
     screen = open_screen(options)
-    screen.print(*paint_head(screen, table(SCENARIO_COLUMNS, [scenario_row(scenario) for scenario in answer.json_list("id")], screen.columns)))
+    screen.print(
+        *paint_head(
+            screen,
+            table(
+                SCENARIO_COLUMNS,
+                [scenario_row(scenario) for scenario in answer.json_list("id")],
+                screen.columns,
+            ),
+        )
+    )
     return EXIT_DONE
 
 
@@ -12743,7 +14810,9 @@ def command_users(options: Any) -> int:
     client = open_client(options)
     run_id = find_run(client, options.run)
     body = {"targetUsers": options.users, "spawnRate": options.spawn_rate}
-    answer = client.request("POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None})
+    answer = client.request(
+        "POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None}
+    )
     return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
 
 
@@ -12756,7 +14825,17 @@ def schedule_row(schedule: dict[str, Any]) -> list[str]:
     when = f"{schedule['cron']} {schedule['timezone']}" if schedule.get("cron") else schedule.get("runAt", "")
     coming = "paused" if schedule["paused"] else (schedule["next"] or ["never again"])[0]
     place = f"{schedule['tenantId']}/{schedule['envId']}"
-    return [printable(value) for value in (schedule["id"], when, coming, schedule["test"].get("scenarioId"), place, schedule.get("lastOutcome", ""))]
+    return [
+        printable(value)
+        for value in (
+            schedule["id"],
+            when,
+            coming,
+            schedule["test"].get("scenarioId"),
+            place,
+            schedule.get("lastOutcome", ""),
+        )
+    ]
 
 
 def command_schedules(options: Any) -> int:
@@ -12777,7 +14856,11 @@ def command_schedules(options: Any) -> int:
         raise CommandError(f"schedules {options.action}: say which; see `{PROGRAM} schedules`", EXIT_USAGE)
     path = f"/v1/schedules/{quote(options.schedule, safe='')}"
     if options.action in ("pause", "resume"):
-        return tell_done(options, client.request("PATCH", path, {"paused": options.action == "pause"}), f"schedule {options.schedule}: {options.action}d")
+        return tell_done(
+            options,
+            client.request("PATCH", path, {"paused": options.action == "pause"}),
+            f"schedule {options.schedule}: {options.action}d",
+        )
     if options.action == "delete":
         return tell_done(options, client.request("DELETE", path), f"schedule {options.schedule} is deleted")
     answer = client.request("POST", f"{path}/run")
@@ -12801,7 +14884,9 @@ def cluster_path(cluster_id: str, what: str) -> str:
 
 
 def command_scale(options: Any) -> int:
-    answer = open_client(options).request("POST", cluster_path(options.cluster, "scale"), {"workers": options.workers})
+    answer = open_client(options).request(
+        "POST", cluster_path(options.cluster, "scale"), {"workers": options.workers}
+    )
     return tell_done(options, answer, f"cluster {options.cluster} goes to {options.workers} workers")
 
 
@@ -12831,7 +14916,11 @@ def stop_all(options: Any, client: ApiClient) -> int:
     """Stop every run that the token may touch; EXIT_FAILED when one goes on."""
     answer = client.request("POST", "/v1/stop-all", {})
     outcome = answer.json("stopped", "failed")
-    tell_done(options, answer, f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]))
+    tell_done(
+        options,
+        answer,
+        f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]),
+    )
     for item in outcome["failed"]:
         say(f"run {item.get('runId')} goes on: {item.get('message')}")
     return EXIT_FAILED if outcome["failed"] else EXIT_DONE
@@ -12842,7 +14931,11 @@ def command_token(options: Any) -> int:
     if not options.tenant and options.role != "admin":
         raise CommandError("--tenant: is missing; allowed is a tenant, or * for all", EXIT_USAGE)
     token = "lm_" + secrets.token_urlsafe(32)
-    entry: dict[str, Any] = {"name": options.name, "tokenSha256": token_digest(token).hex(), "role": options.role}
+    entry: dict[str, Any] = {
+        "name": options.name,
+        "tokenSha256": token_digest(token).hex(),
+        "role": options.role,
+    }
     if options.tenant:
         entry["tenants"] = options.tenant
     if options.env:
@@ -12880,7 +14973,9 @@ def tell_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
 def command_metrics(options: Any) -> int:
     query = {"from": options.since, "to": options.until, "step": options.step}
     if options.csv and any(value is not None for value in query.values()):
-        raise CommandError("--csv has all points; --from, --to and --step are for the table and for --json", EXIT_USAGE)
+        raise CommandError(
+            "--csv has all points; --from, --to and --step are for the table and for --json", EXIT_USAGE
+        )
     check_can_write(options.output)
     client = open_client(options)
     run_id = find_run(client, options.run)
@@ -12894,9 +14989,16 @@ def command_metrics(options: Any) -> int:
         return EXIT_DONE
     screen = open_screen(options)
     document = answer.json("points", "total", "downsampled")
-    screen.print(*paint_head(screen, table(METRICS_COLUMNS, [metrics_row(point) for point in document["points"]], screen.columns)))
+    screen.print(
+        *paint_head(
+            screen,
+            table(METRICS_COLUMNS, [metrics_row(point) for point in document["points"]], screen.columns),
+        )
+    )
     if document["downsampled"]:
-        say(f"{len(document['points'])} of {document['total']} points; --max-points shows more, --json and --csv have all figures")
+        say(
+            f"{len(document['points'])} of {document['total']} points; --max-points shows more, --json and --csv have all figures"
+        )
     return EXIT_DONE
 
 
@@ -12911,7 +15013,11 @@ REPORT_PATHS = {
 
 
 def command_report(options: Any) -> int:
-    if options.format in ("html", "locust") and options.output is None and _is_terminal(sys.stdout, dict(os.environ)):
+    if (
+        options.format in ("html", "locust")
+        and options.output is None
+        and _is_terminal(sys.stdout, dict(os.environ))
+    ):
         raise CommandError("a terminal cannot show an HTML report; name a file: -o report.html", EXIT_USAGE)
     check_can_write(options.output)
     client = open_client(options)
@@ -12942,25 +15048,40 @@ def import_body(options: Any) -> dict[str, Any]:
     given = {"tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario}
     if options.file.endswith("_stats.csv"):
         start = options.file.removesuffix("_stats.csv")
-        others = {name: read_text(f"{start}_{suffix}.csv") for name, suffix in CSV_FILES.items() if os.path.isfile(f"{start}_{suffix}.csv")}
+        others = {
+            name: read_text(f"{start}_{suffix}.csv")
+            for name, suffix in CSV_FILES.items()
+            if os.path.isfile(f"{start}_{suffix}.csv")
+        }
         return {"format": LOCUST_CSV, **_needed(given), "stats": read_text(options.file), **others}
     try:
         document = json.loads(read_text(options.file))
     except (ValueError, RecursionError):
-        raise CommandError(f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a file of Locust's --json-file or --csv", EXIT_USAGE) from None
+        raise CommandError(
+            f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a file of Locust's --json-file or --csv",
+            EXIT_USAGE,
+        ) from None
     if isinstance(document, list):
         return {"format": LOCUST_JSON, **_needed(given), "stats": document}
     if isinstance(document, dict) and not any(given.values()):
         return document
-    raise CommandError("--tenant, --env and --scenario are for files of Locust; an export has its own", EXIT_USAGE)
+    raise CommandError(
+        "--tenant, --env and --scenario are for files of Locust; an export has its own", EXIT_USAGE
+    )
 
 
-CSV_FILES = {"history": "stats_history", "failures": "failures", "exceptions": "exceptions"}  # beside _stats.csv
+CSV_FILES = {
+    "history": "stats_history",
+    "failures": "failures",
+    "exceptions": "exceptions",
+}  # beside _stats.csv
 
 
 def _needed(given: dict[str, str | None]) -> dict[str, str | None]:
     if not all(given.values()):
-        raise CommandError("a file of Locust does not say whose run it was: give --tenant, --env and --scenario", EXIT_USAGE)
+        raise CommandError(
+            "a file of Locust does not say whose run it was: give --tenant, --env and --scenario", EXIT_USAGE
+        )
     return given
 
 
@@ -12969,7 +15090,9 @@ def read_text(path: str) -> str:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
+        raise CommandError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", EXIT_USAGE
+        ) from None
 
 
 def put_document(data: bytes, path: str | None) -> int:
@@ -13000,10 +15123,16 @@ def command_compare(options: Any) -> int:
     client = open_client(options)
     baseline, candidate = find_run(client, options.baseline), find_run(client, options.candidate)
     try:
-        answer = client.get("/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance)
+        answer = client.get(
+            "/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance
+        )
     except ServerRefused as error:
-        if error.http_status == 404 and ("no run compare" in error.message or "does not offer" in error.message):
-            raise CommandError("the server does not offer comparisons: it may be an older Load Manager", EXIT_USAGE) from None
+        if error.http_status == 404 and (
+            "no run compare" in error.message or "does not offer" in error.message
+        ):
+            raise CommandError(
+                "the server does not offer comparisons: it may be an older Load Manager", EXIT_USAGE
+            ) from None
         raise
     comparison = answer.json("regressions")
     if options.json:
@@ -13027,7 +15156,9 @@ class CtrlC:
 
     def __enter__(self) -> CtrlC:
         # What was started with a signal ignored, as shells do in the background, goes on ignoring it.
-        heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        heeded = [
+            number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
+        ]
         self._before = [(number, signal.signal(number, self._handle)) for number in heeded]
         return self
 
@@ -13039,7 +15170,9 @@ class CtrlC:
         self.count += 1
         if not self.held or self.count > 1:
             raise KeyboardInterrupt
-        os.write(2, b"loadmanager: the run is stopped as soon as it has started; Ctrl-C again leaves at once\n")
+        os.write(
+            2, b"loadmanager: the run is stopped as soon as it has started; Ctrl-C again leaves at once\n"
+        )
 
     def release(self) -> None:
         """From now on the first one raises too; it does so here if it came before."""
@@ -13082,7 +15215,9 @@ class Follower:
             run = self.answer.json(*RUN_KEYS)
         except CommandError as error:
             if isinstance(error, ServerRefused) and error.http_status == 404:
-                raise CommandError(f"{error.message}; it was {self.status} when last seen", EXIT_FAILED) from None
+                raise CommandError(
+                    f"{error.message}; it was {self.status} when last seen", EXIT_FAILED
+                ) from None
             if isinstance(error, ServerRefused) and error.http_status in (401, 403):
                 raise CommandError(f"{error.message}; {self.whereabouts()}", error.exit_status) from None
             self._missed(error)
@@ -13100,7 +15235,8 @@ class Follower:
             self.notice(f"{error.message}; the run goes on, trying again for {clock_words(self._patience_s)}")
         if now - self._gone_since >= self._patience_s:
             raise CommandError(
-                f"{error.message}; gave up after {clock_words(now - self._gone_since)}; {self.whereabouts()}", EXIT_UNREACHABLE
+                f"{error.message}; gave up after {clock_words(now - self._gone_since)}; {self.whereabouts()}",
+                EXIT_UNREACHABLE,
             )
 
     def whereabouts(self) -> str:
@@ -13133,23 +15269,25 @@ def command_run(options: Any) -> int:
     check_start(options)
     client = open_client(options)
     body = create_body(options)
-    key_ = options.idempotency_key or secrets.token_hex(16)
+    key = options.idempotency_key or secrets.token_hex(16)
 
-    return start_and_follow(options, client, lambda: create_once_for_all(client, body, key_))
+    return start_and_follow(options, client, lambda: create_once_for_all(client, body, key))
 
 
-def create_once_for_all(client: ApiClient, body: dict[str, Any], key_: str) -> ApiAnswer:
+def create_once_for_all(client: ApiClient, body: dict[str, Any], key: str) -> ApiAnswer:
     """Create a run. When the answer is lost it is asked for again: with the same
     Idempotency-Key the same run is answered, not a second one."""
     for seconds in (0.5, 1.5, 0.0):
         try:
-            return client.request("POST", "/v1/tests", body, {"Idempotency-Key": key_})
+            return client.request("POST", "/v1/tests", body, {"Idempotency-Key": key})
         except ServerGone as error:
             if seconds == 0.5 and not error.maybe_taken:
                 raise
             last = error
         time.sleep(seconds)
-    raise CommandError(f"{last.message}; the run may have been started: see `{PROGRAM} list`", EXIT_UNREACHABLE)
+    raise CommandError(
+        f"{last.message}; the run may have been started: see `{PROGRAM} list`", EXIT_UNREACHABLE
+    )
 
 
 def create_body(options: Any) -> dict[str, Any]:
@@ -13182,7 +15320,10 @@ def create_body(options: Any) -> dict[str, Any]:
 def check_start(options: Any) -> None:
     """CommandError for what could not be done when the run is over."""
     if options.detach and (options.junit or options.summary or options.require_trusted):
-        raise CommandError("--detach does not wait for the end; give --junit, --summary and --require-trusted to `wait`", EXIT_USAGE)
+        raise CommandError(
+            "--detach does not wait for the end; give --junit, --summary and --require-trusted to `wait`",
+            EXIT_USAGE,
+        )
     check_can_write(options.junit, options.summary)
 
 
@@ -13190,7 +15331,10 @@ def command_rerun(options: Any) -> int:
     check_start(options)
     client = open_client(options)
     run_id = find_run(client, options.run)
-    body = {**({"queue": True} if options.queue else {}), **({"confirm": options.confirm} if options.confirm else {})}
+    body = {
+        **({"queue": True} if options.queue else {}),
+        **({"confirm": options.confirm} if options.confirm else {}),
+    }
     return start_and_follow(options, client, lambda: client.request("POST", run_path(run_id, "/rerun"), body))
 
 
@@ -13262,14 +15406,18 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
                 raise
         except ServerGone as error:
             if time.monotonic() > give_up_at:
-                raise CommandError(f"{error.message}; run {run_id} could not be stopped and may go on", EXIT_UNREACHABLE) from None
+                raise CommandError(
+                    f"{error.message}; run {run_id} could not be stopped and may go on", EXIT_UNREACHABLE
+                ) from None
             if not told:
                 say(f"{error.message}; trying to stop the run for {clock_words(STOP_PATIENCE_S)}")
             told = True
         time.sleep(0.5)
 
 
-def tell_end(options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None) -> int:
+def tell_end(
+    options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None
+) -> int:
     """Tell how a run ended, write the files that were asked for; the exit status."""
     if options.json and answer is not None:
         print_json(answer.body)
@@ -13297,9 +15445,14 @@ def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
         return EXIT_FAILED, f"the run failed: {one_line(run.get('failureReason') or 'no reason is known')}"
     if run.get("verdict") == "failed":
         failed = [threshold_words(entry) for entry in run.get("thresholds") or () if threshold_failed(entry)]
-        return EXIT_THRESHOLDS, "thresholds failed: " + ("; ".join(failed) or "see the comparison with the baseline")
+        return EXIT_THRESHOLDS, "thresholds failed: " + (
+            "; ".join(failed) or "see the comparison with the baseline"
+        )
     if require_trusted and "trust" not in run:
-        return EXIT_USAGE, "--require-trusted: the server does not offer this: it may be an older Load Manager"
+        return (
+            EXIT_USAGE,
+            "--require-trusted: the server does not offer this: it may be an older Load Manager",
+        )
     if require_trusted and run["trust"] != "ok":
         reasons = "; ".join(one_line(warning["message"]) for warning in run.get("warnings") or ())
         return EXIT_THRESHOLDS, f"the numbers cannot be trusted: {reasons}"
@@ -13329,7 +15482,13 @@ def follow_only(options: Any, quiet: bool) -> int:
 
 # ---- what a run looks like -------------------------------------------------
 
-STATUS_COLOURS = {"Pending": "blue", "Running": "green", "Stopping": "orange", "Finished": "bold", "Failed": "red"}
+STATUS_COLOURS = {
+    "Pending": "blue",
+    "Running": "green",
+    "Stopping": "orange",
+    "Finished": "bold",
+    "Failed": "red",
+}
 LIST_COLUMNS = (
     Column("RUN", drop=0), Column("STATUS"), Column("SCENARIO"), Column("TENANT/ENV", drop=3), Column("CLUSTER", drop=6),
     Column("USERS", True, drop=2), Column("REQ/S", True, drop=4), Column("FAILURES", True, drop=5), Column("P95 MS", True, drop=4),
@@ -13395,13 +15554,34 @@ def cluster_row(cluster: dict[str, Any]) -> list[str]:
 
 
 def metrics_row(point: dict[str, Any]) -> list[str]:
-    names = ("currentUsers", "totalRps", "failuresPerSec", "totalRequests", "totalFailures", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
-    figures = [decimal_text(point.get(name)) if name in ("totalRps", "failuresPerSec") else count_text(point.get(name)) for name in names]
+    names = (
+        "currentUsers",
+        "totalRps",
+        "failuresPerSec",
+        "totalRequests",
+        "totalFailures",
+        "p50ResponseMs",
+        "p95ResponseMs",
+        "p99ResponseMs",
+    )
+    figures = [
+        decimal_text(point.get(name))
+        if name in ("totalRps", "failuresPerSec")
+        else count_text(point.get(name))
+        for name in names
+    ]
     return [local_moment(point["timestamp"]), *figures]
 
 
 def endpoint_row(row: dict[str, Any]) -> list[str]:
-    names = ("medianResponseTime", "p95ResponseTime", "p99ResponseTime", "avgResponseTime", "minResponseTime", "maxResponseTime")
+    names = (
+        "medianResponseTime",
+        "p95ResponseTime",
+        "p99ResponseTime",
+        "avgResponseTime",
+        "minResponseTime",
+        "maxResponseTime",
+    )
     return [
         one_line(row["method"]),
         one_line(row["name"]),
@@ -13412,14 +15592,23 @@ def endpoint_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def endpoint_lines(run: dict[str, Any], screen: Screen, columns: int | None, most: int | None = None) -> list[str]:
+def endpoint_lines(
+    run: dict[str, Any], screen: Screen, columns: int | None, most: int | None = None
+) -> list[str]:
     """The table of endpoints; of more than `most` those with the most requests."""
     rows = list(((run.get("lastMetrics") or {}).get("requestStats") or {}).values())
     if not rows:
         return []
-    shown = rows if most is None or len(rows) <= most else sorted(rows, key=lambda row: -(row["numRequests"] or 0))[: max(0, most - 1)]
+    shown = (
+        rows
+        if most is None or len(rows) <= most
+        else sorted(rows, key=lambda row: -(row["numRequests"] or 0))[: max(0, most - 1)]
+    )
     lines = paint_head(screen, table(ENDPOINT_COLUMNS, [endpoint_row(row) for row in shown], columns))
-    lines = [screen.paint(line, "red") if row is not None and row["numFailures"] else line for line, row in zip(lines, [None, *shown])]
+    lines = [
+        screen.paint(line, "red") if row is not None and row["numFailures"] else line
+        for line, row in zip(lines, [None, *shown])
+    ]
     return lines + ([f"… and {len(rows) - len(shown)} more endpoints"] if len(shown) < len(rows) else [])
 
 
@@ -13440,7 +15629,9 @@ def figure_facts(run: dict[str, Any], screen: Screen) -> list[str]:
     """The newest figures in the colours of Locust's own page."""
     metrics = run.get("lastMetrics") or {}
     users = metrics.get("currentUsers")
-    failures = f"failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
+    failures = (
+        f"failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
+    )
     return [
         screen.paint(f"users {count_text(users)}/{count_text(run['targetUsers'])}", "blue"),
         f"requests {count_text(metrics.get('totalRequests'))}",
@@ -13464,7 +15655,11 @@ def time_words(run: dict[str, Any], now: float) -> str:
 def run_title(run: dict[str, Any], screen: Screen) -> str:
     status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], ""))
     where = f" on {run['locustClusterId']}" if run["locustClusterId"] else ""
-    return f"{status}  {printable(run['scenarioId'])}  " + printable(f"{run['tenantId']}/{run['envId']}{where}") + f"  run {run['id'][:8]}"
+    return (
+        f"{status}  {printable(run['scenarioId'])}  "
+        + printable(f"{run['tenantId']}/{run['envId']}{where}")
+        + f"  run {run['id'][:8]}"
+    )
 
 
 def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, rows: int) -> list[str]:
@@ -13516,18 +15711,32 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
     """All that a person wants to know of a run."""
     facts = {
         "run": run["id"],
-        "scenario": f"{run['scenarioId']}, {run['tenantId']}/{run['envId']}" + (f" on {run['locustClusterId']}" if run["locustClusterId"] else ""),
-        "load": f"{count_text(run['targetUsers'])} users at {run['spawnRate']:g}/s" + (f" for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
-        "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name)) or "not started",
-        "metadata": ", ".join(f"{name}={value if isinstance(value, str) else dump_json(value)}" for name, value in (run.get("metadata") or {}).items()),
+        "scenario": f"{run['scenarioId']}, {run['tenantId']}/{run['envId']}"
+        + (f" on {run['locustClusterId']}" if run["locustClusterId"] else ""),
+        "load": f"{count_text(run['targetUsers'])} users at {run['spawnRate']:g}/s"
+        + (f" for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
+        "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name))
+        or "not started",
+        "metadata": ", ".join(
+            f"{name}={value if isinstance(value, str) else dump_json(value)}"
+            for name, value in (run.get("metadata") or {}).items()
+        ),
     }
     status = screen.paint(run["status"], STATUS_COLOURS.get(run["status"], "")) + end_words(run)
-    lines = [f"{'status':<9}{status}, {time_words(run, now)}"] + [f"{name:<9}{one_line(fact)}" for name, fact in facts.items() if fact]
-    lines += [f"{'failed':<9}{screen.paint(one_line(run['failureReason']), 'red')}"] if run.get("failureReason") else []
+    lines = [f"{'status':<9}{status}, {time_words(run, now)}"] + [
+        f"{name:<9}{one_line(fact)}" for name, fact in facts.items() if fact
+    ]
+    lines += (
+        [f"{'failed':<9}{screen.paint(one_line(run['failureReason']), 'red')}"]
+        if run.get("failureReason")
+        else []
+    )
     if run.get("lastMetrics"):
         lines += ["", *pack(figure_facts(run, screen), screen.columns)]
-        lines += endpoint_lines(run, screen, screen.columns, MOST_ENDPOINTS)
-    return lines + threshold_lines(run, screen) + [screen.paint(line, "orange") for line in warning_lines(run)]
+        lines += endpoint_lines(run, screen, screen.columns, MAX_ENDPOINTS)
+    return (
+        lines + threshold_lines(run, screen) + [screen.paint(line, "orange") for line in warning_lines(run)]
+    )
 
 
 def warning_lines(run: dict[str, Any]) -> list[str]:
@@ -13535,12 +15744,18 @@ def warning_lines(run: dict[str, Any]) -> list[str]:
 
 
 def threshold_failed(entry: dict[str, Any]) -> bool:
-    return "failed" in (entry.get("result"), entry.get("status")) or entry.get("passed") is False or entry.get("ok") is False
+    return (
+        "failed" in (entry.get("result"), entry.get("status"))
+        or entry.get("passed") is False
+        or entry.get("ok") is False
+    )
 
 
 def threshold_words(entry: dict[str, Any]) -> str:
     value = entry.get("value")
-    words = f"{entry.get('expr')}, is {value:,.6g}" if isinstance(value, (int, float)) else str(entry.get("expr"))
+    words = (
+        f"{entry.get('expr')}, is {value:,.6g}" if isinstance(value, (int, float)) else str(entry.get("expr"))
+    )
     return one_line(f"{words} ({entry['message']})" if entry.get("message") else words)
 
 
@@ -13568,7 +15783,13 @@ def changes_of(figures: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def change_row(endpoint: str, name: str, change: dict[str, Any]) -> list[str]:
     percent = change.get("changePercent")
     change_text = "-" if percent is None else f"{percent:+,.1f}%"
-    return [one_line(endpoint), one_line(name), decimal_text(change["baseline"], 2), decimal_text(change["candidate"], 2), change_text]
+    return [
+        one_line(endpoint),
+        one_line(name),
+        decimal_text(change["baseline"], 2),
+        decimal_text(change["candidate"], 2),
+        change_text,
+    ]
 
 
 def sentence_of(entry: Any) -> str:
@@ -13587,7 +15808,9 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
     lines = [f"baseline {ids[0]}, candidate {ids[1]}"]
     lines += paint_head(screen, table(CHANGE_COLUMNS, rows, screen.columns)) if rows else []
     for name, colour in (("differences", "orange"), ("warnings", "orange"), ("regressions", "red")):
-        lines += [screen.paint(f"{name[:-1]}: {sentence_of(entry)}", colour) for entry in comparison.get(name) or ()]
+        lines += [
+            screen.paint(f"{name[:-1]}: {sentence_of(entry)}", colour) for entry in comparison.get(name) or ()
+        ]
     return lines if comparison.get("regressions") else [*lines, screen.paint("no regression", "green")]
 
 
@@ -13619,7 +15842,9 @@ class Argument(NamedTuple):
         return [next((name for name in self.names if name.startswith("--")), self.names[0])]
 
 
-def argument(*names: str, value: Callable[[str], Any] | None = None, completes: str = "", **options: Any) -> Argument:
+def argument(
+    *names: str, value: Callable[[str], Any] | None = None, completes: str = "", **options: Any
+) -> Argument:
     return Argument(names, options, value, completes)
 
 
@@ -13636,30 +15861,76 @@ class Command:
 
     @property
     def all_arguments(self) -> tuple[Argument, ...]:
-        return self.arguments + (SERVER_ARGUMENTS if self.calls_server else ()) + (CONFIG_ARGUMENT,) * (self.name != "completion")
+        return (
+            self.arguments
+            + (SERVER_ARGUMENTS if self.calls_server else ())
+            + (CONFIG_ARGUMENT,) * (self.name != "completion")
+        )
 
 
 CONFIG_ARGUMENT = argument(
-    "-config", "--config", "-c", metavar="FILE", completes="file", help=f"the configuration; default: {DEFAULT_CONFIG}"
+    "-config",
+    "--config",
+    "-c",
+    metavar="FILE",
+    completes="file",
+    help=f"the configuration; default: {DEFAULT_CONFIG}",
 )
 SERVER_ARGUMENTS = (
-    argument("--url", metavar="URL", help="the server; default: LOADMANAGER_URL, else the configuration's server.host and port"),
-    argument("--token", metavar="TOKEN", help="the API token, which others on this machine can read here; see --token-file"),
-    argument("--token-file", metavar="FILE", completes="file", help="a file with the API token; default: LOADMANAGER_TOKEN, else the configuration's"),
+    argument(
+        "--url",
+        metavar="URL",
+        help="the server; default: LOADMANAGER_URL, else the configuration's server.host and port",
+    ),
+    argument(
+        "--token",
+        metavar="TOKEN",
+        help="the API token, which others on this machine can read here; see --token-file",
+    ),
+    argument(
+        "--token-file",
+        metavar="FILE",
+        completes="file",
+        help="a file with the API token; default: LOADMANAGER_TOKEN, else the configuration's",
+    ),
     argument("--ca-file", metavar="FILE", completes="file", help="certificates to trust for an https server"),
     argument("--json", action="store_true", help="print the API's JSON, and nothing else, on stdout"),
 )
-RUN_ARGUMENT = argument("run", metavar="RUN", value=run_value, completes="run", help="a run's id, its first 6 or more characters, or latest")
+RUN_ARGUMENT = argument(
+    "run",
+    metavar="RUN",
+    value=run_value,
+    completes="run",
+    help="a run's id, its first 6 or more characters, or latest",
+)
 TENANT, ENV = ("--tenant", "--tenant-id"), ("--env", "--env-id")
 OUTPUT = argument("-o", "--output", metavar="FILE", completes="file", help="write to a file; default: stdout")
 FOLLOW_ARGUMENTS = (
-    argument("--junit", metavar="FILE", completes="file", help="when it is over, write its thresholds as JUnit XML"),
-    argument("--summary", metavar="FILE", completes="file", help="when it is over, write its summary in Markdown"),
+    argument(
+        "--junit", metavar="FILE", completes="file", help="when it is over, write its thresholds as JUnit XML"
+    ),
+    argument(
+        "--summary", metavar="FILE", completes="file", help="when it is over, write its summary in Markdown"
+    ),
     argument("--require-trusted", action="store_true", help="exit 99 too when the numbers are doubtful"),
-    argument("--every", metavar="TIME", value=duration_value, default=10, help="time between two lines in a pipe; default: 10s"),
-    argument("--patience", metavar="TIME", value=duration_value, default=300, help="how long a server that went away is asked again; default: 5m"),
+    argument(
+        "--every",
+        metavar="TIME",
+        value=duration_value,
+        default=10,
+        help="time between two lines in a pipe; default: 10s",
+    ),
+    argument(
+        "--patience",
+        metavar="TIME",
+        value=duration_value,
+        default=300,
+        help="how long a server that went away is asked again; default: 5m",
+    ),
 )
-CONFIRM_ARGUMENT = argument("--confirm", metavar="ENV", help="the id of the environment again, if it is protected")
+CONFIRM_ARGUMENT = argument(
+    "--confirm", metavar="ENV", help="the id of the environment again, if it is protected"
+)
 START_ARGUMENTS = (
     argument("--queue", action="store_true", help="wait for a free cluster instead of being refused"),
     argument("--detach", action="store_true", help="only start it"),
@@ -13832,11 +16103,15 @@ def command_parser() -> Any:
             self.exit(EXIT_USAGE, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = Parser(prog=PROGRAM, description="A control plane for Locust load testing.", epilog=help_epilog(), **how)
+    parser = Parser(
+        prog=PROGRAM, description="A control plane for Locust load testing.", epilog=help_epilog(), **how
+    )
     add_argument(parser, CONFIG_ARGUMENT)
     parser.add_argument("--version", action="version", version=f"Load Manager {VERSION}")
     parser.set_defaults(function=command_serve)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=Parser
+    )
     for command in COMMANDS:
         sub = subparsers.add_parser(
             command.name, help=command.about, description=f"{command.about[0].upper()}{command.about[1:]}.",
@@ -13858,7 +16133,11 @@ def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> N
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"allowed is {error}, got {_shown(text)}") from None
 
-    options = {**entry.options, **({"type": convert} if entry.value else {}), **({"default": argparse.SUPPRESS} if default_known else {})}
+    options = {
+        **entry.options,
+        **({"type": convert} if entry.value else {}),
+        **({"default": argparse.SUPPRESS} if default_known else {}),
+    }
     parser.add_argument(*entry.names, **options)
 
 
@@ -13947,16 +16226,25 @@ def completion_values(is_zsh: bool) -> Iterator[str]:
 
 def completion_words(is_zsh: bool) -> Iterator[str]:
     """A case for the words that each command takes; first for the commands themselves."""
-    offers = {"": [(command.name, command.about) for command in COMMANDS] + [("--config", "the configuration"), ("--version", "the version")]}
+    offers = {
+        "": [(command.name, command.about) for command in COMMANDS]
+        + [("--config", "the configuration"), ("--version", "the version")]
+    }
     for command in COMMANDS:
-        known = [(word, str(entry.options.get("help"))) for entry in command.all_arguments for word in entry.offered]
+        known = [
+            (word, str(entry.options.get("help")))
+            for entry in command.all_arguments
+            for word in entry.offered
+        ]
         offers[command.name] = [*known, ("--help", "help and an example")]
     for name, words in offers.items():
         if is_zsh:
-            described = " ".join("'" + f"{word}:{about}".replace("%%", "%").replace("'", "’") + "'" for word, about in words)
+            described = " ".join(
+                "'" + f"{word}:{about}".replace("%%", "%").replace("'", "’") + "'" for word, about in words
+            )
             yield f"        ('{name}') offered=({described}) ;;"
         else:
-            yield f'''        "{name}") COMPREPLY=($(compgen -W "{' '.join(word for word, _ in words)}" -- "$word")) ;;'''
+            yield f'''        "{name}") COMPREPLY=($(compgen -W "{" ".join(word for word, _ in words)}" -- "$word")) ;;'''
 
 
 # ---- the program -----------------------------------------------------------

@@ -14,9 +14,8 @@ Environment: CONTROL_PLANE_URL, CONTROL_PLANE_TOKEN (without both nothing is cal
 ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 10), CONTROL_PLANE_CA_FILE (certificates to trust),
 CONTROL_PLANE_CLIENT_CERT (our certificate with its key).
 """
-from __future__ import annotations
 
-from locust import events  # first: importing locust makes requests, time and threading cooperative
+from __future__ import annotations
 
 import copy
 import hashlib
@@ -27,12 +26,14 @@ import math
 import os
 import time
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import gevent
 import gevent.event
 import requests
 from locust.runners import MasterRunner, WorkerRunner
+
+from locust import events  # first: importing locust makes requests, time and threading cooperative
 
 HOOKS_VERSION = 1  # of the state route and the callbacks
 
@@ -50,8 +51,18 @@ MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
 
-ARGUMENTS = ("run_id", "tenant_id", "env_id", "lm_stop_after", "lm_lease", "lm_push")  # fields of the /swarm form
-TAG_ARGUMENTS = ("lm_tags", "lm_exclude_tags")  # these too; workers get them with the spawn message, so they stay
+ARGUMENTS = (
+    "run_id",
+    "tenant_id",
+    "env_id",
+    "lm_stop_after",
+    "lm_lease",
+    "lm_push",
+)  # fields of the /swarm form
+TAG_ARGUMENTS = (
+    "lm_tags",
+    "lm_exclude_tags",
+)  # these too; workers get them with the spawn message, so they stay
 ACTIVE_STATES = ("spawning", "running")
 FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
 
@@ -83,7 +94,7 @@ def _text(value) -> str:
 
 
 def _utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Settings:
@@ -135,8 +146,9 @@ def metrics_of(environment, final: bool = False) -> dict:
         "p99ResponseMs": _percentile_ms(total, 0.99),
         "currentUsers": environment.runner.user_count,
         "responseTimes": _response_times(total),
-        "requestStats": {f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final)
-                         for entry in entries},
+        "requestStats": {
+            f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final) for entry in entries
+        },
     }
     busiest = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:MAX_HISTOGRAMS]
     for entry in busiest:
@@ -208,7 +220,9 @@ class Scenes:
     def choose(self) -> None:
         """At test_start: only tasks with the tags of this test."""
         options = self._environment.parsed_options
-        tags, exclude_tags = (set(filter(None, str(getattr(options, name, "") or "").split(","))) for name in TAG_ARGUMENTS)
+        tags, exclude_tags = (
+            set(filter(None, str(getattr(options, name, "") or "").split(","))) for name in TAG_ARGUMENTS
+        )
         for holder, tasks in self._whole.items():
             holder.tasks = list(tasks)
         self._whole = {}
@@ -223,7 +237,9 @@ class Scenes:
             filter_tasks_by_tags(user_class, tags or None, exclude_tags or None)
 
     def _classes(self) -> list:
-        return list((getattr(self._environment, "available_user_classes", None) or {}).values()) or list(self._environment.user_classes)
+        return list((getattr(self._environment, "available_user_classes", None) or {}).values()) or list(
+            self._environment.user_classes
+        )
 
     def _holders(self, holder, seen=None):
         """A user class or TaskSet and all TaskSets within it."""
@@ -243,13 +259,19 @@ class Options:
     def __init__(self, environment) -> None:
         self._environment = environment
         classes = (getattr(environment, "available_user_classes", None) or {}).values()
-        self._class_hosts = {user_class: user_class.host for user_class in (*environment.user_classes, *classes)}
+        self._class_hosts = {
+            user_class: user_class.host for user_class in (*environment.user_classes, *classes)
+        }
         self.remember()
 
     def remember(self) -> None:
         known, ours = _default_options(), (*ARGUMENTS, *TAG_ARGUMENTS)
         options = vars(self._environment.parsed_options) if self._environment.parsed_options else {}
-        self._kept = {name: copy.deepcopy(value) for name, value in options.items() if known and name not in known and name not in ours}
+        self._kept = {
+            name: copy.deepcopy(value)
+            for name, value in options.items()
+            if known and name not in known and name not in ours
+        }
         self._host = self._environment.host
 
     def names(self) -> list[str]:
@@ -283,7 +305,9 @@ class Answer:
     def __init__(self, status: int = 0, body: dict | None = None, problem: str = "") -> None:
         self.status, self.body, self.problem = status, body or {}, problem
         self.ok = 200 <= status < 300
-        self.away = not self.ok and (status == 0 or status >= 500 or status in (408, 425, 429))  # worth another try
+        self.away = not self.ok and (
+            status == 0 or status >= 500 or status in (408, 425, 429)
+        )  # worth another try
 
 
 class ControlPlane:
@@ -333,7 +357,9 @@ class ControlPlane:
         except ValueError:
             answered = None
         shown = text[:300].decode("utf-8", "replace")
-        return Answer(status, answered if isinstance(answered, dict) else {}, f"HTTP {status} {shown}".strip())
+        return Answer(
+            status, answered if isinstance(answered, dict) else {}, f"HTTP {status} {shown}".strip()
+        )
 
     def _without_token(self, text: str) -> str:
         return text.replace(self._token, "***")[:300]
@@ -393,7 +419,9 @@ class Run:
 
     def keep_final(self, complete: bool) -> None:
         metrics = metrics_of(self._environment, final=True)
-        if metrics["totalRequests"] >= self.final.get("totalRequests", 0):  # less: they were reset after the end
+        if metrics["totalRequests"] >= self.final.get(
+            "totalRequests", 0
+        ):  # less: they were reset after the end
             self.final, self.complete = metrics, complete
 
     # The guard: the test ends in time, whatever becomes of the control plane.
@@ -407,11 +435,18 @@ class Run:
             if now >= self._stop_at:
                 self._stop(f"run {self.id or '(external)'}: its time is up, stopping the test")
             elif self._lease_s and now >= self._renewed_at + self._lease_s:
-                self._stop(f"run {self.id or '(external)'}: nothing heard from the control plane for "
-                           f"{self._lease_s:g} s, stopping the test")
+                self._stop(
+                    f"run {self.id or '(external)'}: nothing heard from the control plane for "
+                    f"{self._lease_s:g} s, stopping the test"
+                )
             # A master can be set to stopped without a test_stop; without this the run would never end here.
             was_active = was_active or runner.state in ACTIVE_STATES
-            idle = was_active and not self.stopping and runner.state not in ACTIVE_STATES and not runner.user_count
+            idle = (
+                was_active
+                and not self.stopping
+                and runner.state not in ACTIVE_STATES
+                and not runner.user_count
+            )
             idle_since = (idle_since or now) if idle else None
             if idle_since and now - idle_since > 10:
                 self.end(complete=False)
@@ -471,7 +506,11 @@ class Run:
 
     def _wait_for_late_reports(self) -> None:
         deadline = time.monotonic() + LATE_REPORTS_S
-        while self._hooks.is_newest(self) and not self._hooks.all_workers_flushed() and time.monotonic() < deadline:
+        while (
+            self._hooks.is_newest(self)
+            and not self._hooks.all_workers_flushed()
+            and time.monotonic() < deadline
+        ):
             gevent.sleep(0.1)
         if self._hooks.is_newest(self):
             self.keep_final(complete=self._hooks.all_workers_flushed())
@@ -504,7 +543,11 @@ class Run:
             body["finalMetrics"] = self.final
         answer = self._post("test-stop", body, timeout_s)
         if answer.status == 413 and self.final:  # better the totals than nothing
-            body["finalMetrics"] = {**self.final, "requestStats": {}, "endpointsCut": len(self.final["requestStats"])}
+            body["finalMetrics"] = {
+                **self.final,
+                "requestStats": {},
+                "endpointsCut": len(self.final["requestStats"]),
+            }
             answer = self._post("test-stop", body, timeout_s)
         if not answer.ok and not answer.away:  # refused: asking again changes nothing
             return Answer(status=200)
@@ -515,10 +558,14 @@ class Run:
 
     def _external_identity(self) -> dict:
         runner, options = self._environment.runner, self._environment.parsed_options
-        body = {"tenantId": self.tenant_id, "envId": self.env_id, "scenarioId": "ui-started-test",
-                "targetUsers": getattr(runner, "target_user_count", None) or getattr(options, "num_users", None),
-                "spawnRate": getattr(runner, "spawn_rate", None) or getattr(options, "spawn_rate", None),
-                "clusterId": self._hooks.settings.cluster_id}
+        body = {
+            "tenantId": self.tenant_id,
+            "envId": self.env_id,
+            "scenarioId": "ui-started-test",
+            "targetUsers": getattr(runner, "target_user_count", None) or getattr(options, "num_users", None),
+            "spawnRate": getattr(runner, "spawn_rate", None) or getattr(options, "spawn_rate", None),
+            "clusterId": self._hooks.settings.cluster_id,
+        }
         return {key: value for key, value in body.items() if value or key in ("tenantId", "envId")}
 
     def _post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
@@ -552,7 +599,9 @@ def stop_load(environment) -> None:
         return
     _end_ramp(web_ui)
     if runner.state == "stopped" and runner.user_count and hasattr(runner, "update_state"):
-        runner.update_state("running")  # a test started while Locust was stopping: its own stop() would do nothing
+        runner.update_state(
+            "running"
+        )  # a test started while Locust was stopping: its own stop() would do nothing
     runner.stop()
 
 
@@ -643,7 +692,7 @@ class Hooks:
         return self._runs[-1] is run
 
     def has_open_run_before(self, run: Run) -> bool:
-        return any(not earlier.closed for earlier in self._runs[:self._runs.index(run)])
+        return any(not earlier.closed for earlier in self._runs[: self._runs.index(run)])
 
     def all_workers_flushed(self) -> bool:
         return not self.distributed or (bool(self._worker_ids) and self._worker_ids <= self._flushed_ids)
@@ -707,7 +756,9 @@ class Hooks:
 
     def _knows_token(self, given: str) -> bool:
         wanted = self.settings.token
-        return not wanted or hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+        return not wanted or hmac.compare_digest(
+            given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")
+        )
 
     def state(self) -> dict:
         runner, total, run = self.environment.runner, self.environment.stats.total, self._running()
@@ -722,9 +773,15 @@ class Hooks:
             "userCount": runner.user_count,
             "targetUserCount": getattr(runner, "target_user_count", None),
             "distributed": self.distributed,
-            "workers": [{"id": worker.id, "state": worker.state,
-                         "userCount": getattr(worker, "user_count", None),
-                         "cpuPercent": _number(getattr(worker, "cpu_usage", None))} for worker in self._workers()],
+            "workers": [
+                {
+                    "id": worker.id,
+                    "state": worker.state,
+                    "userCount": getattr(worker, "user_count", None),
+                    "cpuPercent": _number(getattr(worker, "cpu_usage", None)),
+                }
+                for worker in self._workers()
+            ],
             "runId": run.id if run else "",
             "lastRunId": self.last_run_id,
             "testStartedAt": run.started_at if run else None,
@@ -817,8 +874,13 @@ def _add_arguments(parser, **_kwargs) -> None:
         option = "--" + name.replace("_", "-")
         try:
             # A default of None would make Locust send it otherwise; the UI's form need not show them.
-            parser.add_argument(option, type=str, default="", include_in_web_ui=False,
-                                help="set by Load Manager in the /swarm form")
+            parser.add_argument(
+                option,
+                type=str,
+                default="",
+                include_in_web_ui=False,
+                help="set by Load Manager in the /swarm form",
+            )
         except Exception as exc:  # noqa: BLE001 - the locustfile has one of that name: its value will do
             log.debug("%s not added: %s", option, exc)
 
@@ -864,6 +926,7 @@ def _on_test_stop(**_kwargs) -> None:
 
 
 if hasattr(events, "test_stopping"):
+
     @events.test_stopping.add_listener
     def _on_test_stopping(**_kwargs) -> None:
         if _hooks:

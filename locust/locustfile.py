@@ -3,11 +3,12 @@ and loadmanager_hooks.py beside it.
 
 Try it alone: locust -f locustfile.py --host http://your-target-app.com
 """
+
 import random
 
-from locust import HttpUser, between, task
-
 import loadmanager_hooks  # noqa: F401 - connects this Locust to Load Manager
+
+from locust import HttpUser, between, task
 
 
 class Visitor(HttpUser):

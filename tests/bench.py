@@ -1,5 +1,6 @@
 """`make bench`: figures of this machine, each beside the one to reach. Nothing is asserted: machines are
 noisy, so compare within one run (the bare interpreter and /health are measured in the same run)."""
+
 from __future__ import annotations
 
 import http.client
@@ -58,7 +59,9 @@ class Fakes(threading.Thread):
                 if key.data is None:
                     connection, _ = key.fileobj.accept()
                     connection.setblocking(False)
-                    self.selector.register(connection, selectors.EVENT_READ, [key.fileobj.getsockname()[1], b""])
+                    self.selector.register(
+                        connection, selectors.EVENT_READ, [key.fileobj.getsockname()[1], b""]
+                    )
                 else:
                     self._serve(key.fileobj, key.data)
 
@@ -108,14 +111,24 @@ class Fakes(threading.Thread):
     @staticmethod
     def _json(document: Any) -> bytes:
         raw = json.dumps(document).encode()
-        return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw
+        return (
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(raw)
+            + raw
+        )
 
 
 # ---- the program under measurement -------------------------------------------
 
 
 class Program:
-    def __init__(self, name: str, ports: list[int] = (), poll_s: float = 1.0, database: str = "memory:", clusters: list[dict[str, Any]] | None = None):
+    def __init__(
+        self,
+        name: str,
+        ports: list[int] = (),
+        poll_s: float = 1.0,
+        database: str = "memory:",
+        clusters: list[dict[str, Any]] | None = None,
+    ):
         self.folder = FOLDER / name
         self.folder.mkdir()
         config = {
@@ -126,7 +139,9 @@ class Program:
         (self.folder / "config.json").write_text(json.dumps(config))
         self.began = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(self.folder / "config.json")], stderr=subprocess.PIPE, text=True
+            [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(self.folder / "config.json")],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         line = ""
         while "listening url=" not in line:
@@ -152,7 +167,13 @@ class Program:
         return json.loads(answer) if answer else None
 
     def create(self, number: int, duration_s: int | None = None) -> dict[str, Any]:
-        body = {"tenantId": "t", "envId": f"e{number}", "scenarioId": "bench", "targetUsers": 5, "spawnRate": 5}
+        body = {
+            "tenantId": "t",
+            "envId": f"e{number}",
+            "scenarioId": "bench",
+            "targetUsers": 5,
+            "spawnRate": 5,
+        }
         return self.call("POST", "/v1/tests", body | ({"durationSeconds": duration_s} if duration_s else {}))
 
     def resident_mib(self) -> float:
@@ -175,7 +196,9 @@ def both(values: list[float], unit: str, digits: int = 1) -> str:
 # ---- figures -----------------------------------------------------------------
 
 
-def wrk(program: Program, path: str, connections: int, headers: dict[str, str], script: Path | None = None) -> str:
+def wrk(
+    program: Program, path: str, connections: int, headers: dict[str, str], script: Path | None = None
+) -> str:
     command = ["wrk", "-t1", f"-c{connections}", "-d3s", "--latency"]
     for name, value in headers.items():
         command += ["-H", f"{name}: {value}"]
@@ -196,19 +219,45 @@ def http_figures() -> None:
         run_id = program.create(0)["id"]
         metrics = {"timestamp": "2026-01-01T00:00:00Z", "totalRps": 5.5, "totalRequests": 100, "totalFailures": 0, "errorRate": 0, "avgResponseMs": 2.5,
                    "p50ResponseMs": 2, "p95ResponseMs": 3, "p99ResponseMs": 4, "currentUsers": 5}  # fmt: skip
-        endpoint = {"method": "GET", "numRequests": 10, "numFailures": 0, "avgResponseTime": 1.5, "minResponseTime": 1, "maxResponseTime": 3, "medianResponseTime": 2, "requestsPerSec": 5.5}
+        endpoint = {
+            "method": "GET",
+            "numRequests": 10,
+            "numFailures": 0,
+            "avgResponseTime": 1.5,
+            "minResponseTime": 1,
+            "maxResponseTime": 3,
+            "medianResponseTime": 2,
+            "requestsPerSec": 5.5,
+        }
         for connections in (1, 16, 64, 256):
-            goal = {1: "Go 15,150; reach >= 12,100", 16: "Go 33,488; >= 67,000", 64: "Go 31,740; >= 63,500", 256: "Go 30,931; >= 61,900"}[connections]
-            row(f"status reads, {connections} connections: rate, p50, p99", wrk(program, f"/v1/tests/{run_id}", connections, {"Authorization": f"Bearer {TOKEN}"}), goal)
+            goal = {
+                1: "Go 15,150; reach >= 12,100",
+                16: "Go 33,488; >= 67,000",
+                64: "Go 31,740; >= 63,500",
+                256: "Go 30,931; >= 61,900",
+            }[connections]
+            row(
+                f"status reads, {connections} connections: rate, p50, p99",
+                wrk(program, f"/v1/tests/{run_id}", connections, {"Authorization": f"Bearer {TOKEN}"}),
+                goal,
+            )
         row("  beside it GET /health, 64 connections", wrk(program, "/health", 64, {}))
         for rows_, name in ((0, "totals only"), (3, "3 endpoints")):
             stats = {f"GET_/{number}": {**endpoint, "name": f"/{number}"} for number in range(rows_)}
-            body = json.dumps({"runId": run_id, "metrics": metrics | ({"requestStats": stats} if rows_ else {})})
+            body = json.dumps(
+                {"runId": run_id, "metrics": metrics | ({"requestStats": stats} if rows_ else {})}
+            )
             script = FOLDER / f"push{rows_}.lua"
-            script.write_text(f'wrk.method = "POST"\nwrk.body = {json.dumps(body)}\nwrk.headers["Content-Type"] = "application/json"\nwrk.headers["X-Locust-Token"] = "{CALLBACK}"\n')
+            script.write_text(
+                f'wrk.method = "POST"\nwrk.body = {json.dumps(body)}\nwrk.headers["Content-Type"] = "application/json"\nwrk.headers["X-Locust-Token"] = "{CALLBACK}"\n'
+            )
             for connections in (1, 16, 64) if rows_ == 0 else (16,):
                 goal = {16: "Go 20,704; >= 20,704", 64: "Go 22,621; >= 22,621"}.get(connections, "")
-                row(f"callbacks, {connections} connections, {name}, sample kept", wrk(program, "/v1/internal/locust/metrics", connections, {}, script), goal)
+                row(
+                    f"callbacks, {connections} connections, {name}, sample kept",
+                    wrk(program, "/v1/internal/locust/metrics", connections, {}, script),
+                    goal,
+                )
 
 
 def half_sent_figures() -> None:
@@ -252,10 +301,19 @@ def auto_stop_figures(hanging: int) -> None:
             if port in fakes.stopped_at:
                 started = runs[port]["startedAt"]
                 whole, _, rest = started.partition(".")
-                deadline = time.mktime(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) - time.timezone + float("0." + rest.rstrip("Z")) + 6
+                deadline = (
+                    time.mktime(time.strptime(whole, "%Y-%m-%dT%H:%M:%S"))
+                    - time.timezone
+                    + float("0." + rest.rstrip("Z"))
+                    + 6
+                )
                 late.append((fakes.stopped_at[port] + offset - deadline) * 1000)
         missing = len(wanted) - len(late)
-        row(f"auto-stop lateness, 50 runs{f', {hanging} more hang' if hanging else ''}, median / max", both(late, "ms") + (f", {missing} NOT STOPPED" if missing else ""), "<= 5 / <= 25 ms")
+        row(
+            f"auto-stop lateness, 50 runs{f', {hanging} more hang' if hanging else ''}, median / max",
+            both(late, "ms") + (f", {missing} NOT STOPPED" if missing else ""),
+            "<= 5 / <= 25 ms",
+        )
 
 
 def polling_figures() -> None:
@@ -276,12 +334,27 @@ def polling_figures() -> None:
             for run in program.call("GET", "/v1/tests"):
                 if int(run["envId"][1:]) >= 20 and "lastMetrics" in run:
                     stamp = run["lastMetrics"]["timestamp"]
-                    ages.append(now - (time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone + float("0" + stamp[19:].rstrip("Z"))))
+                    ages.append(
+                        now
+                        - (
+                            time.mktime(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S"))
+                            - time.timezone
+                            + float("0" + stamp[19:].rstrip("Z"))
+                        )
+                    )
         share = 100 * (program.cpu_s() - cpu) / (time.monotonic() - began)
         ages.sort()
-        row("newest sample's age, 200 clusters, 10% hang, median / p99", f"{statistics.median(ages):.2f} / {ages[int(len(ages) * 0.99)]:.2f} s", "<= 0.6 / <= 1.1 s")
+        row(
+            "newest sample's age, 200 clusters, 10% hang, median / p99",
+            f"{statistics.median(ages):.2f} / {ages[int(len(ages) * 0.99)]:.2f} s",
+            "<= 0.6 / <= 1.1 s",
+        )
         row("CPU of polling them each second (with 1.4 lists/s)", f"{share:.1f} % of a core", "<= 6 %")
-        row("create until /swarm at the master, with its idle check", both(latencies, "ms"), "<= 1 ms beyond the check")
+        row(
+            "create until /swarm at the master, with its idle check",
+            both(latencies, "ms"),
+            "<= 1 ms beyond the check",
+        )
 
 
 FILL = """
@@ -295,8 +368,8 @@ for number in range(10_000):
         started_at=time.time(), finished_at=time.time(), stop_reason="duration")
     record = store._records[run.id] = lm.Record(run)
     record.set_snapshot(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows), "final")
-    store._journal.save(record)
-store._journal.wait_durable(60)
+    store._writer.save(record)
+store._writer.wait_durable(60)
 store.close()
 """
 
@@ -321,9 +394,15 @@ def ten_thousand_figures() -> None:
                 body = connection.getresponse().read()
                 times.append((time.perf_counter() - began) * 1000)
                 del body
-        row(f"list of {size:,} runs, whole, median", f"{statistics.median(raw):.0f} ms", "Go 209 ms; <= 60 ms")
+        row(
+            f"list of {size:,} runs, whole, median", f"{statistics.median(raw):.0f} ms", "Go 209 ms; <= 60 ms"
+        )
         row("a page of 50 of them, median", f"{statistics.median(page):.2f} ms", "Go 208 ms; <= 1 ms")
-        row("memory with 10,000 runs, after listing them all", f"{program.resident_mib():.0f} MiB", "Go 230; <= 120 MiB")
+        row(
+            "memory with 10,000 runs, after listing them all",
+            f"{program.resident_mib():.0f} MiB",
+            "Go 230; <= 120 MiB",
+        )
 
 
 def start_figures() -> None:
@@ -335,15 +414,27 @@ def start_figures() -> None:
         with Program(f"start{number}") as program:
             program.call("GET", "/health")
             ours.append((time.perf_counter() - program.began) * 1000)
-    row("start to first /health; bare python -c pass", f"{statistics.median(ours):.0f} ms; {statistics.median(bare):.0f} ms", "<= 2.5 x bare")
+    row(
+        "start to first /health; bare python -c pass",
+        f"{statistics.median(ours):.0f} ms; {statistics.median(bare):.0f} ms",
+        "<= 2.5 x bare",
+    )
 
 
 def cold_start_figures() -> None:
     """A sleeping cluster of real Locust: from the create to the first request at the target."""
     times, warm = [], []
     with Target() as target:
-        launcher = {"type": "process", "locustfile": str(ROOT / "locust" / "locustfile.py"), "workers": 2, "host": target.url, "idleSeconds": 1}
-        with Program("cold", clusters=[{"id": "local", "tenantId": "t", "envId": "e0", "launcher": launcher}]) as program:
+        launcher = {
+            "type": "process",
+            "locustfile": str(ROOT / "locust" / "locustfile.py"),
+            "workers": 2,
+            "host": target.url,
+            "idleSeconds": 1,
+        }
+        with Program(
+            "cold", clusters=[{"id": "local", "tenantId": "t", "envId": "e0", "launcher": launcher}]
+        ) as program:
             for _ in range(5):
                 for found in (times, warm):
                     seen, began = target.total, time.perf_counter()
@@ -352,12 +443,21 @@ def cold_start_figures() -> None:
                         time.sleep(0.002)
                     found.append((time.perf_counter() - began) * 1000)
                     program.call("POST", f"/v1/tests/{run['id']}/stop")
-                    while program.call("GET", f"/v1/tests/{run['id']}")["status"] not in ("Finished", "Failed"):
+                    while program.call("GET", f"/v1/tests/{run['id']}")["status"] not in (
+                        "Finished",
+                        "Failed",
+                    ):
                         time.sleep(0.02)
                 give_up_at = time.monotonic() + 20
-                while program.call("GET", "/v1/clusters")[0]["state"] != "asleep" and time.monotonic() < give_up_at:
+                while (
+                    program.call("GET", "/v1/clusters")[0]["state"] != "asleep"
+                    and time.monotonic() < give_up_at
+                ):
                     time.sleep(0.1)
-    row("create to first request, launched cluster asleep; awake", f"{statistics.median(times):.0f} ms; {statistics.median(warm):.0f} ms")
+    row(
+        "create to first request, launched cluster asleep; awake",
+        f"{statistics.median(times):.0f} ms; {statistics.median(warm):.0f} ms",
+    )
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
     python tests/chaos.py [--seed N] [--seconds S]
 
 Exit status 0 when all held. The same seed makes the same faults, not the same timing."""
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,10 @@ class Clients:
         self.answered: set[str] = set()  # ids of 2xx answers, and of runs that errors named
         self.finals: dict[str, str] = {}  # a final run as first seen
         self.broken: list[str] = []
-        self._threads = [threading.Thread(target=self._work, args=(random.Random(seed * 100 + number),), daemon=True) for number in range(count)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(random.Random(seed * 100 + number),), daemon=True)
+            for number in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -56,7 +60,11 @@ class Clients:
     def _act(self, chance: random.Random, mine: list[str]) -> None:
         what = chance.random()
         if what < 0.4:
-            body = create_body(envId=f"e{chance.randrange(self._environments)}", durationSeconds=chance.choice([1, 2, 3]), queue=chance.random() < 0.1)
+            body = create_body(
+                envId=f"e{chance.randrange(self._environments)}",
+                durationSeconds=chance.choice([1, 2, 3]),
+                queue=chance.random() < 0.1,
+            )
             answer = self._manager.post("/v1/tests", body)
             run_id = answer.json.get("id") or answer.json.get("runId")
             if run_id:
@@ -114,7 +122,11 @@ def wait_until_quiet(manager: LoadManager, fakes: list[FakeLocust]) -> float | N
     """Seconds until no run is active and no load is left; None when that does not come."""
     began = time.monotonic()
     while time.monotonic() - began < QUIET_WITHIN_S:
-        active = [run for run in manager.get("/v1/tests").json if run["status"] in ("Pending", "Running", "Stopping")]
+        active = [
+            run
+            for run in manager.get("/v1/tests").json
+            if run["status"] in ("Pending", "Running", "Stopping")
+        ]
         if not active and not any(fake.users for fake in fakes):
             return time.monotonic() - began
         time.sleep(0.5)
@@ -129,7 +141,11 @@ def broken_invariants(manager: LoadManager, fakes: list[FakeLocust], clients: Cl
     broken += [f"run {run_id} was answered and is not listed" for run_id in clients.answered - set(runs)]
     for fake in fakes:
         swarmed = [call.form.get("run_id") for call in fake.swarms if call.form.get("user_count") != "1"]
-        broken += [f"run {run_id} was swarmed {swarmed.count(run_id)} times" for run_id in set(swarmed) if swarmed.count(run_id) > 1]
+        broken += [
+            f"run {run_id} was swarmed {swarmed.count(run_id)} times"
+            for run_id in set(swarmed)
+            if swarmed.count(run_id) > 1
+        ]
     broken += [line[:500] for line in manager.log().splitlines() if "trace=" in line]
     return broken
 
@@ -140,7 +156,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=45)
     options = parser.parse_args()
     fakes = [FakeLocust(hooks=number != 2).start() for number in range(3)]
-    clusters = [cluster_config(fake.url, f"c{number}", envId=f"e{number}") for number, fake in enumerate(fakes)]
+    clusters = [
+        cluster_config(fake.url, f"c{number}", envId=f"e{number}") for number, fake in enumerate(fakes)
+    ]
     rules = {"lostAfterSeconds": 4, "metricsPollIntervalSeconds": 0.3}
     with tempfile.TemporaryDirectory() as folder:
         manager = LoadManager(Path(folder), base_config(*clusters, orchestrator=rules)).start()
@@ -158,7 +176,9 @@ def main() -> int:
     if quiet_s is None:
         broken.append(f"runs or loads were left {QUIET_WITHIN_S} s after the last fault")
     swarms = sum(len(fake.swarms) for fake in fakes)
-    print(f"seed {options.seed}: {len(clients.answered)} runs answered, {swarms} swarms, {kills} kills, quiet after {quiet_s or -1:.0f} s, {len(broken)} broken")
+    print(
+        f"seed {options.seed}: {len(clients.answered)} runs answered, {swarms} swarms, {kills} kills, quiet after {quiet_s or -1:.0f} s, {len(broken)} broken"
+    )
     print("\n".join(broken))
     return 1 if broken else 0
 

@@ -1,4 +1,5 @@
 """A real Chromium, driven through its own chromedriver, that talks to 127.0.0.1 only."""
+
 from __future__ import annotations
 
 import json
@@ -11,8 +12,18 @@ from selenium.webdriver.chrome.service import Service
 
 SCREENSHOTS = Path(__file__).resolve().parent / "output"
 SCREENSHOTS.mkdir(exist_ok=True)
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
 
 
 class Chromium:
@@ -37,12 +48,16 @@ class Chromium:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def size(self, width: int, height: int) -> None:
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": False})
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
 
     def scheme(self, name: str) -> None:
         """light or dark"""
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]})
+        self.driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": name}]}
+        )
 
     def screenshot(self, name: str) -> Path:
         path = SCREENSHOTS / f"{name}.png"
@@ -52,7 +67,11 @@ class Chromium:
     def requests(self) -> list[str]:
         """Addresses asked for since the last call."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        return [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
 
     def complaints(self) -> list[str]:
         """Errors in the browser's console since the last call."""

@@ -1,4 +1,5 @@
 """Fixtures: the real program as a process, and fake Locust masters for what a real one cannot show."""
+
 from __future__ import annotations
 
 import http.client
@@ -18,10 +19,10 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
-
-import loadmanager
 from fake_locust import FakeLocust
 from waiting import eventually
+
+import loadmanager
 
 ROOT = Path(__file__).resolve().parent.parent
 API_TOKEN = "test-api-token"
@@ -61,7 +62,9 @@ class LoadManager:
                 [*self._command, "-config", str(self.folder / "config.json")],
                 stderr=log, stdout=log, env=self.environment, cwd=self.folder, preexec_fn=preexec,
             )  # fmt: skip
-        found = eventually(lambda: self._listening(seen), 20, what=f"Load Manager listens; its log:\n{self.log()[seen:]}")
+        found = eventually(
+            lambda: self._listening(seen), 20, what=f"Load Manager listens; its log:\n{self.log()[seen:]}"
+        )
         self.url = found
         port = urlsplit(found).port
         self.config.setdefault("server", {})["port"] = port  # a restart comes back at the same address
@@ -111,7 +114,9 @@ class LoadManager:
         """One request; a body that is not bytes is sent as JSON; token None sends none."""
         parts = urlsplit(self.url)
         if parts.scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=self.tls)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                parts.hostname, parts.port, timeout=timeout_s, context=self.tls
+            )
         else:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
         sent = dict(headers or {})
@@ -124,7 +129,9 @@ class LoadManager:
         try:
             connection.request(method, path, body, sent)
             response = connection.getresponse()
-            answer = Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            answer = Answer(
+                response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+            )
         finally:
             connection.close()
         assert_documented(method, path, answer)
@@ -137,7 +144,9 @@ class LoadManager:
         return self.request("POST", path, body, **how)
 
     def callback(self, name: str, body: Any, token: str = CALLBACK_TOKEN) -> Answer:
-        return self.request("POST", f"/v1/internal/locust/{name}", body, {"X-Locust-Token": token}, token=None)
+        return self.request(
+            "POST", f"/v1/internal/locust/{name}", body, {"X-Locust-Token": token}, token=None
+        )
 
     def create(self, **changes: Any) -> Answer:
         return self.post("/v1/tests", create_body(**changes))
@@ -154,7 +163,9 @@ class LoadManager:
                 raise AssertionError(f"the run is final as {run['status']}: {run.get('failureReason')}")
             return run if run["status"] in statuses else None
 
-        return eventually(reached, within_s, what=f"run is {' or '.join(statuses)}; log:\n{self.log()[-2500:]}")
+        return eventually(
+            reached, within_s, what=f"run is {' or '.join(statuses)}; log:\n{self.log()[-2500:]}"
+        )
 
     def connect(self) -> socket.socket:
         parts = urlsplit(self.url)
@@ -170,20 +181,31 @@ class LoadManager:
 
 
 DOCUMENT = loadmanager.openapi_document()
-TEMPLATES = [(re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), operations) for path, operations in DOCUMENT["paths"].items()]
-TEMPLATES.sort(key=lambda template: template[0].pattern.count("[^/]+"))  # /v1/tests/compare before /v1/tests/{id}
+TEMPLATES = [
+    (re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), operations)
+    for path, operations in DOCUMENT["paths"].items()
+]
+TEMPLATES.sort(
+    key=lambda template: template[0].pattern.count("[^/]+")
+)  # /v1/tests/compare before /v1/tests/{id}
 
 
 def assert_documented(method: str, path: str, answer: Answer) -> None:
     """Every answer that any test gets is one that the API's document has, of its type and schema."""
-    operations = next((operations for pattern, operations in TEMPLATES if pattern.fullmatch(path.partition("?")[0])), {})
+    operations = next(
+        (operations for pattern, operations in TEMPLATES if pattern.fullmatch(path.partition("?")[0])), {}
+    )
     operation = operations.get(method.lower())
     if operation is None:
         return  # an odd path or method: 404 or 405, which tests look at themselves
     described = operation["responses"].get(str(answer.status))
-    assert described is not None, f"{method} {path} answered {answer.status}, which the document does not have: {answer.body[:300]!r}"
+    assert described is not None, (
+        f"{method} {path} answered {answer.status}, which the document does not have: {answer.body[:300]!r}"
+    )
     for media, content in described.get("content", {}).items():
-        assert answer.headers["content-type"] == media, f"{method} {path}: {answer.headers['content-type']} instead of {media}"
+        assert answer.headers["content-type"] == media, (
+            f"{method} {path}: {answer.headers['content-type']} instead of {media}"
+        )
         if media == loadmanager.JSON_TYPE and len(answer.body) < 200_000:
             jsonschema.validate(answer.json, {**content["schema"], "components": DOCUMENT["components"]})
 
@@ -243,7 +265,12 @@ def load_manager(tmp_path: Path) -> Iterator[Callable[..., LoadManager]]:
     """Starts Load Managers: load_manager(cluster_config(url), orchestrator={...})."""
     started: list[LoadManager] = []
 
-    def start(*clusters: dict[str, Any], environment: dict[str, str] | None = None, preexec: Any = None, **sections: Any) -> LoadManager:
+    def start(
+        *clusters: dict[str, Any],
+        environment: dict[str, str] | None = None,
+        preexec: Any = None,
+        **sections: Any,
+    ) -> LoadManager:
         folder = tmp_path / f"lm{len(started)}"
         folder.mkdir()
         manager = LoadManager(folder, base_config(*clusters, **sections), environment)

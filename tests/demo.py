@@ -3,6 +3,7 @@
 Starts a small target and a Load Manager that launches a Locust master with two workers,
 creates a 20 s test, shows it live, prints its table, stops everything. Exit status 0, or
 1 with what failed."""
+
 from __future__ import annotations
 
 import http.client
@@ -35,7 +36,9 @@ class Program:
         self.name = name
         self.log_file = FOLDER / f"{name}.log"
         with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=FOLDER, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=FOLDER, stdout=log, stderr=log, start_new_session=True
+            )
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
@@ -130,17 +133,32 @@ def shown(value: Any, digits: int = 0) -> str:
 
 
 def print_table(metrics: dict[str, Any]) -> None:
-    print(f"\n  {'endpoint':<28}{'requests':>10}{'failures':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'req/s':>9}")
+    print(
+        f"\n  {'endpoint':<28}{'requests':>10}{'failures':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'req/s':>9}"
+    )
     for row in metrics["requestStats"].values():
-        cells = (row["numRequests"], row["numFailures"], row["medianResponseTime"], row["p95ResponseTime"], row["p99ResponseTime"])
+        cells = (
+            row["numRequests"],
+            row["numFailures"],
+            row["medianResponseTime"],
+            row["p95ResponseTime"],
+            row["p99ResponseTime"],
+        )
         print_row(f"{row['method']} {row['name']}", cells, row["requestsPerSec"])
-    cells = tuple(metrics[name] for name in ("totalRequests", "totalFailures", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs"))
+    cells = tuple(
+        metrics[name]
+        for name in ("totalRequests", "totalFailures", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+    )
     print_row("Aggregated", cells, metrics["totalRps"])
 
 
 def print_row(name: str, cells: tuple[Any, ...], per_s: float | None) -> None:
     requests, failures, *percentiles = cells
-    print(f"  {name:<28}{requests:>10}{failures:>10}" + "".join(f"{shown(cell):>9}" for cell in percentiles) + f"{shown(per_s, 2):>9}")
+    print(
+        f"  {name:<28}{requests:>10}{failures:>10}"
+        + "".join(f"{shown(cell):>9}" for cell in percentiles)
+        + f"{shown(per_s, 2):>9}"
+    )
 
 
 def demo(started: list[Program]) -> None:
@@ -155,13 +173,24 @@ def demo(started: list[Program]) -> None:
     started.append(manager)
     url = manager.wait_for(r"listening url=(\S+)")
     client = Client(url, token)
-    body = {"tenantId": "tenant-1", "envId": "dev", "scenarioId": "demo", "targetUsers": 20, "spawnRate": 10, "durationSeconds": DURATION_S}
+    body = {
+        "tenantId": "tenant-1",
+        "envId": "dev",
+        "scenarioId": "demo",
+        "targetUsers": 20,
+        "spawnRate": 10,
+        "durationSeconds": DURATION_S,
+    }
     run = client.call("POST", "/v1/tests", body)
     print(f"Run {run['id']} is {run['status']} on {url}: 20 users, {DURATION_S} s", flush=True)
     run = follow(client, run)
     if run["status"] != "Finished" or not run.get("lastMetrics", {}).get("totalRequests"):
-        raise DemoFailed(f"the run ended {run['status']}: {run.get('failureReason', 'without requests')}\n{manager.log()[-2000:]}")
-    print(f"Run {run['id']} is {run['status']} (stopReason {run['stopReason']}), started {run['startedAt']}, finished {run['finishedAt']}")
+        raise DemoFailed(
+            f"the run ended {run['status']}: {run.get('failureReason', 'without requests')}\n{manager.log()[-2000:]}"
+        )
+    print(
+        f"Run {run['id']} is {run['status']} (stopReason {run['stopReason']}), started {run['startedAt']}, finished {run['finishedAt']}"
+    )
     print_table(run["lastMetrics"])
     for warning in run.get("warnings", []):
         print(f"  warning {warning['code']}: {warning['message']}")

@@ -1,9 +1,10 @@
 """A fake Locust master, shaped like Locust 2.47's answers, for faults a real one cannot be made to show.
 
-    fake = FakeLocust(hooks=True).start()
-    fake.faults["/swarm"] = hang          # until fake.faults.clear()
-    fake.swarms, fake.stops               # what it was asked, with monotonic moments
+fake = FakeLocust(hooks=True).start()
+fake.faults["/swarm"] = hang          # until fake.faults.clear()
+fake.swarms, fake.stops               # what it was asked, with monotonic moments
 """
+
 from __future__ import annotations
 
 import json
@@ -133,7 +134,9 @@ class FakeLocust:
         each = self.requests // max(1, len(self.endpoints))
         rows = [(method, name, each) for method, name in self.endpoints] + [("", "Aggregated", self.requests)]
         tail = "0,33,60.83,4.0,158.0,2.0,9.28,0.0,33,40,50,60,100,150,155,160,160,160,160"
-        return "\r\n".join([CSV_HEAD] + [f"{method},{name},{requests},{tail}" for method, name, requests in rows])
+        return "\r\n".join(
+            [CSV_HEAD] + [f"{method},{name},{requests},{tail}" for method, name, requests in rows]
+        )
 
     def hooks_state(self) -> dict[str, Any]:
         return {
@@ -209,7 +212,9 @@ class FakeHandler(BaseHTTPRequestHandler):
     def send_json(self, document: Any) -> None:
         self.send_text(200, json.dumps(document), "application/json")
 
-    def send_text(self, status: int, text: str, content_type: str, headers: dict[str, str] | None = None) -> None:
+    def send_text(
+        self, status: int, text: str, content_type: str, headers: dict[str, str] | None = None
+    ) -> None:
         raw = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
@@ -270,12 +275,16 @@ def redirect_to(url: str) -> Callable[[FakeHandler], None]:
 def answer_huge(handler: FakeHandler) -> None:
     """400 MB, for as long as anybody reads."""
     size = 400 * 1024 * 1024
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % size)
+    handler.wfile.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % size
+    )
     for _ in range(size // 65536):
         handler.wfile.write(b" " * 65536)
 
 
-def fail_times(count: int, fault: Callable[[FakeHandler], None] = answer_500) -> Callable[[FakeHandler], None]:
+def fail_times(
+    count: int, fault: Callable[[FakeHandler], None] = answer_500
+) -> Callable[[FakeHandler], None]:
     """`fault` for the first `count` calls, then a good answer."""
     left = [count]
 
@@ -289,4 +298,9 @@ def fail_times(count: int, fault: Callable[[FakeHandler], None] = answer_500) ->
     return once
 
 
-NOT_FINITE = {"num_requests": math.nan, "avg_response_time": math.inf, "response_time_percentile_0.95": "fast", "median_response_time": None}
+NOT_FINITE = {
+    "num_requests": math.nan,
+    "avg_response_time": math.inf,
+    "response_time_percentile_0.95": "fast",
+    "median_response_time": None,
+}

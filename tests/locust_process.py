@@ -6,6 +6,7 @@
 
 Free ports, every wait has a deadline, each process is ended by its own pid, and a Locust
 that dies early shows its log."""
+
 from __future__ import annotations
 
 import csv
@@ -21,8 +22,9 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 try:
     from waiting import eventually
@@ -33,8 +35,17 @@ READY_WITHIN_S = 30.0  # a loaded machine starts Locust slowly
 END_WITHIN_S = 10.0
 
 # Variables the hooks read: a test sets them itself, whatever the developer's shell has.
-HOOK_VARIABLES = ("CONTROL_PLANE_URL", "CONTROL_PLANE_TOKEN", "RUN_ID", "TENANT_ID", "ENV_ID",
-                  "METRICS_PUSH_INTERVAL", "CLUSTER_ID", "CONTROL_PLANE_CA_FILE", "CONTROL_PLANE_CLIENT_CERT")
+HOOK_VARIABLES = (
+    "CONTROL_PLANE_URL",
+    "CONTROL_PLANE_TOKEN",
+    "RUN_ID",
+    "TENANT_ID",
+    "ENV_ID",
+    "METRICS_PUSH_INTERVAL",
+    "CLUSTER_ID",
+    "CONTROL_PLANE_CA_FILE",
+    "CONTROL_PLANE_CLIENT_CERT",
+)
 
 
 def find_free_port() -> int:
@@ -49,16 +60,28 @@ class LocustCluster:
     `locustfile` is a path, or the text of a locustfile. `extra_args` go to the master
     (or standalone), `worker_args` to the workers."""
 
-    def __init__(self, locustfile: str | Path, workers: int = 2, env: Mapping[str, str] | None = None,
-                 extra_args: Iterable[str] = (), *, worker_args: Iterable[str] = (), base_path: str = "",
-                 python: str = sys.executable, web_port: int | None = None) -> None:
+    def __init__(
+        self,
+        locustfile: str | Path,
+        workers: int = 2,
+        env: Mapping[str, str] | None = None,
+        extra_args: Iterable[str] = (),
+        *,
+        worker_args: Iterable[str] = (),
+        base_path: str = "",
+        python: str = sys.executable,
+        web_port: int | None = None,
+    ) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="locust-"))
         self._locustfile = self._find_locustfile(locustfile)
         self._worker_count = workers
         self._extra_args, self._worker_args = list(extra_args), list(worker_args)
         self._python = python
-        self._env = {name: value for name, value in os.environ.items()
-                     if name not in HOOK_VARIABLES and not name.startswith("LOCUST_")}
+        self._env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in HOOK_VARIABLES and not name.startswith("LOCUST_")
+        }
         self._env.update(env or {})
         self._env.update(PYTHONUNBUFFERED="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
         self._web_port = web_port or find_free_port()
@@ -125,8 +148,11 @@ class LocustCluster:
         if self.master and self.master.poll() is None:
             self.terminate_master()
         self._start_master()
-        eventually(lambda: self._check_alive() or self.stats(), within_s=READY_WITHIN_S,
-                   what="the new master's web UI")
+        eventually(
+            lambda: self._check_alive() or self.stats(),
+            within_s=READY_WITHIN_S,
+            what="the new master's web UI",
+        )
 
     def kill_worker(self, index: int) -> None:
         """kill -9."""
@@ -134,8 +160,17 @@ class LocustCluster:
         self.workers[index].wait(END_WITHIN_S)
 
     def add_worker(self, wait: bool = True) -> subprocess.Popen:
-        worker = self._spawn(f"worker-{len(self.workers)}", [
-            "--worker", "--master-host", "127.0.0.1", "--master-port", str(self._bind_port), *self._worker_args])
+        worker = self._spawn(
+            f"worker-{len(self.workers)}",
+            [
+                "--worker",
+                "--master-host",
+                "127.0.0.1",
+                "--master-port",
+                str(self._bind_port),
+                *self._worker_args,
+            ],
+        )
         self.workers.append(worker)
         if wait:
             alive = sum(process.poll() is None for process in self.workers)
@@ -158,9 +193,17 @@ class LocustCluster:
             answer = self.request("GET", path)
         return json.loads(answer) if answer.lstrip().startswith(b"{") else answer.decode()
 
-    def request(self, method: str, path: str, body: bytes | None = None, timeout_s: float = 30.0,
-                headers: Mapping[str, str] | None = None) -> bytes:
-        request = urllib.request.Request(self.base_url + path, data=body, method=method, headers=dict(headers or {}))
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout_s: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        request = urllib.request.Request(
+            self.base_url + path, data=body, method=method, headers=dict(headers or {})
+        )
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return response.read()
 
@@ -177,8 +220,9 @@ class LocustCluster:
 
     def log(self) -> str:
         """What all processes of this cluster have written so far."""
-        return "\n".join(f"---- {name}\n{path.read_text(errors='replace')}"
-                         for name, path in self._logs if path.exists())
+        return "\n".join(
+            f"---- {name}\n{path.read_text(errors='replace')}" for name, path in self._logs if path.exists()
+        )
 
     # ---- inside ----
 
@@ -193,16 +237,23 @@ class LocustCluster:
         mode = []
         if self._worker_count:
             mode = ["--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", str(self._bind_port)]
-        self.master = self._spawn("master" if mode else "standalone", [
-            *mode, "--web-host", "127.0.0.1", "--web-port", str(self._web_port), *self._extra_args])
+        self.master = self._spawn(
+            "master" if mode else "standalone",
+            [*mode, "--web-host", "127.0.0.1", "--web-port", str(self._web_port), *self._extra_args],
+        )
 
     def _spawn(self, name: str, args: list[str]) -> subprocess.Popen:
         path = self._directory / f"{len(self._logs)}-{name}.log"
         self._logs.append((name, path))
         with path.open("wb") as log:
-            return subprocess.Popen([self._python, "-m", "locust", "-f", str(self._locustfile), *args],
-                                    stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                    env=self._env, cwd=self._directory)
+            return subprocess.Popen(
+                [self._python, "-m", "locust", "-f", str(self._locustfile), *args],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self._env,
+                cwd=self._directory,
+            )
 
     def _connected_workers(self) -> int:
         try:

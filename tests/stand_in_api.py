@@ -1,4 +1,5 @@
 """A stand-in for the API, for answers that a real Load Manager gives only rarely or slowly."""
+
 from __future__ import annotations
 
 import json
@@ -39,7 +40,9 @@ class StandInApi:
                 asked = (self.command, urlsplit(self.path).path)
                 api.asked.append((*asked, dict(self.headers), json.loads(body) if body else None))
                 time.sleep(api.delays.get(asked, 0))
-                status, document = api.answers.get(asked, (404, {"error": "not found", "message": "there is no such path"}))
+                status, document = api.answers.get(
+                    asked, (404, {"error": "not found", "message": "there is no such path"})
+                )
                 data = document if isinstance(document, bytes) else json.dumps(document).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

@@ -1,5 +1,6 @@
 """A small fast HTTP server for Locust to load. In a test: `with Target() as target: target.url`.
 As a process: `python tests/target.py --port 0` prints its URL and serves until SIGTERM."""
+
 from __future__ import annotations
 
 import argparse
@@ -62,7 +63,9 @@ class Target:
 
     `counts` has the requests per path, with /api/items/<anything> counted as "/api/items/{id}"."""
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1", delay_s: float = 0.0, fail_ratio: float = 0.0) -> None:
+    def __init__(
+        self, port: int = 0, host: str = "127.0.0.1", delay_s: float = 0.0, fail_ratio: float = 0.0
+    ) -> None:
         self.delay_s = delay_s
         self.fail_ratio = fail_ratio
         self.counts: Counter[str] = Counter()
@@ -70,7 +73,9 @@ class Target:
         self._server = _Server((host, port), _Handler)
         self._server.target = self
         self.url = f"http://{host}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="target", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="target", daemon=True
+        )
 
     @property
     def total(self) -> int:

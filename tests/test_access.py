@@ -1,4 +1,5 @@
 """Who may do what: every route, every role, one's own tenant and another's; tokens, limits of loads, the audit."""
+
 from __future__ import annotations
 
 import hashlib
@@ -8,23 +9,27 @@ import subprocess
 import sys
 import time
 import uuid
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
-
-import loadmanager
 from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, LoadManager, base_config, create_body
 from control_plane import EventStream
 from fake_locust import FakeLocust
 from waiting import eventually
+
+import loadmanager
 
 ROLES = loadmanager.ROLES
 TOKENS = {(role, tenant): f"{role}-of-{tenant}-token" for role in ROLES for tenant in ("acme", "beta")}
 
 
 def api_tokens() -> list[dict[str, Any]]:
-    return [{"name": f"{tenant}-{role}", "token": token, "role": role, "tenants": [tenant]} for (role, tenant), token in TOKENS.items()]
+    return [
+        {"name": f"{tenant}-{role}", "token": token, "role": role, "tenants": [tenant]}
+        for (role, tenant), token in TOKENS.items()
+    ]
 
 
 def tenant_cluster(fake: FakeLocust, tenant: str, env: str = "dev", **more: Any) -> dict[str, Any]:
@@ -36,8 +41,18 @@ class Place:
 
     def __init__(self, folder):
         self.fakes = {tenant: FakeLocust().start() for tenant in ("acme", "beta")}
-        clusters = [tenant_cluster(fake, tenant, callbackToken=f"callback-of-{tenant}") for tenant, fake in self.fakes.items()]
-        self.lm = LoadManager(folder, base_config(*clusters, security={"apiTokens": api_tokens()}, orchestrator={"metricsPollIntervalSeconds": 1})).start()
+        clusters = [
+            tenant_cluster(fake, tenant, callbackToken=f"callback-of-{tenant}")
+            for tenant, fake in self.fakes.items()
+        ]
+        self.lm = LoadManager(
+            folder,
+            base_config(
+                *clusters,
+                security={"apiTokens": api_tokens()},
+                orchestrator={"metricsPollIntervalSeconds": 1},
+            ),
+        ).start()
         self.finished = {tenant: self.finished_run(tenant) for tenant in self.fakes}
         self.baseline_run = self.finished_run("acme")
         self.lm.request("PUT", "/v1/baselines/acme/dev/browse", {"runId": self.baseline_run})
@@ -55,7 +70,9 @@ class Place:
 
     def stop_all(self, tenant: str) -> None:
         self.lm.post("/v1/stop-all", {"tenantId": tenant})
-        eventually(lambda: not self.lm.get(f"/v1/tests?tenantId={tenant}&status=Pending,Running,Stopping").json, 10)
+        eventually(
+            lambda: not self.lm.get(f"/v1/tests?tenantId={tenant}&status=Pending,Running,Stopping").json, 10
+        )
 
     def end(self) -> None:
         self.lm.end()
@@ -89,14 +106,26 @@ def of_run(rest: str = "", body: Any = None, own: tuple[int, ...] = (200,), fres
     def ask(place: Place, whose: str) -> tuple[str, Any]:
         if whose == "beta":
             return f"/v1/tests/{place.others_run}{rest}", body
-        run_id = place.start("acme") if fresh == "running" else place.finished_run("acme") if fresh == "finished" else place.finished["acme"]
+        run_id = (
+            place.start("acme")
+            if fresh == "running"
+            else place.finished_run("acme")
+            if fresh == "finished"
+            else place.finished["acme"]
+        )
         return f"/v1/tests/{run_id}{rest}", body
 
     return Rule(ask, frozenset(own))
 
 
-def plain(path: str, body: Any = None, own: tuple[int, ...] = (200,), other: tuple[int, ...] | None = None) -> Rule:
-    return Rule(lambda place, whose: (path.replace("WHOSE", whose), body(place, whose) if callable(body) else body), frozenset(own), frozenset(other or own))
+def plain(
+    path: str, body: Any = None, own: tuple[int, ...] = (200,), other: tuple[int, ...] | None = None
+) -> Rule:
+    return Rule(
+        lambda place, whose: (path.replace("WHOSE", whose), body(place, whose) if callable(body) else body),
+        frozenset(own),
+        frozenset(other or own),
+    )
 
 
 def compared(place: Place, whose: str) -> tuple[str, Any]:
@@ -172,7 +201,9 @@ RULES = {
 }  # fmt: skip
 
 
-def status_and_body(place: Place, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, bytes]:
+def status_and_body(
+    place: Place, method: str, path: str, body: Any, headers: dict[str, str]
+) -> tuple[int, bytes]:
     if path.endswith("/events"):
         with EventStream(StreamAt(place.lm), path, headers, token=None) as stream:
             head = stream.head()
@@ -187,21 +218,36 @@ class StreamAt:
         self.port = int(lm.url.rsplit(":", 1)[1])
 
 
-CASES = [(route, role, whose) for route in loadmanager.ROUTES for role in (None, *ROLES) for whose in ("acme", "beta")]
+CASES = [
+    (route, role, whose)
+    for route in loadmanager.ROUTES
+    for role in (None, *ROLES)
+    for whose in ("acme", "beta")
+]
 
 
-@pytest.mark.parametrize("route,role,whose", CASES, ids=lambda value: getattr(value, "path", None) and f"{value.method} {value.path}" or str(value))
+@pytest.mark.parametrize(
+    "route,role,whose",
+    CASES,
+    ids=lambda value: getattr(value, "path", None) and f"{value.method} {value.path}" or str(value),
+)
 def test_every_route_for_every_role_and_tenant(place, route, role, whose):
     name = f"{route.method} {route.path}"
     assert name in RULES, f"{name} has no rule here: say what another tenant gets from it"
     rule = RULES[name]
-    allowed = {"anyone": (None, *ROLES), "locust": ()}.get(route.access) or (ROLES[ROLES.index(route.access):] if route.access in ROLES else ())
+    allowed = {"anyone": (None, *ROLES), "locust": ()}.get(route.access) or (
+        ROLES[ROLES.index(route.access) :] if route.access in ROLES else ()
+    )
     if role in allowed or route.access == "locust":
         path, body = rule.ask(place, whose)
     else:
         path, body = rule.ask(place, "beta")  # it will not get there
     if route.access == "locust":
-        headers = {"X-Locust-Token": "callback-of-acme"} if role == "admin" else {"Authorization": f"Bearer {TOKENS.get((role, 'acme'))}"}
+        headers = (
+            {"X-Locust-Token": "callback-of-acme"}
+            if role == "admin"
+            else {"Authorization": f"Bearer {TOKENS.get((role, 'acme'))}"}
+        )
         expected = (rule.other if whose == "beta" else rule.own) if role == "admin" else {401, 429}
     else:
         headers = {"Authorization": f"Bearer {TOKENS[role, 'acme']}"} if role else {}
@@ -210,29 +256,52 @@ def test_every_route_for_every_role_and_tenant(place, route, role, whose):
             expected = rule.other if whose == "beta" else rule.own
     before = place.lm.get(f"/v1/tests/{place.others_run}").json
     status, answer = status_and_body(place, route.method, path, body, headers)
-    assert status in expected, f"{name} as {role} of acme on {whose}'s: {status}, right is {set(expected)}: {answer[:300]!r}"
+    assert status in expected, (
+        f"{name} as {role} of acme on {whose}'s: {status}, right is {set(expected)}: {answer[:300]!r}"
+    )
     after = place.lm.get(f"/v1/tests/{place.others_run}").json
-    assert after["status"] == before["status"] == "Running" and after.get("annotations") is None, "another tenant's run was changed"
+    assert after["status"] == before["status"] == "Running" and after.get("annotations") is None, (
+        "another tenant's run was changed"
+    )
     if status < 300 and whose == "beta" and rule.hidden:
-        assert place.others_run.encode() not in answer and place.finished["beta"].encode() not in answer, "another tenant's run is shown"
+        assert place.others_run.encode() not in answer and place.finished["beta"].encode() not in answer, (
+            "another tenant's run is shown"
+        )
     if route.access != "anyone" and status < 300 and route.method != "GET":
         place.stop_all("acme")
 
 
 def test_run_of_another_tenant_is_answered_as_one_that_is_not_there(place):
     bearer = {"token": TOKENS["operator", "acme"]}
-    real, invented = place.lm.get(f"/v1/tests/{place.others_run}", **bearer), place.lm.get("/v1/tests/0" + place.others_run[1:], **bearer)
+    real, invented = (
+        place.lm.get(f"/v1/tests/{place.others_run}", **bearer),
+        place.lm.get("/v1/tests/0" + place.others_run[1:], **bearer),
+    )
     assert (real.status, invented.status) == (404, 404)
-    assert real.body.replace(place.others_run.encode(), b"") == invented.body.replace(b"0" + place.others_run[1:].encode(), b"")
-    assert {k: v for k, v in real.headers.items() if k != "date"} == {k: v for k, v in invented.headers.items() if k != "date"}
+    assert real.body.replace(place.others_run.encode(), b"") == invented.body.replace(
+        b"0" + place.others_run[1:].encode(), b""
+    )
+    assert {k: v for k, v in real.headers.items() if k != "date"} == {
+        k: v for k, v in invented.headers.items() if k != "date"
+    }
 
 
 def test_lists_have_only_one_s_own(place):
     for role in ROLES:
-        for path in ("/v1/tests", "/v1/tests?tenantId=beta", "/v1/tests?search=beta", "/v1/trends", "/v1/clusters"):
+        for path in (
+            "/v1/tests",
+            "/v1/tests?tenantId=beta",
+            "/v1/tests?search=beta",
+            "/v1/trends",
+            "/v1/clusters",
+        ):
             answer = place.lm.get(path, token=TOKENS[role, "acme"])
-            assert answer.status == 200 and b'"beta"' not in answer.body, f"{path} as {role}: {answer.body[:300]!r}"
-    assert {run["tenantId"] for run in place.lm.get("/v1/tests").json} == {"acme", "beta"}, "the administrator's own token sees all"
+            assert answer.status == 200 and b'"beta"' not in answer.body, (
+                f"{path} as {role}: {answer.body[:300]!r}"
+            )
+    assert {run["tenantId"] for run in place.lm.get("/v1/tests").json} == {"acme", "beta"}, (
+        "the administrator's own token sees all"
+    )
 
 
 def test_event_streams_tell_only_of_one_s_own(place):
@@ -244,30 +313,47 @@ def test_event_streams_tell_only_of_one_s_own(place):
         event = stream.next()
         assert event["event"] == "run" and event["data"]["tenantId"] == "acme"
     era, _, number = event["id"].partition("-")
-    with EventStream(StreamAt(place.lm), "/v1/events", {"Last-Event-ID": f"{era}-1"}, token=TOKENS["viewer", "acme"]) as stream:
+    with EventStream(
+        StreamAt(place.lm), "/v1/events", {"Last-Event-ID": f"{era}-1"}, token=TOKENS["viewer", "acme"]
+    ) as stream:
         stream.head()
         for event in stream.events():
-            assert event["data"].get("tenantId", "acme") == "acme" and event["data"].get("id") != place.others_run
+            assert (
+                event["data"].get("tenantId", "acme") == "acme"
+                and event["data"].get("id") != place.others_run
+            )
             if event["id"] and int(event["id"].partition("-")[2]) >= int(number):
                 break
 
 
 def test_sign_in_has_the_scope_of_its_token(place):
     signed_in = place.lm.post("/session", {"token": TOKENS["viewer", "acme"]}, token=None)
-    assert (signed_in.json["name"], signed_in.json["role"], signed_in.json["tenants"]) == ("acme-viewer", "viewer", ["acme"])
+    assert (signed_in.json["name"], signed_in.json["role"], signed_in.json["tenants"]) == (
+        "acme-viewer",
+        "viewer",
+        ["acme"],
+    )
     cookie = {"Cookie": signed_in.headers["set-cookie"].split(";")[0]}
     assert place.lm.get(f"/v1/tests/{place.others_run}", headers=cookie, token=None).status == 404
     assert b'"beta"' not in place.lm.get("/v1/tests", headers=cookie, token=None).body
     changing = {**cookie, "Origin": place.lm.url, "X-CSRF-Token": signed_in.json["csrfToken"]}
-    answer = place.lm.post(f"/v1/tests/{place.finished['acme']}/annotations", {"text": "x"}, headers=changing, token=None)
+    answer = place.lm.post(
+        f"/v1/tests/{place.finished['acme']}/annotations", {"text": "x"}, headers=changing, token=None
+    )
     assert answer.status == 403 and "operator" in answer.json["message"]
 
 
 def test_create_elsewhere_names_the_field(place):
     answer = place.lm.post("/v1/tests", create_body(tenantId="beta"), token=TOKENS["admin", "acme"])
-    assert answer.status == 403 and "acme" in answer.json["fields"]["tenantId"] and list(answer.json["fields"]) == ["tenantId"]
+    assert (
+        answer.status == 403
+        and "acme" in answer.json["fields"]["tenantId"]
+        and list(answer.json["fields"]) == ["tenantId"]
+    )
     nowhere = place.lm.post("/v1/tests", create_body(tenantId="no-such"), token=TOKENS["admin", "acme"])
-    assert (nowhere.status, set(nowhere.json["fields"])) == (403, {"tenantId"}), "the answer tells which tenants exist"
+    assert (nowhere.status, set(nowhere.json["fields"])) == (403, {"tenantId"}), (
+        "the answer tells which tenants exist"
+    )
 
 
 def test_idempotency_key_of_another_is_not_ours(place):
@@ -285,40 +371,76 @@ def test_idempotency_key_of_another_is_not_ours(place):
 def test_new_token_of_the_command_line_works_until_it_expires(load_manager, fake, tmp_path):
     def make(*options: str) -> tuple[str, dict[str, Any]]:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "loadmanager.py"), "token", "new", *options], capture_output=True, text=True, timeout=20, cwd=tmp_path
+            [sys.executable, str(ROOT / "loadmanager.py"), "token", "new", *options],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
         token, line = done.stdout.splitlines()
         return token, yaml.safe_load(line)[0]
 
-    token, entry = make("--name", "ci", "--role", "operator", "--tenant", "acme", "--env", "dev", "--expires-in", "1h")
-    assert entry["tokenSha256"] == hashlib.sha256(token.encode()).hexdigest() and token not in json.dumps(entry)
+    token, entry = make(
+        "--name", "ci", "--role", "operator", "--tenant", "acme", "--env", "dev", "--expires-in", "1h"
+    )
+    assert entry["tokenSha256"] == hashlib.sha256(token.encode()).hexdigest() and token not in json.dumps(
+        entry
+    )
     short_token, short = make("--name", "short", "--role", "viewer", "--tenant", "*", "--expires-in", "3s")
     past = {"name": "past", "token": "long-past-token", "role": "admin", "expiresAt": "2020-01-31"}
     lm = load_manager(tenant_cluster(fake, "acme"), security={"apiTokens": [entry, short, past]})
     assert lm.get("/v1/tests", token=token).status == 200
     assert lm.get("/v1/tests", token="long-past-token").status == 401
     assert lm.get("/v1/tests", token=short_token).status == 200, "a token of 3 s was refused at once"
-    eventually(lambda: lm.get("/v1/tests", token=short_token).status == 401, 6, what="the token ends at its moment, remembered or not")
+    eventually(
+        lambda: lm.get("/v1/tests", token=short_token).status == 401,
+        6,
+        what="the token ends at its moment, remembered or not",
+    )
     assert token not in lm.log() and short_token not in lm.log()
 
 
 @pytest.mark.parametrize(
     "entries, words",
     [
-        ([{"name": "a", "role": "viewer", "tenants": ["t"]}], "allowed is one of tokenSha256, token and tokenFile"),
-        ([{"name": "a", "role": "viewer", "tenants": ["t"], "token": "x", "tokenSha256": "0" * 64}], "allowed is one of"),
+        (
+            [{"name": "a", "role": "viewer", "tenants": ["t"]}],
+            "allowed is one of tokenSha256, token and tokenFile",
+        ),
+        (
+            [{"name": "a", "role": "viewer", "tenants": ["t"], "token": "x", "tokenSha256": "0" * 64}],
+            "allowed is one of",
+        ),
         ([{"name": "a", "role": "viewer", "token": "x"}], "tenants: is missing"),
-        ([{"name": "a", "role": "owner", "token": "x", "tenants": ["t"]}], "role: allowed is viewer or operator or admin"),
-        ([{"name": "a", "role": "admin", "token": "x"}, {"name": "a", "role": "admin", "token": "y"}], "name: a is taken"),
+        (
+            [{"name": "a", "role": "owner", "token": "x", "tenants": ["t"]}],
+            "role: allowed is viewer or operator or admin",
+        ),
+        (
+            [{"name": "a", "role": "admin", "token": "x"}, {"name": "a", "role": "admin", "token": "y"}],
+            "name: a is taken",
+        ),
         ([{"name": "api", "role": "admin", "token": "x"}], "api is taken"),
-        ([{"name": "a", "role": "admin", "token": "x"}, {"name": "b", "role": "admin", "token": "x"}], "another token is the same"),
+        (
+            [{"name": "a", "role": "admin", "token": "x"}, {"name": "b", "role": "admin", "token": "x"}],
+            "another token is the same",
+        ),
         ([{"name": "a", "role": "admin", "token": API_TOKEN}], "another token is the same"),
         ([{"name": "a\nb", "role": "admin", "token": "x"}], "name: allowed is"),
-        ([{"name": "a", "role": "admin", "token": "x", "expiresAt": "tomorrow"}], "expiresAt: allowed is an RFC 3339 moment"),
-        ([{"name": "a", "role": "admin", "tokenSha256": "abc"}], "tokenSha256: allowed is 64 hexadecimal digits"),
+        (
+            [{"name": "a", "role": "admin", "token": "x", "expiresAt": "tomorrow"}],
+            "expiresAt: allowed is an RFC 3339 moment",
+        ),
+        (
+            [{"name": "a", "role": "admin", "tokenSha256": "abc"}],
+            "tokenSha256: allowed is 64 hexadecimal digits",
+        ),
         ([{"name": "a", "role": "admin", "token": "x", "tenant": "t"}], "did you mean tenants?"),
-        ([{"name": "a", "role": "viewer", "token": "x", "tenants": []}], "tenants: allowed is a list of names"),
+        (
+            [{"name": "a", "role": "viewer", "token": "x", "tenants": []}],
+            "tenants: allowed is a list of names",
+        ),
     ],
 )
 def test_wrong_declaration_of_a_token_is_a_problem_of_the_configuration(entries, words, tmp_path):
@@ -331,7 +453,20 @@ def test_wrong_declaration_of_a_token_is_a_problem_of_the_configuration(entries,
 
 def test_token_of_some_environments_sees_only_these(load_manager, fake_locust):
     clusters = [tenant_cluster(fake_locust(), "acme", env) for env in ("dev", "prod")]
-    lm = load_manager(*clusters, security={"apiTokens": [{"name": "dev", "token": "dev-token", "role": "operator", "tenants": ["acme"], "environments": ["dev"]}]})
+    lm = load_manager(
+        *clusters,
+        security={
+            "apiTokens": [
+                {
+                    "name": "dev",
+                    "token": "dev-token",
+                    "role": "operator",
+                    "tenants": ["acme"],
+                    "environments": ["dev"],
+                }
+            ]
+        },
+    )
     prod, dev = lm.create(envId="prod").json, lm.create(envId="dev").json
     assert [run["id"] for run in lm.get("/v1/tests", token="dev-token").json] == [dev["id"]]
     assert [cluster["envId"] for cluster in lm.get("/v1/clusters", token="dev-token").json] == ["dev"]
@@ -352,20 +487,29 @@ def test_good_token_is_served_while_the_address_is_refused(lm):
 
 def test_callback_token_of_a_cluster_reaches_only_its_runs(load_manager, fake_locust):
     guarded, common = fake_locust(), fake_locust()
-    lm = load_manager(tenant_cluster(guarded, "acme", callbackToken="guarded-token"), tenant_cluster(common, "beta"))
+    lm = load_manager(
+        tenant_cluster(guarded, "acme", callbackToken="guarded-token"), tenant_cluster(common, "beta")
+    )
     runs = {tenant: lm.create(tenantId=tenant).json["id"] for tenant in ("acme", "beta")}
     pushed = {"metrics": {"totalRequests": 5}}
     assert lm.callback("metrics", {"runId": runs["acme"], **pushed}, "guarded-token").status == 200
     assert lm.callback("metrics", {"runId": runs["beta"], **pushed}, "guarded-token").status == 404
     assert lm.callback("metrics", {"runId": runs["acme"], **pushed}, CALLBACK_TOKEN).status == 404
     assert lm.callback("metrics", {"runId": runs["beta"], **pushed}, CALLBACK_TOKEN).status == 200
-    assert lm.callback("register-external", {"tenantId": "acme", "envId": "dev"}, CALLBACK_TOKEN).status == 403
+    assert (
+        lm.callback("register-external", {"tenantId": "acme", "envId": "dev"}, CALLBACK_TOKEN).status == 403
+    )
     asked = eventually(lambda: [call for call in guarded.calls if call.path == loadmanager.HOOKS_PATH], 5)
-    assert asked[0].headers["X-Locust-Token"] == "guarded-token", "Locust is asked with another token than its hooks know"
+    assert asked[0].headers["X-Locust-Token"] == "guarded-token", (
+        "Locust is asked with another token than its hooks know"
+    )
 
 
 def test_callback_token_of_a_cluster_does_not_reach_a_run_that_waits_elsewhere(load_manager, fake_locust):
-    lm = load_manager(tenant_cluster(fake_locust(), "acme", callbackToken="guarded-token"), tenant_cluster(fake_locust(), "beta"))
+    lm = load_manager(
+        tenant_cluster(fake_locust(), "acme", callbackToken="guarded-token"),
+        tenant_cluster(fake_locust(), "beta"),
+    )
     lm.create(tenantId="beta")
     waiting = lm.create(tenantId="beta", queue=True).json["id"]
     answer = lm.callback("metrics", {"runId": waiting, "metrics": {"totalRequests": 5}}, "guarded-token")
@@ -376,26 +520,50 @@ def test_callback_token_of_a_cluster_does_not_reach_a_run_that_waits_elsewhere(l
 
 
 def test_limits_of_a_tenant_are_refused_with_every_field_at_once(load_manager, fake):
-    limits = {"id": "acme", "maxUsers": 10, "maxDurationSeconds": 60, "allowedHosts": ["*.staging.example", "10.0.0.0/8:8080"]}
-    lm = load_manager(tenant_cluster(fake, "acme"), tenants=[limits], environments=[{"tenantId": "acme", "id": "dev", "protected": True}])
+    limits = {
+        "id": "acme",
+        "maxUsers": 10,
+        "maxDurationSeconds": 60,
+        "allowedHosts": ["*.staging.example", "10.0.0.0/8:8080"],
+    }
+    lm = load_manager(
+        tenant_cluster(fake, "acme"),
+        tenants=[limits],
+        environments=[{"tenantId": "acme", "id": "dev", "protected": True}],
+    )
     answer = lm.create(targetUsers=11, host="http://prod.example")
-    assert answer.status == 403 and set(answer.json["fields"]) == {"targetUsers", "durationSeconds", "host", "confirm"}, answer.json
+    assert answer.status == 403 and set(answer.json["fields"]) == {
+        "targetUsers",
+        "durationSeconds",
+        "host",
+        "confirm",
+    }, answer.json
     assert not fake.swarms and not lm.get("/v1/tests").json, "a refused load was kept or started"
     good = {"targetUsers": 10, "durationSeconds": 60, "host": "http://shop.staging.example"}
     unconfirmed = lm.create(**good)
-    assert unconfirmed.status == 400 and set(unconfirmed.json["fields"]) == {"confirm"} and '"dev"' in unconfirmed.json["fields"]["confirm"]
+    assert (
+        unconfirmed.status == 400
+        and set(unconfirmed.json["fields"]) == {"confirm"}
+        and '"dev"' in unconfirmed.json["fields"]["confirm"]
+    )
     assert lm.create(**good, confirm="prod").status == 400
     run = lm.create(**good, confirm="dev")
     assert run.status == 201 and run.json["host"] == "http://shop.staging.example"
     assert fake.swarms[0].form["host"] == "http://shop.staging.example"
     lm.post(f"/v1/tests/{run.json['id']}/stop")
-    assert lm.post(f"/v1/tests/{run.json['id']}/rerun", {}).status == 400, "a protected environment was loaded again without a word"
-    assert eventually(lambda: lm.post(f"/v1/tests/{run.json['id']}/rerun", {"confirm": "dev"}).status == 201, 10)
+    assert lm.post(f"/v1/tests/{run.json['id']}/rerun", {}).status == 400, (
+        "a protected environment was loaded again without a word"
+    )
+    assert eventually(
+        lambda: lm.post(f"/v1/tests/{run.json['id']}/rerun", {"confirm": "dev"}).status == 201, 10
+    )
     assert lm.get("/v1/clusters").json[0]["protected"] is True
 
 
 def test_target_that_is_not_known_is_refused_where_hosts_are_limited(load_manager, fake):
-    lm = load_manager(tenant_cluster(fake, "acme"), tenants=[{"id": "acme", "allowedHosts": ["good.example"]}])
+    lm = load_manager(
+        tenant_cluster(fake, "acme"), tenants=[{"id": "acme", "allowedHosts": ["good.example"]}]
+    )
     answer = lm.create()
     assert answer.status == 403 and "host is needed" in answer.json["fields"]["host"]
     assert lm.create(host="http://good.example").status == 201
@@ -461,7 +629,9 @@ def test_concurrent_creates_do_not_pass_a_limit_together(load_manager, fake_locu
 
 def test_stop_all_stops_all_clusters_at_once(load_manager, fake_locust):
     fakes = [fake_locust() for _ in range(4)]
-    lm = load_manager(*({**tenant_cluster(fake, "acme"), "id": f"c{number}"} for number, fake in enumerate(fakes)))
+    lm = load_manager(
+        *({**tenant_cluster(fake, "acme"), "id": f"c{number}"} for number, fake in enumerate(fakes))
+    )
     running = [lm.create().json["id"] for _ in fakes]
     queued = lm.create(queue=True).json["id"]
     for fake in fakes:
@@ -469,10 +639,14 @@ def test_stop_all_stops_all_clusters_at_once(load_manager, fake_locust):
     began = time.monotonic()
     answer = lm.post("/v1/stop-all", {})
     took = time.monotonic() - began
-    assert answer.status == 200 and answer.json["success"] and set(answer.json["stopped"]) == {*running, queued}
+    assert (
+        answer.status == 200 and answer.json["success"] and set(answer.json["stopped"]) == {*running, queued}
+    )
     assert took < 3, f"four clusters that need 1 s each took {took:.1f} s: one after the other"
     assert all(lm.wait_for(run_id, "Finished")["stopReason"] == "user" for run_id in running)
-    assert lm.run(queued)["status"] == "Failed" and all(len(fake.swarms) == 1 for fake in fakes), "who waited was started meanwhile"
+    assert lm.run(queued)["status"] == "Failed" and all(len(fake.swarms) == 1 for fake in fakes), (
+        "who waited was started meanwhile"
+    )
     assert lm.post("/v1/stop-all", {}).json == {"success": True, "stopped": [], "failed": []}
 
 
@@ -493,7 +667,9 @@ def test_stop_all_stops_a_run_that_is_just_starting(load_manager, fake_locust):
         eventually(lambda: lm.get("/v1/tests?status=Pending").json, 5)
         answer = lm.post("/v1/stop-all", {})
         run_id = starting.result().json["id"]
-    assert answer.json["stopped"] == [run_id] and fake.users == 0, "the load goes on that began while all was stopped"
+    assert answer.json["stopped"] == [run_id] and fake.users == 0, (
+        "the load goes on that began while all was stopped"
+    )
     assert lm.wait_for(run_id, "Finished")["stopReason"] == "user"
 
 
@@ -509,7 +685,19 @@ def slow_stop(fake: FakeLocust) -> Callable[[Any], None]:
 def test_stop_all_of_the_command_line(lm):
     run_id = lm.create().json["id"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "loadmanager.py"), "stop", "--all", "--url", lm.url, "--token", API_TOKEN], capture_output=True, text=True, timeout=40
+        [
+            sys.executable,
+            str(ROOT / "loadmanager.py"),
+            "stop",
+            "--all",
+            "--url",
+            lm.url,
+            "--token",
+            API_TOKEN,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=40,
     )
     assert done.returncode == 0 and run_id in done.stdout, done.stderr
     assert lm.run(run_id)["status"] in ("Stopping", "Finished")
@@ -527,16 +715,17 @@ def sign_in(browser: Any, lm: LoadManager, token: str) -> None:
 
 
 def test_dashboard_shows_one_s_own_and_its_red_button_stops_it(place):
-    from selenium.webdriver.common.by import By
-
     from chromium import Chromium
+    from selenium.webdriver.common.by import By
 
     run_id = place.start("acme")
     with Chromium() as browser:
         sign_in(browser, place.lm, TOKENS["viewer", "acme"])
         page = browser.driver.find_element(By.TAG_NAME, "body")
         eventually(lambda: "acme" in page.text, 10)
-        assert "beta" not in page.text and not browser.driver.find_elements(By.ID, "stop-all"), "a viewer is offered to stop"
+        assert "beta" not in page.text and not browser.driver.find_elements(By.ID, "stop-all"), (
+            "a viewer is offered to stop"
+        )
         browser.driver.find_element(By.ID, "sign-out").click()
         sign_in(browser, place.lm, TOKENS["operator", "acme"])
         page = browser.driver.find_element(By.TAG_NAME, "body")
@@ -551,18 +740,29 @@ def test_dashboard_shows_one_s_own_and_its_red_button_stops_it(place):
 
 
 def test_dashboard_asks_before_it_loads_a_protected_environment(load_manager, fake):
+    from chromium import Chromium
     from selenium.webdriver.common.by import By
 
-    from chromium import Chromium
-
-    lm = load_manager(tenant_cluster(fake, "acme"), environments=[{"tenantId": "acme", "id": "dev", "protected": True}])
+    lm = load_manager(
+        tenant_cluster(fake, "acme"), environments=[{"tenantId": "acme", "id": "dev", "protected": True}]
+    )
     with Chromium() as browser:
         sign_in(browser, lm, API_TOKEN)
         browser.driver.find_element(By.ID, "start").click()
         form = eventually(lambda: browser.driver.find_elements(By.ID, "start-dialog"), 5)[0]
         form.find_element(By.CSS_SELECTOR, "input[list=scenarios], input[maxlength]").send_keys("browse")
         form.find_element(By.CSS_SELECTOR, "button.primary").click()
-        question = eventually(lambda: next((one for one in browser.driver.find_elements(By.CSS_SELECTOR, "dialog[open]") if "protected" in one.text), None), 5)
+        question = eventually(
+            lambda: next(
+                (
+                    one
+                    for one in browser.driver.find_elements(By.CSS_SELECTOR, "dialog[open]")
+                    if "protected" in one.text
+                ),
+                None,
+            ),
+            5,
+        )
         assert not fake.swarms
         question.find_element(By.CSS_SELECTOR, "button.danger").click()
         eventually(lambda: len(fake.swarms) == 1, 5)
@@ -580,7 +780,11 @@ def test_audit_tells_who_did_what_from_where_with_what_result(load_manager, fake
         tenant_cluster(fake_locust(), "acme"), tenant_cluster(fake_locust(), "beta"),
         security={"apiTokens": api_tokens()}, audit={"file": "audit.jsonl"},
     )  # fmt: skip
-    run_id = lm.post("/v1/tests", create_body(metadata={"password": "secret-of-the-body"}), token=TOKENS["operator", "acme"]).json["id"]
+    run_id = lm.post(
+        "/v1/tests",
+        create_body(metadata={"password": "secret-of-the-body"}),
+        token=TOKENS["operator", "acme"],
+    ).json["id"]
     created = entries(lm)[0]
     at = created.pop("at")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*Z", at)
@@ -595,7 +799,10 @@ def test_audit_tells_who_did_what_from_where_with_what_result(load_manager, fake
     lm.post(f"/v1/tests/{run_id}/stop", token=TOKENS["viewer", "acme"])
     lm.post(f"/v1/tests/{run_id}/stop", token=TOKENS["admin", "acme"])
     lm.post("/v1/tests", {"tenantId": 5, "token": "secret-of-the-body"}, token=TOKENS["admin", "acme"])
-    told = [(entry.get("who"), entry["action"], entry["status"], entry["outcome"]) for entry in reversed(entries(lm))][1:]
+    told = [
+        (entry.get("who"), entry["action"], entry["status"], entry["outcome"])
+        for entry in reversed(entries(lm))
+    ][1:]
     assert told == [
         (None, "GET /v1/tests", 401, "refused"),
         (None, "POST /session", 401, "refused"),
@@ -608,7 +815,9 @@ def test_audit_tells_who_did_what_from_where_with_what_result(load_manager, fake
     assert [entry["status"] for entry in entries(lm, f"?runId={run_id}&outcome=refused")] == [403, 404]
     assert entries(lm, "?who=nobody") == [] and len(entries(lm, "?action=/stop")) == 2
     assert {entry.get("tenantId") for entry in entries(lm, token=TOKENS["admin", "acme"])} == {"acme"}
-    assert "beta-admin" in [entry["who"] for entry in entries(lm, token=TOKENS["admin", "acme"])], "who tried one's runs is told"
+    assert "beta-admin" in [entry["who"] for entry in entries(lm, token=TOKENS["admin", "acme"])], (
+        "who tried one's runs is told"
+    )
     assert entries(lm, token=TOKENS["admin", "beta"]) == []
     lines = [json.loads(line) for line in (lm.folder / "audit.jsonl").read_text().splitlines()]
     assert lines == list(reversed(entries(lm))), "the file is not the same as the audit"

@@ -1,4 +1,5 @@
 """The wire contract over HTTP: every route, every kind of bad input, callbacks, paging, keys, queue."""
+
 from __future__ import annotations
 
 import json
@@ -8,11 +9,11 @@ import time
 import uuid
 
 import pytest
-
-import loadmanager
 from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body, read_answers
 from fake_locust import hang
 from waiting import eventually, holds_for
+
+import loadmanager
 
 BEARER = f"Host: lm\r\nAuthorization: Bearer {API_TOKEN}\r\n".encode()
 
@@ -42,7 +43,9 @@ def test_created_run_has_the_contract_s_keys_and_types(lm):
     }  # fmt: skip
     assert {name: run.get(name) for name in wanted} == wanted
     for moment in ("startedAt", "createdAt"):
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", run[moment]), f"{moment} is not RFC 3339 in UTC: {run[moment]}"
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", run[moment]), (
+            f"{moment} is not RFC 3339 in UTC: {run[moment]}"
+        )
     absent = {"finishedAt", "stopReason", "failureReason", "lastMetrics", "queuePosition"} & set(run)
     assert not absent, f"keys without a value are there: {absent}"
 
@@ -51,13 +54,20 @@ def test_swarm_form_carries_the_run_and_its_end(lm, fake):
     run = lm.create(durationSeconds=60).json
     form = fake.swarms[0].form
     assert form["run_id"] == run["id"] and form["tenant_id"] == "acme" and form["env_id"] == "dev"
-    assert (form["user_count"], form["run_time"], form["lm_stop_after"], form["lm_lease"]) == ("5", "65", "65", "")
+    assert (form["user_count"], form["run_time"], form["lm_stop_after"], form["lm_lease"]) == (
+        "5",
+        "65",
+        "65",
+        "",
+    )
 
 
 def test_running_test_shows_locust_s_own_numbers(lm):
     run = lm.create().json
     metrics = eventually(lambda: lm.run(run["id"]).get("lastMetrics"), 10)
-    assert metrics["p95ResponseMs"] == 150 and metrics["p99ResponseMs"] == 160 and metrics["p50ResponseMs"] == 33
+    assert (
+        metrics["p95ResponseMs"] == 150 and metrics["p99ResponseMs"] == 160 and metrics["p50ResponseMs"] == 33
+    )
     assert metrics["totalRps"] == 10.0, "totalRps of a running test is the current rate"
     assert metrics["requestStats"]["GET_/api/items"]["p95ResponseTime"] == 150
     assert set(metrics["requestStats"]["GET_/api/items"]) == set(loadmanager.ENDPOINT_KEYS)
@@ -69,7 +79,9 @@ def test_stop_answers_the_original_s_words_and_run_finishes(lm, fake):
     assert (answer.status, answer.json) == (200, {"success": True, "message": "Test stopped successfully"})
     assert fake.users == 0, "Locust was not stopped when the stop was answered"
     run = lm.wait_for(run["id"], "Finished")
-    assert run["stopReason"] == "user" and run["lastMetrics"]["totalRps"] == 9.28, "the final rate is the whole run's average"
+    assert run["stopReason"] == "user" and run["lastMetrics"]["totalRps"] == 9.28, (
+        "the final rate is the whole run's average"
+    )
 
 
 def test_second_stop_is_a_conflict_that_names_the_status(lm):
@@ -82,7 +94,10 @@ def test_list_is_an_array_newest_first_and_filters(lm):
     first, second = finished_run(lm), finished_run(lm, scenarioId="checkout")
     listed = lm.get("/v1/tests").json
     assert [run["id"] for run in listed] == [second["id"], first["id"]]
-    assert [run["id"] for run in lm.get("/v1/tests?tenantId=acme&envId=dev&status=Finished").json] == [second["id"], first["id"]]
+    assert [run["id"] for run in lm.get("/v1/tests?tenantId=acme&envId=dev&status=Finished").json] == [
+        second["id"],
+        first["id"],
+    ]
     assert lm.get("/v1/tests?status=Running").json == [] == lm.get("/v1/tests?tenantId=other").json
 
 
@@ -133,7 +148,12 @@ def test_history_is_downsampled_to_max_points_and_keeps_extremes(lm):
 def test_clusters_tell_what_they_are_doing(lm):
     run = lm.create().json
     (cluster,) = lm.get("/v1/clusters").json
-    assert cluster["activeRunId"] == run["id"] and cluster["state"] == "running" and len(cluster["workers"]) == 2 and cluster["hooks"] is True
+    assert (
+        cluster["activeRunId"] == run["id"]
+        and cluster["state"] == "running"
+        and len(cluster["workers"]) == 2
+        and cluster["hooks"] is True
+    )
 
 
 # ---- exclusive clusters, queue, keys ---------------------------------------
@@ -142,7 +162,11 @@ def test_clusters_tell_what_they_are_doing(lm):
 def test_busy_cluster_is_a_conflict_that_names_the_active_run(lm):
     run = lm.create().json
     answer = lm.create()
-    assert answer.status == 409 and answer.json["activeRunId"] == run["id"] and answer.json["error"] == "cluster busy"
+    assert (
+        answer.status == 409
+        and answer.json["activeRunId"] == run["id"]
+        and answer.json["error"] == "cluster busy"
+    )
 
 
 def test_eight_creates_at_once_make_one_swarm(lm, fake):
@@ -158,7 +182,10 @@ def test_eight_creates_at_once_make_one_swarm(lm, fake):
 def test_ten_stops_at_once_stop_once(lm, fake):
     run_id = lm.create().json["id"]
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(lm.post(f"/v1/tests/{run_id}/stop").status)) for _ in range(10)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(lm.post(f"/v1/tests/{run_id}/stop").status))
+        for _ in range(10)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,7 +202,11 @@ def test_first_free_of_several_clusters_takes_the_run(load_manager, fake_locust)
 def test_queued_runs_start_in_order(lm):
     running = lm.create().json["id"]
     waiting = [lm.create(queue=True).json for _ in range(3)]
-    assert [(run["status"], run["queuePosition"]) for run in waiting] == [("Pending", 1), ("Pending", 2), ("Pending", 3)]
+    assert [(run["status"], run["queuePosition"]) for run in waiting] == [
+        ("Pending", 1),
+        ("Pending", 2),
+        ("Pending", 3),
+    ]
     lm.post(f"/v1/tests/{waiting[1]['id']}/stop")
     assert lm.run(waiting[1]["id"])["status"] == "Failed" and lm.run(waiting[2]["id"])["queuePosition"] == 2
     for run_id in (running, waiting[0]["id"]):
@@ -201,14 +232,20 @@ def test_same_idempotency_key_answers_the_same_run_also_after_a_restart(lm, fake
     lm.kill9()
     lm.restart()
     again = lm.post("/v1/tests", create_body(), headers=key)
-    assert again.status == 201 and again.json["id"] == first.json["id"] and again.headers["idempotent-replayed"] == "true"
+    assert (
+        again.status == 201
+        and again.json["id"] == first.json["id"]
+        and again.headers["idempotent-replayed"] == "true"
+    )
     assert "idempotent-replayed" not in first.headers and len(fake.swarms) == 1
     assert lm.post("/v1/tests", create_body(targetUsers=6), headers=key).status == 422
 
 
 def test_same_idempotency_key_at_once_makes_one_run(lm, fake):
     ids = []
-    send = lambda: ids.append(lm.post("/v1/tests", create_body(), headers={"Idempotency-Key": "k"}).json["id"])  # noqa: E731
+    send = lambda: ids.append(
+        lm.post("/v1/tests", create_body(), headers={"Idempotency-Key": "k"}).json["id"]
+    )  # noqa: E731
     threads = [threading.Thread(target=send) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -278,7 +315,9 @@ def lm_shared(tmp_path_factory):
     """One Load Manager for requests that must change nothing; its cluster refuses connections."""
     from conftest import LoadManager, base_config
 
-    manager = LoadManager(tmp_path_factory.mktemp("shared"), base_config(cluster_config("http://127.0.0.1:1")))
+    manager = LoadManager(
+        tmp_path_factory.mktemp("shared"), base_config(cluster_config("http://127.0.0.1:1"))
+    )
     manager.start()
     yield manager
     assert manager.get("/health", token=None).status == 200, "Load Manager did not survive its bad requests"
@@ -289,10 +328,24 @@ def lm_shared(tmp_path_factory):
 def test_unknown_tenant_and_environment_are_named(lm_shared):
     assert lm_shared.create(tenantId="nobody").json["fields"].keys() == {"tenantId"}
     answer = lm_shared.create(envId="nowhere")
-    assert answer.status == 400 and "dev" in answer.json["fields"]["envId"], "the message names the environments there are"
+    assert answer.status == 400 and "dev" in answer.json["fields"]["envId"], (
+        "the message names the environments there are"
+    )
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=1e3", "status=running", "cursor=zzz", "tenantID=a", "limit=2&limit=3", "tenantId=%ff"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=x",
+        "limit=1e3",
+        "status=running",
+        "cursor=zzz",
+        "tenantID=a",
+        "limit=2&limit=3",
+        "tenantId=%ff",
+    ],
+)
 def test_bad_query_is_refused_by_name(lm_shared, query):
     answer = lm_shared.get(f"/v1/tests?{query}")
     named = "UTF-8" if "%" in query else query.split("=")[0]
@@ -306,15 +359,37 @@ def test_body_that_is_not_json_by_its_type_is_415(lm_shared):
 # ---- the protocol ----------------------------------------------------------
 
 RAW = {
-    "100 MB announced": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 100000000\r\n\r\nabc", 413),
-    "oversize with Expect": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Expect: 100-continue\r\nContent-Length: 100000000\r\n\r\n", 413),
-    "Expect without a token": (b"POST /v1/tests HTTP/1.1\r\nHost: lm\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n", 401),
+    "100 MB announced": (
+        b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 100000000\r\n\r\nabc",
+        413,
+    ),
+    "oversize with Expect": (
+        b"POST /v1/tests HTTP/1.1\r\n"
+        + BEARER
+        + b"Expect: 100-continue\r\nContent-Length: 100000000\r\n\r\n",
+        413,
+    ),
+    "Expect without a token": (
+        b"POST /v1/tests HTTP/1.1\r\nHost: lm\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n",
+        401,
+    ),
     "negative length": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: -1\r\n\r\n", 400),
     "length +5": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: +5\r\n\r\n", 400),
     "length 1_0": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 1_0\r\n\r\n", 400),
-    "two lengths": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
-    "chunked": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 501),
-    "chunked with length": (b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+    "two lengths": (
+        b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        400,
+    ),
+    "chunked": (
+        b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        501,
+    ),
+    "chunked with length": (
+        b"POST /v1/tests HTTP/1.1\r\n"
+        + BEARER
+        + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+        400,
+    ),
     "TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     "HTTP/0.9": (b"GET /\r\n", 400),
     "HTTP/9.9": (b"GET /health HTTP/9.9\r\nHost: lm\r\n\r\n", 505),
@@ -341,14 +416,21 @@ def test_malformed_request_gets_one_json_error_and_is_closed(lm_shared, name):
 
 def test_body_behind_a_refused_request_is_never_a_request(lm_shared):
     inner = b"GET /health HTTP/1.1\r\nHost: lm\r\n\r\n"
-    received = lm_shared.raw(b"POST /v1/tests HTTP/1.1\r\nHost: lm\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner, until_closed=True)
+    received = lm_shared.raw(
+        b"POST /v1/tests HTTP/1.1\r\nHost: lm\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner,
+        until_closed=True,
+    )
     assert received.startswith(b"HTTP/1.1 401 ") and b"healthy" not in received
 
 
 def test_pipelined_requests_are_answered_in_order(lm_shared):
     with lm_shared.connect() as sock:
         sock.sendall(
-            b"GET /health HTTP/1.1\r\nHost: lm\r\n\r\n" + b"GET /v1/tests HTTP/1.1\r\n" + BEARER + b"\r\n" + b"GET /nothing HTTP/1.1\r\nHost: lm\r\n\r\n"
+            b"GET /health HTTP/1.1\r\nHost: lm\r\n\r\n"
+            + b"GET /v1/tests HTTP/1.1\r\n"
+            + BEARER
+            + b"\r\n"
+            + b"GET /nothing HTTP/1.1\r\nHost: lm\r\n\r\n"
         )
         received = read_answers(sock, 3)
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"200", b"404"]
@@ -356,7 +438,9 @@ def test_pipelined_requests_are_answered_in_order(lm_shared):
 
 def test_continue_is_sent_before_a_body_that_will_be_read(lm_shared):
     with lm_shared.connect() as sock:
-        sock.sendall(b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        sock.sendall(
+            b"POST /v1/tests HTTP/1.1\r\n" + BEARER + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+        )
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"{}")
         assert read_answers(sock).startswith(b"HTTP/1.1 400 ")
@@ -367,8 +451,12 @@ def test_continue_is_sent_before_a_body_that_will_be_read(lm_shared):
     ("TRACE", "/health", 405, "GET, HEAD, OPTIONS"), ("get", "/health", 405, "GET, HEAD, OPTIONS"), ("OPTIONS", "/v1/tests", 204, "GET, HEAD, OPTIONS, POST"),
 ])  # fmt: skip
 def test_other_methods_name_the_allowed_ones(lm_shared, method, path, status, allow):
-    received = lm_shared.raw(f"{method} {path} HTTP/1.1\r\nHost: lm\r\nConnection: close\r\n\r\n".encode(), until_closed=True)
-    assert received.startswith(b"HTTP/1.1 %d " % status) and f"\r\nAllow: {allow}\r\n".encode() in received, received
+    received = lm_shared.raw(
+        f"{method} {path} HTTP/1.1\r\nHost: lm\r\nConnection: close\r\n\r\n".encode(), until_closed=True
+    )
+    assert received.startswith(b"HTTP/1.1 %d " % status) and f"\r\nAllow: {allow}\r\n".encode() in received, (
+        received
+    )
 
 
 def test_head_has_the_length_and_no_body(lm_shared):
@@ -376,7 +464,18 @@ def test_head_has_the_length_and_no_body(lm_shared):
     assert (answer.status, answer.headers["content-length"], answer.body) == (200, "2", b"")
 
 
-@pytest.mark.parametrize("path", ["/v1/tests/../../etc/passwd", "/v1/tests/%2e%2e", "/v1/tests/%00", "//v1/tests", "/v1/tests/a%2fb", "/v1/tests/%ff", "/v2/tests"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/tests/../../etc/passwd",
+        "/v1/tests/%2e%2e",
+        "/v1/tests/%00",
+        "//v1/tests",
+        "/v1/tests/a%2fb",
+        "/v1/tests/%ff",
+        "/v2/tests",
+    ],
+)
 def test_odd_paths_are_404(lm_shared, path):
     assert lm_shared.get(path).status == 404
 
@@ -400,12 +499,28 @@ def test_health_answers_beside_slow_senders_and_idle_connections(lm_shared):
 # ---- credentials -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", f"Bearer {API_TOKEN[:-1]}", f"Bearer {API_TOKEN}x", f"Bearer {API_TOKEN.upper()}", f"Basic {API_TOKEN}", "Bearer t\xf6k"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        f"Bearer {API_TOKEN[:-1]}",
+        f"Bearer {API_TOKEN}x",
+        f"Bearer {API_TOKEN.upper()}",
+        f"Basic {API_TOKEN}",
+        "Bearer t\xf6k",
+    ],
+)
 def test_wrong_credentials_are_401(load_manager, header):
     lm = load_manager()
     headers = {} if header is None else {"Authorization": header}
     answer = lm.request("GET", "/v1/tests", headers=headers, token=None)
-    assert answer.status == 401 and answer.headers["www-authenticate"].startswith("Bearer") and answer.json["error"] == "unauthorized"
+    assert (
+        answer.status == 401
+        and answer.headers["www-authenticate"].startswith("Bearer")
+        and answer.json["error"] == "unauthorized"
+    )
 
 
 def test_every_route_but_health_refuses_without_a_token(load_manager):
@@ -413,7 +528,9 @@ def test_every_route_but_health_refuses_without_a_token(load_manager):
     for route in loadmanager.ROUTES:
         if route.access != "anyone":
             answer = lm.request(route.method, route.path.replace("{id}", "x"), token=None)
-            assert answer.status in (401, 429), f"{route.method} {route.path} answered {answer.status} without a token"
+            assert answer.status in (401, 429), (
+                f"{route.method} {route.path} answered {answer.status} without a token"
+            )
 
 
 def test_many_wrong_tokens_are_slowed_and_the_right_one_is_served(load_manager):
@@ -482,9 +599,16 @@ def test_test_stop_with_complete_numbers_finishes_the_run_with_them(lm):
 
 def test_test_stop_of_the_original_s_hooks_finishes_and_stops_what_still_runs(lm, fake):
     run_id = lm.create().json["id"]
-    assert lm.callback("test-stop", {"runId": run_id, "finalMetrics": {**METRICS, "totalRequests": 10**6}}).status == 200
+    assert (
+        lm.callback(
+            "test-stop", {"runId": run_id, "finalMetrics": {**METRICS, "totalRequests": 10**6}}
+        ).status
+        == 200
+    )
     run = lm.wait_for(run_id, "Finished")
-    assert run["lastMetrics"]["totalRequests"] == 10**6, "Locust's report had fewer requests, yet replaced the numbers"
+    assert run["lastMetrics"]["totalRequests"] == 10**6, (
+        "Locust's report had fewer requests, yet replaced the numbers"
+    )
     assert fake.users == 0, "the load went on without a run"
 
 
@@ -492,7 +616,9 @@ def test_final_run_never_changes_whatever_is_called_back(lm):
     run_id = finished_run(lm)["id"]
     before = lm.get(f"/v1/tests/{run_id}").body
     for name in ("test-start", "test-stop", "metrics"):
-        answer = lm.callback(name, {"runId": run_id, "metrics": METRICS, "finalMetrics": METRICS, "complete": True})
+        answer = lm.callback(
+            name, {"runId": run_id, "metrics": METRICS, "finalMetrics": METRICS, "complete": True}
+        )
         assert (answer.status, answer.json) == (200, {"success": True}), f"late {name}"
     assert lm.get(f"/v1/tests/{run_id}").body == before
 
@@ -526,15 +652,24 @@ def test_external_test_registers_once_and_is_stopped_like_any_other(lm, fake):
     body = {"tenantId": "acme", "envId": "dev", "targetUsers": 4, "spawnRate": 2}
     first = lm.callback("register-external", body)
     assert first.status == 200 and set(first.json) == {"runId", "message"}
-    assert lm.callback("register-external", body).json["runId"] == first.json["runId"], "a second active run on one cluster"
+    assert lm.callback("register-external", body).json["runId"] == first.json["runId"], (
+        "a second active run on one cluster"
+    )
     run = lm.run(first.json["runId"])
-    assert (run["status"], run["source"], run["scenarioId"], run["targetUsers"]) == ("Running", "ui", "ui-started-test", 4)
+    assert (run["status"], run["source"], run["scenarioId"], run["targetUsers"]) == (
+        "Running",
+        "ui",
+        "ui-started-test",
+        4,
+    )
     fake.run_id = run["id"]
     assert lm.post(f"/v1/tests/{run['id']}/stop").status == 200 and fake.users == 0
 
 
 def test_external_test_of_an_unknown_tenant_is_400(lm):
-    assert lm.callback("register-external", {"tenantId": "nobody", "envId": "dev"}).json["fields"].keys() == {"tenantId"}
+    assert lm.callback("register-external", {"tenantId": "nobody", "envId": "dev"}).json["fields"].keys() == {
+        "tenantId"
+    }
 
 
 def test_stop_callback_that_beats_the_create_s_answer_is_not_undone(lm, fake):
@@ -543,7 +678,10 @@ def test_stop_callback_that_beats_the_create_s_answer_is_not_undone(lm, fake):
     def quick_test(handler):
         run_id = handler.fake.calls[-1].form["run_id"]
         assert lm.callback("test-start", {"runId": run_id}).status == 200
-        assert lm.callback("test-stop", {"runId": run_id, "finalMetrics": METRICS, "complete": True}).status == 200
+        assert (
+            lm.callback("test-stop", {"runId": run_id, "finalMetrics": METRICS, "complete": True}).status
+            == 200
+        )
         handler.send_json({"success": True, "message": "Swarming started"})
 
     fake.faults["/swarm"] = quick_test
@@ -554,7 +692,11 @@ def test_stop_callback_that_beats_the_create_s_answer_is_not_undone(lm, fake):
 
 def test_hanging_cluster_delays_no_other_s_numbers(load_manager, fake_locust):
     well, ill = fake_locust(), fake_locust()
-    lm = load_manager(cluster_config(well.url, "well"), cluster_config(ill.url, "ill", envId="ill"), orchestrator={"lostAfterSeconds": 60})
+    lm = load_manager(
+        cluster_config(well.url, "well"),
+        cluster_config(ill.url, "ill", envId="ill"),
+        orchestrator={"lostAfterSeconds": 60},
+    )
     run_id = lm.create().json["id"]
     assert lm.create(envId="ill").status == 201
     ill.faults["*"] = hang

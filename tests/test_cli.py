@@ -1,4 +1,5 @@
 """The command line: the real program, asked by the real program, in pipes and in a real pseudo-terminal."""
+
 from __future__ import annotations
 
 import json
@@ -16,16 +17,16 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
-
-import loadmanager
 from conftest import API_TOKEN, ROOT, LoadManager, base_config, cluster_config
 from locust_process import LocustCluster, find_free_port
 from stand_in_api import RUN_ID, StandInApi, run_document
 from target import Target
 from waiting import eventually
 
+import loadmanager
+
 PROGRAM = str(ROOT / "loadmanager.py")
-LOCUSTFILE = '''
+LOCUSTFILE = """
 import sys
 sys.path.insert(0, {hooks!r})
 import loadmanager_hooks
@@ -41,7 +42,7 @@ class Visitor(HttpUser):
     @task
     def odd(self):
         self.client.get("/api/items/1", name="/\\u5546\\u54c1/\\U0001f680\\x1b[31mred\\x1b]0;owned\\x07\\u202egnp")
-'''
+"""
 CREATE = ("--tenant", "acme", "--env", "dev", "--scenario", "browse \U0001f4a5 \u5b57", "-u", "5", "-r", "5")
 
 
@@ -53,7 +54,9 @@ def target():
 
 @pytest.fixture(scope="module")
 def locust(target):
-    with LocustCluster(LOCUSTFILE.format(hooks=str(ROOT / "locust")), workers=1, extra_args=["--host", target.url]) as cluster:
+    with LocustCluster(
+        LOCUSTFILE.format(hooks=str(ROOT / "locust")), workers=1, extra_args=["--host", target.url]
+    ) as cluster:
         yield cluster
 
 
@@ -83,7 +86,11 @@ def no_run_is_left(request):
     manager = request.getfixturevalue("server")
     for run in manager.get("/v1/tests?status=Pending,Running").json:
         manager.post(f"/v1/tests/{run['id']}/stop")
-    eventually(lambda: not manager.get("/v1/tests?status=Pending,Running,Stopping").json, 30, what="all runs are over")
+    eventually(
+        lambda: not manager.get("/v1/tests?status=Pending,Running,Stopping").json,
+        30,
+        what="all runs are over",
+    )
 
 
 @pytest.fixture
@@ -98,7 +105,11 @@ def heed_ctrl_c() -> None:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    known = {name: value for name, value in os.environ.items() if not name.startswith("LOADMANAGER_") and name not in ("NO_COLOR", "COLUMNS", "LINES")}
+    known = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("LOADMANAGER_") and name not in ("NO_COLOR", "COLUMNS", "LINES")
+    }
     return {**known, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **changes}
 
 
@@ -106,7 +117,13 @@ def towards(url: str, token: str = API_TOKEN) -> dict[str, str]:
     return environment(LOADMANAGER_URL=url, LOADMANAGER_TOKEN=token)
 
 
-def cli(url: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 40) -> subprocess.CompletedProcess[str]:
+def cli(
+    url: str,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 40,
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, PROGRAM, *arguments], env=env or towards(url), cwd=cwd or "/", capture_output=True, text=True, timeout=timeout_s,
         stdin=subprocess.DEVNULL,
@@ -198,7 +215,10 @@ def test_help_tells_exit_statuses_and_variables():
     [
         (["lst"], "invalid choice: 'lst'"),
         (["run"], "the following arguments are required: --tenant"),
-        (["run", *CREATE, "--users", "many"], "allowed is a whole number such as 1000, 1_000 or 1k, got 'many'"),
+        (
+            ["run", *CREATE, "--users", "many"],
+            "allowed is a whole number such as 1000, 1_000 or 1k, got 'many'",
+        ),
         (["run", *CREATE, "-u", "1.5"], "allowed is a whole number"),
         (["run", *CREATE, "-d", "5 minutes"], "allowed is a duration such as 90s, 5m or 1h30m"),
         (["run", *CREATE, "-r", "fast"], "allowed is users per second"),
@@ -206,7 +226,10 @@ def test_help_tells_exit_statuses_and_variables():
         (["run", *CREATE, "--meta", "a=1", "--meta", "a=2"], "stands twice"),
         (["run", *CREATE, "--compare-with", "tomorrow"], "invalid choice"),
         (["run", *CREATE, "--junit", "/no/such/folder/junit.xml"], "cannot be written"),
-        (["run", *CREATE, "--detach", "--summary", "summary.md"], "give --junit, --summary and --require-trusted to `wait`"),
+        (
+            ["run", *CREATE, "--detach", "--summary", "summary.md"],
+            "give --junit, --summary and --require-trusted to `wait`",
+        ),
         (["run", *CREATE, "--idempotency-key", "two\nlines"], "1 to 255 printable ASCII characters"),
         (["list", "--search", "\udcff"], "not UTF-8 text"),
         (["show", "\udcff" * 40], "not UTF-8 text"),
@@ -230,7 +253,9 @@ def test_wrong_usage_is_one_line_and_exit_2(arguments, words):
     assert words in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("text, seconds", [("90", 90), ("90s", 90), ("5m", 300), ("1h30m", 5400), ("2d", 172800), ("1h0m5s", 3605)])
+@pytest.mark.parametrize(
+    "text, seconds", [("90", 90), ("90s", 90), ("5m", 300), ("1h30m", 5400), ("2d", 172800), ("1h0m5s", 3605)]
+)
 def test_durations_as_people_write_them(text, seconds):
     assert loadmanager.duration_value(text) == seconds
 
@@ -241,7 +266,10 @@ def test_what_is_no_duration_is_refused(text):
         loadmanager.duration_value(text)
 
 
-@pytest.mark.parametrize("text, count", [("1000", 1000), ("1_000", 1000), ("1,000", 1000), ("1k", 1000), ("1.5k", 1500), ("2M", 2_000_000)])
+@pytest.mark.parametrize(
+    "text, count",
+    [("1000", 1000), ("1_000", 1000), ("1,000", 1000), ("1k", 1000), ("1.5k", 1500), ("2M", 2_000_000)],
+)
 def test_counts_as_people_write_them(text, count):
     assert loadmanager.count_value(text) == count
 
@@ -252,7 +280,16 @@ def test_what_is_no_count_is_refused(text):
         loadmanager.count_value(text)
 
 
-@pytest.mark.parametrize("arguments", [["-config", "c.json"], ["--config", "c.json"], ["-c", "c.json"], ["serve", "-config", "c.json"], ["-config", "c.json", "serve"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-config", "c.json"],
+        ["--config", "c.json"],
+        ["-c", "c.json"],
+        ["serve", "-config", "c.json"],
+        ["-config", "c.json", "serve"],
+    ],
+)
 def test_serving_starts_as_ever_and_a_plain_start_loads_no_parser(arguments):
     code = (
         "import sys, loadmanager; loadmanager.serve = lambda path: print(path, 'argparse' in sys.modules);"
@@ -283,13 +320,20 @@ def test_url_and_token_come_from_the_configuration_beside(server, tmp_path):
 
 
 def test_only_address_and_token_of_the_configuration_are_judged(server, tmp_path):
-    config = {**server.config, "locustClusters": [{"id": "x", "authToken": "${NOT_SET_HERE}"}], "storage": {"url": "nonsense"}}
+    config = {
+        **server.config,
+        "locustClusters": [{"id": "x", "authToken": "${NOT_SET_HERE}"}],
+        "storage": {"url": "nonsense"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli("", "list", "-config", "config.json", cwd=tmp_path, env=environment()).returncode == 0
     config["security"] = {"apiToken": "${NOT_SET_HERE}"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = cli("", "list", "-config", "config.json", cwd=tmp_path, env=environment())
-    assert done.returncode == 2 and "security.apiToken: environment variable NOT_SET_HERE is not set" in done.stderr
+    assert (
+        done.returncode == 2
+        and "security.apiToken: environment variable NOT_SET_HERE is not set" in done.stderr
+    )
 
 
 def test_token_of_a_configuration_found_by_chance_is_not_sent_to_any_address():
@@ -307,7 +351,11 @@ def test_token_file_and_its_precedence(server, tmp_path):
 
 def test_wrong_or_missing_token_is_exit_3_and_never_printed(server):
     wrong = cli("", "list", env=towards(server.url, "secret-but-wrong"))
-    assert wrong.returncode == 3 and "the token was refused" in wrong.stderr and "secret-but-wrong" not in wrong.stderr + wrong.stdout
+    assert (
+        wrong.returncode == 3
+        and "the token was refused" in wrong.stderr
+        and "secret-but-wrong" not in wrong.stderr + wrong.stdout
+    )
     none = cli("", "list", env=environment(LOADMANAGER_URL=server.url), cwd=Path("/"))
     assert none.returncode == 3
 
@@ -317,7 +365,10 @@ def test_server_that_is_down_is_exit_3_in_one_line():
     for arguments in (["list"], ["run", *CREATE], ["stop", "latest"]):
         done = cli(url, *arguments)
         assert (done.returncode, done.stdout) == (3, "")
-        assert "refused the connection: is Load Manager running there?" in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            "refused the connection: is Load Manager running there?" in done.stderr
+            and done.stderr.count("\n") == 1
+        )
 
 
 def test_something_else_at_the_address_is_exit_3(api):
@@ -370,17 +421,27 @@ def test_json_of_run_is_the_api_s_json_and_nothing_else(server):
 
 def test_json_of_each_command_is_the_api_s_json(server):
     created = cli(server.url, "run", *CREATE, "--detach", "--json")
-    assert created.returncode == 0 and json.loads(created.stdout)["status"] == "Running" and created.stderr == ""
+    assert (
+        created.returncode == 0 and json.loads(created.stdout)["status"] == "Running" and created.stderr == ""
+    )
     run_id = json.loads(created.stdout)["id"]
-    assert cli(server.url, "stop", "latest", "--json").stdout == '{"success":true,"message":"Test stopped successfully"}\n'
-    assert cli(server.url, "wait", run_id, "--json").stdout.encode() == server.get(f"/v1/tests/{run_id}").body + b"\n"
+    assert (
+        cli(server.url, "stop", "latest", "--json").stdout
+        == '{"success":true,"message":"Test stopped successfully"}\n'
+    )
+    assert (
+        cli(server.url, "wait", run_id, "--json").stdout.encode()
+        == server.get(f"/v1/tests/{run_id}").body + b"\n"
+    )
     same = {
         ("show", run_id): f"/v1/tests/{run_id}",
         ("list", "--limit", "2", "--tenant", "acme"): "/v1/tests?limit=2&tenantId=acme",
         ("metrics", run_id, "--max-points", "7"): f"/v1/tests/{run_id}/metrics?maxPoints=7",
     }
     for arguments, path in same.items():
-        assert cli(server.url, *arguments, "--json").stdout.encode() == server.get(path).body + b"\n", arguments
+        assert cli(server.url, *arguments, "--json").stdout.encode() == server.get(path).body + b"\n", (
+            arguments
+        )
     clusters = json.loads(cli(server.url, "clusters", "--json").stdout)
     assert [cluster["id"] for cluster in clusters] == ["one", "dead"]
     deleted = cli(server.url, "delete", run_id, "--json")
@@ -397,7 +458,12 @@ def test_detached_run_is_found_by_latest_and_by_the_beginning_of_its_id(server):
     listed = cli(server.url, "list", "--status", "Running")
     assert run_id[:8] in listed.stdout and "browse \U0001f4a5 \u5b57" in listed.stdout
     busy = cli(server.url, "run", *CREATE, "-d", "1s")
-    assert busy.returncode == 1 and "--queue" in busy.stderr and f"stop {run_id}" in busy.stderr and busy.stderr.count("\n") == 1
+    assert (
+        busy.returncode == 1
+        and "--queue" in busy.stderr
+        and f"stop {run_id}" in busy.stderr
+        and busy.stderr.count("\n") == 1
+    )
     stopped = cli(server.url, "stop", run_id[:8])
     assert (stopped.returncode, stopped.stdout) == (0, f"run {run_id} is stopped\n")
     server.wait_for(run_id, "Finished")
@@ -409,11 +475,20 @@ def test_rerun_follows_the_same_again(server, finished_run):
     done = cli(server.url, "rerun", finished_run["id"], "-q")
     again = newest(server)
     assert done.returncode == 0 and done.stdout == f"run {again['id']} is Finished (duration)\n"
-    assert again["id"] != finished_run["id"] and again["metadata"] == {"first": "yes"} and again["durationSeconds"] == 1
+    assert (
+        again["id"] != finished_run["id"]
+        and again["metadata"] == {"first": "yes"}
+        and again["durationSeconds"] == 1
+    )
 
 
 def test_same_idempotency_key_answers_the_same_run(server):
-    ids = [json.loads(cli(server.url, "run", *CREATE, "--idempotency-key", "job-17", "--json", "--detach").stdout)["id"] for _ in range(2)]
+    ids = [
+        json.loads(
+            cli(server.url, "run", *CREATE, "--idempotency-key", "job-17", "--json", "--detach").stdout
+        )["id"]
+        for _ in range(2)
+    ]
     assert ids[0] == ids[1]
 
 
@@ -455,7 +530,9 @@ def test_server_refuses_values_with_exit_2(server):
 
 def test_reader_that_goes_away_does_not_end_the_following(server):
     command = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} run {shlex.join(CREATE)} -d 2s --every 1s | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], env=towards(server.url), capture_output=True, text=True, timeout=40)
+    done = subprocess.run(
+        ["bash", "-c", command], env=towards(server.url), capture_output=True, text=True, timeout=40
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert newest(server)["stopReason"] == "duration"
 
@@ -503,7 +580,9 @@ def test_second_ctrl_c_leaves_at_once_and_says_what_is_still_running(server, loc
         assert time.monotonic() - began < 2
         run_id = newest(server)["id"]
         text = terminal.text().replace("\n", "")
-        assert f"left; run {run_id} is still " in text and f"stop it with: loadmanager.py stop {run_id}" in text
+        assert (
+            f"left; run {run_id} is still " in text and f"stop it with: loadmanager.py stop {run_id}" in text
+        )
         assert server.run(run_id)["status"] == "Stopping"
     finally:
         locust.master.send_signal(signal.SIGCONT)
@@ -530,7 +609,9 @@ def test_no_color_and_dumb_terminals_are_respected(api):
     dumb.wait_for("Z Running .* requests 7")
     api.has_run()
     assert plain.exit_status() == 0 and dumb.exit_status() == 0
-    assert b"\x1b[J" in plain.received and not re.search(rb"\x1b\[[0-9;]*m", plain.received), "colours in spite of NO_COLOR"
+    assert b"\x1b[J" in plain.received and not re.search(rb"\x1b\[[0-9;]*m", plain.received), (
+        "colours in spite of NO_COLOR"
+    )
     assert b"\x1b" not in dumb.received
 
 
@@ -551,7 +632,10 @@ def test_ctrl_c_while_a_run_is_starting_stops_it_once_it_has_started(api):
     starting = background(api.url, "run", *CREATE)
     eventually(lambda: api.asked)
     starting.send_signal(signal.SIGINT)
-    eventually(lambda: ("POST", f"/v1/tests/{RUN_ID}/stop") in [asked[:2] for asked in api.asked], what="the stop is asked for")
+    eventually(
+        lambda: ("POST", f"/v1/tests/{RUN_ID}/stop") in [asked[:2] for asked in api.asked],
+        what="the stop is asked for",
+    )
     api.has_run(stopReason="user")
     assert starting.wait(10) == 130
     assert "is stopped as soon as it has started" in starting.stderr.read()
@@ -578,7 +662,10 @@ def test_server_that_stays_away_is_exit_3_and_says_what_is_still_running(server)
     server.kill9()
     try:
         assert running.wait(15) == 3
-        assert f"run {run_id} is still Running; stop it with: loadmanager.py stop {run_id}" in running.stderr.read()
+        assert (
+            f"run {run_id} is still Running; stop it with: loadmanager.py stop {run_id}"
+            in running.stderr.read()
+        )
     finally:
         server.start()
 
@@ -607,10 +694,18 @@ def test_answer_of_a_create_that_is_lost_is_asked_for_again_with_the_same_key(ap
 
 def test_failed_thresholds_are_exit_99(api):
     failed = {"expr": "p95ResponseMs < 500", "value": 612.5, "result": "failed"}
-    api.has_run(verdict="failed", thresholds=[failed, {"expr": "errorRate < 1", "value": 0.0, "result": "passed"}])
+    api.has_run(
+        verdict="failed", thresholds=[failed, {"expr": "errorRate < 1", "value": 0.0, "result": "passed"}]
+    )
     done = cli(api.url, "run", *CREATE, "--threshold", "p95ResponseMs < 500", "--threshold", "errorRate < 1")
-    assert done.returncode == 99 and done.stderr == "loadmanager: thresholds failed: p95ResponseMs < 500, is 612.5\n"
-    assert "threshold failed: p95ResponseMs < 500, is 612.5" in done.stdout and "threshold passed: errorRate < 1, is 0" in done.stdout
+    assert (
+        done.returncode == 99
+        and done.stderr == "loadmanager: thresholds failed: p95ResponseMs < 500, is 612.5\n"
+    )
+    assert (
+        "threshold failed: p95ResponseMs < 500, is 612.5" in done.stdout
+        and "threshold passed: errorRate < 1, is 0" in done.stdout
+    )
     body = next(asked[3] for asked in api.asked if asked[0] == "POST")
     assert body["thresholds"] == ["p95ResponseMs < 500", "errorRate < 1"]
     assert cli(api.url, "wait", "latest").returncode == 99
@@ -646,7 +741,9 @@ def test_files_for_ci_are_written_when_the_run_is_over(api, tmp_path):
     api.answers["GET", f"/v1/tests/{RUN_ID}/summary.md"] = (200, b"# passed\n")
     done = cli(api.url, "run", *CREATE, "--junit", "junit.xml", "--summary", "summary.md", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "junit.xml").read_text() == "<testsuites/>" and (tmp_path / "summary.md").read_text() == "# passed\n"
+    assert (tmp_path / "junit.xml").read_text() == "<testsuites/>" and (
+        tmp_path / "summary.md"
+    ).read_text() == "# passed\n"
     del api.answers["GET", f"/v1/tests/{RUN_ID}/junit.xml"]
     done = cli(api.url, "wait", "latest", "--junit", "junit.xml", cwd=tmp_path)
     assert done.returncode == 2 and "the server does not offer this" in done.stderr
@@ -657,8 +754,14 @@ def test_reports_go_to_a_file_or_to_stdout(server, finished_run, api, tmp_path):
     done = cli(server.url, "report", run, "--format", "html", "-o", "report.html", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "") and "report.html written" in done.stderr
     assert (tmp_path / "report.html").read_bytes().lower().startswith(b"<!doctype html>")
-    for arguments, path in ((["report", run], "report.md"), (["report", run, "--format", "csv"], "requests.csv"), (["metrics", run, "--csv"], "metrics.csv")):
-        printed = subprocess.run([sys.executable, PROGRAM, *arguments], env=towards(server.url), capture_output=True, timeout=20).stdout
+    for arguments, path in (
+        (["report", run], "report.md"),
+        (["report", run, "--format", "csv"], "requests.csv"),
+        (["metrics", run, "--csv"], "metrics.csv"),
+    ):
+        printed = subprocess.run(
+            [sys.executable, PROGRAM, *arguments], env=towards(server.url), capture_output=True, timeout=20
+        ).stdout
         assert printed.rstrip(b"\n") == server.get(f"/v1/tests/{run}/{path}").body.rstrip(b"\n") != b""
     on_terminal = Terminal(server.url, "report", run, "--format", "html")
     assert on_terminal.exit_status() == 2 and "-o report.html" in on_terminal.text()
@@ -679,12 +782,19 @@ def test_compare_tells_regressions_and_fails_where_asked(api):
     }  # fmt: skip
     api.answers["GET", "/v1/tests/compare"] = (200, document)
     done = cli(api.url, "compare", "latest", RUN_ID)
-    assert done.returncode == 0 and "regression: GET /items: p95ResponseMs +40%" in done.stdout and "+40.0%" in done.stdout
+    assert (
+        done.returncode == 0
+        and "regression: GET /items: p95ResponseMs +40%" in done.stdout
+        and "+40.0%" in done.stdout
+    )
     assert cli(api.url, "compare", "latest", RUN_ID, "--fail-on-regression").returncode == 99
     assert json.loads(cli(api.url, "compare", "latest", RUN_ID, "--json").stdout) == document
     api.answers["GET", "/v1/tests/compare"] = (200, {**document, "regressions": []})
     assert cli(api.url, "compare", "latest", RUN_ID, "--fail-on-regression").returncode == 0
-    api.answers["GET", "/v1/tests/compare"] = (404, {"error": "not found", "message": "there is no run compare"})
+    api.answers["GET", "/v1/tests/compare"] = (
+        404,
+        {"error": "not found", "message": "there is no run compare"},
+    )
     old = cli(api.url, "compare", "latest", RUN_ID)
     assert old.returncode == 2 and "the server does not offer comparisons" in old.stderr
 
@@ -694,7 +804,15 @@ def test_compare_tells_regressions_and_fails_where_asked(api):
 
 def test_table_columns_stay_in_line_whatever_the_names():
     columns = (loadmanager.Column("NAME"), loadmanager.Column("N", right=True))
-    names = ["plain", "\u5b57" * 9, "\U0001f680\U0001f525", "e\u0301" * 4, "\u0915\u094d\u0937", "\x1b[31mred", "long" * 40]
+    names = [
+        "plain",
+        "\u5b57" * 9,
+        "\U0001f680\U0001f525",
+        "e\u0301" * 4,
+        "\u0915\u094d\u0937",
+        "\x1b[31mred",
+        "long" * 40,
+    ]
     for width in (None, 60, 24, 8):
         lines = loadmanager.table(columns, [[loadmanager.printable(name), "1"] for name in names], width)
         assert len({loadmanager.columns_of(line) for line in lines[1:]}) == 1, lines
@@ -703,8 +821,17 @@ def test_table_columns_stay_in_line_whatever_the_names():
 
 
 def test_few_failures_are_not_shown_as_none():
-    assert [loadmanager.percent_text(value) for value in (None, 0.0, 0.0025, 0.5, 100.0)] == ["-%", "0.00%", "<0.01%", "0.50%", "100.00%"]
-    assert loadmanager.threshold_words({"expr": "errorRate < 0.001", "value": 0.0025}) == "errorRate < 0.001, is 0.0025"
+    assert [loadmanager.percent_text(value) for value in (None, 0.0, 0.0025, 0.5, 100.0)] == [
+        "-%",
+        "0.00%",
+        "<0.01%",
+        "0.50%",
+        "100.00%",
+    ]
+    assert (
+        loadmanager.threshold_words({"expr": "errorRate < 0.001", "value": 0.0025})
+        == "errorRate < 0.001, is 0.0025"
+    )
 
 
 def test_clipped_colour_is_closed_and_combining_marks_are_bounded():
@@ -714,11 +841,16 @@ def test_clipped_colour_is_closed_and_combining_marks_are_bounded():
 
 def test_control_characters_of_json_are_escaped_on_a_terminal_only(api):
     hostile = "a\x9b31mb\x7f\u202ec"
-    api.answers["GET", "/v1/tests"] = (200, json.dumps([run_document(scenarioId=hostile)], ensure_ascii=False).encode())
+    api.answers["GET", "/v1/tests"] = (
+        200,
+        json.dumps([run_document(scenarioId=hostile)], ensure_ascii=False).encode(),
+    )
     assert hostile in cli(api.url, "list", "--json").stdout
     terminal = Terminal(api.url, "list", "--json", columns=200)
     assert terminal.exit_status() == 0
-    assert "\x9b" not in terminal.received.decode() and json.loads(terminal.received)[0]["scenarioId"] == hostile
+    assert (
+        "\x9b" not in terminal.received.decode() and json.loads(terminal.received)[0]["scenarioId"] == hostile
+    )
 
 
 def test_terminal_without_unicode_still_gets_everything(api):
@@ -734,7 +866,13 @@ def bash_offers(tmp_path: Path, *words: str) -> list[str]:
     """What a real bash offers for the last of the words."""
     (tmp_path / "completion").write_text(cli("", "completion", "bash").stdout)
     script = 'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _loadmanager 2>/dev/null; printf "%s\\n" "${COMPREPLY[@]}"'
-    done = subprocess.run(["bash", "--norc", "-euc", script, "bash", *words], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["bash", "--norc", "-euc", script, "bash", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -753,7 +891,14 @@ def test_bash_completes_commands_options_and_values(tmp_path):
 @pytest.mark.parametrize("shell, start", [("bash", ["--norc", "--noprofile", "-i"]), ("zsh", ["-f", "-i"])])
 def test_tab_completes_in_a_real_shell(shell, start, tmp_path):
     (tmp_path / "completion").write_text(cli("", "completion", shell).stdout)
-    child = pexpect.spawn(shell, start, cwd=str(tmp_path), env={**environment(), "PS1": "$ ", "HOME": str(tmp_path)}, timeout=15, encoding="utf-8")
+    child = pexpect.spawn(
+        shell,
+        start,
+        cwd=str(tmp_path),
+        env={**environment(), "PS1": "$ ", "HOME": str(tmp_path)},
+        timeout=15,
+        encoding="utf-8",
+    )
     if shell == "zsh":
         child.sendline("PS1='$ '; autoload -Uz compinit; compinit -u -d dump")
     child.sendline("source ./completion; echo rea''dy")

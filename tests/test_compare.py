@@ -1,4 +1,5 @@
 """Two runs compared: pure, over HTTP, and with real Locust against the same and a slower target."""
+
 from __future__ import annotations
 
 import random
@@ -6,13 +7,13 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
-
-import loadmanager
 from conftest import CALLBACK_TOKEN, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from test_lifecycle import RULES
 from waiting import eventually
+
+import loadmanager
 
 LOCUSTFILE = """
 import loadmanager_hooks
@@ -57,13 +58,21 @@ def a_run(run_id="a", p95=200.0, errors=0, requests=2000, rps=100.0, endpoints=N
 
 def regressed(before, after, tolerance=None):
     wanted = loadmanager.TOLERANCES.accept(tolerance) if tolerance else None
-    return {(one["endpoint"], one["metric"]) for one in loadmanager.compare_runs(before, after, wanted)["regressions"]}
+    return {
+        (one["endpoint"], one["metric"])
+        for one in loadmanager.compare_runs(before, after, wanted)["regressions"]
+    }
 
 
 def test_the_same_numbers_are_no_regression():
     found = loadmanager.compare_runs(a_run("a"), a_run("b"))
     assert (found["regressions"], found["differences"], found["warnings"]) == ([], [], [])
-    assert found["totals"]["p95ResponseMs"] == {"baseline": 200.0, "candidate": 200.0, "change": 0.0, "changePercent": 0.0}
+    assert found["totals"]["p95ResponseMs"] == {
+        "baseline": 200.0,
+        "candidate": 200.0,
+        "change": 0.0,
+        "changePercent": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -94,25 +103,46 @@ def test_few_errors_by_chance_are_none():
 
 
 def test_endpoints_with_few_requests_are_not_judged_and_it_is_said():
-    found = loadmanager.compare_runs(a_run(endpoints={"/a": (50, 0, 100.0)}), a_run(endpoints={"/a": (50, 0, 900.0)}))
+    found = loadmanager.compare_runs(
+        a_run(endpoints={"/a": (50, 0, 100.0)}), a_run(endpoints={"/a": (50, 0, 900.0)})
+    )
     assert found["regressions"] == []
     assert "GET /a: p95ResponseMs not judged: 50 requests, 100 are needed" in found["warnings"]
 
 
 def test_new_and_gone_endpoints_are_named():
-    found = loadmanager.compare_runs(a_run(endpoints={"/old": (500, 0, 1.0)}), a_run(endpoints={"/new": (500, 0, 1.0)}))
+    found = loadmanager.compare_runs(
+        a_run(endpoints={"/old": (500, 0, 1.0)}), a_run(endpoints={"/new": (500, 0, 1.0)})
+    )
     assert [(one["name"], one["state"]) for one in found["endpoints"]] == [("/new", "new"), ("/old", "gone")]
 
 
 def test_what_makes_a_comparison_unfair_is_said():
-    other = a_run("b", targetUsers=9, scenarioId="x", finishedAt="2026-01-01T00:02:00.000Z", trustReasons=["a worker was lost"])
+    other = a_run(
+        "b",
+        targetUsers=9,
+        scenarioId="x",
+        finishedAt="2026-01-01T00:02:00.000Z",
+        trustReasons=["a worker was lost"],
+    )
     found = loadmanager.compare_runs(a_run("a", locustfileSha256="1"), {**other, "locustfileSha256": "2"})
     for word in ("scenario", "users", "duration", "locustfile"):
         assert any(sentence.startswith(word) for sentence in found["differences"]), word
     assert found["warnings"] == ["the candidate's numbers are doubtful: a worker was lost"]
 
 
-@pytest.mark.parametrize("text", ["p95ResponseMs", "p95ResponseMs:x", "p95ResponseMs:-1", "nope:1", "p95ResponseMs:1,p95ResponseMs:2", ",", "p95ResponseMs:1%%"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p95ResponseMs",
+        "p95ResponseMs:x",
+        "p95ResponseMs:-1",
+        "nope:1",
+        "p95ResponseMs:1,p95ResponseMs:2",
+        ",",
+        "p95ResponseMs:1%%",
+    ],
+)
 def test_a_wrong_tolerance_is_refused(text):
     with pytest.raises(ValueError):
         loadmanager.TOLERANCES.accept(text)
@@ -120,11 +150,27 @@ def test_a_wrong_tolerance_is_refused(text):
 
 @pytest.mark.parametrize("name", ["plain", 'a<b>&"c"', "]]> <!-- x", "emoji \U0001f600"])
 def test_junit_is_xml_whatever_the_names_are(name):
-    thresholds = [{"expr": f"{name}: p95ResponseMs < 5", "value": None, "result": "failed", "message": "no data: \x00 \ufffe"}]
-    run = a_run(scenarioId=name, createdAt="2026-01-01T00:00:00.000Z", thresholds=thresholds, verdict="failed", trust="ok")
+    thresholds = [
+        {
+            "expr": f"{name}: p95ResponseMs < 5",
+            "value": None,
+            "result": "failed",
+            "message": "no data: \x00 \ufffe",
+        }
+    ]
+    run = a_run(
+        scenarioId=name,
+        createdAt="2026-01-01T00:00:00.000Z",
+        thresholds=thresholds,
+        verdict="failed",
+        trust="ok",
+    )
     suite = ElementTree.fromstring(loadmanager.junit_xml(run)).find("testsuite")
     assert suite.attrib["failures"] == "1"
-    assert [case.attrib["name"] for case in suite.iter("testcase")] == ["the run finished", f"{name}: p95ResponseMs < 5"]
+    assert [case.attrib["name"] for case in suite.iter("testcase")] == [
+        "the run finished",
+        f"{name}: p95ResponseMs < 5",
+    ]
 
 
 def stretches(shifts, seed, requests=200):
@@ -133,13 +179,22 @@ def stretches(shifts, seed, requests=200):
     parts = []
     for shift in shifts:
         times = Counter(max(1, int(round(draw.gauss(100 + shift, 15), -1))) for _ in range(requests))
-        parts.append(loadmanager.Histogram(requests, 0, float(sum(ms * n for ms, n in times.items())), dict(times)))
+        parts.append(
+            loadmanager.Histogram(requests, 0, float(sum(ms * n for ms, n in times.items())), dict(times))
+        )
     return parts
 
 
 def alarms(shifts_before, shifts_after, ratio, times=100):
     """In how many of so many pairs of runs the second is said to be slower."""
-    p_values = [loadmanager.quantile_test(stretches(shifts_before(2 * seed), 2 * seed), stretches(shifts_after(2 * seed + 1), 2 * seed + 1), ratio) for seed in range(times)]
+    p_values = [
+        loadmanager.quantile_test(
+            stretches(shifts_before(2 * seed), 2 * seed),
+            stretches(shifts_after(2 * seed + 1), 2 * seed + 1),
+            ratio,
+        )
+        for seed in range(times)
+    ]
     return sum(p_value is not None and p_value <= loadmanager.NOISE_P_VALUE for p_value in p_values)
 
 
@@ -163,11 +218,21 @@ def test_a_change_within_the_noise_is_told_and_is_no_regression():
     quiet = at([0] * 20, 1), at([0] * 20, 2)
     found = loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, quiet)
     assert found["regressions"] == [] and found["noiseJudged"] is True
-    assert [sentence.partition(";")[0] for sentence in found["noise"]] == [f"{where}: p95ResponseMs went from 200 to 260 (+30.0%)" for where in ("totals", "GET /a")]
+    assert [sentence.partition(";")[0] for sentence in found["noise"]] == [
+        f"{where}: p95ResponseMs went from 200 to 260 (+30.0%)" for where in ("totals", "GET /a")
+    ]
     assert found["totals"]["p95ResponseMs"]["pValue"] > loadmanager.NOISE_P_VALUE
-    slower = loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, (at([0] * 20, 1), at([60] * 20, 2)))
-    assert {(one["endpoint"], one["metric"]) for one in slower["regressions"]} == {(None, "p95ResponseMs"), ("GET /a", "p95ResponseMs")}
-    assert loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, (None, quiet[1]))["noiseJudged"] is False
+    slower = loadmanager.compare_runs(
+        a_run("a"), a_run("b", p95=260.0), None, (at([0] * 20, 1), at([60] * 20, 2))
+    )
+    assert {(one["endpoint"], one["metric"]) for one in slower["regressions"]} == {
+        (None, "p95ResponseMs"),
+        ("GET /a", "p95ResponseMs"),
+    }
+    assert (
+        loadmanager.compare_runs(a_run("a"), a_run("b", p95=260.0), None, (None, quiet[1]))["noiseJudged"]
+        is False
+    )
 
 
 # ---- real Locust -------------------------------------------------------------
@@ -183,10 +248,18 @@ def target():
 def lm(load_manager, target, tmp_path):
     locustfile = tmp_path / "locustfile.py"
     locustfile.write_text(LOCUSTFILE)
-    (tmp_path / "loadmanager_hooks.py").write_text((loadmanager_folder() / "locust" / "loadmanager_hooks.py").read_text())
+    (tmp_path / "loadmanager_hooks.py").write_text(
+        (loadmanager_folder() / "locust" / "loadmanager_hooks.py").read_text()
+    )
     port = find_free_port()
     lm = load_manager(cluster_config(f"http://127.0.0.1:{port}"), orchestrator=RULES)
-    environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev", "METRICS_PUSH_INTERVAL": "1"}
+    environment = {
+        "CONTROL_PLANE_URL": lm.url,
+        "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN,
+        "TENANT_ID": "acme",
+        "ENV_ID": "dev",
+        "METRICS_PUSH_INTERVAL": "1",
+    }
     hosts = ["--host", target.url]
     locust = LocustCluster(locustfile, 1, environment, hosts, worker_args=hosts, web_port=port).start()
     yield lm
@@ -200,7 +273,15 @@ def loadmanager_folder():
 
 
 def finished(lm, **more):
-    body = {"tenantId": "acme", "envId": "dev", "scenarioId": "shop", "targetUsers": 3, "spawnRate": 3, "durationSeconds": 6, **more}
+    body = {
+        "tenantId": "acme",
+        "envId": "dev",
+        "scenarioId": "shop",
+        "targetUsers": 3,
+        "spawnRate": 3,
+        "durationSeconds": 6,
+        **more,
+    }
     created = lm.post("/v1/tests", body)
     assert created.status == 201, created.body
     return eventually(lambda: final(lm, created.json["id"]), 40, what="the run is final")
@@ -229,14 +310,21 @@ def test_same_target_no_regression_and_a_slower_endpoint_is_found(lm, target):
     target.slow_s = 0.3
     slower = finished(lm, compareWith="baseline")
     assert slower["verdict"] == "failed" and slower["comparison"]["baseline"] == first["id"]
-    generous = ",".join(f"{metric}:400%" for metric in ("avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs"))
-    answer = lm.get(f"/v1/tests/compare?baseline={first['id']}&candidate={slower['id']}&tolerance={generous}").json
+    generous = ",".join(
+        f"{metric}:400%" for metric in ("avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")
+    )
+    answer = lm.get(
+        f"/v1/tests/compare?baseline={first['id']}&candidate={slower['id']}&tolerance={generous}"
+    ).json
     assert answer["noiseJudged"], "the hooks carried the histograms of both runs"
     worse = {one["endpoint"] for one in answer["regressions"] if one["endpoint"]}
     assert worse == {"GET /api/slow"}, answer["regressions"]
 
     case = ElementTree.fromstring(lm.get(f"/v1/tests/{slower['id']}/junit.xml").body).find(".//testcase[2]")
-    assert case.attrib["name"] == f"no regression against baseline {first['id']}" and case.find("failure") is not None
+    assert (
+        case.attrib["name"] == f"no regression against baseline {first['id']}"
+        and case.find("failure") is not None
+    )
     assert lm.get(f"/v1/tests/{slower['id']}/summary.md").body.startswith(b"## Load test shop: failed")
     points = lm.get("/v1/trends?tenantId=acme&envId=dev&scenarioId=shop&metric=p95ResponseMs").json["points"]
     assert [point["runId"] for point in points] == [first["id"], *(run["id"] for run in same), slower["id"]]
@@ -251,7 +339,10 @@ def test_same_target_no_regression_and_a_slower_endpoint_is_found(lm, target):
 
 def test_only_a_finished_run_of_the_place_becomes_a_baseline(load_manager):
     lm = load_manager(cluster_config(f"http://127.0.0.1:{find_free_port()}"), orchestrator=RULES)
-    refused = lm.post("/v1/tests", {"tenantId": "acme", "envId": "dev", "scenarioId": "shop", "targetUsers": 1, "spawnRate": 1})
+    refused = lm.post(
+        "/v1/tests",
+        {"tenantId": "acme", "envId": "dev", "scenarioId": "shop", "targetUsers": 1, "spawnRate": 1},
+    )
     failed_id = refused.json["runId"]
     assert lm.request("PUT", PLACE, {"runId": failed_id}).status == 409
     assert lm.request("PUT", "/v1/baselines/acme/dev/other", {"runId": failed_id}).status == 400

@@ -1,4 +1,5 @@
 """The dashboard in a real Chromium, against the real program and a real Locust. Screenshots: tests/output/."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +7,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import loadmanager
 import pytest
 from chromium import SCREENSHOTS, Chromium
 from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body
@@ -19,8 +19,13 @@ from selenium.webdriver.common.keys import Keys
 from target import Target
 from waiting import eventually
 
+import loadmanager
+
 EIGHT_HOURS_S = 8 * 3600
-NOBODY, NOBODY_ELSE = (ODD_NAMES[3][:200], ODD_NAMES[1]), ("tenant-2", "dev")  # tenant and environment of clusters where nothing answers
+NOBODY, NOBODY_ELSE = (
+    (ODD_NAMES[3][:200], ODD_NAMES[1]),
+    ("tenant-2", "dev"),
+)  # tenant and environment of clusters where nothing answers
 LOCUSTFILE = """
 import sys
 sys.path.insert(0, %r)
@@ -62,7 +67,9 @@ class Page:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
     def text(self, css: str = "main") -> str:
-        return self.driver.execute_script("const e = document.querySelector(arguments[0]); return e ? e.innerText : ''", css)
+        return self.driver.execute_script(
+            "const e = document.querySelector(arguments[0]); return e ? e.innerText : ''", css
+        )
 
     def shows(self, words: str, css: str = "main", within_s: float = 10.0) -> None:
         eventually(lambda: words in self.text(css), within_s, 0.05, f"{css} shows {words!r}")
@@ -95,17 +102,33 @@ def seeded(tmp_path_factory):
     ids = {}
     with SeededRuns(folder / "lm.db") as runs:
         for number in range(1000):
-            runs.finished(("checkout", "browse", "search")[number % 3], age_s=90_000 - number * 60, samples=2, **(failing() if number % 9 == 0 else {}))
+            runs.finished(
+                ("checkout", "browse", "search")[number % 3],
+                age_s=90_000 - number * 60,
+                samples=2,
+                **(failing() if number % 9 == 0 else {}),
+            )
         for name in ODD_NAMES:
             name = name[:256]
-            runs.finished(name, tenant_id=name, env_id=name, cluster_id=name, at_create={"metadata": {name: name}})
-        ids["odd"] = runs.finished(HOSTILE + "long" * 40, endpoint_names=ODD_NAMES, at_create={"metadata": {name: name for name in ODD_NAMES}},
-                                   warnings=(HOSTILE,), failure_reason=HOSTILE)
+            runs.finished(
+                name, tenant_id=name, env_id=name, cluster_id=name, at_create={"metadata": {name: name}}
+            )
+        ids["odd"] = runs.finished(
+            HOSTILE + "long" * 40,
+            endpoint_names=ODD_NAMES,
+            at_create={"metadata": {name: name for name in ODD_NAMES}},
+            warnings=(HOSTILE,),
+            failure_reason=HOSTILE,
+        )
         ids["failed"] = runs.finished("checkout", **failing())
         ids["many"] = runs.finished("many endpoints", endpoints=500, fail_percent=1)
-        ids["long"] = runs.finished("soak", age_s=EIGHT_HOURS_S + 600, seconds=EIGHT_HOURS_S, samples=EIGHT_HOURS_S, fail_percent=0.3)
-    clusters = [{"id": cluster_id, "baseUrl": "http://127.0.0.1:9", "tenantId": tenant_id, "envId": env_id}
-                for cluster_id, (tenant_id, env_id) in ((HOSTILE, NOBODY), ("two", NOBODY_ELSE))]
+        ids["long"] = runs.finished(
+            "soak", age_s=EIGHT_HOURS_S + 600, seconds=EIGHT_HOURS_S, samples=EIGHT_HOURS_S, fail_percent=0.3
+        )
+    clusters = [
+        {"id": cluster_id, "baseUrl": "http://127.0.0.1:9", "tenantId": tenant_id, "envId": env_id}
+        for cluster_id, (tenant_id, env_id) in ((HOSTILE, NOBODY), ("two", NOBODY_ELSE))
+    ]
     with ControlPlane(folder, clusters) as plane:
         plane.ids = ids
         yield plane
@@ -124,10 +147,17 @@ def live(tmp_path_factory):
     """A Load Manager and a real Locust of two workers that calls back every second."""
     hooks = str(Path(__file__).resolve().parent.parent / "locust")
     folder, port = tmp_path_factory.mktemp("live"), find_free_port()
-    environment = {"CONTROL_PLANE_URL": f"http://127.0.0.1:{port}", "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "1",
-                   "TENANT_ID": "tenant-1", "ENV_ID": "dev"}
+    environment = {
+        "CONTROL_PLANE_URL": f"http://127.0.0.1:{port}",
+        "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN,
+        "METRICS_PUSH_INTERVAL": "1",
+        "TENANT_ID": "tenant-1",
+        "ENV_ID": "dev",
+    }
     with Target(fail_ratio=0.02) as target:
-        with LocustCluster(LOCUSTFILE % (hooks, HOSTILE), workers=2, env=environment, extra_args=["--host", target.url]) as locust:
+        with LocustCluster(
+            LOCUSTFILE % (hooks, HOSTILE), workers=2, env=environment, extra_args=["--host", target.url]
+        ) as locust:
             clusters = [{"id": "local", "baseUrl": locust.base_url, "tenantId": "tenant-1", "envId": "dev"}]
             with ControlPlane(folder, clusters, port=port) as plane:
                 yield plane
@@ -163,7 +193,11 @@ def test_person_signs_in_starts_a_test_sees_it_grow_stops_it_and_finds_the_repor
     page.shows("Running", ".run-head", 20)
     run_id = page.driver.current_url.rsplit("/", 1)[1]
     run = live.call("GET", f"/v1/tests/{run_id}")[1]
-    assert (run["targetUsers"], run["durationSeconds"], run["metadata"]) == (12, 120, {"ticket": "PERF-1", "note": HOSTILE})
+    assert (run["targetUsers"], run["durationSeconds"], run["metadata"]) == (
+        12,
+        120,
+        {"ticket": "PERF-1", "note": HOSTILE},
+    )
     before = eventually(page.points, 15)
     eventually(lambda: page.points() > before + 3, 15, what="the chart grows by itself")
     page.shows("/api/items", ".tabpanel", 15)
@@ -229,7 +263,9 @@ def test_wrong_token_is_refused_in_words_and_nothing_is_shown(browser, seeded):
 
 
 def test_token_is_nowhere_a_script_could_read_it(page):
-    kept = page.driver.execute_script("return document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + document.documentElement.outerHTML")
+    kept = page.driver.execute_script(
+        "return document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + document.documentElement.outerHTML"
+    )
     assert API_TOKEN not in kept and "loadmanager_" not in kept
     assert page.driver.get_cookies()[0]["httpOnly"] is True
 
@@ -250,7 +286,11 @@ def test_page_asks_no_other_host_for_anything(page):
     for place in ("#/", *(f"#/runs/{run_id}" for run_id in page.plane.ids.values())):
         page.open(place)
         page.shows("All runs" if "runs/" in place else "Recent runs")
-    asked = {urlsplit(url).netloc for url in page.browser.requests() if urlsplit(url).scheme not in ("data", "about")}
+    asked = {
+        urlsplit(url).netloc
+        for url in page.browser.requests()
+        if urlsplit(url).scheme not in ("data", "about")
+    }
     assert asked == {f"127.0.0.1:{page.plane.port}"}
 
 
@@ -299,8 +339,12 @@ def test_thousand_runs_are_filtered_and_paged(page):
     page.keys("soak")
     eventually(lambda: len(page.all(rows)) == 1)
     page.press("Clear")
-    page.driver.execute_script("const s = document.querySelector('select[aria-label=Status]'); s.value = 'Failed'; s.dispatchEvent(new Event('change'))")
-    eventually(lambda: {row.find_element(By.CSS_SELECTOR, ".badge").text for row in page.all(rows)} == {"Failed"})
+    page.driver.execute_script(
+        "const s = document.querySelector('select[aria-label=Status]'); s.value = 'Failed'; s.dispatchEvent(new Event('change'))"
+    )
+    eventually(
+        lambda: {row.find_element(By.CSS_SELECTOR, ".badge").text for row in page.all(rows)} == {"Failed"}
+    )
     page.one("#filter").send_keys("no such run")
     page.shows("No run matches the filters.")
 
@@ -309,7 +353,13 @@ def test_run_that_somebody_else_starts_appears_by_itself_and_goes_when_it_ends(b
     page = Page(browser, live)
     page.sign_in()
     page.shows("Nothing is running.")
-    body = {"tenantId": "tenant-1", "envId": "dev", "scenarioId": "from elsewhere", "targetUsers": 3, "spawnRate": 3}
+    body = {
+        "tenantId": "tenant-1",
+        "envId": "dev",
+        "scenarioId": "from elsewhere",
+        "targetUsers": 3,
+        "spawnRate": 3,
+    }
     run_id = live.call("POST", "/v1/tests", body)[1]["id"]
     page.one(f"tr[data-run='{run_id}']")
     page.shows("running", ".cluster")
@@ -329,7 +379,10 @@ def test_pushed_number_is_on_the_screen_within_a_second(page):
     for number in range(777_001, 777_021):
         pushed_at = time.time()
         plane.push(run_id, number)
-        shown_at = eventually(lambda: page.driver.execute_script("return window.seen[arguments[0]]", f"{number:,}"), every_s=0.02)
+        shown_at = eventually(
+            lambda: page.driver.execute_script("return window.seen[arguments[0]]", f"{number:,}"),
+            every_s=0.02,
+        )
         delays.append(shown_at - pushed_at)
     (SCREENSHOTS / "event-delay.json").write_text(json.dumps({"seconds": delays}))
     assert sorted(delays)[-2] < 1.0, delays
@@ -370,10 +423,17 @@ def test_eight_hours_open_within_a_second_and_zoom_in_to_every_sample(page):
     assert min(took) < 1.0, took
     assert 400 < page.points() <= 1000
     chart = page.all("canvas")[0]
-    ActionChains(page.driver).move_to_element_with_offset(chart, 0, 0).click_and_hold().move_by_offset(8, 0).release().perform()
+    ActionChains(page.driver).move_to_element_with_offset(chart, 0, 0).click_and_hold().move_by_offset(
+        8, 0
+    ).release().perform()
     zoom = eventually(lambda: page.driver.execute_script("return view.group.zoom"))
     assert 60 < zoom[1] - zoom[0] < 400
-    eventually(lambda: page.driver.execute_script("return view.detail && view.detail.length") >= zoom[1] - zoom[0] - 2, what="every second of the part")
+    eventually(
+        lambda: (
+            page.driver.execute_script("return view.detail && view.detail.length") >= zoom[1] - zoom[0] - 2
+        ),
+        what="every second of the part",
+    )
     page.browser.screenshot("zoomed")
     chart.send_keys(Keys.ESCAPE)
     eventually(lambda: page.driver.execute_script("return view.group.zoom") is None)
@@ -405,7 +465,19 @@ def test_endpoints_have_locusts_columns_sort_and_are_all_there(page):
     page.open(f"#/runs/{page.plane.ids['many']}")
     page.shows("Show all 500")
     heads = [head.text.strip("\u2195\u2191\u2193 ") for head in page.all(".tabpanel th")]
-    assert heads == ["Type", "Name", "# Requests", "# Fails", "Median (ms)", "95%ile (ms)", "99%ile (ms)", "Average (ms)", "Min (ms)", "Max (ms)", "RPS"]
+    assert heads == [
+        "Type",
+        "Name",
+        "# Requests",
+        "# Fails",
+        "Median (ms)",
+        "95%ile (ms)",
+        "99%ile (ms)",
+        "Average (ms)",
+        "Min (ms)",
+        "Max (ms)",
+        "RPS",
+    ]
     page.press("Max (ms)", ".tabpanel")
     eventually(lambda: page.text(".tabpanel tbody tr td:nth-child(10)") == "1,399")
     assert page.all(".tabpanel th")[9].get_attribute("aria-sort") == "descending"
@@ -420,14 +492,17 @@ def test_endpoints_have_locusts_columns_sort_and_are_all_there(page):
 def test_verdict_thresholds_marks_failures_and_exceptions_are_shown_as_text(page):
     page.open(f"#/runs/{page.plane.ids['failed']}")
     eventually(page.points)
-    page.driver.execute_script("""const hostile = arguments[0], at = new Date(view.start + 60000).toISOString();
+    page.driver.execute_script(
+        """const hostile = arguments[0], at = new Date(view.start + 60000).toISOString();
         clearInterval(view.timers[1]);
         view.loadSides = () => {};
         view.show({...view.run, verdict: 'failed', trust: 'doubtful', annotations: [{at, text: hostile}],
             thresholds: [{expr: 'p95ResponseMs < 500', value: 612.4, result: 'failed', firstFailedAt: at}, {expr: hostile, value: null, result: hostile}]});
         view.failures = [{method: 'GET', name: hostile, error: hostile, occurrences: 1234, firstSeen: at, lastSeen: at}];
         view.exceptions = [{count: 2, message: hostile, traceback: hostile + '\\n  line 2', nodes: ['w-1', hostile]}];
-        view.showTabs();""", HOSTILE)
+        view.showTabs();""",
+        HOSTILE,
+    )
     page.shows("Failed", ".run-head .badges")
     page.shows("Doubtful", ".run-head .badges")
     page.shows("612.4", "section table")
@@ -484,7 +559,10 @@ def test_no_page_is_wider_than_its_window(page, width, scheme):
     page.browser.size(width, 1200)
     page.browser.scheme(scheme)
     try:
-        for name, place in (("overview", "#/"), *((name, f"#/runs/{run_id}") for name, run_id in page.plane.ids.items())):
+        for name, place in (
+            ("overview", "#/"),
+            *((name, f"#/runs/{run_id}") for name, run_id in page.plane.ids.items()),
+        ):
             page.open(place)
             page.shows("All runs" if "runs/" in place else "checkout")
             assert "runs/" not in place or eventually(page.points)
@@ -508,7 +586,11 @@ def test_every_control_is_reached_by_tab_and_has_a_name(page):
     reached = set()
     for _ in range(40):
         page.keys(Keys.TAB)
-        reached.add(page.driver.execute_script("const e = document.activeElement; return e.id || e.innerText || e.tagName"))
+        reached.add(
+            page.driver.execute_script(
+                "const e = document.activeElement; return e.id || e.innerText || e.tagName"
+            )
+        )
     assert {"Run again", "report", "CANVAS", "tab-endpoints"} <= reached
 
 
@@ -523,12 +605,27 @@ def leave_the_page_before(browser):
 
 def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browser, load_manager, fake):
     scenarios = [
-        {"id": "checkout", "description": "buyers only", "targetUsers": 7, "spawnRate": 3.5, "durationSeconds": 90},
-        {"id": "waves", "stages": [{"targetUsers": 2, "spawnRate": 2, "durationSeconds": 30}, {"targetUsers": 4, "spawnRate": 2, "durationSeconds": 30}]},
+        {
+            "id": "checkout",
+            "description": "buyers only",
+            "targetUsers": 7,
+            "spawnRate": 3.5,
+            "durationSeconds": 90,
+        },
+        {
+            "id": "waves",
+            "stages": [
+                {"targetUsers": 2, "spawnRate": 2, "durationSeconds": 30},
+                {"targetUsers": 4, "spawnRate": 2, "durationSeconds": 30},
+            ],
+        },
     ]
     lm = load_manager(cluster_config(fake.url), scenarios=scenarios)
     leave_the_page_before(browser)
-    made = lm.post("/v1/schedules", {"cron": "@daily", "description": HOSTILE[:60], "test": create_body(scenarioId="checkout")}).json
+    made = lm.post(
+        "/v1/schedules",
+        {"cron": "@daily", "description": HOSTILE[:60], "test": create_body(scenarioId="checkout")},
+    ).json
     browser.complaints()  # those of the tests before
     page = Page(browser, lm)
     page.sign_in()
@@ -546,7 +643,11 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     scenario.clear()
     scenario.send_keys("checkout")
     page.shows("buyers only", "#start-dialog")
-    assert [field.get_attribute("value") for field in page.all("#start-dialog .three input")] == ["7", "3.5", "90s"]
+    assert [field.get_attribute("value") for field in page.all("#start-dialog .three input")] == [
+        "7",
+        "3.5",
+        "90s",
+    ]
     page.press("Start test", "#start-dialog")
     page.shows("Running", ".run-head", 20)
     run_id = page.driver.current_url.rsplit("/", 1)[1]
@@ -557,14 +658,24 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     page.press("Change", "dialog")
     eventually(lambda: [one["targetUsers"] for one in lm.run(run_id).get("usersChanges", ())] == [11], 10)
     assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
-    assert not [one for one in browser.complaints() if "/failures" not in one], "the fake has no list of failures"
+    assert not [one for one in browser.complaints() if "/failures" not in one], (
+        "the fake has no list of failures"
+    )
 
 
 def test_a_regression_is_shown_beside_the_thresholds(browser, tmp_path):
     with SeededRuns(tmp_path / "lm.db") as runs:
         earlier = runs.finished()
         told = ["totals: p95ResponseMs went from 200 to 400 (+100.0%), allowed is 10%", HOSTILE]
-        comparison = {"with": "previous", "baseline": earlier, "tolerances": {}, "differences": ["users differs: 5 and 6"], "warnings": [], "noise": [], "regressions": told}
+        comparison = {
+            "with": "previous",
+            "baseline": earlier,
+            "tolerances": {},
+            "differences": ["users differs: 5 and 6"],
+            "warnings": [],
+            "noise": [],
+            "regressions": told,
+        }
         slower = runs.finished(comparison=comparison, verdict="failed")
     with ControlPlane(tmp_path) as plane:
         leave_the_page_before(browser)

@@ -1,4 +1,5 @@
 """Event streams and browser sign-in of the real program, read over plain sockets."""
+
 from __future__ import annotations
 
 import socket
@@ -17,7 +18,9 @@ def plane(tmp_path_factory):
     cluster = {"id": "one", "baseUrl": "http://127.0.0.1:9", "tenantId": "t", "envId": "e"}
     other = {"id": "two", "baseUrl": "http://127.0.0.1:9", "tenantId": "t2", "envId": "e"}
     folder = tmp_path_factory.mktemp("plane")
-    with ControlPlane(folder, [cluster, other], orchestrator={"lostAfterSeconds": 86400, "metricsPollIntervalSeconds": 3600}) as plane:
+    with ControlPlane(
+        folder, [cluster, other], orchestrator={"lostAfterSeconds": 86400, "metricsPollIntervalSeconds": 3600}
+    ) as plane:
         yield plane
 
 
@@ -32,7 +35,11 @@ def run_id(plane):
 def test_stream_begins_with_ready_and_tells_of_a_push_within_a_second(plane, run_id):
     with EventStream(plane, "/v1/events") as stream:
         head = stream.head()
-        assert head.startswith("HTTP/1.1 200") and "text/event-stream" in head and "content-length" not in head.lower()
+        assert (
+            head.startswith("HTTP/1.1 200")
+            and "text/event-stream" in head
+            and "content-length" not in head.lower()
+        )
         assert stream.next()["event"] == "ready"
         pushed_at = time.time()
         assert plane.push(run_id, 100) == 200
@@ -43,7 +50,10 @@ def test_stream_begins_with_ready_and_tells_of_a_push_within_a_second(plane, run
 
 def test_stream_of_one_run_gives_its_state_then_samples_with_endpoints(plane, run_id):
     row = {"GET_/x": {"method": "GET", "name": "/x", "numRequests": 7, "numFailures": 0}}
-    with EventStream(plane, f"/v1/tests/{run_id}/events") as stream, EventStream(plane, "/v1/events") as everything:
+    with (
+        EventStream(plane, f"/v1/tests/{run_id}/events") as stream,
+        EventStream(plane, "/v1/events") as everything,
+    ):
         assert "200" in stream.head() and "200" in everything.head()
         assert stream.next()["event"] == "ready"
         assert stream.next()["data"]["id"] == run_id
@@ -86,7 +96,9 @@ def test_last_event_id_resumes_with_what_was_missed_and_nothing_else(plane, run_
     with EventStream(plane, "/v1/events", {"Last-Event-ID": last}) as stream:
         stream.head()
         plane.push(run_id, 3001)
-        assert stream.next()["data"]["lastMetrics"]["totalRequests"] == 3001, "nothing was missed, so nothing is repeated"
+        assert stream.next()["data"]["lastMetrics"]["totalRequests"] == 3001, (
+            "nothing was missed, so nothing is repeated"
+        )
 
 
 @pytest.mark.parametrize("last", ["0", "abc-1", "-", "00000000-5", "x" * 300, "\u00e9"])
@@ -100,8 +112,13 @@ def test_last_event_id_that_is_not_ours_gives_reset(plane, run_id, last):
 def test_deleted_run_is_told(plane):
     doomed = plane.external_run("t2")
     assert plane.callback("test-stop", {"runId": doomed}).status == 200
-    eventually(lambda: plane.call("GET", f"/v1/tests/{doomed}")[1]["status"] in ("Finished", "Failed"), within_s=30)
-    with EventStream(plane, f"/v1/tests/{doomed}/events") as one, EventStream(plane, "/v1/events") as everything:
+    eventually(
+        lambda: plane.call("GET", f"/v1/tests/{doomed}")[1]["status"] in ("Finished", "Failed"), within_s=30
+    )
+    with (
+        EventStream(plane, f"/v1/tests/{doomed}/events") as one,
+        EventStream(plane, "/v1/events") as everything,
+    ):
         one.head(), everything.head()
         one.next("run"), everything.next("ready")
         assert plane.call("DELETE", f"/v1/tests/{doomed}")[0] == 204
@@ -139,7 +156,10 @@ def test_heartbeat_comes_while_nothing_happens(plane):
 
 
 def test_reader_that_does_not_read_is_dropped_and_others_are_served(plane, run_id):
-    rows = {f"GET_/{number}": {"method": "GET", "name": f"/{number}" + "x" * 150, "numRequests": 1} for number in range(2000)}
+    rows = {
+        f"GET_/{number}": {"method": "GET", "name": f"/{number}" + "x" * 150, "numRequests": 1}
+        for number in range(2000)
+    }
     path = f"/v1/tests/{run_id}/events"
     with EventStream(plane, path, receive_buffer=4096) as slow, EventStream(plane, path) as reader:
         slow.head(), reader.head()
@@ -208,7 +228,11 @@ def test_sign_in_sets_a_cookie_that_scripts_and_other_sites_do_not_get(browser):
     parts = {part.strip() for part in browser.set_cookie.split(";")[1:]}
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= parts
     assert API_TOKEN not in browser.set_cookie and len(browser.cookie.split("=")[1]) >= 40
-    assert browser.call("GET", "/session", csrf=None)[1] == {**browser.session, "anonymous": False, "expiresInSeconds": pytest.approx(43199, abs=5)}
+    assert browser.call("GET", "/session", csrf=None)[1] == {
+        **browser.session,
+        "anonymous": False,
+        "expiresInSeconds": pytest.approx(43199, abs=5),
+    }
 
 
 def test_sign_in_with_a_form(plane):
@@ -223,31 +247,63 @@ def test_wrong_token_is_refused_without_a_cookie(plane, body):
     assert status == 401 and "set-cookie" not in headers and API_TOKEN not in str(answer)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"token":5}', b'{"token":null}', b'{"token":"a","more":1}', b'"x"'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"token":5}', b'{"token":null}', b'{"token":"a","more":1}', b'"x"']
+)
 def test_malformed_sign_in_is_a_400(plane, body):
-    assert plane.call("POST", "/session", body, token=None, headers={"Content-Type": "application/json"})[0] == 400
+    assert (
+        plane.call("POST", "/session", body, token=None, headers={"Content-Type": "application/json"})[0]
+        == 400
+    )
 
 
 def test_cookie_reads_and_with_csrf_token_and_origin_writes(plane, browser):
     assert browser.call("GET", "/v1/tests", csrf=None, origin=None)[0] == 200
     status, answer = browser.call("POST", "/v1/tests", {})
-    assert status == 400 and "tenantId" in answer["fields"], "past the door, so it is the body that is refused"
+    assert status == 400 and "tenantId" in answer["fields"], (
+        "past the door, so it is the body that is refused"
+    )
 
 
-@pytest.mark.parametrize("proof", [
-    {"csrf": None}, {"csrf": "wrong"}, {"csrf": "\u00e9"}, {"origin": None}, {"origin": "null"}, {"origin": "http://evil.example"},
-    {"origin": "http://127.0.0.1:1"}, {"origin": "http://["}, {"origin": "file://"}, {"origin": ""},
-])
-@pytest.mark.parametrize("method, path", [("POST", "/v1/tests"), ("DELETE", "/v1/tests/x"), ("DELETE", "/session"), ("POST", "/session/end")])
+@pytest.mark.parametrize(
+    "proof",
+    [
+        {"csrf": None},
+        {"csrf": "wrong"},
+        {"csrf": "\u00e9"},
+        {"origin": None},
+        {"origin": "null"},
+        {"origin": "http://evil.example"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": "http://["},
+        {"origin": "file://"},
+        {"origin": ""},
+    ],
+)
+@pytest.mark.parametrize(
+    "method, path",
+    [("POST", "/v1/tests"), ("DELETE", "/v1/tests/x"), ("DELETE", "/session"), ("POST", "/session/end")],
+)
 def test_write_by_cookie_without_full_proof_is_forbidden(browser, method, path, proof):
     assert browser.call(method, path, {} if path == "/v1/tests" else None, **proof)[0] == 403
     assert browser.call("GET", "/v1/tests", csrf=None)[0] == 200, "and the session lives on"
 
 
-@pytest.mark.parametrize("host, expected", [
-    ("localhost:{port}", 200), ("127.0.0.1:{port}", 200), ("[::1]:{port}", 200), ("10.1.2.3", 200), ("dash.localhost", 200),
-    ("rebound.example:{port}", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil.example", 403), ("", 403), ("[", 403),
-])
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("localhost:{port}", 200),
+        ("127.0.0.1:{port}", 200),
+        ("[::1]:{port}", 200),
+        ("10.1.2.3", 200),
+        ("dash.localhost", 200),
+        ("rebound.example:{port}", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("", 403),
+        ("[", 403),
+    ],
+)
 def test_cookie_counts_only_under_our_own_host_names(plane, browser, host, expected):
     host = host.format(port=plane.port)
     assert browser.call("GET", "/v1/tests", csrf=None, origin=None, Host=host)[0] == expected
@@ -255,7 +311,9 @@ def test_cookie_counts_only_under_our_own_host_names(plane, browser, host, expec
 
 
 def test_sign_in_from_another_sites_page_is_forbidden(plane):
-    status, _, headers = plane.call("POST", "/session", {"token": API_TOKEN}, token=None, headers={"Origin": "http://evil.example"})
+    status, _, headers = plane.call(
+        "POST", "/session", {"token": API_TOKEN}, token=None, headers={"Origin": "http://evil.example"}
+    )
     assert status == 403 and "set-cookie" not in headers
 
 
@@ -278,7 +336,11 @@ def test_sign_out_ends_the_session_and_its_streams(plane, browser):
         assert browser.call("DELETE", "/session")[0] == 204
         assert [event for event in stream.events() if event["event"] != "comment"] == []
     assert browser.call("GET", "/v1/tests", csrf=None)[0] == 401
-    assert browser.call("GET", "/session", csrf=None)[1] == {"signedIn": False, "anonymous": False, "singleSignOn": False}
+    assert browser.call("GET", "/session", csrf=None)[1] == {
+        "signedIn": False,
+        "anonymous": False,
+        "singleSignOn": False,
+    }
 
 
 def test_token_in_the_request_goes_before_the_cookie(plane, browser):
@@ -296,7 +358,12 @@ def test_forged_cookie_is_refused(plane, browser, secret):
 def test_without_tokens_everybody_is_signed_in_but_no_other_sites_page_writes(tmp_path):
     security = {"apiToken": "", "locustCallbackToken": "", "allowAnonymous": True}
     with ControlPlane(tmp_path, security=security) as plane:
-        assert plane.call("GET", "/session", token=None)[1] == {"signedIn": True, "anonymous": True, "name": "anonymous", "role": "admin"}
+        assert plane.call("GET", "/session", token=None)[1] == {
+            "signedIn": True,
+            "anonymous": True,
+            "name": "anonymous",
+            "role": "admin",
+        }
         for origin, expected in ((None, 400), (plane.url, 400), ("http://evil.example", 403), ("null", 403)):
             headers = {"Origin": origin} if origin else {}
             assert plane.call("POST", "/v1/tests", {}, token=None, headers=headers)[0] == expected
@@ -337,7 +404,9 @@ def test_page_allows_nothing_but_its_own_script_and_style(plane):
 
     status, page, headers = plane.call("GET", "/", token=None)
     policy = headers["content-security-policy"]
-    assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    assert (
+        status == 200 and "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    )
     for tag in ("script", "style"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)
         assert base64.b64encode(hashlib.sha256(content).digest()).decode() in policy
@@ -357,7 +426,9 @@ def test_every_path_the_page_asks_for_is_a_route(plane):
     asked = set(re.findall(r'"(/(?:v1|session)[a-z0-9/.-]*)', lm.PAGE_JS))
     rests = {f"/v1/tests/{{id}}{rest}" for rest in re.findall(r'runPath\([a-z.]+, "([^"?]*)', lm.PAGE_JS)}
     assert asked - {"/v1/tests/", "/v1/schedules/"} <= paths  # an id follows
-    assert {path for path in rests if not path.endswith(("/failures", "/annotations", "/report.html"))} <= paths
+    assert {
+        path for path in rests if not path.endswith(("/failures", "/annotations", "/report.html"))
+    } <= paths
 
 
 # ---- the list as the page asks for it ----

@@ -1,4 +1,5 @@
 """A run as a file: exported, imported elsewhere, and made from what a headless Locust wrote."""
+
 from __future__ import annotations
 
 import copy
@@ -10,11 +11,11 @@ import sys
 import time
 
 import pytest
+from conftest import API_TOKEN, ROOT, cluster_config
 from hypothesis import HealthCheck, given, settings, strategies
+from target import Target
 
 import loadmanager
-from conftest import API_TOKEN, ROOT, cluster_config
-from target import Target
 
 PLACE = {"tenantId": "acme", "envId": "dev", "scenarioId": "shop"}
 
@@ -29,12 +30,20 @@ def metrics(requests, ms):
 @pytest.fixture
 def finished(lm):
     """A final run with everything a run can have, on a Locust that a fake stands in for."""
-    run = lm.create(metadata={"release": "1.2"}, thresholds=["p95 < 500", "GET /a: p95 < 5 after 1s", {"expr": "errorRate < 0.1", "warnOnly": True}]).json
+    run = lm.create(
+        metadata={"release": "1.2"},
+        thresholds=["p95 < 500", "GET /a: p95 < 5 after 1s", {"expr": "errorRate < 0.1", "warnOnly": True}],
+    ).json
     for requests in (40, 80):
         assert lm.callback("metrics", {"runId": run["id"], "metrics": metrics(requests, 120)}).status == 200
         time.sleep(1.0)  # histograms are kept at most once a second
     assert lm.post(f"/v1/tests/{run['id']}/annotations", {"text": "cache emptied"}).status == 201
-    assert lm.callback("test-stop", {"runId": run["id"], "finalMetrics": metrics(100, 120), "complete": True}).status == 200
+    assert (
+        lm.callback(
+            "test-stop", {"runId": run["id"], "finalMetrics": metrics(100, 120), "complete": True}
+        ).status
+        == 200
+    )
     return lm.wait_for(run["id"], "Finished")
 
 
@@ -76,10 +85,10 @@ def test_every_key_of_a_run_can_be_imported():
         if field.name not in ("status", "warnings", "annotations", "thresholds", "comparison", "metadata", "plan", "load_changes")
     }  # fmt: skip
     run = loadmanager.Run(**everything, status=loadmanager.RunStatus.FAILED, comparison={}, metadata={}, load_changes=(loadmanager.LoadChange(1.0, 2, 3.0, "me"),),
-                          plan=loadmanager.Plan("http://t", ("A",), ("b",), ("c",), {"d": 1}, (loadmanager.Stage(1, 1.0, 1),)),
+                          plan=loadmanager.LoadProfile("http://t", ("A",), ("b",), ("c",), {"d": 1}, (loadmanager.Stage(1, 1.0, 1),)),
                           warnings=(loadmanager.Warning_("c", 1.0, "m"),), annotations=(loadmanager.Annotation(1.0, "a"),),
                           thresholds=(loadmanager.parse_threshold("p95 < 5"),))  # fmt: skip
-    missing = set(loadmanager.run_to_wire(run)) - set(loadmanager.IMPORTED_RUN_KEYS)
+    missing = set(loadmanager.run_to_json(run)) - set(loadmanager.IMPORTED_RUN_KEYS)
     assert not missing, f"a run with {missing} could be exported, and not be imported again"
 
 
@@ -94,7 +103,10 @@ WRONG = [
     (lambda file: file["run"].update(tenantId=""), "run.tenantId"),
     (lambda file: file["run"].update(finishedAt="1999-01-01T00:00:00Z"), "finishedAt"),
     (lambda file: file["run"].update(finishedAt="9999-01-01T00:00:00Z"), "finishedAt"),
-    (lambda file: file["run"].update(thresholds=[{"expr": "nope < 1", "result": "passed"}]), "run.thresholds"),
+    (
+        lambda file: file["run"].update(thresholds=[{"expr": "nope < 1", "result": "passed"}]),
+        "run.thresholds",
+    ),
     (lambda file: file["run"].update(comparison={"with": "baseline", "regressions": 5}), "run.regressions"),
     (lambda file: file["run"].update(warnings=[{"code": "x"}]), "run.warnings"),
     (lambda file: file["run"]["lastMetrics"].update(totalRequests=-1), "lastMetrics.totalRequests"),
@@ -117,7 +129,9 @@ def test_a_file_with_something_wrong_is_refused_and_nothing_is_kept(lm, finished
         file = json.loads(exported)
         change(file)
         refused = lm.post("/v1/tests/import", file)
-        assert refused.status == 400 and field in refused.json["fields"], f"change {number} of {field}: {refused.body!r}"
+        assert refused.status == 400 and field in refused.json["fields"], (
+            f"change {number} of {field}: {refused.body!r}"
+        )
     for raw in (b"", b"[]", b"null", b"{", b'{"format": NaN}', b'{"format": []}', exported[:-9]):
         assert lm.post("/v1/tests/import", raw).status == 400, raw[:50]
     assert lm.get("/v1/tests").json == []
@@ -148,7 +162,10 @@ def total_of_csv(folder):
 
 def cli(lm, *words):
     return subprocess.run(
-        [sys.executable, str(ROOT / "loadmanager.py"), *words, "--url", lm.url, "--token", API_TOKEN], capture_output=True, timeout=60, cwd=lm.folder
+        [sys.executable, str(ROOT / "loadmanager.py"), *words, "--url", lm.url, "--token", API_TOKEN],
+        capture_output=True,
+        timeout=60,
+        cwd=lm.folder,
     )
 
 
@@ -161,10 +178,16 @@ def test_the_files_of_a_headless_locust_become_a_run_with_its_numbers(lm, headle
     assert done.returncode == 0, done.stderr.decode()
     run = json.loads(done.stdout)
     total = total_of_csv(folder)
-    requests = int(total["Request Count"]) if name.endswith(".csv") else sum(row["num_requests"] for row in json.loads((folder / name).read_text()))
+    requests = (
+        int(total["Request Count"])
+        if name.endswith(".csv")
+        else sum(row["num_requests"] for row in json.loads((folder / name).read_text()))
+    )
     numbers = run["lastMetrics"]
     assert numbers["totalRequests"] == requests
-    assert 0.7 * target_total < requests <= target_total, "Locust writes its CSV once a second, the last time before the end"
+    assert 0.7 * target_total < requests <= target_total, (
+        "Locust writes its CSV once a second, the last time before the end"
+    )
     if requests == int(total["Request Count"]):
         assert numbers["totalFailures"] == int(total["Failure Count"])
         for ours, column in (("p50ResponseMs", "50%"), ("p95ResponseMs", "95%"), ("p99ResponseMs", "99%")):
@@ -173,7 +196,9 @@ def test_the_files_of_a_headless_locust_become_a_run_with_its_numbers(lm, headle
     assert numbers["totalRps"] == pytest.approx(float(total["Requests/s"]), rel=0.3)
     assert (run["status"], run["scenarioId"], run["trust"]) == ("Finished", "shop", "ok")
     assert lm.get(f"/v1/tests/{run['id']}/metrics").json["points"][-1]["totalRequests"] == requests
-    assert cli(lm, "import", str(folder / name), *where).returncode == 1, "the same file twice would be two runs of one test"
+    assert cli(lm, "import", str(folder / name), *where).returncode == 1, (
+        "the same file twice would be two runs of one test"
+    )
     if name.endswith(".json"):
         assert lm.get(f"/v1/tests/{run['id']}/histograms").json["totals"]["requests"] == requests
     else:
@@ -188,7 +213,10 @@ def test_the_command_line_carries_a_run_from_one_server_to_another(lm, finished,
     assert cli(lm, "export", "latest", "-o", str(path)).returncode == 0
     elsewhere = load_manager(cluster_config("http://127.0.0.1:9"))
     done = cli(elsewhere, "import", str(path))
-    assert (done.returncode, done.stdout.decode().strip()) == (0, f"run {finished['id']} of browse is imported")
+    assert (done.returncode, done.stdout.decode().strip()) == (
+        0,
+        f"run {finished['id']} of browse is imported",
+    )
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -208,11 +236,23 @@ def test_a_file_of_locust_with_anything_in_it_is_taken_or_refused(headless, data
         assert refused.extra["fields"]
         return
     assert loadmanager.run_to_record(found.run)
-    assert all(-(2**63) < number < 2**63 for sample in found.samples for number in (sample.requests, sample.failures))
+    assert all(
+        -(2**63) < number < 2**63 for sample in found.samples for number in (sample.requests, sample.failures)
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=strategies.text(max_size=200), history=strategies.text(max_size=200))
 def test_any_text_as_csv_is_refused(text, history):
     with pytest.raises(loadmanager.InvalidInput):
-        loadmanager.read_import({"format": "locust-csv", **PLACE, "stats": text, "history": history, "startedAt": 1.0, "finishedAt": "2"}, time.time())
+        loadmanager.read_import(
+            {
+                "format": "locust-csv",
+                **PLACE,
+                "stats": text,
+                "history": history,
+                "startedAt": 1.0,
+                "finishedAt": "2",
+            },
+            time.time(),
+        )

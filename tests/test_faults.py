@@ -1,4 +1,5 @@
 """Faults of Locust, of the process and of the machine: nothing hangs, answers 500, loses a run or leaves a load."""
+
 from __future__ import annotations
 
 import json
@@ -12,9 +13,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import pytest
-
 import fake_locust as faults
+import pytest
 from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config
 from waiting import eventually, holds_for
 
@@ -136,7 +136,9 @@ def test_https_to_a_plain_http_port_is_502_that_says_so(load_manager, fake):
 
 
 def test_unknown_host_name_is_502_in_bounded_time(load_manager):
-    failed_create(load_manager(cluster_config("http://no-such-host.invalid:8089")), 502, "no-such-host.invalid")
+    failed_create(
+        load_manager(cluster_config("http://no-such-host.invalid:8089")), 502, "no-such-host.invalid"
+    )
 
 
 # ---- Locust while the test runs --------------------------------------------
@@ -154,19 +156,35 @@ def test_numbers_that_are_none_become_null_and_answers_stay_strict_json(lm, fake
 
     fake.stats_changes = {**faults.NOT_FINITE, "num_requests": 10}
     metrics = eventually(null_metrics, 10)
-    assert metrics["totalRps"] is None and metrics["avgResponseMs"] is None and metrics["p95ResponseMs"] is None and metrics["p50ResponseMs"] is None
+    assert (
+        metrics["totalRps"] is None
+        and metrics["avgResponseMs"] is None
+        and metrics["p95ResponseMs"] is None
+        and metrics["p50ResponseMs"] is None
+    )
 
 
 def test_missing_percentiles_are_null_and_never_derived(lm, fake):
     row = fake._row("", "Aggregated", 10)
-    fake._row = lambda method, name, requests: {k: v for k, v in row.items() if "percentile" not in k} | {"method": method, "name": name}
+    fake._row = lambda method, name, requests: (
+        {k: v for k, v in row.items() if "percentile" not in k} | {"method": method, "name": name}
+    )
     run_id = lm.create().json["id"]
     metrics = eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
-    assert metrics["p50ResponseMs"] == 33 and metrics["p95ResponseMs"] is None and metrics["p99ResponseMs"] is None
+    assert (
+        metrics["p50ResponseMs"] == 33
+        and metrics["p95ResponseMs"] is None
+        and metrics["p99ResponseMs"] is None
+    )
 
 
 def test_600_endpoints_with_hostile_names_stay_whole(lm, fake):
-    names = [f"/<script>{number}</script>" for number in range(596)] + ["=cmd()", "a\r\nb", "🦗", '"quoted",x']
+    names = [f"/<script>{number}</script>" for number in range(596)] + [
+        "=cmd()",
+        "a\r\nb",
+        "🦗",
+        '"quoted",x',
+    ]
     fake.endpoints = [("GET", name) for name in names]
     run_id = lm.create().json["id"]
     shown = eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)["requestStats"]
@@ -322,7 +340,9 @@ def _ignore_errors(work):
 def test_killed_during_a_stop_the_run_still_ends_finished(lm, fake):
     run_id = lm.create().json["id"]
     fake.faults["/stop"] = faults.hang
-    threading.Thread(target=lambda: _ignore_errors(lambda: lm.post(f"/v1/tests/{run_id}/stop")), daemon=True).start()
+    threading.Thread(
+        target=lambda: _ignore_errors(lambda: lm.post(f"/v1/tests/{run_id}/stop")), daemon=True
+    ).start()
     eventually(lambda: fake.stops, 10)
     eventually(lambda: lm.run(run_id)["status"] == "Stopping", 5)
     time.sleep(0.7)  # longer than the journal's lazy half second: Stopping is on disk
@@ -380,7 +400,9 @@ def test_create_in_hand_at_sigterm_is_answered_whole(lm, fake):
 def test_port_in_use_is_one_line_and_exit_1(lm, tmp_path):
     config = base_config(server={"port": int(lm.url.rsplit(":", 1)[1])})
     done = run_program(tmp_path, config)
-    assert done.returncode == 1 and "cannot listen on 127.0.0.1" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1 and "cannot listen on 127.0.0.1" in done.stderr and done.stderr.count("\n") == 1
+    )
     assert lm.get("/health").status == 200
 
 
@@ -422,7 +444,14 @@ def run_program(folder, config, *arguments, environment=None, name="config.json"
     text = config if isinstance(config, (str, bytes)) else json.dumps(config)
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     command = [sys.executable, str(ROOT / "loadmanager.py"), *arguments, "-config", str(folder / name)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, env={**os.environ, **(environment or {})}, cwd=folder)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, **(environment or {})},
+        cwd=folder,
+    )
 
 
 # ---- the database ----------------------------------------------------------
@@ -489,7 +518,10 @@ BAD_CONFIGS = [
     ({"locustClusters": [CLUSTER, {**CLUSTER}]}, "locustClusters[1].id: 'a' is already locustClusters[0]"),
     ({"locustClusters": [CLUSTER, {"id": "b"}]}, "locustClusters[1].tenantId: is missing"),
     ({"locustClusters": [{**CLUSTER, "baseUrl": ...}]}, "locustClusters[0].baseUrl: is missing"),
-    ({"locustClusters": [{**CLUSTER, "baseUrl": "ftp://h"}]}, "locustClusters[0].baseUrl: allowed is http(s)://"),
+    (
+        {"locustClusters": [{**CLUSTER, "baseUrl": "ftp://h"}]},
+        "locustClusters[0].baseUrl: allowed is http(s)://",
+    ),
     ({"locustClusters": [{**CLUSTER, "baseUrl": "http://h/\r\nX: y"}]}, "locustClusters[0].baseUrl:"),
     ({"locustClusters": [{**CLUSTER, "baseUrl": "http://u:p@h"}]}, "locustClusters[0].baseUrl:"),
     ({"locustClusters": ["a"]}, "locustClusters[0]: allowed is a mapping"),
@@ -501,9 +533,15 @@ BAD_CONFIGS = [
     ({"security": {"locustCallbackToken": ...}}, "security.locustCallbackToken: is missing or empty"),
     ({"security": {"apiToken": 12345}}, "security.apiToken: allowed is a string"),
     ({"security": {"apiTokenFile": "/no/such/file"}}, "security.apiTokenFile: /no/such/file cannot be read"),
-    ({"security": {"apiToken": "change-me-api-token"}, "server": {"host": "0.0.0.0"}}, "security.apiToken: is the shipped example's"),
+    (
+        {"security": {"apiToken": "change-me-api-token"}, "server": {"host": "0.0.0.0"}},
+        "security.apiToken: is the shipped example's",
+    ),
     ({"storage": {"url": "mysql://x"}}, "storage.url: allowed is memory: or sqlite:///file"),
-    ({"security": {"apiToken": "${NOT_SET_ANYWHERE}"}}, "security.apiToken: environment variable NOT_SET_ANYWHERE is not set"),
+    (
+        {"security": {"apiToken": "${NOT_SET_ANYWHERE}"}},
+        "security.apiToken: environment variable NOT_SET_ANYWHERE is not set",
+    ),
 ]
 
 
@@ -513,7 +551,10 @@ def merged(changes):
         if isinstance(values, dict) and isinstance(config.get(section), dict):
             config[section] = {k: v for k, v in {**config[section], **values}.items() if v is not ...}
         elif isinstance(values, list):
-            config[section] = [{k: v for k, v in item.items() if v is not ...} if isinstance(item, dict) else item for item in values]
+            config[section] = [
+                {k: v for k, v in item.items() if v is not ...} if isinstance(item, dict) else item
+                for item in values
+            ]
         else:
             config[section] = values
     return config
@@ -528,20 +569,50 @@ def test_configuration_mistake_is_named_with_its_key(tmp_path, changes, words):
 
 
 def test_all_configuration_mistakes_are_named_at_once(tmp_path):
-    done = run_program(tmp_path, merged({"server": {"port": "x", "hots": 1}, "orchestrator": {"leaseSeconds": -5}, "security": {"apiToken": ""}}), "check")
-    assert len(done.stderr.strip().splitlines()) == 3, done.stderr  # the whole-file checks come when each key is good
+    done = run_program(
+        tmp_path,
+        merged(
+            {
+                "server": {"port": "x", "hots": 1},
+                "orchestrator": {"leaseSeconds": -5},
+                "security": {"apiToken": ""},
+            }
+        ),
+        "check",
+    )
+    assert len(done.stderr.strip().splitlines()) == 3, (
+        done.stderr
+    )  # the whole-file checks come when each key is good
     for key in ("server.port", "server.hots", "orchestrator.leaseSeconds"):
         assert f"{key}:" in done.stderr
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "a: 1\na: 2\n", "\t- x", "!!python/object/apply:os.system ['true']", "server: {port: 1}: 2", b"\xff\xfe\x00", b"\x00\x01\x02"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1, 2]",
+        "a: [",
+        "a: 1\na: 2\n",
+        "\t- x",
+        "!!python/object/apply:os.system ['true']",
+        "server: {port: 1}: 2",
+        b"\xff\xfe\x00",
+        b"\x00\x01\x02",
+    ],
+)
 def test_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path, text):
     done = run_program(tmp_path, text, "check", name="config.yaml")
     assert done.returncode == 2 and done.stderr.strip() and "Traceback" not in done.stderr, done.stderr
 
 
 def test_missing_file_is_exit_2(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "none.yaml")], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 2 and "none.yaml: cannot be read" in done.stderr
 
 
@@ -565,14 +636,25 @@ def test_one_file_and_a_json_config_start_with_no_package_installed(tmp_path):
     (tmp_path / "loadmanager.py").write_bytes((ROOT / "loadmanager.py").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(base_config()))
     (tmp_path / "config.yaml").write_text("server: {port: 0}\nlocustClusters:\n")
-    program = subprocess.Popen([sys.executable, "-I", "-S", "loadmanager.py", "-config", "config.json"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-I", "-S", "loadmanager.py", "-config", "config.json"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert "listening" in program.stderr.readline()
     finally:
         program.terminate()
         program.wait(10)
         program.stderr.close()
-    done = subprocess.run([sys.executable, "-I", "-S", "loadmanager.py", "check", "-config", "config.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "loadmanager.py", "check", "-config", "config.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
     assert done.returncode == 2 and "PyYAML" in done.stderr, done.stderr
 
 
@@ -581,7 +663,12 @@ def test_locust_that_is_not_installed_is_named_and_the_rest_works(tmp_path):
     (tmp_path / "locustfile.py").write_text("")
     launched = {"id": "l", "tenantId": "acme", "envId": "dev", "launcher": {"locustfile": "locustfile.py"}}
     (tmp_path / "config.json").write_text(json.dumps(base_config(launched)))
-    program = subprocess.Popen([sys.executable, "-I", "-S", "loadmanager.py", "-config", "config.json"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-I", "-S", "loadmanager.py", "-config", "config.json"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         first, second = program.stderr.readline(), program.stderr.readline()
         assert "pip install locust" in first and "listening" in second, first + second
@@ -596,7 +683,12 @@ def test_log_never_holds_a_token_and_no_line_can_be_forged(lm):
     lm.get("/v1/tests", token="wrong-secret-token")
     lm.callback("register-external", {"tenantId": "acme\n2026 forged", "envId": "dev"})
     text = lm.log()
-    assert API_TOKEN not in text and CALLBACK_TOKEN not in text and "wrong-secret-token" not in text and "\n2026 forged" not in text
+    assert (
+        API_TOKEN not in text
+        and CALLBACK_TOKEN not in text
+        and "wrong-secret-token" not in text
+        and "\n2026 forged" not in text
+    )
 
 
 def test_out_of_file_descriptors_it_goes_on(load_manager):

@@ -1,4 +1,5 @@
 """locust/loadmanager_hooks.py inside real Locust processes, with a recording control plane."""
+
 from __future__ import annotations
 
 import hashlib
@@ -67,18 +68,25 @@ class ControlPlane:
         self._server.server_close()
 
     def named(self, name: str, run_id: str | None = None) -> list[Call]:
-        return [call for call in list(self.calls)
-                if call.name == name and run_id in (None, call.body.get("runId"))]
+        return [
+            call
+            for call in list(self.calls)
+            if call.name == name and run_id in (None, call.body.get("runId"))
+        ]
 
     def first(self, name: str, run_id: str | None = None, within_s: float = 10.0) -> Call:
-        return eventually(lambda: self.named(name, run_id), within_s, what=f"{name} of {run_id or 'any run'}")[0]
+        return eventually(
+            lambda: self.named(name, run_id), within_s, what=f"{name} of {run_id or 'any run'}"
+        )[0]
 
     def _handler(control_plane):
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 name = self.path.removeprefix("/v1/internal/locust/")
-                control_plane.calls.append(Call(name, body, self.headers.get("X-Locust-Token"), time.monotonic()))
+                control_plane.calls.append(
+                    Call(name, body, self.headers.get("X-Locust-Token"), time.monotonic())
+                )
                 if control_plane.hang_s:
                     control_plane._let_go.wait(control_plane.hang_s)
                 status, answer = control_plane.answers.get(name, (200, {"success": True}))
@@ -101,16 +109,40 @@ class ControlPlane:
 
 
 def hook_variables(control_plane: ControlPlane, **more: str) -> dict[str, str]:
-    return {"CONTROL_PLANE_URL": control_plane.url, "CONTROL_PLANE_TOKEN": TOKEN, "TENANT_ID": "tenant-env",
-            "ENV_ID": "env-env", "CLUSTER_ID": "cluster-env", "METRICS_PUSH_INTERVAL": str(PUSH_INTERVAL_S),
-            "PYTHONPATH": str(LOCUST_DIRECTORY), **more}
+    return {
+        "CONTROL_PLANE_URL": control_plane.url,
+        "CONTROL_PLANE_TOKEN": TOKEN,
+        "TENANT_ID": "tenant-env",
+        "ENV_ID": "env-env",
+        "CLUSTER_ID": "cluster-env",
+        "METRICS_PUSH_INTERVAL": str(PUSH_INTERVAL_S),
+        "PYTHONPATH": str(LOCUST_DIRECTORY),
+        **more,
+    }
 
 
-def start_run(cluster: LocustCluster, target: Target, run_id: str, user_count: int = 4, spawn_rate: float = 50,
-              lm_stop_after: str = "", lm_lease: str = "", **fields) -> None:
+def start_run(
+    cluster: LocustCluster,
+    target: Target,
+    run_id: str,
+    user_count: int = 4,
+    spawn_rate: float = 50,
+    lm_stop_after: str = "",
+    lm_lease: str = "",
+    **fields,
+) -> None:
     """As Load Manager does it."""
-    answer = cluster.swarm(user_count, spawn_rate, host=target.url, run_id=run_id, tenant_id="tenant-form",
-                           env_id="env-form", lm_stop_after=lm_stop_after, lm_lease=lm_lease, **fields)
+    answer = cluster.swarm(
+        user_count,
+        spawn_rate,
+        host=target.url,
+        run_id=run_id,
+        tenant_id="tenant-form",
+        env_id="env-form",
+        lm_stop_after=lm_stop_after,
+        lm_lease=lm_lease,
+        **fields,
+    )
     assert answer["success"], answer
 
 
@@ -120,34 +152,55 @@ def state_of(cluster: LocustCluster, **headers: str) -> dict:
 
 def is_idle(cluster: LocustCluster) -> bool:
     state = state_of(cluster)
-    return (state["state"] in ("ready", "stopped") and not state["userCount"] and not state["runId"]
-            and all(worker["state"] == "ready" for worker in state["workers"]))
+    return (
+        state["state"] in ("ready", "stopped")
+        and not state["userCount"]
+        and not state["runId"]
+        and all(worker["state"] == "ready" for worker in state["workers"])
+    )
 
 
 def wait_for_load(cluster: LocustCluster, user_count: int = 4) -> None:
-    eventually(lambda: state_of(cluster)["userCount"] == user_count and state_of(cluster)["numRequests"] > 0,
-               what=f"{user_count} users at work")
+    eventually(
+        lambda: state_of(cluster)["userCount"] == user_count and state_of(cluster)["numRequests"] > 0,
+        what=f"{user_count} users at work",
+    )
 
 
 def assert_equals_csv(final: dict, rows: list[dict[str, str]]) -> None:
     """Row for row what Locust's own report says."""
     assert rows[-1]["Name"] == "Aggregated"
     total = rows[-1]
-    expected = {"totalRequests": total["Request Count"], "totalFailures": total["Failure Count"],
-                "totalRps": total["Requests/s"], "avgResponseMs": total["Average Response Time"],
-                "p50ResponseMs": total["50%"], "p95ResponseMs": total["95%"], "p99ResponseMs": total["99%"]}
-    assert {key: final[key] for key in expected} == {key: pytest.approx(float(value), abs=1e-9)
-                                                     for key, value in expected.items()}
-    columns = {"numRequests": "Request Count", "numFailures": "Failure Count",
-               "avgResponseTime": "Average Response Time", "minResponseTime": "Min Response Time",
-               "maxResponseTime": "Max Response Time", "medianResponseTime": "Median Response Time",
-               "requestsPerSec": "Requests/s", "p95ResponseTime": "95%", "p99ResponseTime": "99%"}
+    expected = {
+        "totalRequests": total["Request Count"],
+        "totalFailures": total["Failure Count"],
+        "totalRps": total["Requests/s"],
+        "avgResponseMs": total["Average Response Time"],
+        "p50ResponseMs": total["50%"],
+        "p95ResponseMs": total["95%"],
+        "p99ResponseMs": total["99%"],
+    }
+    assert {key: final[key] for key in expected} == {
+        key: pytest.approx(float(value), abs=1e-9) for key, value in expected.items()
+    }
+    columns = {
+        "numRequests": "Request Count",
+        "numFailures": "Failure Count",
+        "avgResponseTime": "Average Response Time",
+        "minResponseTime": "Min Response Time",
+        "maxResponseTime": "Max Response Time",
+        "medianResponseTime": "Median Response Time",
+        "requestsPerSec": "Requests/s",
+        "p95ResponseTime": "95%",
+        "p99ResponseTime": "99%",
+    }
     assert set(final["requestStats"]) == {f"{row['Type']}_{row['Name']}" for row in rows[:-1]}
     for row in rows[:-1]:
         endpoint = final["requestStats"][f"{row['Type']}_{row['Name']}"]
         assert (endpoint["method"], endpoint["name"]) == (row["Type"], row["Name"])
-        assert {key: endpoint[key] for key in columns} == {key: pytest.approx(float(row[column]), abs=1e-9)
-                                                           for key, column in columns.items()}
+        assert {key: endpoint[key] for key in columns} == {
+            key: pytest.approx(float(row[column]), abs=1e-9) for key, column in columns.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +264,18 @@ def test_run_is_announced_measured_and_ended_under_the_id_of_the_form(master, co
 
     calls = [call for call in control_plane.calls if call.body.get("runId") == "run-course"]
     assert [call.name for call in calls] == ["test-start", *["metrics"] * (len(calls) - 2), "test-stop"]
-    assert calls[0].body == {"runId": "run-course", "tenantId": "tenant-form", "envId": "env-form", "hooks": 1}
+    assert calls[0].body == {
+        "runId": "run-course",
+        "tenantId": "tenant-form",
+        "envId": "env-form",
+        "hooks": 1,
+    }
     assert {call.token for call in calls} == {TOKEN}
-    assert (end.body["tenantId"], end.body["envId"], end.body["complete"]) == ("tenant-form", "env-form", True)
+    assert (end.body["tenantId"], end.body["envId"], end.body["complete"]) == (
+        "tenant-form",
+        "env-form",
+        True,
+    )
     pushed = [call.body["metrics"] for call in calls if call.name == "metrics"]
     assert all(metrics["timestamp"].endswith("Z") for metrics in pushed)
     assert max(metrics["currentUsers"] for metrics in pushed) == 4
@@ -225,7 +287,9 @@ def test_run_is_announced_measured_and_ended_under_the_id_of_the_form(master, co
 def test_final_numbers_of_a_master_equal_locusts_own_report(master, control_plane, target, ended_by):
     target.fail_ratio = 0.1
     target.counts.clear()
-    start_run(master, target, f"run-{ended_by}", user_count=6, **({"run_time": 3} if ended_by == "run_time" else {}))
+    start_run(
+        master, target, f"run-{ended_by}", user_count=6, **({"run_time": 3} if ended_by == "run_time" else {})
+    )
     if ended_by == "stop":
         control_plane.first("metrics")
         eventually(lambda: target.total > 100)
@@ -261,14 +325,17 @@ def test_figures_that_locust_does_not_have_are_null(master, control_plane, targe
     master.post("/stop")
     end = control_plane.first("test-stop", "run-empty")
     final = end.body["finalMetrics"]
-    assert [final[key] for key in ("avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")] == [None] * 4
+    assert [final[key] for key in ("avgResponseMs", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs")] == [
+        None
+    ] * 4
     assert (final["totalRequests"], final["requestStats"], end.body["complete"]) == (0, {}, True)
 
 
 def test_final_numbers_without_the_flush_of_a_worker_are_not_called_complete(control_plane, target):
     # The workers load the same scenarios without the hooks: their last reports come up to 3 s later.
     locustfile = "import os, sys\n" + LOCUSTFILE.replace(
-        "import loadmanager_hooks", "if '--worker' not in sys.argv:\n    import loadmanager_hooks")
+        "import loadmanager_hooks", "if '--worker' not in sys.argv:\n    import loadmanager_hooks"
+    )
     with LocustCluster(locustfile, workers=2, env=hook_variables(control_plane)) as cluster:
         target.counts.clear()
         start_run(cluster, target, "run-unflushed")
@@ -276,7 +343,9 @@ def test_final_numbers_without_the_flush_of_a_worker_are_not_called_complete(con
         cluster.post("/stop")
         end = control_plane.first("test-stop", "run-unflushed")
         assert end.body["complete"] is False
-        assert 0 <= target.total - end.body["finalMetrics"]["totalRequests"] <= 4, "they were waited for all the same"
+        assert 0 <= target.total - end.body["finalMetrics"]["totalRequests"] <= 4, (
+            "they were waited for all the same"
+        )
 
 
 def test_final_numbers_survive_a_next_test_that_clears_the_statistics(master, control_plane, target):
@@ -287,8 +356,9 @@ def test_final_numbers_survive_a_next_test_that_clears_the_statistics(master, co
     requests = int(master.csv_rows()[-1]["Request Count"])
     start_run(master, target, "run-after")
     eventually(lambda: len(control_plane.named("test-stop", "run-before")) == 2)
-    assert {call.body["finalMetrics"]["totalRequests"] for call in control_plane.named("test-stop", "run-before")} \
-        == {requests}
+    assert {
+        call.body["finalMetrics"]["totalRequests"] for call in control_plane.named("test-stop", "run-before")
+    } == {requests}
     assert control_plane.first("test-start", "run-after")
 
 
@@ -299,8 +369,10 @@ def test_locust_that_is_terminated_sends_complete_final_numbers_first(control_pl
         start_run(cluster, target, "run-terminated")
         eventually(lambda: target.total > 40)
         assert cluster.terminate_master() == 0
-        eventually(lambda: all(worker.poll() is not None for worker in cluster.workers), what="workers ended too")
-    end, = control_plane.named("test-stop", "run-terminated")
+        eventually(
+            lambda: all(worker.poll() is not None for worker in cluster.workers), what="workers ended too"
+        )
+    (end,) = control_plane.named("test-stop", "run-terminated")
     assert end.body["complete"] is True
     assert 0 <= target.total - end.body["finalMetrics"]["totalRequests"] <= 4
 
@@ -317,8 +389,13 @@ def test_test_started_in_the_ui_after_a_run_registers_as_external(master, contro
 
     master.swarm(3, 50, host=target.url)  # Locust's UI has no run_id field
     assert control_plane.first("register-external").body == {
-        "tenantId": "tenant-env", "envId": "env-env", "scenarioId": "ui-started-test", "targetUsers": 3,
-        "spawnRate": 50.0, "clusterId": "cluster-env"}
+        "tenantId": "tenant-env",
+        "envId": "env-env",
+        "scenarioId": "ui-started-test",
+        "targetUsers": 3,
+        "spawnRate": 50.0,
+        "clusterId": "cluster-env",
+    }
     control_plane.first("metrics", "external-1")
     master.post("/stop")
     control_plane.first("test-stop", "external-1")
@@ -358,7 +435,9 @@ def test_change_of_users_is_no_new_run(standalone, control_plane, target):
 
 def test_id_sent_with_a_change_of_users_right_before_the_end_is_not_left_behind(control_plane, target):
     # Started without the form (as a key in Locust's terminal does), so nothing else clears it.
-    locustfile = LOCUSTFILE + """
+    locustfile = (
+        LOCUSTFILE
+        + """
 from locust import events
 
 @events.init.add_listener
@@ -368,6 +447,7 @@ def _(environment, web_ui, **kwargs):
         environment.runner.start(1, 10)
         return "{}"
 """
+    )
     with LocustCluster(locustfile, workers=0, env=hook_variables(control_plane)) as cluster:
         start_run(cluster, target, "run-changed")
         control_plane.first("test-start", "run-changed")
@@ -499,7 +579,9 @@ def test_time_limit_ends_a_run_that_is_still_ramping_up(master, control_plane, t
 
 def test_stop_right_behind_a_start_leaves_no_load_and_keeps_the_workers(control_plane, target):
     # A slow listener makes the workers find "stop" waiting when they have just read "start".
-    locustfile = LOCUSTFILE + """
+    locustfile = (
+        LOCUSTFILE
+        + """
 import gevent
 from locust import events
 from locust.runners import WorkerRunner
@@ -509,6 +591,7 @@ def prepare(environment, **kwargs):
     if isinstance(environment.runner, WorkerRunner):
         gevent.sleep(0.5)
 """
+    )
     with LocustCluster(locustfile, workers=2, env=hook_variables(control_plane)) as cluster:
         for run_id in ("run-quick-1", "run-quick-2"):  # only a second start finds a stopped worker
             start_run(cluster, target, run_id)
@@ -541,7 +624,9 @@ def test_lease_is_renewed_by_reading_the_state_with_the_token_only(standalone, c
     start_run(standalone, target, "run-read", lm_lease="1.5")
     wait_for_load(standalone)
     holds_for(lambda: state_of(standalone, **{"X-Locust-Token": TOKEN})["state"] == "running", 3.0)
-    eventually(lambda: state_of(standalone, **{"X-Locust-Token": "another"})["state"] == "stopped", within_s=5)
+    eventually(
+        lambda: state_of(standalone, **{"X-Locust-Token": "another"})["state"] == "stopped", within_s=5
+    )
 
 
 # ---- the state route ----
@@ -585,7 +670,9 @@ def test_state_says_stopping_until_the_run_has_ended(master, control_plane, targ
 
 
 def test_state_route_and_stale_ids_follow_the_base_path(control_plane, target):
-    with LocustCluster(LOCUSTFILE, workers=0, env=hook_variables(control_plane), base_path="/team/locust") as cluster:
+    with LocustCluster(
+        LOCUSTFILE, workers=0, env=hook_variables(control_plane), base_path="/team/locust"
+    ) as cluster:
         assert cluster.base_url.endswith("/team/locust")
         assert state_of(cluster)["distributed"] is False
         cluster.post("/swarm", run_id="run-stale", user_count="many", spawn_rate=1)
@@ -601,7 +688,9 @@ def test_shipped_locustfile_runs_without_failures_and_few_names(control_plane, t
     locustfile = LOCUST_DIRECTORY / "locustfile.py"
     with LocustCluster(locustfile, workers=0, env=hook_variables(control_plane)) as cluster:
         start_run(cluster, target, "run-shipped", user_count=40, spawn_rate=100)
-        eventually(lambda: len(target.counts) == 3 and state_of(cluster)["numRequests"] > 60, what="all paths hit")
+        eventually(
+            lambda: len(target.counts) == 3 and state_of(cluster)["numRequests"] > 60, what="all paths hit"
+        )
         cluster.post("/stop")
     final = control_plane.first("test-stop", "run-shipped").body["finalMetrics"]
     assert final["totalFailures"] == 0

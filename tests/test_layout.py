@@ -1,4 +1,5 @@
 """The one file reads like a book: its map is true, and a section uses only what stands above it."""
+
 from __future__ import annotations
 
 import ast
@@ -10,7 +11,11 @@ import loadmanager
 
 SOURCE = Path(loadmanager.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
-RULERS = [(int(number), name, SOURCE[: match.start()].count("\n") + 1) for match in re.finditer(r"^# (\d+)\. ([A-Z ]+) - ", SOURCE, re.M) for number, name in [match.groups()]]
+RULERS = [
+    (int(number), name, SOURCE[: match.start()].count("\n") + 1)
+    for match in re.finditer(r"^# (\d+)\. ([A-Z ]+) - ", SOURCE, re.M)
+    for number, name in [match.groups()]
+]
 
 
 def test_map_in_the_docstring_is_the_rulers():
@@ -39,7 +44,11 @@ def test_sections_use_only_names_from_above():
     below = []
     for top in TREE.body:
         local = {node.arg for node in ast.walk(top) if isinstance(node, ast.arg)}
-        local |= {node.id for node in ast.walk(top) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        local |= {
+            node.id
+            for node in ast.walk(top)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
         for node in ast.walk(top):
             if isinstance(node, ast.Name) and node.id in defined and node.id not in local:
                 if defined[node.id] > section_of(node.lineno) and defined[node.id] != page:
@@ -63,11 +72,24 @@ def test_optional_packages_are_not_imported_before_they_are_needed():
 
 
 def test_no_function_is_longer_than_fifty_lines():
-    long = [f"{node.name} ({node.end_lineno - node.lineno + 1})" for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50]
+    long = [
+        f"{node.name} ({node.end_lineno - node.lineno + 1})"
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50
+    ]
     assert not long, long
 
 
 def test_status_changes_in_one_place_only():
-    changing = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "replace" and any(k.arg == "status" for k in node.keywords)]
+    changing = [
+        node.lineno
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "replace"
+        and any(k.arg == "status" for k in node.keywords)
+    ]
     lines = SOURCE.splitlines()
-    assert all("status=to" in lines[line - 1] or "RunStatus.RUNNING, started_at" in lines[line - 1] for line in changing), changing
+    assert all(
+        "status=to" in lines[line - 1] or "RunStatus.RUNNING, started_at" in lines[line - 1]
+        for line in changing
+    ), changing

@@ -1,16 +1,17 @@
 """The life of a run on real Locust: a master with two workers running locust/locustfile.py with the hooks."""
+
 from __future__ import annotations
 
 import signal
 import time
 
 import pytest
-
-import loadmanager
 from conftest import CALLBACK_TOKEN, ROOT, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from waiting import eventually, holds_for
+
+import loadmanager
 
 LOCUSTFILE = ROOT / "locust" / "locustfile.py"
 # Without it Locust cuts requests off in the middle when it stops: the target has seen them, Locust never counts them.
@@ -39,15 +40,38 @@ def pair(load_manager, target):
     """Starts a Load Manager and a Locust cluster that know each other: pair() -> (lm, cluster)."""
     started = []
 
-    def start(locustfile=LOCUSTFILE, workers=2, host=True, extra_args=(), base_path="", hooks=True, cluster=None, kind=LocustCluster, **rules):
+    def start(
+        locustfile=LOCUSTFILE,
+        workers=2,
+        host=True,
+        extra_args=(),
+        base_path="",
+        hooks=True,
+        cluster=None,
+        kind=LocustCluster,
+        **rules,
+    ):
         port = find_free_port()
         lm = load_manager(
-            cluster_config(f"http://127.0.0.1:{port}{base_path}", **(cluster or {})), orchestrator={**RULES, **rules}
+            cluster_config(f"http://127.0.0.1:{port}{base_path}", **(cluster or {})),
+            orchestrator={**RULES, **rules},
         )
-        environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev", "METRICS_PUSH_INTERVAL": "1"}
+        environment = {
+            "CONTROL_PLANE_URL": lm.url,
+            "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN,
+            "TENANT_ID": "acme",
+            "ENV_ID": "dev",
+            "METRICS_PUSH_INTERVAL": "1",
+        }
         hosts = ["--host", target.url] if host else []
         locust = kind(
-            locustfile, workers, environment if hooks else {}, [*hosts, *extra_args], worker_args=hosts, base_path=base_path, web_port=port
+            locustfile,
+            workers,
+            environment if hooks else {},
+            [*hosts, *extra_args],
+            worker_args=hosts,
+            base_path=base_path,
+            web_port=port,
         ).start()
         started.append(locust)
         return lm, locust
@@ -76,11 +100,15 @@ def assert_equals_csv(run, locust):
     for row in rows:
         for key, column in columns.items():
             ours = shown[(row["Type"], row["Name"])][key]
-            assert ours == pytest.approx(float(row[column]), rel=1e-6), f"{row['Name']} {column}: {ours} against Locust's {row[column]}"
+            assert ours == pytest.approx(float(row[column]), rel=1e-6), (
+                f"{row['Name']} {column}: {ours} against Locust's {row[column]}"
+            )
     totals = {"totalRequests": "Request Count", "totalFailures": "Failure Count", "p50ResponseMs": "50%", "p95ResponseMs": "95%",
               "p99ResponseMs": "99%", "avgResponseMs": "Average Response Time", "totalRps": "Requests/s"}  # fmt: skip
     for key, column in totals.items():
-        assert metrics[key] == pytest.approx(float(total[column]), rel=1e-6), f"Aggregated {column}: {metrics[key]} against {total[column]}"
+        assert metrics[key] == pytest.approx(float(total[column]), rel=1e-6), (
+            f"Aggregated {column}: {metrics[key]} against {total[column]}"
+        )
 
 
 def test_run_is_measured_stopped_on_time_and_ends_with_locust_s_own_numbers(pair, target):
@@ -92,7 +120,9 @@ def test_run_is_measured_stopped_on_time_and_ends_with_locust_s_own_numbers(pair
     final = lm.wait_for(run["id"], "Finished")
     assert final["stopReason"] == "duration" and "warnings" not in final
     assert_equals_csv(final, locust)
-    assert final["lastMetrics"]["totalRequests"] == sum(target.counts.values()), "requests that reached the target are missing in the numbers"
+    assert final["lastMetrics"]["totalRequests"] == sum(target.counts.values()), (
+        "requests that reached the target are missing in the numbers"
+    )
     took = loadmanager.parse_utc(final["finishedAt"]) - began
     assert 5.5 < took < 8.5, f"the run of 6 s took {took:.1f} s"
     points = lm.get(f"/v1/tests/{run['id']}/metrics").json["points"]
@@ -141,7 +171,11 @@ def test_test_started_in_locust_s_page_is_tracked_and_can_be_stopped(pair):
     assert_equals_csv(lm.wait_for(run["id"], "Finished"), locust)
     locust.swarm(user_count=3, spawn_rate=3)
     (again,) = eventually(lambda: lm.get("/v1/tests?status=Running").json, 10)
-    eventually(lambda: (lm.run(again["id"]).get("lastMetrics") or {}).get("totalRequests"), 10, what="a request: a test that ends without one has failed")
+    eventually(
+        lambda: (lm.run(again["id"]).get("lastMetrics") or {}).get("totalRequests"),
+        10,
+        what="a request: a test that ends without one has failed",
+    )
     locust.post("/stop")
     assert lm.wait_for(again["id"], "Finished")["stopReason"] == "locust"
 
@@ -153,7 +187,9 @@ def test_killed_worker_is_a_warning_and_its_users_are_spread_again(pair):
     eventually(lambda: lm.run(run["id"]).get("lastMetrics"), 10)
     locust.kill_worker(0)
     eventually(lambda: "workers_lost" in [w["code"] for w in lm.run(run["id"]).get("warnings", [])], 20)
-    eventually(lambda: locust.stats()["user_count"] == 10, 15, what="all users run on the worker that is left")
+    eventually(
+        lambda: locust.stats()["user_count"] == 10, 15, what="all users run on the worker that is left"
+    )
     assert lm.run(run["id"])["status"] == "Running"
     lm.post(f"/v1/tests/{run['id']}/stop")
     lm.wait_for(run["id"], "Finished")
@@ -165,7 +201,9 @@ def test_all_workers_killed_ends_the_run_with_the_reason(pair):
     eventually(lambda: lm.run(run["id"]).get("lastMetrics"), 10)
     locust.kill_worker(0)
     locust.kill_worker(1)
-    final = eventually(lambda: (lambda r: r if r["status"] in ("Failed", "Finished") else None)(lm.run(run["id"])), 30)
+    final = eventually(
+        lambda: (lambda r: r if r["status"] in ("Failed", "Finished") else None)(lm.run(run["id"])), 30
+    )
     said = final.get("failureReason", "") + str(final.get("warnings", ""))
     assert "workers" in said and "lost" in said, final
 
@@ -181,7 +219,9 @@ def test_restarted_master_fails_the_run_and_the_next_one_works(pair):
     for worker in range(2):
         locust.kill_worker(worker)
         locust.add_worker(wait=False)
-    again = eventually(lambda: (lambda a: a.json if a.status == 201 else None)(lm.create(durationSeconds=2)), 30)
+    again = eventually(
+        lambda: (lambda a: a.json if a.status == 201 else None)(lm.create(durationSeconds=2)), 30
+    )
     lm.wait_for(again["id"], "Finished")
 
 
@@ -189,11 +229,15 @@ def test_load_ends_on_time_although_load_manager_was_killed(pair):
     lm, locust = pair()
     run = start_run(lm, durationSeconds=4)
     began = time.monotonic()
-    eventually(lambda: locust.get("/loadmanager/state")["userCount"], 5, every_s=0.05, what="the load has begun")
+    eventually(
+        lambda: locust.get("/loadmanager/state")["userCount"], 5, every_s=0.05, what="the load has begun"
+    )
     lm.kill9()
     eventually(lambda: locust.get("/loadmanager/state")["userCount"] == 0, 15, what="Locust stops by itself")
     took = time.monotonic() - began
-    assert 3.5 < took < 4 + loadmanager.RUN_TIME_GRACE_S + 2.5, f"the load of 4 s ran {took:.1f} s without its controller"
+    assert 3.5 < took < 4 + loadmanager.RUN_TIME_GRACE_S + 2.5, (
+        f"the load of 4 s ran {took:.1f} s without its controller"
+    )
     lm.restart()
     final = lm.wait_for(run["id"], "Finished")
     assert final["stopReason"] == "duration" and final["startedAt"] == run["startedAt"]
@@ -218,7 +262,13 @@ def test_load_without_duration_ends_when_its_lease_is_not_renewed(pair):
     lm, locust = pair(leaseSeconds=4)
     run = start_run(lm)
     eventually(lambda: locust.stats()["user_count"] == 5, 10)
-    holds_for(lambda: lm.run(run["id"])["status"] == "Running" and locust.get("/loadmanager/state")["userCount"] == 5, 6, what="a renewed lease goes on")
+    holds_for(
+        lambda: (
+            lm.run(run["id"])["status"] == "Running" and locust.get("/loadmanager/state")["userCount"] == 5
+        ),
+        6,
+        what="a renewed lease goes on",
+    )
     lm.kill9()
     eventually(lambda: locust.get("/loadmanager/state")["userCount"] == 0, 15, what="the lease ends the load")
     lm.restart()
@@ -231,7 +281,9 @@ def test_users_changed_in_locust_s_page_do_not_unlimit_the_test(pair):
     eventually(lambda: (lm.run(run["id"]).get("lastMetrics") or {}).get("currentUsers") == 5, 10)
     locust.swarm(user_count=9, spawn_rate=9)  # as the page's Edit does: Locust forgets run_time with it
     lm.kill9()
-    eventually(lambda: locust.get("/loadmanager/state")["userCount"] == 0, 25, what="the hooks' own timer ends it")
+    eventually(
+        lambda: locust.get("/loadmanager/state")["userCount"] == 0, 25, what="the hooks' own timer ends it"
+    )
     lm.restart()
     lm.wait_for(run["id"], "Finished")
 
@@ -250,7 +302,9 @@ def test_test_without_a_host_fails_with_the_reason(pair):
     run = start_run(lm, durationSeconds=60)
     final = lm.wait_for(run["id"], "Failed", within_s=20)
     assert "host" in final["failureReason"]
-    eventually(lambda: locust.get("/loadmanager/state")["state"] == "stopped", 10, what="Locust is not left running")
+    eventually(
+        lambda: locust.get("/loadmanager/state")["state"] == "stopped", 10, what="Locust is not left running"
+    )
 
 
 def test_somebody_else_s_test_is_left_alone(pair):
@@ -267,7 +321,9 @@ def test_base_path_of_locust_s_page_is_kept(pair):
     assert_equals_csv(lm.wait_for(run["id"], "Finished"), locust)
 
 
-LOGIN = PLAIN + """
+LOGIN = (
+    PLAIN
+    + """
 from flask import redirect, request
 from flask_login import UserMixin, login_user
 from locust import events
@@ -291,6 +347,7 @@ def login(environment, **kwargs):
             return redirect("/")
         return redirect("/login")
 """
+)
 
 
 class LocustWithLogin(LocustCluster):
@@ -299,13 +356,27 @@ class LocustWithLogin(LocustCluster):
 
 
 def test_web_login_is_answered_with_the_cluster_s_name_and_password(pair):
-    lm, locust = pair(LOGIN, hooks=False, workers=0, extra_args=["--web-login"], kind=LocustWithLogin, cluster={"username": "lm", "password": "secret"})
+    lm, locust = pair(
+        LOGIN,
+        hooks=False,
+        workers=0,
+        extra_args=["--web-login"],
+        kind=LocustWithLogin,
+        cluster={"username": "lm", "password": "secret"},
+    )
     run = start_run(lm, durationSeconds=2)
     assert lm.wait_for(run["id"], "Finished")["lastMetrics"]["totalRequests"] > 0
 
 
 def test_web_login_with_a_wrong_password_is_502_that_says_so(pair):
-    lm, locust = pair(LOGIN, hooks=False, workers=0, extra_args=["--web-login"], kind=LocustWithLogin, cluster={"username": "lm", "password": "wrong"})
+    lm, locust = pair(
+        LOGIN,
+        hooks=False,
+        workers=0,
+        extra_args=["--web-login"],
+        kind=LocustWithLogin,
+        cluster={"username": "lm", "password": "wrong"},
+    )
     answer = lm.create()
     assert answer.status == 502 and "password" in answer.json["message"], answer
 
@@ -316,7 +387,9 @@ def test_web_login_with_a_wrong_password_is_502_that_says_so(pair):
 @pytest.fixture
 def launched(load_manager, target):
     launcher = {"type": "process", "locustfile": str(LOCUSTFILE), "workers": 2, "host": target.url}
-    return load_manager({"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES)
+    return load_manager(
+        {"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES
+    )
 
 
 def descendants(pid):
@@ -350,7 +423,9 @@ def test_launched_cluster_takes_a_run_at_once_and_is_gone_after_sigterm(launched
     run = start_run(launched, durationSeconds=3)
     final = launched.wait_for(run["id"], "Finished")
     cut_off = sum(target.counts.values()) - final["lastMetrics"]["totalRequests"]
-    assert 0 <= cut_off <= final["targetUsers"] and final["lastMetrics"]["totalRequests"], "at most one request of each user was under way at the stop"
+    assert 0 <= cut_off <= final["targetUsers"] and final["lastMetrics"]["totalRequests"], (
+        "at most one request of each user was under way at the stop"
+    )
     again = start_run(launched)
     eventually(lambda: (launched.run(again["id"]).get("lastMetrics") or {}).get("totalRequests"), 10)
     processes = descendants(launched.process.pid)
@@ -378,15 +453,32 @@ def test_worker_of_a_launched_cluster_that_dies_is_started_again(launched):
     before = {worker["id"] for worker in cluster["workers"]}
     import os
 
-    workers = [pid for pid in descendants(launched.process.pid) if b"--worker" in open(f"/proc/{pid}/cmdline", "rb").read()]
+    workers = [
+        pid
+        for pid in descendants(launched.process.pid)
+        if b"--worker" in open(f"/proc/{pid}/cmdline", "rb").read()
+    ]
     os.kill(workers[0], signal.SIGKILL)
-    eventually(lambda: {w["id"] for w in launched.get("/v1/clusters").json[0]["workers"] if w["state"] != "missing"} - before, 15, what="a new worker is there")
+    eventually(
+        lambda: (
+            {w["id"] for w in launched.get("/v1/clusters").json[0]["workers"] if w["state"] != "missing"}
+            - before
+        ),
+        15,
+        what="a new worker is there",
+    )
     assert launched.run(run["id"])["status"] == "Running"
 
 
 def test_launched_cluster_whose_locustfile_does_not_load_says_what_locust_said(load_manager, tmp_path):
     (tmp_path / "broken.py").write_text("import nothing_here\n")
     launcher = {"locustfile": str(tmp_path / "broken.py"), "workers": 1}
-    lm = load_manager({"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES)
+    lm = load_manager(
+        {"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES
+    )
     answer = lm.create()
-    assert answer.status == 502 and "nothing_here" in answer.json["message"] and "local-master.log" in answer.json["message"], answer
+    assert (
+        answer.status == 502
+        and "nothing_here" in answer.json["message"]
+        and "local-master.log" in answer.json["message"]
+    ), answer

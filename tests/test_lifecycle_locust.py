@@ -1,4 +1,5 @@
 """More of a run's life on real Locust: time as the target saw it, ends that Locust makes, an old Locust."""
+
 from __future__ import annotations
 
 import re
@@ -8,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-
-import loadmanager
 from conftest import CALLBACK_TOKEN, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from test_lifecycle import LOCUSTFILE, PLAIN, RULES, assert_equals_csv, start_run
 from waiting import eventually
+
+import loadmanager
 
 OLD_LOCUST = "2.32.0"  # /stop is GET there, no /worker-count, run_time timers outlive their test
 
@@ -43,9 +44,23 @@ def pair(load_manager, target):
     def start(locustfile=LOCUSTFILE, hooks=True, python=sys.executable):
         port = find_free_port()
         lm = load_manager(cluster_config(f"http://127.0.0.1:{port}"), orchestrator=RULES)
-        environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev", "METRICS_PUSH_INTERVAL": "1"}
+        environment = {
+            "CONTROL_PLANE_URL": lm.url,
+            "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN,
+            "TENANT_ID": "acme",
+            "ENV_ID": "dev",
+            "METRICS_PUSH_INTERVAL": "1",
+        }
         hosts = ["--host", target.url]
-        locust = LocustCluster(locustfile, 2, environment if hooks else {}, hosts, worker_args=hosts, web_port=port, python=python).start()
+        locust = LocustCluster(
+            locustfile,
+            2,
+            environment if hooks else {},
+            hosts,
+            worker_args=hosts,
+            web_port=port,
+            python=python,
+        ).start()
         started.append(locust)
         return lm, locust
 
@@ -119,4 +134,8 @@ def test_old_locust_is_started_measured_and_stopped(old_python, pair, target, ho
     final = lm.wait_for(run["id"], "Finished")
     assert final["stopReason"] == "user"
     assert final["lastMetrics"]["totalRequests"] == target.total
-    eventually(lambda: locust.stats()["user_count"] == 0, 5, what="no users are left (the statistics are cached for 2 s)")
+    eventually(
+        lambda: locust.stats()["user_count"] == 0,
+        5,
+        what="no users are left (the statistics are cached for 2 s)",
+    )

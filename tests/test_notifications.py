@@ -1,4 +1,5 @@
 """Notifications: a real SMTP server with TLS and login, a real receiver that verifies signatures, and an outbox that loses nothing."""
+
 from __future__ import annotations
 
 import base64
@@ -12,14 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
-from standardwebhooks.webhooks import Webhook
-
-import loadmanager
 from conftest import cluster_config, create_body
 from locust_process import find_free_port
+from standardwebhooks.webhooks import Webhook
 from target import Target
 from test_lifecycle import LOCUSTFILE, RULES, descendants
 from waiting import eventually, holds_for
+
+import loadmanager
 
 SECRET = "whsec_" + base64.b64encode(b"a key of 32 bytes, or some more.").decode()
 PASSWORD = "p4ss-word-of-the-mail-server"
@@ -99,7 +100,15 @@ def mail(certificate):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
     inbox = Inbox()
-    controller = Controller(inbox, hostname="127.0.0.1", port=find_free_port(), tls_context=context, require_starttls=True, auth_required=True, authenticator=inbox.authenticate)
+    controller = Controller(
+        inbox,
+        hostname="127.0.0.1",
+        port=find_free_port(),
+        tls_context=context,
+        require_starttls=True,
+        auth_required=True,
+        authenticator=inbox.authenticate,
+    )
     controller.start()
     inbox.port = controller.port
     yield inbox
@@ -107,29 +116,64 @@ def mail(certificate):
 
 
 def email_to(mail, certificate, **more):
-    smtp = {"host": "127.0.0.1", "port": mail.port, "username": "robot", "password": PASSWORD, "caFile": str(certificate / "cert.pem")}
-    return {"id": "team", "type": "email", "from": "Load Manager <lm@example.test>", "to": ["sre@example.test"], "smtp": {**smtp, **more.pop("smtp", {})}, **more}
+    smtp = {
+        "host": "127.0.0.1",
+        "port": mail.port,
+        "username": "robot",
+        "password": PASSWORD,
+        "caFile": str(certificate / "cert.pem"),
+    }
+    return {
+        "id": "team",
+        "type": "email",
+        "from": "Load Manager <lm@example.test>",
+        "to": ["sre@example.test"],
+        "smtp": {**smtp, **more.pop("smtp", {})},
+        **more,
+    }
 
 
 def webhook(receiver, **more):
-    return {"id": "hook", "type": "webhook", "url": receiver.url, "secret": SECRET, "allowPrivateAddresses": True, **more}
+    return {
+        "id": "hook",
+        "type": "webhook",
+        "url": receiver.url,
+        "secret": SECRET,
+        "allowPrivateAddresses": True,
+        **more,
+    }
 
 
 def run_to_its_end(lm, **more):
     run = lm.create(**more).json
-    metrics = {"totalRequests": 100, "totalFailures": 5, "totalRps": 12.5, "errorRate": 5.0, "p95ResponseMs": 340, "currentUsers": 5}
+    metrics = {
+        "totalRequests": 100,
+        "totalFailures": 5,
+        "totalRps": 12.5,
+        "errorRate": 5.0,
+        "p95ResponseMs": 340,
+        "currentUsers": 5,
+    }
     lm.callback("metrics", {"runId": run["id"], "metrics": metrics})
     lm.callback("test-stop", {"runId": run["id"], "finalMetrics": metrics, "complete": True})
     return lm.wait_for(run["id"], "Finished")
 
 
-def test_webhooks_are_signed_as_the_standard_says_and_carry_numbers_verdict_and_link(load_manager, fake, receiver):
-    lm = load_manager(cluster_config(fake.url), notifications=[webhook(receiver, events=["started", "failed"])], server={"publicUrl": "https://lm.example.test"})
+def test_webhooks_are_signed_as_the_standard_says_and_carry_numbers_verdict_and_link(
+    load_manager, fake, receiver
+):
+    lm = load_manager(
+        cluster_config(fake.url),
+        notifications=[webhook(receiver, events=["started", "failed"])],
+        server={"publicUrl": "https://lm.example.test"},
+    )
     run = run_to_its_end(lm, thresholds=["p95 < 100"])
     eventually(lambda: len(receiver.messages) == 2, 10, what="both messages")
     verifier = Webhook(SECRET)
     for _, headers, body in receiver.messages:
-        verifier.verify(body, {name.lower(): value for name, value in headers.items()})  # raises when the signature is wrong
+        verifier.verify(
+            body, {name.lower(): value for name, value in headers.items()}
+        )  # raises when the signature is wrong
     started, failed = receiver.bodies()
     assert (started["type"], failed["type"]) == ("run.started", "run.failed")
     assert failed["data"]["id"] == run["id"] and failed["data"]["verdict"] == "failed"
@@ -137,7 +181,10 @@ def test_webhooks_are_signed_as_the_standard_says_and_carry_numbers_verdict_and_
     assert failed["data"]["link"] == f"https://lm.example.test/#/runs/{run['id']}"
     assert failed["data"]["details"] == ["p95ResponseMs < 100: was 340"]
     with pytest.raises(Exception, match="[Ss]ignature"):
-        verifier.verify(receiver.messages[0][2] + b" ", {name.lower(): value for name, value in receiver.messages[0][1].items()})
+        verifier.verify(
+            receiver.messages[0][2] + b" ",
+            {name.lower(): value for name, value in receiver.messages[0][1].items()},
+        )
 
 
 def test_mail_goes_over_tls_with_a_login_and_reads_well(load_manager, fake, mail, certificate):
@@ -150,14 +197,22 @@ def test_mail_goes_over_tls_with_a_login_and_reads_well(load_manager, fake, mail
 
 
 def test_slack_gets_a_text(load_manager, fake, receiver):
-    lm = load_manager(cluster_config(fake.url), notifications=[{"id": "slack", "type": "slack", "url": receiver.url, "allowPrivateAddresses": True}])
+    lm = load_manager(
+        cluster_config(fake.url),
+        notifications=[{"id": "slack", "type": "slack", "url": receiver.url, "allowPrivateAddresses": True}],
+    )
     run_to_its_end(lm)
     [body] = eventually(lambda: receiver.bodies(), 10)
     assert set(body) == {"text"} and body["text"].startswith("finished: browse on acme/dev: p95 340 ms")
 
 
 def test_only_what_is_wanted_of_whom_is_told(load_manager, fake, receiver):
-    others = [webhook(receiver, id="a", tenants=["globex"]), webhook(receiver, id="b", environments=["prod"]), webhook(receiver, id="c", scenarios=["login"]), webhook(receiver, id="d", events=["lost"])]
+    others = [
+        webhook(receiver, id="a", tenants=["globex"]),
+        webhook(receiver, id="b", environments=["prod"]),
+        webhook(receiver, id="c", scenarios=["login"]),
+        webhook(receiver, id="d", events=["lost"]),
+    ]
     lm = load_manager(cluster_config(fake.url), notifications=[*others, webhook(receiver, id="e")])
     run_to_its_end(lm)
     eventually(lambda: receiver.messages, 10)
@@ -167,18 +222,33 @@ def test_only_what_is_wanted_of_whom_is_told(load_manager, fake, receiver):
 
 def test_a_receiver_that_was_down_gets_the_message_also_over_kill_9(load_manager, fake):
     port = find_free_port()
-    config = {"id": "hook", "type": "webhook", "url": f"http://127.0.0.1:{port}/x", "secret": SECRET, "allowPrivateAddresses": True}
+    config = {
+        "id": "hook",
+        "type": "webhook",
+        "url": f"http://127.0.0.1:{port}/x",
+        "secret": SECRET,
+        "allowPrivateAddresses": True,
+    }
     lm = load_manager(cluster_config(fake.url), notifications=[config])
     run = run_to_its_end(lm)
-    waiting = eventually(lambda: [one for one in lm.get("/v1/notifications").json["deliveries"] if one.get("problem")], 10)
-    assert (waiting[0]["outcome"], waiting[0]["event"]) == ("waiting", "finished") and "refused" in waiting[0]["problem"]
+    waiting = eventually(
+        lambda: [one for one in lm.get("/v1/notifications").json["deliveries"] if one.get("problem")], 10
+    )
+    assert (waiting[0]["outcome"], waiting[0]["event"]) == ("waiting", "finished") and "refused" in waiting[
+        0
+    ]["problem"]
     lm.kill9()
     receiver = Receiver(port)
     try:
         lm.restart()
         eventually(lambda: receiver.messages, 15, what="the message after the receiver is back")
         assert receiver.bodies()[0]["data"]["id"] == run["id"]
-        eventually(lambda: [one["outcome"] for one in lm.get("/v1/notifications").json["deliveries"]] == ["delivered"], 5)
+        eventually(
+            lambda: (
+                [one["outcome"] for one in lm.get("/v1/notifications").json["deliveries"]] == ["delivered"]
+            ),
+            5,
+        )
         holds_for(lambda: len(receiver.messages) == 1, 2)
     finally:
         receiver.close()
@@ -201,7 +271,12 @@ def test_a_receiver_that_hangs_delays_neither_runs_nor_other_receivers(load_mana
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as hanging:  # accepts, and never answers
-        slow = {"id": "slow", "type": "webhook", "url": f"http://127.0.0.1:{hanging.getsockname()[1]}/", "allowPrivateAddresses": True}
+        slow = {
+            "id": "slow",
+            "type": "webhook",
+            "url": f"http://127.0.0.1:{hanging.getsockname()[1]}/",
+            "allowPrivateAddresses": True,
+        }
         lm = load_manager(cluster_config(fake.url), notifications=[slow, webhook(receiver)])
         began = time.monotonic()
         run_to_its_end(lm)
@@ -225,7 +300,14 @@ def test_redirects_are_not_followed_and_private_addresses_not_called(load_manage
 
 
 def test_a_test_message_can_be_sent_to_each_channel(load_manager, fake, receiver, mail, certificate):
-    lm = load_manager(cluster_config(fake.url), notifications=[webhook(receiver), email_to(mail, certificate), email_to(mail, certificate, id="wrong", smtp={"password": "no"})])
+    lm = load_manager(
+        cluster_config(fake.url),
+        notifications=[
+            webhook(receiver),
+            email_to(mail, certificate),
+            email_to(mail, certificate, id="wrong", smtp={"password": "no"}),
+        ],
+    )
     assert lm.post("/v1/notifications/test", {"id": "hook"}).status == 200 and len(receiver.messages) == 1
     assert lm.post("/v1/notifications/test", {"id": "team"}).status == 200 and len(mail.mails) == 1
     refused = lm.post("/v1/notifications/test", {"id": "wrong"})
@@ -235,9 +317,15 @@ def test_a_test_message_can_be_sent_to_each_channel(load_manager, fake, receiver
 
 def test_secrets_are_in_no_answer_and_no_log(load_manager, fake, receiver, mail, certificate):
     receiver.status = 500
-    lm = load_manager(cluster_config(fake.url), notifications=[webhook(receiver), email_to(mail, certificate, smtp={"username": "other"})])
+    lm = load_manager(
+        cluster_config(fake.url),
+        notifications=[webhook(receiver), email_to(mail, certificate, smtp={"username": "other"})],
+    )
     run_to_its_end(lm)
-    eventually(lambda: sum(bool(one.get("problem")) for one in lm.get("/v1/notifications").json["deliveries"]) == 2, 10)
+    eventually(
+        lambda: sum(bool(one.get("problem")) for one in lm.get("/v1/notifications").json["deliveries"]) == 2,
+        10,
+    )
     told = lm.get("/v1/notifications").body.decode() + lm.get("/v1/audit").body.decode() + lm.log()
     for secret in (SECRET, SECRET.removeprefix("whsec_"), PASSWORD, "s3cret-path"):
         assert secret not in told
@@ -255,24 +343,59 @@ def test_names_of_others_cannot_make_mail_headers(load_manager, fake, mail, cert
     [
         ({"type": "webhook"}, ".url: is missing"),
         ({"type": "webhook", "url": "ftp://x/"}, ".url: allowed is an http(s) URL"),
-        ({"type": "webhook", "url": "https://x.test/", "secret": "not base64!"}, ".secret: allowed is whsec_"),
+        (
+            {"type": "webhook", "url": "https://x.test/", "secret": "not base64!"},
+            ".secret: allowed is whsec_",
+        ),
         ({"type": "email"}, ".smtp.host: is missing"),
-        ({"type": "email", "smtp": {"host": "m", "username": "u", "security": "none"}, "from": "a@b.c", "to": ["a@b.c"]}, "not sent in plain text"),
-        ({"type": "email", "smtp": {"host": "m"}, "from": "a@b.c\nBcc: x@y.z", "to": ["a@b.c"]}, ".from: allowed is a mail address"),
+        (
+            {
+                "type": "email",
+                "smtp": {"host": "m", "username": "u", "security": "none"},
+                "from": "a@b.c",
+                "to": ["a@b.c"],
+            },
+            "not sent in plain text",
+        ),
+        (
+            {"type": "email", "smtp": {"host": "m"}, "from": "a@b.c\nBcc: x@y.z", "to": ["a@b.c"]},
+            ".from: allowed is a mail address",
+        ),
         ({"type": "pager"}, ".type: allowed is slack or webhook or email"),
-        ({"type": "slack", "url": "https://x.test/", "events": ["exploded"]}, ".events: allowed is a list of started"),
+        (
+            {"type": "slack", "url": "https://x.test/", "events": ["exploded"]},
+            ".events: allowed is a list of started",
+        ),
     ],
 )
 def test_a_wrong_notification_is_a_refusal_to_start(tmp_path, entry, problem):
-    (tmp_path / "config.json").write_text(json.dumps({"security": {"apiToken": "a", "locustCallbackToken": "b"}, "notifications": [{"id": "n", **entry}]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "security": {"apiToken": "a", "locustCallbackToken": "b"},
+                "notifications": [{"id": "n", **entry}],
+            }
+        )
+    )
     with pytest.raises(loadmanager.ConfigError) as refused:
         loadmanager.checked_config(str(tmp_path / "config.json"))
-    assert f"notifications[0]{problem}" in "\n".join(refused.value.problems) or problem in "\n".join(refused.value.problems)
+    assert f"notifications[0]{problem}" in "\n".join(refused.value.problems) or problem in "\n".join(
+        refused.value.problems
+    )
 
 
-def test_a_schedule_runs_real_locust_on_workers_that_were_not_there_and_tells_by_mail_and_webhook(load_manager, receiver, mail, certificate):
+def test_a_schedule_runs_real_locust_on_workers_that_were_not_there_and_tells_by_mail_and_webhook(
+    load_manager, receiver, mail, certificate
+):
     with Target() as target:
-        launcher = {"type": "process", "locustfile": str(LOCUSTFILE), "workers": 1, "usersPerWorker": 2, "host": target.url, "idleSeconds": 2}
+        launcher = {
+            "type": "process",
+            "locustfile": str(LOCUSTFILE),
+            "workers": 1,
+            "usersPerWorker": 2,
+            "host": target.url,
+            "idleSeconds": 2,
+        }
         test = create_body(targetUsers=4, spawnRate=4, durationSeconds=3, thresholds=["errorRate < 50"])
         lm = load_manager(
             {"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES,
@@ -280,8 +403,14 @@ def test_a_schedule_runs_real_locust_on_workers_that_were_not_there_and_tells_by
             notifications=[email_to(mail, certificate), webhook(receiver)],
         )  # fmt: skip
         assert not descendants(lm.process.pid), "nothing of Locust runs before it is needed"
-        [body] = eventually(lambda: receiver.bodies(), 40, what="the webhook of the run that started by itself")
-        assert (body["type"], body["data"]["source"], body["data"]["verdict"]) == ("run.passed", "schedule", "passed")
+        [body] = eventually(
+            lambda: receiver.bodies(), 40, what="the webhook of the run that started by itself"
+        )
+        assert (body["type"], body["data"]["source"], body["data"]["verdict"]) == (
+            "run.passed",
+            "schedule",
+            "passed",
+        )
         [(_, _, content)] = eventually(lambda: mail.mails, 10)
         assert "Subject: PASSED: browse on acme/dev" in content
         assert target.total >= body["data"]["lastMetrics"]["totalRequests"] > 0

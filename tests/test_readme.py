@@ -1,4 +1,5 @@
 """What README.md shows works: its examples are run as they stand, its tables are the program's own."""
+
 from __future__ import annotations
 
 import json
@@ -13,10 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-
-import loadmanager
 from target import Target
 from waiting import eventually
+
+import loadmanager
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,10 +36,17 @@ def shipped_program(tmp_path):
         log_file = tmp_path / "log"
         with log_file.open("w") as log:
             program = subprocess.Popen(
-                [sys.executable, "loadmanager.py", "-config", "config.yaml"], cwd=ROOT, env=environment, stderr=log
+                [sys.executable, "loadmanager.py", "-config", "config.yaml"],
+                cwd=ROOT,
+                env=environment,
+                stderr=log,
             )
         try:
-            listening = eventually(lambda: re.search(r"listening url=(\S+)", log_file.read_text()), 20, what="the program listens")
+            listening = eventually(
+                lambda: re.search(r"listening url=(\S+)", log_file.read_text()),
+                20,
+                what="the program listens",
+            )
             yield listening.group(1)
         finally:
             program.send_signal(signal.SIGTERM)
@@ -47,8 +55,12 @@ def shipped_program(tmp_path):
 
 def test_every_example_of_the_api_works_as_it_stands(shipped_program, tmp_path):
     script = re.search(r"## The API by example.*?```bash\n(.*?)```", README, re.S).group(1)
-    script = script.replace("http://127.0.0.1:8080", shipped_program).replace("curl -sS ", "curl -sS --fail-with-body ")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    script = script.replace("http://127.0.0.1:8080", shipped_program).replace(
+        "curl -sS ", "curl -sS --fail-with-body "
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, f"an example failed:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
     assert '"status":"Running"' in done.stdout, "the created run did not answer Running"
     assert '"status":"Pending"' in done.stdout, "the second run did not wait in the queue"
@@ -59,8 +71,12 @@ def test_every_example_of_the_api_works_as_it_stands(shipped_program, tmp_path):
 def test_every_example_of_the_command_line_works_as_it_stands(shipped_program, tmp_path):
     script = re.search(r"## Command line.*?```bash\n(.*?)```", README, re.S).group(1)
     script = script.replace("http://127.0.0.1:8080", shipped_program).replace("-d 5m", "-d 9s")
-    script = script.replace("python loadmanager.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'loadmanager.py'))}")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90)
+    script = script.replace(
+        "python loadmanager.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'loadmanager.py'))}"
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, f"an example failed:\n{done.stdout[-3000:]}\n{done.stderr[-1000:]}"
     assert "Finished (duration)" in done.stdout and "is stopped" in done.stdout
     assert (tmp_path / "report.html").stat().st_size > 1000
@@ -71,7 +87,9 @@ def test_tables_of_the_command_line_are_the_program_s():
     section = re.search(r"\n## Command line\n(.*?)\n## ", README, re.S).group(1)
     shown = set(re.findall(r"^\| `([^`]+)` \| (.*?) \|", section, re.M))
     real = {(command.name, command.about) for command in loadmanager.COMMANDS}
-    real |= {(str(number), about) for number, about in loadmanager.EXITS.items()} | set(loadmanager.VARIABLES.items())
+    real |= {(str(number), about) for number, about in loadmanager.EXITS.items()} | set(
+        loadmanager.VARIABLES.items()
+    )
     assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
 
 
@@ -89,14 +107,33 @@ def test_examples_of_the_configuration_are_good(tmp_path, example):
     """As they stand, but for secrets in files that are not there."""
     for name in re.findall(r"/run/secrets/[a-z-]+", example):
         secret = tmp_path / Path(name).name
-        secret.write_text({"slack-url": "https://hooks.slack.example/services/T0/B0/x", "hook": "whsec_c2VjcmV0IG9mIDI0IGJ5dGVzIQ=="}.get(secret.name, "a secret of 32 bytes or some more"))
+        secret.write_text(
+            {
+                "slack-url": "https://hooks.slack.example/services/T0/B0/x",
+                "hook": "whsec_c2VjcmV0IG9mIDI0IGJ5dGVzIQ==",
+            }.get(secret.name, "a secret of 32 bytes or some more")
+        )
         example = example.replace(name, str(secret))
-    config = {"locustClusters": [{"id": "c", "tenantId": "tenant-1", "envId": "dev", "baseUrl": "http://127.0.0.1:9"}], **yaml.safe_load(example)}
-    config["security"] = {"apiToken": "one of ours", "locustCallbackToken": "another", **config.get("security", {})}
+    config = {
+        "locustClusters": [
+            {"id": "c", "tenantId": "tenant-1", "envId": "dev", "baseUrl": "http://127.0.0.1:9"}
+        ],
+        **yaml.safe_load(example),
+    }
+    config["security"] = {
+        "apiToken": "one of ours",
+        "locustCallbackToken": "another",
+        **config.get("security", {}),
+    }
     if "oidc" in config["security"]:
         config["server"] = {"publicUrl": "https://load.example"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    checked = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=30)
+    checked = subprocess.run(
+        [sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert checked.returncode == 0, checked.stderr
 
 
@@ -111,9 +148,21 @@ def ci_steps():
 def test_shell_steps_of_the_ci_jobs_pass_and_leave_their_files(ci, shipped_program, tmp_path):
     token = yaml.safe_load((ROOT / "config.yaml").read_text())["security"]["apiToken"]
     (tmp_path / "loadmanager.py").write_text((ROOT / "loadmanager.py").read_text())
-    environment = {**os.environ, "LOADMANAGER_URL": shipped_program, "LOADMANAGER_TOKEN": token, "GITHUB_STEP_SUMMARY": str(tmp_path / "step.md")}
+    environment = {
+        **os.environ,
+        "LOADMANAGER_URL": shipped_program,
+        "LOADMANAGER_TOKEN": token,
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "step.md"),
+    }
     environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environment["PATH"]
-    done = subprocess.run(["bash", "-euc", "\n".join(ci_steps()[ci])], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(ci_steps()[ci])],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [case.attrib["name"] for case in ElementTree.parse(tmp_path / "loadtest.xml").iter("testcase")]
     assert cases == ["the run finished", "p95ResponseMs < 500", "errorRate < 1"]
@@ -122,9 +171,15 @@ def test_shell_steps_of_the_ci_jobs_pass_and_leave_their_files(ci, shipped_progr
 
 def test_a_failed_threshold_makes_the_ci_step_exit_99(shipped_program, tmp_path):
     token = yaml.safe_load((ROOT / "config.yaml").read_text())["security"]["apiToken"]
-    step = ci_steps()["gitlab"][0].replace("errorRate < 1", "GET /nope: errorRate < 1").replace("python loadmanager.py", f"{sys.executable} {ROOT / 'loadmanager.py'}")
+    step = (
+        ci_steps()["gitlab"][0]
+        .replace("errorRate < 1", "GET /nope: errorRate < 1")
+        .replace("python loadmanager.py", f"{sys.executable} {ROOT / 'loadmanager.py'}")
+    )
     environment = {**os.environ, "LOADMANAGER_URL": shipped_program, "LOADMANAGER_TOKEN": token}
-    done = subprocess.run(["bash", "-euc", step], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        ["bash", "-euc", step], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 99, done.stdout + done.stderr
     assert ElementTree.parse(tmp_path / "loadtest.xml").find("testsuite").attrib["failures"] == "1"
 

@@ -1,4 +1,5 @@
 """Reports of a real run that had failures and exceptions, with names that try to be markup or formulas."""
+
 from __future__ import annotations
 
 import csv
@@ -7,12 +8,12 @@ import io
 import json
 
 import pytest
-
-import loadmanager
-from conftest import base_config, cluster_config, LoadManager
+from conftest import LoadManager, base_config, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from waiting import eventually
+
+import loadmanager
 
 HOSTILE = """
 from locust import HttpUser, constant, task
@@ -45,10 +46,20 @@ def finished(tmp_path_factory):
     port = find_free_port()
     manager = LoadManager(
         tmp_path_factory.mktemp("reports"),
-        base_config(cluster_config(f"http://127.0.0.1:{port}"), orchestrator={"metricsPollIntervalSeconds": 1, "lostAfterSeconds": 10}),
+        base_config(
+            cluster_config(f"http://127.0.0.1:{port}"),
+            orchestrator={"metricsPollIntervalSeconds": 1, "lostAfterSeconds": 10},
+        ),
     ).start()
-    with Target() as target, LocustCluster(HOSTILE, 1, {}, ["--host", target.url], worker_args=["--host", target.url], web_port=port) as locust:
-        run = manager.create(durationSeconds=7, scenarioId="<b>browse</b>", metadata={"note": "</pre><script>x</script>"}).json
+    with (
+        Target() as target,
+        LocustCluster(
+            HOSTILE, 1, {}, ["--host", target.url], worker_args=["--host", target.url], web_port=port
+        ) as locust,
+    ):
+        run = manager.create(
+            durationSeconds=7, scenarioId="<b>browse</b>", metadata={"note": "</pre><script>x</script>"}
+        ).json
         assert manager.post(f"/v1/tests/{run['id']}/annotations", {"text": "deploy <i>now</i>"}).status == 201
         final = manager.wait_for(run["id"], "Finished")
         yield manager, final, locust
@@ -77,7 +88,15 @@ def test_report_page_is_inert_and_complete(finished):
     assert not {"script", "img", "b>", "i", "link", "iframe"} & set(page.seen), set(page.seen)
     assert not [name for name, _ in page.attributes if name.startswith("on") or name in ("href", "src")]
     text = "".join(page.text)
-    for words in ("<script>alert(1)</script>", "<b>browse</b>", "deploy <i>now</i>", "boom <b>in</b> task", "onerror=alert(2)", "Aggregated", "hooks_absent"):
+    for words in (
+        "<script>alert(1)</script>",
+        "<b>browse</b>",
+        "deploy <i>now</i>",
+        "boom <b>in</b> task",
+        "onerror=alert(2)",
+        "Aggregated",
+        "hooks_absent",
+    ):
         assert words in text, f"{words} is missing in the report"
     assert page.seen.count("svg") == 3 and page.seen.count("polyline") == 5
 
@@ -98,7 +117,9 @@ def test_csv_cells_are_no_formulas_and_numbers_are_the_run_s(finished):
     rows = list(csv.DictReader(io.StringIO(manager.get(f"/v1/tests/{run['id']}/requests.csv").body.decode())))
     assert "'=HYPERLINK(1)|x" in [row["name"] for row in rows]
     assert int(rows[-1]["numRequests"]) == run["lastMetrics"]["totalRequests"]
-    samples = list(csv.DictReader(io.StringIO(manager.get(f"/v1/tests/{run['id']}/metrics.csv").body.decode())))
+    samples = list(
+        csv.DictReader(io.StringIO(manager.get(f"/v1/tests/{run['id']}/metrics.csv").body.decode()))
+    )
     assert len(samples) == manager.get(f"/v1/tests/{run['id']}/metrics").json["total"]
     assert int(samples[-1]["totalRequests"]) == run["lastMetrics"]["totalRequests"]
 
@@ -107,7 +128,9 @@ def test_markdown_has_a_table_that_names_cannot_break(finished):
     manager, run, _ = finished
     text = manager.get(f"/v1/tests/{run['id']}/report.md").body.decode()
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    widths = {line.replace("\\|", "").count("|") for line in table if "HYPERLINK" in line or "Aggregated" in line}
+    widths = {
+        line.replace("\\|", "").count("|") for line in table if "HYPERLINK" in line or "Aggregated" in line
+    }
     assert len(widths) == 1, f"a name broke the table: {table}"
     assert "<script>" not in text and "<img" not in text
 
@@ -115,13 +138,20 @@ def test_markdown_has_a_table_that_names_cannot_break(finished):
 def test_locust_s_own_report_is_kept_and_sandboxed(finished):
     manager, run, _ = finished
     answer = manager.get(f"/v1/tests/{run['id']}/locust-report.html?download=1")
-    assert answer.status == 200 and b"<html" in answer.body and "sandbox" in answer.headers["content-security-policy"]
+    assert (
+        answer.status == 200
+        and b"<html" in answer.body
+        and "sandbox" in answer.headers["content-security-policy"]
+    )
     assert answer.headers["content-disposition"] == f'attachment; filename="{run["id"]}-locust-report.html"'
 
 
 def test_everything_is_there_after_a_restart_and_gone_with_the_run(finished):
     manager, run, locust = finished
-    before = {name: manager.get(f"/v1/tests/{run['id']}/{name}").body for name in ("failures", "annotations", "report.md", "locust-report.html")}
+    before = {
+        name: manager.get(f"/v1/tests/{run['id']}/{name}").body
+        for name in ("failures", "annotations", "report.md", "locust-report.html")
+    }
     manager.kill9()
     manager.restart()
     for name, body in before.items():
@@ -133,7 +163,20 @@ def test_everything_is_there_after_a_restart_and_gone_with_the_run(finished):
     assert manager.get(f"/v1/tests/{again['id']}/failures").status == 404
 
 
-@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": 5}, {"text": "x" * 1001}, {"text": "x", "at": "soon"}, {"text": "x", "more": 1}, {"text": "a\nb"}, {"text": "x", "at": "0001-01-01T00:00:00Z"}, {"text": "x", "at": "999999999999"}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"text": ""},
+        {"text": 5},
+        {"text": "x" * 1001},
+        {"text": "x", "at": "soon"},
+        {"text": "x", "more": 1},
+        {"text": "a\nb"},
+        {"text": "x", "at": "0001-01-01T00:00:00Z"},
+        {"text": "x", "at": "999999999999"},
+    ],
+)
 def test_bad_annotation_is_refused_by_field(finished, body):
     manager, run, _ = finished
     answer = manager.post(f"/v1/tests/{run['id']}/annotations", body)
@@ -142,7 +185,17 @@ def test_bad_annotation_is_refused_by_field(finished, body):
 
 def test_run_without_numbers_has_reports_too(finished):
     manager, _, _ = finished
-    manager_down = manager.post("/v1/tests", {"tenantId": "acme", "envId": "dev", "scenarioId": "x", "targetUsers": 1, "spawnRate": 1, "queue": True})
+    manager_down = manager.post(
+        "/v1/tests",
+        {
+            "tenantId": "acme",
+            "envId": "dev",
+            "scenarioId": "x",
+            "targetUsers": 1,
+            "spawnRate": 1,
+            "queue": True,
+        },
+    )
     run_id = manager_down.json.get("id") or manager_down.json["runId"]
     for name in ("report.html", "report.md", "metrics.csv", "requests.csv"):
         assert manager.get(f"/v1/tests/{run_id}/{name}").status == 200, name
@@ -150,5 +203,17 @@ def test_run_without_numbers_has_reports_too(finished):
 
 
 def test_chart_axes_are_round_numbers():
-    assert [loadmanager._round_up(value) for value in (0, 0.3, 1, 1.1, 7, 99, 101, 240)] == [1, 0.5, 1, 2, 10, 100, 200, 250]
-    assert json.dumps([loadmanager.duration_text(s) for s in (0, 59, 61, 3661)]) == '["0s", "59s", "1m 1s", "1h 1m 1s"]'
+    assert [loadmanager._round_up(value) for value in (0, 0.3, 1, 1.1, 7, 99, 101, 240)] == [
+        1,
+        0.5,
+        1,
+        2,
+        10,
+        100,
+        200,
+        250,
+    ]
+    assert (
+        json.dumps([loadmanager.duration_text(s) for s in (0, 59, 61, 3661)])
+        == '["0s", "59s", "1m 1s", "1h 1m 1s"]'
+    )

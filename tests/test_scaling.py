@@ -1,4 +1,5 @@
 """Clusters that wake, grow, shrink and sleep: real Locust processes, and commands of the user."""
+
 from __future__ import annotations
 
 import json
@@ -7,18 +8,16 @@ import re
 import signal
 import stat
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
-
-import loadmanager
 from conftest import CALLBACK_TOKEN, ROOT, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from test_lifecycle import LOCUSTFILE, RULES, descendants, is_running, start_run
 from waiting import eventually, holds_for
+
+import loadmanager
 
 
 @pytest.fixture
@@ -31,11 +30,25 @@ def target():
 def sleeping(load_manager, target, tmp_path):
     """A launched cluster that runs only while it is needed, one worker for two users."""
     other = tmp_path / "other.py"
-    other.write_text("import loadmanager_hooks\nfrom locust import HttpUser, task, constant\nclass Other(HttpUser):\n    wait_time = constant(0.1)\n    @task\n    def t(self):\n        self.client.get('/other')\n")
+    other.write_text(
+        "import loadmanager_hooks\nfrom locust import HttpUser, task, constant\nclass Other(HttpUser):\n    wait_time = constant(0.1)\n    @task\n    def t(self):\n        self.client.get('/other')\n"
+    )
     (tmp_path / "loadmanager_hooks.py").write_text((ROOT / "locust" / "loadmanager_hooks.py").read_text())
-    launcher = {"type": "process", "locustfile": str(LOCUSTFILE), "workers": 1, "host": target.url, "usersPerWorker": 2, "maxWorkers": 3, "idleSeconds": 2}
+    launcher = {
+        "type": "process",
+        "locustfile": str(LOCUSTFILE),
+        "workers": 1,
+        "host": target.url,
+        "usersPerWorker": 2,
+        "maxWorkers": 3,
+        "idleSeconds": 2,
+    }
     scenarios = [{"id": "browse"}, {"id": "other", "locustfile": str(other)}]
-    return load_manager({"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES, scenarios=scenarios)
+    return load_manager(
+        {"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher},
+        orchestrator=RULES,
+        scenarios=scenarios,
+    )
 
 
 def cluster(lm):
@@ -43,22 +56,33 @@ def cluster(lm):
 
 
 def test_a_sleeping_cluster_wakes_for_a_run_with_the_workers_it_needs_and_sleeps_again(sleeping, target):
-    assert cluster(sleeping)["state"] == "asleep" and not descendants(sleeping.process.pid), "nothing runs before it is needed"
+    assert cluster(sleeping)["state"] == "asleep" and not descendants(sleeping.process.pid), (
+        "nothing runs before it is needed"
+    )
     run = start_run(sleeping, targetUsers=5, durationSeconds=3)
     processes = descendants(sleeping.process.pid)
     assert len(cluster(sleeping)["workers"]) == 3, "5 users at 2 for each worker"
     assert sleeping.wait_for(run["id"], "Finished")["trust"] == "ok"
     assert target.total > 0
-    logs = {one["process"]: one["lines"] for one in sleeping.get("/v1/clusters/local/logs?lines=50").json["logs"]}
-    assert set(logs) == {"master", "worker-1", "worker-2", "worker-3"} and any("Starting Locust" in line for line in logs["worker-1"])
+    logs = {
+        one["process"]: one["lines"] for one in sleeping.get("/v1/clusters/local/logs?lines=50").json["logs"]
+    }
+    assert set(logs) == {"master", "worker-1", "worker-2", "worker-3"} and any(
+        "Starting Locust" in line for line in logs["worker-1"]
+    )
     eventually(lambda: cluster(sleeping)["state"] == "asleep", 10, what="the cluster sleeps")
     assert not [pid for pid in processes if is_running(pid)], "processes of the sleeping cluster were left"
 
     again = start_run(sleeping, scenarioId="other", targetUsers=1, durationSeconds=2)
     final = sleeping.wait_for(again["id"], "Finished")
-    assert [row["name"] for row in final["lastMetrics"]["requestStats"].values()] == ["/other"], "the scenario's locustfile was not the one that ran"
+    assert [row["name"] for row in final["lastMetrics"]["requestStats"].values()] == ["/other"], (
+        "the scenario's locustfile was not the one that ran"
+    )
     back = start_run(sleeping, scenarioId="browse", targetUsers=1, durationSeconds=1)
-    assert "/other" not in [row["name"] for row in sleeping.wait_for(back["id"], "Finished")["lastMetrics"]["requestStats"].values()]
+    assert "/other" not in [
+        row["name"]
+        for row in sleeping.wait_for(back["id"], "Finished")["lastMetrics"]["requestStats"].values()
+    ]
 
 
 def test_kill_9_in_the_middle_leaves_no_process_and_the_next_start_goes_on(sleeping):
@@ -66,7 +90,11 @@ def test_kill_9_in_the_middle_leaves_no_process_and_the_next_start_goes_on(sleep
     processes = descendants(sleeping.process.pid)
     assert len(processes) >= 4
     sleeping.kill9()
-    eventually(lambda: not [pid for pid in processes if is_running(pid)], 10, what="all processes of the cluster are gone")
+    eventually(
+        lambda: not [pid for pid in processes if is_running(pid)],
+        10,
+        what="all processes of the cluster are gone",
+    )
     sleeping.restart()
     ended = sleeping.wait_for(run["id"], "Failed")
     assert "its cluster ended with the Load Manager" in ended["failureReason"]
@@ -80,12 +108,16 @@ def test_workers_are_changed_by_hand_under_a_running_load(sleeping):
     assert (scaled.status, scaled.json["workersWanted"]) == (200, 2)
 
     def shares():
-        return sorted(worker["userCount"] for worker in cluster(sleeping)["workers"] if worker["state"] == "running")
+        return sorted(
+            worker["userCount"] for worker in cluster(sleeping)["workers"] if worker["state"] == "running"
+        )
 
     eventually(lambda: shares() == [1, 1], 20, what="the users are spread over both workers")
     assert sleeping.post("/v1/clusters/local/scale", {"workers": 1}).status == 200
     eventually(lambda: shares() == [2], 20, what="the users are on the one worker that is left")
-    assert "workers_lost" not in [warning["code"] for warning in sleeping.run(run["id"]).get("warnings", ())], "a worker sent away is not lost"
+    assert "workers_lost" not in [
+        warning["code"] for warning in sleeping.run(run["id"]).get("warnings", ())
+    ], "a worker sent away is not lost"
     assert sleeping.post(f"/v1/tests/{run['id']}/stop").status == 200
     for wrong in ({"workers": 0}, {"workers": 4}, {"workers": "2"}, {}, {"workers": 1, "more": 1}):
         assert "workers" in str(sleeping.post("/v1/clusters/local/scale", wrong).json["fields"]), wrong
@@ -128,13 +160,30 @@ def commanded(load_manager, target, tmp_path):
     """A real master without workers, and a command that starts and ends real ones."""
     port = find_free_port()
     lm = load_manager()
-    master = LocustCluster(LOCUSTFILE, 1, {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "1"}, ["--host", target.url], web_port=port)
+    master = LocustCluster(
+        LOCUSTFILE,
+        1,
+        {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "1"},
+        ["--host", target.url],
+        web_port=port,
+    )
     master._worker_count = 1
     master._start_master()
     script = tmp_path / "scale.py"
-    script.write_text(WORKERS_SCRIPT.format(python=sys.executable, locustfile=str(LOCUSTFILE), port=master._bind_port))
+    script.write_text(
+        WORKERS_SCRIPT.format(python=sys.executable, locustfile=str(LOCUSTFILE), port=master._bind_port)
+    )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    launcher = {"type": "command", "usersPerWorker": 2, "maxWorkers": 2, "idleSeconds": 2, "replaceLostWorkers": True, "scaleTimeoutSeconds": 25, "scale": [str(script), "{workers}"], "status": [str(script)]}
+    launcher = {
+        "type": "command",
+        "usersPerWorker": 2,
+        "maxWorkers": 2,
+        "idleSeconds": 2,
+        "replaceLostWorkers": True,
+        "scaleTimeoutSeconds": 25,
+        "scale": [str(script), "{workers}"],
+        "status": [str(script)],
+    }
     lm.config["locustClusters"] = [cluster_config(f"http://127.0.0.1:{port}", launcher=launcher)]
     lm.config["orchestrator"].update(RULES)
     master.wait_ready(0)
@@ -158,7 +207,11 @@ def test_workers_come_by_a_command_are_replaced_when_lost_and_go_when_idle(comma
     lost = commanded.worker_pids()[0]
     os.kill(lost, signal.SIGKILL)
     eventually(lambda: commanded.calls() == ["2", "2"], 60, what="the lost worker is replaced")
-    eventually(lambda: sum(worker["state"] == "running" for worker in cluster(commanded)["workers"]) == 2, 25, what="the new worker has users")
+    eventually(
+        lambda: sum(worker["state"] == "running" for worker in cluster(commanded)["workers"]) == 2,
+        25,
+        what="the new worker has users",
+    )
     assert [warning["code"] for warning in commanded.run(run["id"])["warnings"]] == ["workers_lost"]
     assert commanded.post(f"/v1/tests/{run['id']}/stop").status == 200
     eventually(lambda: commanded.calls()[-1] == "0", 15, what="the workers go when idle")
@@ -175,16 +228,27 @@ def test_workers_come_by_a_command_are_replaced_when_lost_and_go_when_idle(comma
         (["/bin/true", "{workers}"], "has no worker connected; the status command counts 2"),
     ],
 )
-def test_a_command_that_does_not_bring_workers_fails_the_run_with_what_it_said(load_manager, fake_locust, scale, says):
+def test_a_command_that_does_not_bring_workers_fails_the_run_with_what_it_said(
+    load_manager, fake_locust, scale, says
+):
     fake = fake_locust(hooks=True, workers=0)
-    launcher = {"type": "command", "usersPerWorker": 5, "scaleTimeoutSeconds": 1, "scale": scale, "status": ["/bin/echo", "-e", "one\ntwo"]}
+    launcher = {
+        "type": "command",
+        "usersPerWorker": 5,
+        "scaleTimeoutSeconds": 1,
+        "scale": scale,
+        "status": ["/bin/echo", "-e", "one\ntwo"],
+    }
     lm = load_manager(cluster_config(fake.url, launcher=launcher))
     refused = lm.create()
     assert refused.status == 502 and says in refused.json["message"], refused.body
     assert lm.run(refused.json["runId"])["status"] == "Failed"
 
 
-README_LAUNCHERS = [yaml.safe_load(block)["launcher"] for block in re.findall(r"```yaml\n(launcher:.*?)```", (ROOT / "README.md").read_text(), re.S)]
+README_LAUNCHERS = [
+    yaml.safe_load(block)["launcher"]
+    for block in re.findall(r"```yaml\n(launcher:.*?)```", (ROOT / "README.md").read_text(), re.S)
+]
 
 
 @pytest.mark.parametrize("launcher", README_LAUNCHERS, ids=lambda launcher: launcher["scale"][0])
@@ -192,15 +256,22 @@ def test_the_readme_s_templates_call_exactly_what_they_say(tmp_path, monkeypatch
     """A stand-in on PATH writes down its arguments; nothing of {workers} is read by a shell."""
     for kind in ("scale", "status"):
         stand_in = tmp_path / launcher[kind][0]
-        stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nopen({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(sys.argv[1:]))\nprint(3)\n")
+        stand_in.write_text(
+            f"#!{sys.executable}\nimport json, sys\nopen({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(sys.argv[1:]))\nprint(3)\n"
+        )
         stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    config = {"security": {"apiToken": "a", "locustCallbackToken": "b"}, "locustClusters": [cluster_config("http://127.0.0.1:9", launcher=launcher)]}
+    config = {
+        "security": {"apiToken": "a", "locustCallbackToken": "b"},
+        "locustClusters": [cluster_config("http://127.0.0.1:9", launcher=launcher)],
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = loadmanager.load_config(str(tmp_path / "config.json")).clusters[0]
     cluster_ = loadmanager.Cluster(read, None, None)
     cluster_.scale(7)
-    assert json.loads((tmp_path / "seen").read_text()) == [word.replace("{workers}", "7") for word in launcher["scale"][1:]]
+    assert json.loads((tmp_path / "seen").read_text()) == [
+        word.replace("{workers}", "7") for word in launcher["scale"][1:]
+    ]
     assert cluster_.count_workers() == "; the status command counts 3"
     assert json.loads((tmp_path / "seen").read_text()) == launcher["status"][1:]
 
@@ -218,10 +289,19 @@ def test_the_readme_s_templates_call_exactly_what_they_say(tmp_path, monkeypatch
 )
 def test_a_wrong_launcher_is_a_refusal_to_start(tmp_path, launcher, problem):
     base_url = "http://127.0.0.1:9" if launcher["type"] == "command" else None
-    config = {"security": {"apiToken": "a", "locustCallbackToken": "b"}, "locustClusters": [{"id": "a", "tenantId": "t", "envId": "e", "launcher": launcher, **({"baseUrl": base_url} if base_url else {})}]}
+    config = {
+        "security": {"apiToken": "a", "locustCallbackToken": "b"},
+        "locustClusters": [
+            {
+                "id": "a",
+                "tenantId": "t",
+                "envId": "e",
+                "launcher": launcher,
+                **({"baseUrl": base_url} if base_url else {}),
+            }
+        ],
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(loadmanager.ConfigError) as refused:
         loadmanager.load_config(str(tmp_path / "config.json"))
     assert problem in "\n".join(refused.value.problems)
-
-

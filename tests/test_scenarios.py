@@ -1,4 +1,5 @@
 """What a scenarioId means, stages, and users changed in a running load; on real Locust where Locust decides."""
+
 from __future__ import annotations
 
 import json
@@ -7,13 +8,13 @@ import sys
 import time
 
 import pytest
-
-import loadmanager
 from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, cluster_config, create_body
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from test_lifecycle import RULES
 from waiting import eventually
+
+import loadmanager
 
 LOCUSTFILE = """
 import loadmanager_hooks
@@ -66,8 +67,19 @@ def lm(load_manager, targets, tmp_path):
     (tmp_path / "loadmanager_hooks.py").write_text((ROOT / "locust" / "loadmanager_hooks.py").read_text())
     port = find_free_port()
     lm = load_manager(cluster_config(f"http://127.0.0.1:{port}"), orchestrator=RULES, scenarios=SCENARIOS)
-    environment = {"CONTROL_PLANE_URL": lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "METRICS_PUSH_INTERVAL": "1"}
-    lm.locust = LocustCluster(locustfile, 2, environment, ["--host", targets[0].url, "--class-picker"], worker_args=["--host", targets[0].url], web_port=port).start()
+    environment = {
+        "CONTROL_PLANE_URL": lm.url,
+        "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN,
+        "METRICS_PUSH_INTERVAL": "1",
+    }
+    lm.locust = LocustCluster(
+        locustfile,
+        2,
+        environment,
+        ["--host", targets[0].url, "--class-picker"],
+        worker_args=["--host", targets[0].url],
+        web_port=port,
+    ).start()
     for target in targets:
         target.counts.clear()
     yield lm
@@ -95,24 +107,34 @@ def test_what_a_scenario_gives_travels_to_locust_and_nothing_of_it_stays_for_the
     assert endpoints(run) == {"/read 25", "/write"}
     assert run["lastMetrics"]["totalRequests"] > 0 == targets[1].total
 
-    tagged = finished(lm, "checkout", tags=["write"], host=targets[1].url, options={"page_size": 5}, durationSeconds=2)
+    tagged = finished(
+        lm, "checkout", tags=["write"], host=targets[1].url, options={"page_size": 5}, durationSeconds=2
+    )
     assert endpoints(tagged) == {"/write"} and (tagged["host"], tagged["tags"]) == (targets[1].url, ["write"])
     assert set(targets[1].counts) == {"/write"}
 
     seen = targets[1].total
     plain = finished(lm, "waves")
-    assert endpoints(plain) == {"/read 10", "/write", "/sell"}, "classes, tags or options of an earlier run were left in Locust"
+    assert endpoints(plain) == {"/read 10", "/write", "/sell"}, (
+        "classes, tags or options of an earlier run were left in Locust"
+    )
     assert targets[1].total == seen, "the host of an earlier run was left in Locust"
     assert "users_not_reached" not in [warning["code"] for warning in plain.get("warnings", ())]
     lm.locust.swarm(2, 2, host=targets[1].url)  # somebody chooses another host in Locust's own page
     eventually(lambda: targets[1].total > seen, 10)
     lm.locust.post("/stop")
-    eventually(lambda: not lm.get("/v1/tests?status=Pending,Running,Stopping").json, 10, what="the test of Locust's page is over")
+    eventually(
+        lambda: not lm.get("/v1/tests?status=Pending,Running,Stopping").json,
+        10,
+        what="the test of Locust's page is over",
+    )
     seen = targets[1].total
     finished(lm, "waves", stages=[{"targetUsers": 1, "spawnRate": 1, "durationSeconds": 2}])
     assert targets[1].total > seen, "what was chosen in Locust's page stays, as without us"
     again = lm.post(f"/v1/tests/{tagged['id']}/rerun", {}).json
-    assert {name: again[name] for name in ("host", "tags", "userClasses", "options")} == {name: tagged[name] for name in ("host", "tags", "userClasses", "options")}
+    assert {name: again[name] for name in ("host", "tags", "userClasses", "options")} == {
+        name: tagged[name] for name in ("host", "tags", "userClasses", "options")
+    }
     assert lm.post(f"/v1/tests/{again['id']}/stop").status == 200
 
 
@@ -131,9 +153,17 @@ def test_what_the_cluster_does_not_have_is_refused_with_what_it_has(lm, more, fi
 
 
 def test_stages_come_on_time_and_users_can_be_changed_by_hand_over_a_restart(lm):
-    stages = [{"targetUsers": 2, "spawnRate": 10, "durationSeconds": 4}, {"targetUsers": 6, "spawnRate": 10, "durationSeconds": 60}]
+    stages = [
+        {"targetUsers": 2, "spawnRate": 10, "durationSeconds": 4},
+        {"targetUsers": 6, "spawnRate": 10, "durationSeconds": 60},
+    ]
     run = create(lm, "waves", stages=stages).json
-    assert (run["targetUsers"], run["spawnRate"], run["durationSeconds"], run["stages"]) == (6, 10, 64, stages)
+    assert (run["targetUsers"], run["spawnRate"], run["durationSeconds"], run["stages"]) == (
+        6,
+        10,
+        64,
+        stages,
+    )
     users = lambda: lm.locust.stats()["user_count"]  # noqa: E731
     eventually(lambda: users() == 2, 8, what="the users of the first stage")
     assert time.time() - loadmanager.parse_utc(run["startedAt"]) < 4.5
@@ -144,16 +174,24 @@ def test_stages_come_on_time_and_users_can_be_changed_by_hand_over_a_restart(lm)
     eventually(lambda: users() == 9, 10, what="the users of the change")
     lm.kill9()
     lm.restart()
-    assert lm.post(f"/v1/tests/{run['id']}/users", {"targetUsers": 4}).json["usersChanges"][-1]["spawnRate"] == 20
+    assert (
+        lm.post(f"/v1/tests/{run['id']}/users", {"targetUsers": 4}).json["usersChanges"][-1]["spawnRate"]
+        == 20
+    )
     eventually(lambda: users() == 4, 10, what="the users of the second change")
     final = lm.run(run["id"])
-    assert "users_changed" not in [warning["code"] for warning in final.get("warnings", ())], "our own change was taken for one in Locust's page"
+    assert "users_changed" not in [warning["code"] for warning in final.get("warnings", ())], (
+        "our own change was taken for one in Locust's page"
+    )
     assert lm.post(f"/v1/tests/{run['id']}/stop").status == 200
     assert lm.post(f"/v1/tests/{run['id']}/users", {"targetUsers": 4}).status == 409
 
 
 def test_a_stage_that_began_while_load_manager_was_away_is_applied_at_its_return(lm):
-    stages = [{"targetUsers": 2, "spawnRate": 10, "durationSeconds": 3}, {"targetUsers": 5, "spawnRate": 10, "durationSeconds": 60}]
+    stages = [
+        {"targetUsers": 2, "spawnRate": 10, "durationSeconds": 3},
+        {"targetUsers": 5, "spawnRate": 10, "durationSeconds": 60},
+    ]
     run = create(lm, "waves", stages=stages).json
     eventually(lambda: lm.locust.stats()["user_count"] == 2, 8)
     lm.kill9()
@@ -177,9 +215,21 @@ def configured(load_manager, fake):
         ({"scenarioId": "nope"}, "scenarioId", "there are checkout, waves"),
         ({"scenarioId": "others"}, "scenarioId", "there are checkout, waves"),
         ({"scenarioId": "waves", "targetUsers": 5}, "spawnRate", "is missing"),
-        ({"scenarioId": "waves", "stages": [{"targetUsers": 1, "spawnRate": 1, "durationSeconds": 1}], "targetUsers": 5}, "stages", "stand for"),
+        (
+            {
+                "scenarioId": "waves",
+                "stages": [{"targetUsers": 1, "spawnRate": 1, "durationSeconds": 1}],
+                "targetUsers": 5,
+            },
+            "stages",
+            "stand for",
+        ),
         ({"scenarioId": "waves", "stages": []}, "stages", "1 to 100"),
-        ({"scenarioId": "waves", "stages": [{"targetUsers": 0, "spawnRate": 1, "durationSeconds": 1}]}, "stages", "from 1"),
+        (
+            {"scenarioId": "waves", "stages": [{"targetUsers": 0, "spawnRate": 1, "durationSeconds": 1}]},
+            "stages",
+            "from 1",
+        ),
         ({"scenarioId": "waves", "host": "javascript:alert(1)"}, "host", "http(s)"),
         ({"scenarioId": "waves", "host": "http://a b"}, "host", "http(s)"),
         ({"scenarioId": "waves", "userClasses": "Buyer; rm -rf"}, "userClasses", "names"),
@@ -194,7 +244,10 @@ def test_a_create_that_no_scenario_completes_is_refused(configured, body, field,
 
 def test_without_scenarios_any_id_is_taken_and_the_numbers_are_needed(lm_without):
     assert lm_without.create(scenarioId="anything").status == 201
-    missing = lm_without.post("/v1/tests", {name: value for name, value in create_body().items() if name not in ("targetUsers", "spawnRate")})
+    missing = lm_without.post(
+        "/v1/tests",
+        {name: value for name, value in create_body().items() if name not in ("targetUsers", "spawnRate")},
+    )
     assert set(missing.json["fields"]) == {"targetUsers", "spawnRate"}
     assert lm_without.get("/v1/scenarios").json == []
 
@@ -211,7 +264,20 @@ def test_scenarios_are_listed_by_api_and_command_line(configured):
         "id": "checkout", "description": "buyers only", "userClasses": ["Buyer"], "options": {"page_size": 25}, "targetUsers": 3, "spawnRate": 3,
         "durationSeconds": 3, "thresholds": ["errorRate < 50"], "tenants": ["acme"],
     }  # fmt: skip
-    shown = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "scenarios", "--url", configured.url, "--token", API_TOKEN], capture_output=True, text=True, timeout=30)
+    shown = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "loadmanager.py"),
+            "scenarios",
+            "--url",
+            configured.url,
+            "--token",
+            API_TOKEN,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert "checkout" in shown.stdout and "buyers only" in shown.stdout, shown.stderr
 
 
@@ -229,6 +295,13 @@ def test_scenarios_are_listed_by_api_and_command_line(configured):
 )
 def test_a_wrong_scenario_is_a_refusal_to_start(tmp_path, scenario, problem):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"security": {"apiToken": "a", "locustCallbackToken": "b"}, "scenarios": [scenario]}))
-    checked = subprocess.run([sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(path)], capture_output=True, text=True, timeout=30)
+    path.write_text(
+        json.dumps({"security": {"apiToken": "a", "locustCallbackToken": "b"}, "scenarios": [scenario]})
+    )
+    checked = subprocess.run(
+        [sys.executable, str(ROOT / "loadmanager.py"), "check", "-config", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert checked.returncode == 2 and problem in checked.stderr, checked.stderr

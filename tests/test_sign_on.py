@@ -1,4 +1,5 @@
 """Single sign-on: signed tokens good and forged, keys that change, and a real OpenID provider for the dashboard."""
+
 from __future__ import annotations
 
 import base64
@@ -18,14 +19,14 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import jwt
 import pytest
+from conftest import API_TOKEN, ROOT, LoadManager, base_config, cluster_config, create_body
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-
-import loadmanager
-from conftest import API_TOKEN, ROOT, LoadManager, base_config, cluster_config, create_body
 from fake_locust import FakeLocust
 from locust_process import find_free_port
 from waiting import eventually
+
+import loadmanager
 
 SECRET = "a-shared-secret-of-at-least-32-bytes!"
 ISSUER, AUDIENCE = "https://id.example", "loadmanager"
@@ -43,13 +44,25 @@ def jwk(kid: str) -> dict[str, Any]:
 
 def claims(**changes: Any) -> dict[str, Any]:
     now = time.time()
-    found = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "exp": now + 300, "iat": now, "tenants": ["acme"], "role": "operator"}
+    found = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": "alice",
+        "exp": now + 300,
+        "iat": now,
+        "tenants": ["acme"],
+        "role": "operator",
+    }
     found.update(changes)
     return {name: value for name, value in found.items() if value is not ...}
 
 
-def signed(kid: str = "rsa-1", algorithm: str | None = None, headers: dict[str, Any] | None = None, **changes: Any) -> str:
-    return jwt.encode(claims(**changes), KEYS[kid], algorithm or ALGORITHMS[kid], {"kid": kid, **(headers or {})})
+def signed(
+    kid: str = "rsa-1", algorithm: str | None = None, headers: dict[str, Any] | None = None, **changes: Any
+) -> str:
+    return jwt.encode(
+        claims(**changes), KEYS[kid], algorithm or ALGORITHMS[kid], {"kid": kid, **(headers or {})}
+    )
 
 
 def part(value: Any) -> str:
@@ -118,24 +131,36 @@ def test_signed_token_is_its_bearer(file_lm, kid):
     assert file_lm.get("/v1/tests", token=signed(kid)).status == 200
     assert file_lm.post("/v1/tests", create_body(tenantId="beta"), token=signed(kid)).status == 403
     assert file_lm.post("/v1/tests", create_body(), token=signed(kid, role="viewer")).status == 403
-    assert file_lm.get("/v1/audit", token=signed(kid, role=["viewer", "admin"], tenants="*")).status == 200, "of several roles the highest counts"
+    assert file_lm.get("/v1/audit", token=signed(kid, role=["viewer", "admin"], tenants="*")).status == 200, (
+        "of several roles the highest counts"
+    )
     session = file_lm.post("/session", {"token": signed(kid)}, token=None)
     assert (session.status, session.json["name"], session.json["tenants"]) == (200, "sso:alice", ["acme"])
 
 
 def public_pem() -> bytes:
-    return KEYS["rsa-1"].public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return (
+        KEYS["rsa-1"]
+        .public_key()
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
 
 
 FORGED = {
     "no algorithm": lambda: by_hand({"alg": "none", "kid": "rsa-1"}, claims()),
     "None": lambda: by_hand({"alg": "None"}, claims()),
     "nOnE with a signature": lambda: by_hand({"alg": "nOnE", "kid": "rsa-1"}, claims(), b"x"),
-    "the public key as a shared secret": lambda: by_hand({"alg": "HS256", "kid": "rsa-1"}, claims(), public_pem()),
-    "the public key's JWK as a shared secret": lambda: by_hand({"alg": "HS256", "kid": "rsa-1"}, claims(), json.dumps(jwk("rsa-1")).encode()),
+    "the public key as a shared secret": lambda: by_hand(
+        {"alg": "HS256", "kid": "rsa-1"}, claims(), public_pem()
+    ),
+    "the public key's JWK as a shared secret": lambda: by_hand(
+        {"alg": "HS256", "kid": "rsa-1"}, claims(), json.dumps(jwk("rsa-1")).encode()
+    ),
     "an empty shared secret": lambda: by_hand({"alg": "HS256"}, claims(), b""),
     "a key of its own in the header": lambda: signed("rsa-2", headers={"kid": "rsa-1", "jwk": jwk("rsa-2")}),
-    "a link to keys of its own": lambda: signed("rsa-2", headers={"kid": "rsa-1", "jku": "http://127.0.0.1:1/keys"}),
+    "a link to keys of its own": lambda: signed(
+        "rsa-2", headers={"kid": "rsa-1", "jku": "http://127.0.0.1:1/keys"}
+    ),
     "another key": lambda: signed("rsa-2", headers={"kid": "rsa-1"}),
     "an EC token under the RSA key's id": lambda: signed("ec-1", headers={"kid": "rsa-1"}),
     "an algorithm that is not configured": lambda: signed("rsa-1", "RS512"),
@@ -144,7 +169,9 @@ FORGED = {
     "a key id that is a path": lambda: signed(headers={"kid": "../../etc/passwd"}),
     "a key id that is no text": lambda: by_hand({"alg": "RS256", "kid": {"a": 1}}, claims(), b"x"),
     "no signature": lambda: signed().rpartition(".")[0] + ".",
-    "a changed claim": lambda: (lambda head, _, tail: f"{head}.{part(claims(role='admin'))}.{tail}")(*signed().split(".")),
+    "a changed claim": lambda: (lambda head, _, tail: f"{head}.{part(claims(role='admin'))}.{tail}")(
+        *signed().split(".")
+    ),
     "another issuer": lambda: signed(iss="https://evil.example"),
     "another audience": lambda: signed(aud="other"),
     "no audience": lambda: signed(aud=...),
@@ -158,7 +185,9 @@ FORGED = {
     "a subject with a line break": lambda: signed(sub="alice\nadmin"),
     "a list instead of claims": lambda: by_hand({"alg": "RS256", "kid": "rsa-1"}, [1], b"x"),
     "claims that are no JSON": lambda: f"{part({'alg': 'RS256'})}.{part(b'{')}.AA",
-    "twice the same claim": lambda: ".".join([part({"alg": "RS256", "kid": "rsa-1"}), part(b'{"iss":1,"iss":2}'), "AA"]),
+    "twice the same claim": lambda: ".".join(
+        [part({"alg": "RS256", "kid": "rsa-1"}), part(b'{"iss":1,"iss":2}'), "AA"]
+    ),
     "nothing but dots": lambda: "..",
     "padding": lambda: signed() + "==",
     "a huge token": lambda: signed(more="x" * 20_000),
@@ -169,7 +198,9 @@ FORGED = {
 def test_forged_token_is_refused(file_lm, name):
     answer = file_lm.get("/v1/tests", token=FORGED[name]())
     assert answer.status in (401, 429), f"{name}: {answer.status} {answer.body[:300]!r}"
-    assert file_lm.get("/v1/tests", token=signed()).status == 200, "a good token was locked out by the bad ones"
+    assert file_lm.get("/v1/tests", token=signed()).status == 200, (
+        "a good token was locked out by the bad ones"
+    )
 
 
 def test_clocks_may_differ_a_little(file_lm):
@@ -196,12 +227,20 @@ def test_shared_secret_needs_no_package(load_manager, fake, tmp_path):
         "issuer": ISSUER, "audience": AUDIENCE, "secretFile": str(tmp_path / "secret"), "roleClaim": "realm_access.roles",
         "roleMap": {"load-testers": "operator", "everybody": "viewer"}, "tenantsClaim": "groups",
     }  # fmt: skip
-    lm = load_manager(cluster_config(fake.url), security={"jwt": options}, environment={"PYTHONPATH": str(tmp_path)})
+    lm = load_manager(
+        cluster_config(fake.url), security={"jwt": options}, environment={"PYTHONPATH": str(tmp_path)}
+    )
     body = claims(realm_access={"roles": ["everybody", "load-testers"]}, groups=["acme"], aud=["x", AUDIENCE])
     good = by_hand({"alg": "HS256", "typ": "JWT"}, body, SECRET.encode())
     assert lm.post("/v1/tests", create_body(), token=good).json["createdBy"] == "sso:alice"
     assert lm.get("/v1/tests", token=by_hand({"alg": "HS256"}, body, b"another")).status == 401
-    assert lm.get("/v1/tests", token=by_hand({"alg": "HS256"}, {**body, "realm_access": {"roles": ["admin"]}}, SECRET.encode())).status == 403, "a word that roleMap does not have is no role"
+    assert (
+        lm.get(
+            "/v1/tests",
+            token=by_hand({"alg": "HS256"}, {**body, "realm_access": {"roles": ["admin"]}}, SECRET.encode()),
+        ).status
+        == 403
+    ), "a word that roleMap does not have is no role"
     assert lm.get("/v1/tests", token=by_hand({"alg": "none"}, body)).status == 401
 
 
@@ -214,7 +253,11 @@ def test_missing_package_is_named_at_the_start(tmp_path):
         [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")],
         capture_output=True, text=True, timeout=30, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"},
     )  # fmt: skip
-    assert done.returncode == 1 and "pip install 'PyJWT[crypto]'" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 1
+        and "pip install 'PyJWT[crypto]'" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 def test_new_key_is_found_at_once_and_a_flood_of_unknown_ones_is_not_asked_for(load_manager, fake, jwks):
@@ -227,14 +270,24 @@ def test_new_key_is_found_at_once_and_a_flood_of_unknown_ones_is_not_asked_for(l
     assert jwks.reads == reads + 1
     assert lm.post("/session", {"token": signed("rsa-2")}, token=None).status == 200
     with ThreadPoolExecutor(8) as pool:
-        flood = list(pool.map(lambda number: lm.get("/v1/tests", token=signed(headers={"kid": f"unknown-{number}"})).status, range(40)))
+        flood = list(
+            pool.map(
+                lambda number: lm.get("/v1/tests", token=signed(headers={"kid": f"unknown-{number}"})).status,
+                range(40),
+            )
+        )
     assert set(flood) <= {401, 429}
-    assert jwks.reads == reads + 1, f"unknown key ids had the keys read {jwks.reads - reads} times within a minute"
+    assert jwks.reads == reads + 1, (
+        f"unknown key ids had the keys read {jwks.reads - reads} times within a minute"
+    )
     assert lm.get("/v1/tests", token=signed("rsa-2")).status == 200
 
 
 def test_sign_in_with_a_token_of_a_new_key_works_the_second_time(load_manager, fake, jwks):
-    lm = load_manager(cluster_config(fake.url), security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": jwks.url}})
+    lm = load_manager(
+        cluster_config(fake.url),
+        security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": jwks.url}},
+    )
     assert lm.get("/v1/tests", token=signed()).status == 200
     jwks.kids.append("rsa-2")
     first = lm.post("/session", {"token": signed("rsa-2")}, token=None)
@@ -244,25 +297,35 @@ def test_sign_in_with_a_token_of_a_new_key_works_the_second_time(load_manager, f
 
 def test_slow_provider_delays_only_who_needs_its_keys(load_manager, fake, jwks):
     jwks.delay_s = 1.5
-    lm = load_manager(cluster_config(fake.url), security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": jwks.url}})
+    lm = load_manager(
+        cluster_config(fake.url),
+        security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksUrl": jwks.url}},
+    )
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(lm.post, "/v1/tests", create_body(), token=signed()) for _ in range(2)]
         time.sleep(0.2)
         began = time.monotonic()
         assert lm.get("/health").status == 200 and lm.get("/v1/tests").status == 200
         assert time.monotonic() - began < 1, "everybody waited for the identity provider"
-        assert sorted(answer.result().status for answer in waiting) == [201, 409], "the body of a request that waited for keys was lost"
+        assert sorted(answer.result().status for answer in waiting) == [201, 409], (
+            "the body of a request that waited for keys was lost"
+        )
 
 
 def test_new_key_in_the_file_is_found(load_manager, fake, tmp_path):
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({"keys": [jwk("rsa-1")]}))
-    lm = load_manager(cluster_config(fake.url), security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksFile": str(keys)}})
+    lm = load_manager(
+        cluster_config(fake.url),
+        security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, "jwksFile": str(keys)}},
+    )
     assert lm.get("/v1/tests", token=signed()).status == 200
     keys.write_text(json.dumps({"keys": [jwk("rsa-2")]}))
     eventually(lambda: lm.get("/v1/tests", token=signed("rsa-2")).status == 200, 5)
     keys.write_text("not JSON")
-    assert lm.get("/v1/tests", token=signed("rsa-2", sub="bob")).status == 200, "a broken file took the keys that were known"
+    assert lm.get("/v1/tests", token=signed("rsa-2", sub="bob")).status == 200, (
+        "a broken file took the keys that were known"
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +334,10 @@ def test_new_key_in_the_file_is_found(load_manager, fake, tmp_path):
         ({"jwksFile": "k", "secret": SECRET}, "allowed is one of jwksUrl, jwksFile and secretFile"),
         ({}, "allowed is one of jwksUrl, jwksFile and secretFile"),
         ({"jwksFile": "k", "algorithms": ["HS256"]}, "HS256 needs secretFile"),
-        ({"secret": SECRET, "algorithms": ["HS256", "RS256"]}, "RS256: HS256 needs secretFile, all others jwksUrl"),
+        (
+            {"secret": SECRET, "algorithms": ["HS256", "RS256"]},
+            "RS256: HS256 needs secretFile, all others jwksUrl",
+        ),
         ({"jwksFile": "k", "algorithms": ["none"]}, "algorithms: allowed is a list of HS256"),
         ({"secret": "short"}, "32 bytes or more"),
         ({"jwksUrl": "http://id.example/keys"}, "allowed is https"),
@@ -280,7 +346,9 @@ def test_new_key_in_the_file_is_found(load_manager, fake, tmp_path):
 )
 def test_wrong_sign_on_is_a_problem_of_the_configuration(options, words, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(base_config(security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, **options}})))
+    path.write_text(
+        json.dumps(base_config(security={"jwt": {"issuer": ISSUER, "audience": AUDIENCE, **options}}))
+    )
     with pytest.raises(loadmanager.ConfigError) as caught:
         loadmanager.load_config(str(path), {})
     assert words in str(caught.value) and SECRET not in str(caught.value), caught.value
@@ -329,7 +397,9 @@ class Provider:
         from werkzeug.serving import make_server
 
         users = [
-            oidc_provider_mock.User(sub="alice", claims={"name": "Alice", "tenants": ["acme"], "role": "operator"}),
+            oidc_provider_mock.User(
+                sub="alice", claims={"name": "Alice", "tenants": ["acme"], "role": "operator"}
+            ),
             oidc_provider_mock.User(sub="mallory", claims={"name": "Mallory"}),
         ]
         app = oidc_provider_mock.app(user_claims=users, require_nonce=True)
@@ -343,7 +413,9 @@ class Provider:
                 self.challenges.append(flask.request.args["code_challenge"])
             if flask.request.path.endswith("/oauth2/token"):
                 form = flask.request.form.to_dict()
-                self.token_requests.append({**form, "authorization": flask.request.headers.get("Authorization", "")})
+                self.token_requests.append(
+                    {**form, "authorization": flask.request.headers.get("Authorization", "")}
+                )
                 if part(hashlib.sha256(form["code_verifier"].encode()).digest()) not in self.challenges:
                     return {"error": "invalid_grant"}, 400
             return None
@@ -357,7 +429,9 @@ class Provider:
         parts = urlsplit(location)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
         form = urlencode({"sub": user} if action == "authorize" else {"action": "deny"})
-        connection.request("POST", f"{parts.path}?{parts.query}", form, {"Content-Type": "application/x-www-form-urlencoded"})
+        connection.request(
+            "POST", f"{parts.path}?{parts.query}", form, {"Content-Type": "application/x-www-form-urlencoded"}
+        )
         answer = connection.getresponse()
         assert answer.status == 302, answer.read()
         return answer.headers["Location"]
@@ -377,9 +451,16 @@ def provider():
 def oidc_lm(tmp_path_factory, provider):
     folder, port = tmp_path_factory.mktemp("oidc"), find_free_port()
     (folder / "client-secret").write_text("the client's secret/+")
-    oidc = {"issuer": provider.url, "clientId": "load manager", "clientSecretFile": "client-secret", "redirectUrl": f"http://127.0.0.1:{port}/session/oidc/callback"}
+    oidc = {
+        "issuer": provider.url,
+        "clientId": "load manager",
+        "clientSecretFile": "client-secret",
+        "redirectUrl": f"http://127.0.0.1:{port}/session/oidc/callback",
+    }
     fake = FakeLocust().start()
-    lm = LoadManager(folder, base_config(cluster_config(fake.url), security={"oidc": oidc}, server={"port": port})).start()
+    lm = LoadManager(
+        folder, base_config(cluster_config(fake.url), security={"oidc": oidc}, server={"port": port})
+    ).start()
     yield lm
     assert "trace=" not in lm.log() and "secret" not in lm.log(), lm.log()[-3000:]
     lm.end()
@@ -403,7 +484,11 @@ def test_person_signs_in_by_the_provider(oidc_lm, provider):
     assert oidc_lm.get("/session", token=None).json["singleSignOn"] is True
     location, cookie = leave(oidc_lm)
     asked = {name: values[0] for name, values in parse_qs(urlsplit(location).query).items()}
-    assert asked["response_type"] == "code" and asked["code_challenge_method"] == "S256" and len(asked["code_challenge"]) == 43
+    assert (
+        asked["response_type"] == "code"
+        and asked["code_challenge_method"] == "S256"
+        and len(asked["code_challenge"]) == 43
+    )
     back = come_back(oidc_lm, provider.sign_in(location, "alice"), cookie)
     assert back.status == 302 and back.headers["location"] == "/", back.body
     assert "HttpOnly; SameSite=Strict" in back.headers["set-cookie"]
@@ -414,7 +499,11 @@ def test_person_signs_in_by_the_provider(oidc_lm, provider):
     basic = base64.b64decode(provider.token_requests[-1]["authorization"].split()[1]).decode()
     assert basic == "load%20manager:the%20client%27s%20secret%2F%2B"
     told = oidc_lm.get("/v1/audit").json[0]
-    assert (told["who"], told["action"], told["outcome"]) == ("sso:alice", "GET /session/oidc/callback", "done")
+    assert (told["who"], told["action"], told["outcome"]) == (
+        "sso:alice",
+        "GET /session/oidc/callback",
+        "done",
+    )
 
 
 def test_user_without_a_role_is_told_so(oidc_lm, provider):
@@ -435,14 +524,24 @@ def test_sign_in_of_another_browser_is_refused(oidc_lm, provider):
     attackers_location, attackers_cookie = leave(oidc_lm)
     _, victims_cookie = leave(oidc_lm)
     url = provider.sign_in(attackers_location, "alice")
-    for cookie in (None, victims_cookie, attackers_cookie + "x", attackers_cookie.rpartition(".")[0] + ".", "loadmanager_signon_1=..", attackers_cookie.split("=")[0] + "="):
+    for cookie in (
+        None,
+        victims_cookie,
+        attackers_cookie + "x",
+        attackers_cookie.rpartition(".")[0] + ".",
+        "loadmanager_signon_1=..",
+        attackers_cookie.split("=")[0] + "=",
+    ):
         answer = come_back(oidc_lm, url, cookie)
         assert answer.status == 401 and "set-cookie" not in answer.headers, (cookie, answer.body)
     code = parse_qs(urlsplit(url).query)["code"][0]
     forged = f"/session/oidc/callback?{urlencode({'code': code, 'state': ''})}"
     assert come_back(oidc_lm, forged, attackers_cookie).status == 401
     tokens_before = len(provider.token_requests)
-    assert come_back(oidc_lm, url, victims_cookie).status == 401 and len(provider.token_requests) == tokens_before, "the code was used all the same"
+    assert (
+        come_back(oidc_lm, url, victims_cookie).status == 401
+        and len(provider.token_requests) == tokens_before
+    ), "the code was used all the same"
 
 
 def test_code_is_good_once(oidc_lm, provider):
@@ -459,7 +558,11 @@ def test_answer_of_another_issuer_is_refused(oidc_lm, provider):
 
 
 def test_provider_that_is_away_is_a_502_and_nobody_waits(load_manager, fake):
-    oidc = {"issuer": "http://127.0.0.1:1", "clientId": "x", "redirectUrl": "http://127.0.0.1:8080/session/oidc/callback"}
+    oidc = {
+        "issuer": "http://127.0.0.1:1",
+        "clientId": "x",
+        "redirectUrl": "http://127.0.0.1:8080/session/oidc/callback",
+    }
     lm = load_manager(cluster_config(fake.url), security={"oidc": oidc})
     answer = lm.get("/session/oidc", token=None)
     assert answer.status == 502 and "127.0.0.1:1" in answer.json["message"]
@@ -467,15 +570,25 @@ def test_provider_that_is_away_is_a_502_and_nobody_waits(load_manager, fake):
 
 
 def test_person_signs_in_by_the_provider_in_a_browser(oidc_lm, provider):
-    from selenium.webdriver.common.by import By
-
     from chromium import Chromium
+    from selenium.webdriver.common.by import By
 
     with Chromium() as browser:
         browser.driver.get(oidc_lm.url + "/")
-        link = eventually(lambda: next((one for one in browser.driver.find_elements(By.ID, "sign-on") if one.is_displayed()), None), 10)
+        link = eventually(
+            lambda: next(
+                (one for one in browser.driver.find_elements(By.ID, "sign-on") if one.is_displayed()), None
+            ),
+            10,
+        )
         link.click()
-        button = eventually(lambda: next((one for one in browser.driver.find_elements(By.TAG_NAME, "button") if "alice" in one.text), None), 10)
+        button = eventually(
+            lambda: next(
+                (one for one in browser.driver.find_elements(By.TAG_NAME, "button") if "alice" in one.text),
+                None,
+            ),
+            10,
+        )
         button.click()
         who = eventually(lambda: browser.driver.find_elements(By.CSS_SELECTOR, "#top .who"), 10)[0]
         assert who.text == "sso:alice, operator"

@@ -1,4 +1,5 @@
 """The store on SQLite and on a real PostgreSQL: what was kept is there again, and a run moves only along its table."""
+
 from __future__ import annotations
 
 import glob
@@ -12,20 +13,24 @@ import time
 from pathlib import Path
 
 import pytest
-
-import loadmanager as lm
 from conftest import ROOT, base_config, cluster_config
 from locust_process import find_free_port
 from waiting import eventually
+
+import loadmanager as lm
 
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory):
     """A PostgreSQL server of its own, as an unprivileged user when we are root."""
     folder = tmp_path_factory.mktemp("postgres")
-    binaries = shutil.which("initdb") or next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None)
+    binaries = shutil.which("initdb") or next(
+        iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None
+    )
     assert binaries, "PostgreSQL is not installed: see tests/packages.sh"
-    binaries = Path(binaries).resolve().parent if not shutil.which("initdb") else Path(shutil.which("initdb")).parent
+    binaries = (
+        Path(binaries).resolve().parent if not shutil.which("initdb") else Path(shutil.which("initdb")).parent
+    )
     as_user = {}
     if os.getuid() == 0:
         nobody = pwd.getpwnam("nobody")
@@ -35,10 +40,26 @@ def postgres_url(tmp_path_factory):
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
         as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
     data, port = folder / "data", find_free_port()
-    subprocess.run([binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"], check=True, capture_output=True, cwd=folder, **as_user)
-    options = ["-p", str(port), "-c", f"unix_socket_directories={folder}", "-c", "listen_addresses=127.0.0.1", "-F"]
+    subprocess.run(
+        [binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"],
+        check=True,
+        capture_output=True,
+        cwd=folder,
+        **as_user,
+    )
+    options = [
+        "-p",
+        str(port),
+        "-c",
+        f"unix_socket_directories={folder}",
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-F",
+    ]
     log = (folder / "log").open("w")
-    server = subprocess.Popen([binaries / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user)
+    server = subprocess.Popen(
+        [binaries / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user
+    )
     import psycopg
 
     url = f"postgresql://lm@127.0.0.1:{port}/postgres"
@@ -84,13 +105,27 @@ def snapshot(requests, at=None):
 
 
 def entry(who="ci", tenant="acme", status=201, **changes):
-    fields = {"at": 1000.0, "who": who, "role": "operator", "address": "::1", "action": "POST /v1/tests/{id}/stop", "tenant_id": tenant, "env_id": "dev", "run_id": "r1"}
+    fields = {
+        "at": 1000.0,
+        "who": who,
+        "role": "operator",
+        "address": "::1",
+        "action": "POST /v1/tests/{id}/stop",
+        "tenant_id": tenant,
+        "env_id": "dev",
+        "run_id": "r1",
+    }
     return lm.AuditEntry(**{**fields, "http_status": status, "detail": "100% of 'it' 🦗", **changes})
 
 
 def test_audit_is_appended_and_found_by_what_is_asked_for(open_store):
     store = open_store()
-    kept = [entry(), entry("ops", status=403), entry("ops", "beta", 409, at=2000.0), entry("", "", 401, run_id="", action="GET /v1/tests")]
+    kept = [
+        entry(),
+        entry("ops", status=403),
+        entry("ops", "beta", 409, at=2000.0),
+        entry("", "", 401, run_id="", action="GET /v1/tests"),
+    ]
     for one in kept:
         store.audit(one)
     store.close()
@@ -98,13 +133,22 @@ def test_audit_is_appended_and_found_by_what_is_asked_for(open_store):
     store.audit(entry("last"))
 
     def found(scope=lm.EVERYTHING, limit=100, **wanted):
-        return [(seq, one.who, one.http_status) for seq, one in store.audit_entries(lm.AuditFilter(**wanted), scope, limit)]
+        return [
+            (seq, one.who, one.http_status)
+            for seq, one in store.audit_entries(lm.AuditFilter(**wanted), scope, limit)
+        ]
 
     assert found() == [(5, "last", 201), (4, "", 401), (3, "ops", 409), (2, "ops", 403), (1, "ci", 201)]
     assert store.audit_entries(lm.AuditFilter(who="ci"), lm.EVERYTHING, 9)[0][1] == kept[0]
     assert [seq for seq, *_ in found(limit=2, before_seq=4)] == [3, 2]
-    assert [seq for seq, *_ in found(outcome="refused")] == [4, 2] and [seq for seq, *_ in found(outcome="failed")] == [3]
-    assert [seq for seq, *_ in found(action="/STOP")] == [5, 3, 2, 1] and found(action="%") == [] and found(action="_v1") == []
+    assert [seq for seq, *_ in found(outcome="refused")] == [4, 2] and [
+        seq for seq, *_ in found(outcome="failed")
+    ] == [3]
+    assert (
+        [seq for seq, *_ in found(action="/STOP")] == [5, 3, 2, 1]
+        and found(action="%") == []
+        and found(action="_v1") == []
+    )
     assert [seq for seq, *_ in found(from_at=1500.0)] == [3] and found(to_at=999.0) == []
     assert [seq for seq, *_ in found(lm.Scope(frozenset({"beta"})))] == [3]
     assert found(lm.Scope(frozenset())) == [] and found(lm.Scope(None, frozenset({"prod"}))) == []
@@ -199,7 +243,11 @@ def test_deleted_run_is_gone_with_its_samples(open_store):
     store.delete(run.id)
     store.close()
     again = open_store()
-    assert again.find(run.id) is None and again.samples(run.id) == [] and again.recall_key("key", time.time()) is None
+    assert (
+        again.find(run.id) is None
+        and again.samples(run.id) == []
+        and again.recall_key("key", time.time()) is None
+    )
 
 
 def test_old_final_runs_go_and_young_and_active_ones_stay(open_store):
@@ -216,7 +264,9 @@ def test_a_baseline_does_not_age_out_and_an_imported_run_ages_from_its_import(op
     baseline, other = store.add(new_run()), store.add(new_run())
     for run in (baseline, other):
         store.transition(run.id, lm.RunStatus.FAILED, finished_at=10.0)
-    store.set_baseline(lm.Baseline(baseline.tenant_id, baseline.env_id, baseline.scenario_id, baseline.id, 11.0, "me"))
+    store.set_baseline(
+        lm.Baseline(baseline.tenant_id, baseline.env_id, baseline.scenario_id, baseline.id, 11.0, "me")
+    )
     imported = lm.replace(new_run(), status=lm.RunStatus.FINISHED, finished_at=10.0, imported_at=1000.0)
     store.add_imported(imported, None, [], [], None)
     assert store.delete_older(500.0) == 1
@@ -230,18 +280,37 @@ def test_histograms_schedules_and_deliveries_are_kept_by_both_databases(open_sto
     run = store.add(new_run())
     store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
     for number, at in enumerate((2.0, 2.5, 4.0)):
-        store.add_snapshot(run.id, snapshot(1)._replace(taken_at=at, requests=number + 1, failures=0, avg_ms=5.0, times={5: number + 1}), "push")
-    store.add_snapshot(run.id, snapshot(1)._replace(taken_at=4.1, requests=9, failures=0, avg_ms=5.0, times={5: 9}), "push", is_last=True)
-    schedule = lm.schedule_to_record(lm.Schedule("nightly", "acme", "dev", {}, 1.0, "me", run_at=2.0, paused=True))
+        store.add_snapshot(
+            run.id,
+            snapshot(1)._replace(
+                taken_at=at, requests=number + 1, failures=0, avg_ms=5.0, times={5: number + 1}
+            ),
+            "push",
+        )
+    store.add_snapshot(
+        run.id,
+        snapshot(1)._replace(taken_at=4.1, requests=9, failures=0, avg_ms=5.0, times={5: 9}),
+        "push",
+        is_last=True,
+    )
+    schedule = lm.schedule_to_record(
+        lm.Schedule("nightly", "acme", "dev", {}, 1.0, "me", run_at=2.0, paused=True)
+    )
     store.keep_schedule("nightly", schedule)
     store.keep_schedule("gone", "{}")
     store.keep_schedule("gone", None)
-    delivery = lm.Delivery("msg_1", "hook", "finished", run.id, "acme", time.time(), "finished: x", {"a": "\u202e"})
+    delivery = lm.Delivery(
+        "msg_1", "hook", "finished", run.id, "acme", time.time(), "finished: x", {"a": "\u202e"}
+    )
     store.keep_delivery(delivery)
     store.keep_delivery(delivery._replace(attempts=2, problem="HTTP 500"))
     store.close()
     again = open_store()
-    assert [(point.at, point.histograms[None].times) for point in again.histograms(run.id)] == [(2.0, {5: 1}), (4.0, {5: 3}), (4.1, {5: 9})], "one a second, and the last"
+    assert [(point.at, point.histograms[None].times) for point in again.histograms(run.id)] == [
+        (2.0, {5: 1}),
+        (4.0, {5: 3}),
+        (4.1, {5: 9}),
+    ], "one a second, and the last"
     assert again.schedule_records() == [schedule]
     assert again.waiting_deliveries("hook") == [delivery._replace(attempts=2, problem="HTTP 500")]
 
@@ -265,13 +334,17 @@ def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypat
     """Adopted with at most its duration, whatever the wall clock says."""
     store = open_store()
     run = store.add(new_run())
-    run = store.transition(run.id, lm.RunStatus.RUNNING, started_at=time.time() + 3600)  # our clock was an hour ahead
-    config = lm.Config(clusters=(lm.ClusterConfig(id="one", tenant_id="acme", env_id="dev", base_url="http://127.0.0.1:1"),))
+    run = store.transition(
+        run.id, lm.RunStatus.RUNNING, started_at=time.time() + 3600
+    )  # our clock was an hour ahead
+    config = lm.Config(
+        clusters=(lm.ClusterConfig(id="one", tenant_id="acme", env_id="dev", base_url="http://127.0.0.1:1"),)
+    )
     timer = lm.Timer()
-    engine = lm.Engine(config, store, timer)
+    engine = lm.Orchestrator(config, store, timer)
     engine._adopt(run, engine.clusters["one"])
-    assert engine._watches[run.id].remaining_s() <= 60
-    engine._watches[run.id].over.set()
+    assert engine._monitors[run.id].remaining_s() <= 60
+    engine._monitors[run.id].over.set()
 
 
 def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_locust, postgres_url):
@@ -291,14 +364,30 @@ def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_
 
 
 def test_missing_psycopg_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"})))
-    command = [sys.executable, "-I", "-S", str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")]
+    (tmp_path / "config.json").write_text(
+        lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"}))
+    )
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(ROOT / "loadmanager.py"),
+        "-config",
+        str(tmp_path / "config.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and "psycopg" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_postgresql_that_does_not_answer_is_one_line_without_the_password(tmp_path):
-    (tmp_path / "config.json").write_text(lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"})))
+    (tmp_path / "config.json").write_text(
+        lm.dump_json(base_config(storage={"url": "postgresql://lm:secret@127.0.0.1:1/x"}))
+    )
     command = [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1 and "secret" not in done.stderr and "Traceback" not in done.stderr and "127.0.0.1" in done.stderr
+    assert (
+        done.returncode == 1
+        and "secret" not in done.stderr
+        and "Traceback" not in done.stderr
+        and "127.0.0.1" in done.stderr
+    )

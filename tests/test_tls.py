@@ -1,4 +1,5 @@
 """https: of our own with certificates that openssl made, and towards Locust masters with certificates that are not good."""
+
 from __future__ import annotations
 
 import http.client
@@ -12,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-
-import loadmanager
 from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config
 from waiting import eventually
+
+import loadmanager
 
 
 class Authority:
@@ -23,7 +24,21 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "ca"):
         self.folder, self.name = folder, name
-        self._openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2", "-subj", f"/CN={name}")
+        self._openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.pem",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+        )
 
     @property
     def pem(self) -> str:
@@ -31,9 +46,23 @@ class Authority:
 
     def issue(self, name: str, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 2) -> tuple[str, str]:
         """Certificate and key files; days below 0: one that has expired."""
-        self._openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        self._openssl(
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
         (self.folder / f"{name}.ext").write_text(f"subjectAltName={names}\n")
-        moments = [time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400)) for day in (min(0, days) - 2, days)]
+        moments = [
+            time.strftime("%Y%m%d%H%M%SZ", time.gmtime(time.time() + day * 86400))
+            for day in (min(0, days) - 2, days)
+        ]
         (self.folder / f"{name}.cnf").write_text(
             f"[ca]\ndefault_ca=x\n[x]\ndatabase=index-{name}\nserial=serial-{name}\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n"
         )
@@ -53,7 +82,9 @@ class Authority:
         return context
 
     def _openssl(self, *arguments: str) -> None:
-        done = subprocess.run(["openssl", *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["openssl", *arguments], cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
 
 
@@ -72,7 +103,9 @@ def https_lm(load_manager, fake, authority, good):
     """A Load Manager that serves https with a good certificate."""
 
     def start(**tls):
-        lm = load_manager(cluster_config(fake.url), server={"tls": {"certFile": good[0], "keyFile": good[1], **tls}})
+        lm = load_manager(
+            cluster_config(fake.url), server={"tls": {"certFile": good[0], "keyFile": good[1], **tls}}
+        )
         lm.tls = authority.trust()
         return lm
 
@@ -89,10 +122,19 @@ def test_everything_works_over_https(https_lm, fake):
     run = lm.create(metadata={"text": "x" * 60_000})
     assert run.status == 201, "a body of several TLS records was not read"
     run_id = run.json["id"]
-    pushed = {"metrics": {"totalRequests": 3, "requestStats": {f"GET_/{n}": {"method": "GET", "name": f"/{n}", "numRequests": 1} for n in range(3000)}}}
+    pushed = {
+        "metrics": {
+            "totalRequests": 3,
+            "requestStats": {
+                f"GET_/{n}": {"method": "GET", "name": f"/{n}", "numRequests": 1} for n in range(3000)
+            },
+        }
+    }
     assert lm.callback("metrics", {"runId": run_id, **pushed}).status == 200
     whole = lm.get(f"/v1/tests/{run_id}")
-    assert len(whole.body) > 500_000 and len(whole.json["lastMetrics"]["requestStats"]) == 3000, "a long answer was cut"
+    assert len(whole.body) > 500_000 and len(whole.json["lastMetrics"]["requestStats"]) == 3000, (
+        "a long answer was cut"
+    )
     signed_in = lm.post("/session", {"token": API_TOKEN}, token=None)
     assert signed_in.headers["set-cookie"].endswith("; Secure")
     lm.post("/v1/stop-all", {})
@@ -101,7 +143,9 @@ def test_everything_works_over_https(https_lm, fake):
 def test_event_stream_over_https(https_lm):
     lm = https_lm()
     with handshake(lm, lm.tls) as sock:
-        sock.sendall(f"GET /v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\n\r\n".encode())
+        sock.sendall(
+            f"GET /v1/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\n\r\n".encode()
+        )
         received = b""
         lm.create()
         while b"event: run" not in received:
@@ -111,7 +155,11 @@ def test_event_stream_over_https(https_lm):
 
 def test_only_tls_1_2_and_newer(https_lm):
     lm = https_lm()
-    for version, fits in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_3, True)):
+    for version, fits in (
+        (ssl.TLSVersion.TLSv1_1, False),
+        (ssl.TLSVersion.TLSv1_2, True),
+        (ssl.TLSVersion.TLSv1_3, True),
+    ):
         context = ssl._create_unverified_context()
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = version
@@ -155,12 +203,32 @@ def test_client_certificates(https_lm, authority, tmp_path):
     assert lm.get("/v1/tests", token="wrong").status == 401, "a client certificate is no token"
     own = tmp_path / "client-with-key.pem"
     own.write_text("".join(Path(file).read_text() for file in authority.issue("cli", "DNS:cli")))
-    command = [sys.executable, str(ROOT / "loadmanager.py"), "list", "--token", API_TOKEN, "--url", lm.url, "--ca-file", authority.pem]
-    for environment, status in (({"LOADMANAGER_CLIENT_CERT": str(own)}, 0), ({}, 3), ({"LOADMANAGER_CLIENT_CERT": authority.pem}, 2)):
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    command = [
+        sys.executable,
+        str(ROOT / "loadmanager.py"),
+        "list",
+        "--token",
+        API_TOKEN,
+        "--url",
+        lm.url,
+        "--ca-file",
+        authority.pem,
+    ]
+    for environment, status in (
+        ({"LOADMANAGER_CLIENT_CERT": str(own)}, 0),
+        ({}, 3),
+        ({"LOADMANAGER_CLIENT_CERT": authority.pem}, 2),
+    ):
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20
+        )
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     stranger = Authority(tmp_path, "stranger")
-    for name, certificate in {"none": None, "a stranger's": stranger.issue("client", "DNS:client"), "an expired one": authority.issue("old-client", "DNS:client", days=-1)}.items():
+    for name, certificate in {
+        "none": None,
+        "a stranger's": stranger.issue("client", "DNS:client"),
+        "an expired one": authority.issue("old-client", "DNS:client", days=-1),
+    }.items():
         lm.tls = authority.trust(certificate)
         with pytest.raises((ssl.SSLError, OSError, http.client.HTTPException)):
             lm.get("/health", timeout_s=5)
@@ -196,7 +264,11 @@ def test_wrong_files_are_told_at_the_start_and_by_check(authority, good, tmp_pat
     (tmp_path / "text.pem").write_text("no certificate")
     other = authority.issue("other")
     locked = str(tmp_path / "locked.key")
-    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", good[1], "-out", locked], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", good[1], "-out", locked],
+        check=True,
+        capture_output=True,
+    )
     for tls, words in (
         ({"certFile": "no.pem", "keyFile": good[1]}, "server.tls.certFile: no.pem is not a file"),
         ({"certFile": "text.pem", "keyFile": good[1]}, "server.tls.certFile"),
@@ -211,7 +283,10 @@ def test_wrong_files_are_told_at_the_start_and_by_check(authority, good, tmp_pat
                 [sys.executable, str(ROOT / "loadmanager.py"), *command, "-config", "config.json"], cwd=tmp_path, capture_output=True, text=True, timeout=20,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
-            assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr, (tls, done.stderr)
+            assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr, (
+                tls,
+                done.stderr,
+            )
 
 
 def test_command_line_over_https(https_lm, authority):
@@ -219,14 +294,20 @@ def test_command_line_over_https(https_lm, authority):
 
     def cli(*options):
         return subprocess.run(
-            [sys.executable, str(ROOT / "loadmanager.py"), "list", "--token", API_TOKEN, *options], cwd=lm.folder, capture_output=True, text=True, timeout=20
+            [sys.executable, str(ROOT / "loadmanager.py"), "list", "--token", API_TOKEN, *options],
+            cwd=lm.folder,
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
 
     assert cli("--url", lm.url, "--ca-file", authority.pem).returncode == 0
     untrusted = cli("--url", lm.url)
     assert untrusted.returncode == 3 and "certificate is not trusted" in untrusted.stderr
     (lm.folder / "config.json").write_text(json.dumps(lm.config))
-    assert cli("-config", "config.json", "--ca-file", authority.pem).returncode == 0, "the configuration's https address is not used"
+    assert cli("-config", "config.json", "--ca-file", authority.pem).returncode == 0, (
+        "the configuration's https address is not used"
+    )
 
 
 def test_launched_cluster_calls_back_though_we_serve_https(load_manager, authority, good, tmp_path):
@@ -236,7 +317,11 @@ def test_launched_cluster_calls_back_though_we_serve_https(load_manager, authori
     )
     launcher = {"locustfile": str(tmp_path / "locustfile.py"), "workers": 1}
     cluster = {"id": "here", "tenantId": "acme", "envId": "dev", "launcher": launcher}
-    lm = load_manager(cluster, server={"tls": {"certFile": good[0], "keyFile": good[1]}}, orchestrator={"startTimeoutSeconds": 15, "metricsPollIntervalSeconds": 60})
+    lm = load_manager(
+        cluster,
+        server={"tls": {"certFile": good[0], "keyFile": good[1]}},
+        orchestrator={"startTimeoutSeconds": 15, "metricsPollIntervalSeconds": 60},
+    )
     lm.tls = authority.trust()
     run = lm.create(targetUsers=1, durationSeconds=600)
     assert run.status == 201, run.body
@@ -262,7 +347,9 @@ def callback_url_of_locust(parent: int) -> str:
     return ""
 
 
-def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(load_manager, authority, good, tmp_path):
+def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(
+    load_manager, authority, good, tmp_path
+):
     from locust_process import LocustCluster, find_free_port
 
     own = tmp_path / "locust.pem"
@@ -299,18 +386,27 @@ def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(load_ma
         ("elsewhere", "DNS:locust.example", 2, "IP address mismatch"),
     ],
 )
-def test_certificate_of_a_locust_master_is_judged(load_manager, fake_locust, authority, name, names, days, words):
+def test_certificate_of_a_locust_master_is_judged(
+    load_manager, fake_locust, authority, name, names, days, words
+):
     fake = fake_locust()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*authority.issue(name, names, days))
     fake._server.socket = context.wrap_socket(fake._server.socket, server_side=True)
     url = fake.url.replace("http:", "https:")
-    lm = load_manager(cluster_config(url, tls={"caFile": authority.pem}), cluster_config(url, "blind", envId="blind", tls={"insecureSkipVerify": True}))
+    lm = load_manager(
+        cluster_config(url, tls={"caFile": authority.pem}),
+        cluster_config(url, "blind", envId="blind", tls={"insecureSkipVerify": True}),
+    )
     answer = lm.create()
     if words is None:
         assert answer.status == 201, answer.body
         return
-    assert answer.status == 502 and "certificate is not trusted" in answer.json["message"] and words in answer.json["message"], answer.body
+    assert (
+        answer.status == 502
+        and "certificate is not trusted" in answer.json["message"]
+        and words in answer.json["message"]
+    ), answer.body
     assert not fake.calls, "something was sent to a master whose certificate is not good"
     assert lm.create(envId="blind").status == 201, "insecureSkipVerify does not skip"
 
@@ -337,7 +433,9 @@ def test_address_behind_proxies(forwarded, address):
 
     proxies = tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "10.0.0.0/8")))
     assert loadmanager.client_address("127.0.0.1", forwarded, proxies) == address
-    assert loadmanager.client_address("198.51.100.1", forwarded, proxies) == "198.51.100.1", "a stranger's header is believed"
+    assert loadmanager.client_address("198.51.100.1", forwarded, proxies) == "198.51.100.1", (
+        "a stranger's header is believed"
+    )
 
 
 def test_proxy_is_believed_only_if_it_is_trusted(load_manager, fake):

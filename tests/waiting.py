@@ -1,8 +1,10 @@
 """Waiting for a condition, with a deadline."""
+
 from __future__ import annotations
 
 import time
-from typing import Callable, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 T = TypeVar("T")
 
