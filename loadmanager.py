@@ -11636,6 +11636,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 PROVIDER_CALL_S = 10.0
 PROVIDER_ANSWER_BYTES = 1024 * 1024
+MAX_NUMERIC_DATE = 253402300799  # the end of the year 9999: 1e400 would be a token for ever
 KEY_CURVES = {"ES256": ("P-256",), "ES384": ("P-384",), "ES512": ("P-521",), "EdDSA": ("Ed25519", "Ed448")}
 
 
@@ -11861,6 +11862,8 @@ class JwtVerifier:
             raise TokenRefused("the token has no expiry (exp)")
         if any(isinstance(at, bool) or not isinstance(at, (int, float)) for at in moments.values()):
             raise TokenRefused("the token's times are not numbers")
+        if not all(0 <= at <= MAX_NUMERIC_DATE for at in moments.values()):
+            raise TokenRefused("the token's times (exp, nbf, iat) must be from 1970 to 9999, in seconds")
         if moments["exp"] <= now - self._leeway_s:
             raise TokenRefused("the token has expired")
         if max(moments.get("nbf", 0), moments.get("iat", 0)) > now + self._leeway_s:

@@ -244,6 +244,25 @@ def test_shared_secret_needs_no_package(load_manager, fake, tmp_path):
     assert lm.get("/v1/tests", token=by_hand({"alg": "none"}, body)).status == 401
 
 
+def test_token_whose_times_no_calendar_has_is_refused(load_manager, fake, tmp_path):
+    """1e400 reads as infinity, which is a token for ever; an integer of 400 digits once closed the connection."""
+    (tmp_path / "secret").write_text(SECRET)
+    options = {"issuer": ISSUER, "audience": AUDIENCE, "secretFile": str(tmp_path / "secret")}
+    lm = load_manager(cluster_config(fake.url), security={"jwt": options})
+
+    def token_with(name: str, number: str) -> str:
+        body = json.dumps(claims(**{name: "number"})).replace('"number"', number).encode()
+        return by_hand({"alg": "HS256"}, body, SECRET.encode())
+
+    assert lm.get("/v1/tests", token=token_with("exp", "253402300799")).status == 200, "the year 9999 is one"
+    for name, number in (
+        ("exp", "1e400"), ("exp", "1" + "0" * 400), ("exp", "253402300800"), ("nbf", "-1e400"), ("iat", "-1"),
+    ):  # fmt: skip
+        answer = lm.get("/v1/tests", token=token_with(name, number))
+        assert answer.status == 401, f"{name} {number[:10]}: {answer.status} {answer.body[:200]!r}"
+        assert "from 1970 to 9999" in answer.json["message"]
+
+
 def test_missing_package_is_named_at_the_start(tmp_path):
     (tmp_path / "jwt.py").write_text("raise ImportError('PyJWT is not here')")
     (tmp_path / "keys.json").write_text("{}")
