@@ -4148,42 +4148,105 @@ def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not.
 
-SCHEMA_VERSION = 6  # 2: artefacts; 3: baselines; 4: histograms; 5: audit; 6: schedules, outbox
-SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
-    "CREATE TABLE IF NOT EXISTS samples (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL, rps DOUBLE PRECISION,"
-    " fails_per_s DOUBLE PRECISION, requests BIGINT, failures BIGINT, error_percent DOUBLE PRECISION,"
-    " avg_ms DOUBLE PRECISION, p50_ms DOUBLE PRECISION, p95_ms DOUBLE PRECISION, p99_ms DOUBLE PRECISION,"
-    " window_p50_ms DOUBLE PRECISION, window_p95_ms DOUBLE PRECISION, users BIGINT, source TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS samples_of_run ON samples (run_id, at)",
-    "CREATE TABLE IF NOT EXISTS histograms (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL, is_whole BIGINT NOT NULL, content TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS histograms_of_run ON histograms (run_id, at)",
-    "CREATE TABLE IF NOT EXISTS idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL, run_id TEXT NOT NULL,"
-    " created_at DOUBLE PRECISION NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS schedules (id TEXT PRIMARY KEY, record TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS outbox (id TEXT PRIMARY KEY, created_at DOUBLE PRECISION NOT NULL, record TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,"
-    " PRIMARY KEY (run_id, name))",
-    "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, scenario_id TEXT NOT NULL,"
-    " run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL, set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
-    "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL, who TEXT NOT NULL, role TEXT NOT NULL,"
-    " address TEXT NOT NULL, action TEXT NOT NULL, tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL,"
-    " http_status BIGINT NOT NULL, detail TEXT NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS audit_of_run ON audit (run_id)",
-)
+TABLES = {  # the columns that are written, the first of them its key where a row is replaced by a later one
+    "runs": ("id", "seq", "record", "metrics"),
+    "samples": Sample._fields,
+    "histograms": ("run_id", "at", "is_whole", "content"),
+    "idempotency": ("key", "body_hash", "run_id", "created_at"),
+    "artefacts": ("run_id", "name", "content"),
+    "baselines": Baseline._fields,
+    "audit": ("seq", *AuditEntry._fields),
+    "schedules": ("id", "record"),
+    "outbox": ("id", "created_at", "record"),
+    "cleanups": ("run_id", "cluster_id"),
+}
 
 
-def _refuse_newer(database: Any) -> None:
-    """StartupError for a database that a newer Load Manager wrote; it is not changed."""
+def insert_into(table: str, on_conflict: str = "") -> str:
+    """The statement that inserts a row of TABLES, its columns by their names: their order in an
+    old file is another one than in a new one."""
+    columns = TABLES[table]
+    marks = ", ".join("?" * len(columns))
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks}) {on_conflict}".rstrip()
+
+
+def _keep_cleanups_of_runs(database: Any) -> None:
+    """Until version 6 a clean-up was a fact of its run, and lost with it."""
+    found = database.query("SELECT id, record FROM runs WHERE record LIKE ?", ('%"cleanup":true%',))
+    for run_id, record in found:
+        run = json.loads(record)
+        if run.get("cleanup") is True and run.get("cluster_id"):
+            database.execute(
+                insert_into("cleanups", "ON CONFLICT (run_id) DO NOTHING"), (run_id, run["cluster_id"])
+            )
+
+
+# What each version added, on SQLite and PostgreSQL alike. A version that was released is never
+# changed: a new one is added, whose statements bring every older file to it, also with
+# ALTER TABLE ... ADD COLUMN. IF NOT EXISTS: files of before version 6 may have tables of later ones.
+MIGRATIONS: dict[int, tuple[str | Callable[[Any], None], ...]] = {
+    1: (
+        "CREATE TABLE IF NOT EXISTS runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL,"
+        " metrics TEXT)",
+        "CREATE TABLE IF NOT EXISTS samples (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL,"
+        " rps DOUBLE PRECISION, fails_per_s DOUBLE PRECISION, requests BIGINT, failures BIGINT,"
+        " error_percent DOUBLE PRECISION, avg_ms DOUBLE PRECISION, p50_ms DOUBLE PRECISION,"
+        " p95_ms DOUBLE PRECISION, p99_ms DOUBLE PRECISION, window_p50_ms DOUBLE PRECISION,"
+        " window_p95_ms DOUBLE PRECISION, users BIGINT, source TEXT NOT NULL)",
+        "CREATE INDEX IF NOT EXISTS samples_of_run ON samples (run_id, at)",
+        "CREATE TABLE IF NOT EXISTS idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL,"
+        " run_id TEXT NOT NULL, created_at DOUBLE PRECISION NOT NULL)",
+    ),
+    2: (
+        "CREATE TABLE IF NOT EXISTS artefacts (run_id TEXT NOT NULL, name TEXT NOT NULL,"
+        " content TEXT NOT NULL, PRIMARY KEY (run_id, name))",
+    ),
+    3: (
+        "CREATE TABLE IF NOT EXISTS baselines (tenant_id TEXT NOT NULL, env_id TEXT NOT NULL,"
+        " scenario_id TEXT NOT NULL, run_id TEXT NOT NULL, set_at DOUBLE PRECISION NOT NULL,"
+        " set_by TEXT NOT NULL, PRIMARY KEY (tenant_id, env_id, scenario_id))",
+    ),
+    4: (
+        "CREATE TABLE IF NOT EXISTS histograms (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL,"
+        " is_whole BIGINT NOT NULL, content TEXT NOT NULL)",
+        "CREATE INDEX IF NOT EXISTS histograms_of_run ON histograms (run_id, at)",
+    ),
+    5: (
+        "CREATE TABLE IF NOT EXISTS audit (seq BIGINT PRIMARY KEY, at DOUBLE PRECISION NOT NULL,"
+        " who TEXT NOT NULL, role TEXT NOT NULL, address TEXT NOT NULL, action TEXT NOT NULL,"
+        " tenant_id TEXT NOT NULL, env_id TEXT NOT NULL, run_id TEXT NOT NULL, http_status BIGINT NOT NULL,"
+        " detail TEXT NOT NULL)",
+        "CREATE INDEX IF NOT EXISTS audit_of_run ON audit (run_id)",
+    ),
+    6: (
+        "CREATE TABLE IF NOT EXISTS schedules (id TEXT PRIMARY KEY, record TEXT NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS outbox (id TEXT PRIMARY KEY, created_at DOUBLE PRECISION NOT NULL,"
+        " record TEXT NOT NULL)",
+    ),
+    7: (
+        "CREATE TABLE IF NOT EXISTS cleanups (run_id TEXT PRIMARY KEY, cluster_id TEXT NOT NULL)",
+        _keep_cleanups_of_runs,
+    ),
+}
+
+
+def _schema_version_of(database: Any) -> int:
+    """The version the database has, 0 for a new one; StartupError when it is not a number."""
     try:
         rows = database.query("SELECT value FROM meta WHERE key = 'schema_version'")
     except database.errors:
-        return  # a new one
-    if rows and int(rows[0][0]) > SCHEMA_VERSION:
+        return 0
+    if rows and not re.fullmatch("[0-9]{1,6}", str(rows[0][0])):
+        raise StartupError(f"the database has schema {rows[0][0]!r}, which no Load Manager wrote")
+    return int(rows[0][0]) if rows else 0
+
+
+def _refuse_newer(version: int) -> None:
+    """StartupError for a database that a newer Load Manager wrote; it is not changed."""
+    if version > max(MIGRATIONS):
         raise StartupError(
-            f"the database has schema {rows[0][0]}, written by a newer Load Manager; this one reads up to "
-            f"{SCHEMA_VERSION}; it is left untouched"
+            f"the database has schema {version}, written by a newer Load Manager; this one reads up to "
+            f"{max(MIGRATIONS)}; it is left untouched"
         )
 
 
@@ -4204,7 +4267,7 @@ class SqliteDatabase:
         try:
             self._connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self._check_content()
-            _refuse_newer(self)  # before WAL is set, which already changes the file
+            _refuse_newer(_schema_version_of(self))  # before WAL is set, which already changes the file
             self.execute("PRAGMA journal_mode=WAL")
             self.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as error:
@@ -4364,20 +4427,44 @@ def open_database(url: str, folder: str) -> Database:
 
 
 def _migrate(database: Database) -> None:
-    """Bring the tables to SCHEMA_VERSION in one transaction: old or new, never between."""
+    """Bring the tables to the newest version in one transaction: old or new, never between."""
     database.execute("BEGIN")
     try:
-        database.execute(SCHEMA[0])
-        _refuse_newer(database)
-        for statement in SCHEMA:
-            database.execute(statement)
+        database.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        version = _schema_version_of(database)
+        _refuse_newer(version)
+        for number in sorted(MIGRATIONS):
+            if number > version:
+                _take_step(database, number)
+        _refuse_missing_columns(database)
         database.execute("DELETE FROM meta WHERE key IN ('schema_version', 'opened_at')")
-        database.execute("INSERT INTO meta (key, value) VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
-        database.execute("INSERT INTO meta (key, value) VALUES ('opened_at', ?)", (utc_text(time.time()),))
+        kept = [("schema_version", str(max(MIGRATIONS))), ("opened_at", utc_text(time.time()))]
+        database.execute_many("INSERT INTO meta (key, value) VALUES (?, ?)", kept)
         database.execute("COMMIT")
     except BaseException:
         database.rollback()
         raise
+
+
+def _take_step(database: Database, version: int) -> None:
+    for step in MIGRATIONS[version]:
+        if isinstance(step, str):
+            database.execute(step)
+        else:
+            step(database)
+
+
+def _refuse_missing_columns(database: Database) -> None:
+    """StartupError when a table is another one than its version says: each insert would fail."""
+    for table, columns in TABLES.items():
+        found = [item[0] for item in database.execute(f"SELECT * FROM {table} WHERE 1 = 0").description]
+        missing = [column for column in columns if column not in found]
+        if missing:
+            raise StartupError(
+                f"the database's table {table} has no column {', '.join(missing)}: another program made or "
+                "changed it; restore a copy of the database, or move it away to start empty; it is left "
+                "untouched"
+            )
 
 
 class _Ticket:
@@ -4475,6 +4562,10 @@ class DatabaseWriter(threading.Thread):
         ] = {}  # of each run the newest written, and its number
         self.problem: str | None = None
 
+    def one_commit(self) -> threading.Condition:
+        """What is saved within is written in one commit, or not at all."""
+        return self._changed
+
     def save(self, record: StoredRun) -> None:
         with self._changed:
             self._batch.runs[record.run.id] = record
@@ -4494,7 +4585,7 @@ class DatabaseWriter(threading.Thread):
             self._batch.packed_histograms += rows
 
     def save_document(self, table: str, id_: str, row: tuple[Any, ...] | None) -> None:
-        """A row of `schedules` or `outbox`; None deletes it."""
+        """A row of `schedules`, `outbox` or `cleanups`; None deletes it."""
         with self._changed:
             self._batch.documents[table, id_] = row
 
@@ -4581,30 +4672,24 @@ class DatabaseWriter(threading.Thread):
             database.execute("BEGIN")
             rows = [*batch.packed_histograms, *self._histogram_rows(batch)]
             if rows:
-                database.execute_many("INSERT INTO histograms VALUES (?, ?, ?, ?)", rows)
+                database.execute_many(insert_into("histograms"), rows)
             self._write_runs(batch)
             self._write_baselines(batch)
             self._write_documents(batch)
             if batch.artefacts:
-                database.execute_many(
-                    "INSERT INTO artefacts VALUES (?, ?, ?) ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content",
-                    batch.artefacts,
-                )
+                later = "ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content"
+                database.execute_many(insert_into("artefacts", later), batch.artefacts)
             if batch.samples:
-                marks = ", ".join("?" * len(Sample._fields))
-                database.execute_many(f"INSERT INTO samples VALUES ({marks})", batch.samples)
+                database.execute_many(insert_into("samples"), batch.samples)
             if batch.keys:
-                database.execute_many(
-                    "INSERT INTO idempotency VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET"
-                    " body_hash = excluded.body_hash, run_id = excluded.run_id, created_at = excluded.created_at",
-                    batch.keys,
+                later = (
+                    "ON CONFLICT (key) DO UPDATE SET body_hash = excluded.body_hash,"
+                    " run_id = excluded.run_id, created_at = excluded.created_at"
                 )
+                database.execute_many(insert_into("idempotency", later), batch.keys)
             if batch.audit:
-                marks = ", ".join("?" * (len(AuditEntry._fields) + 1))
                 rows = [(seq, *entry) for seq, entry in batch.audit]
-                database.execute_many(
-                    f"INSERT INTO audit VALUES ({marks}) ON CONFLICT (seq) DO NOTHING", rows
-                )
+                database.execute_many(insert_into("audit", "ON CONFLICT (seq) DO NOTHING"), rows)
             database.execute("COMMIT")
             self._append_audit(batch)
         for ticket in batch.tickets:
@@ -4657,11 +4742,8 @@ class DatabaseWriter(threading.Thread):
                 with self._records_lock:
                     rows.append(record.row())
         if rows:
-            self._database.execute_many(
-                "INSERT INTO runs (id, seq, record, metrics) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET record = excluded.record, metrics = excluded.metrics",
-                rows,
-            )
+            later = "ON CONFLICT (id) DO UPDATE SET record = excluded.record, metrics = excluded.metrics"
+            self._database.execute_many(insert_into("runs", later), rows)
         if gone:
             self._database.execute_many("DELETE FROM runs WHERE id = ?", gone)
             self._database.execute_many("DELETE FROM samples WHERE run_id = ?", gone)
@@ -4675,15 +4757,13 @@ class DatabaseWriter(threading.Thread):
             self._database.execute_many(places, list(batch.baselines))
         kept = [baseline for baseline in batch.baselines.values() if baseline is not None]
         if kept:
-            self._database.execute_many("INSERT INTO baselines VALUES (?, ?, ?, ?, ?, ?)", kept)
+            self._database.execute_many(insert_into("baselines"), kept)
 
     def _write_documents(self, batch: _Batch) -> None:
         for (table, id_), row in batch.documents.items():
-            self._database.execute(f"DELETE FROM {table} WHERE id = ?", (id_,))
+            self._database.execute(f"DELETE FROM {table} WHERE {TABLES[table][0]} = ?", (id_,))
             if row is not None:
-                self._database.execute(
-                    f"INSERT INTO {table} VALUES ({', '.join('?' * (len(row) + 1))})", (id_, *row)
-                )
+                self._database.execute(insert_into(table), (id_, *row))
 
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
@@ -4852,6 +4932,7 @@ class Store:
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
         self._deliveries: dict[str, Delivery] = {}  # oldest first
+        self._cleanups: dict[str, str] = {}  # run whose load may still be running -> its cluster
         self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = (
             None  # what a transition is to tell
         )
@@ -4882,6 +4963,7 @@ class Store:
             for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
                 delivery = Delivery(*json.loads(record))
                 self._deliveries[delivery.id] = delivery
+            self._cleanups = dict(database.query("SELECT run_id, cluster_id FROM cleanups"))
             self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
             raise StartupError(f"the database cannot be read: {error}") from None
@@ -5082,12 +5164,14 @@ class Store:
         to: RunStatus,
         snapshot: Snapshot | None = None,
         durable: bool = True,
+        cleanup_on: str | None = None,
         **changes: Any,
     ) -> Run:
         """Move a run to another status, the only way it changes; Conflict when TRANSITIONS
         does not have it. With `durable` it returns after the commit; a commit that fails is
-        tried again by the writer, and the change stands."""
-        with self._lock:
+        tried again by the writer, and the change stands. cleanup_on: the cluster on which its
+        load may still be running, kept in the same commit."""
+        with self._lock, self._writer.one_commit():
             record = self._record(run_id)
             run = record.run
             if to not in TRANSITIONS[run.status]:
@@ -5103,7 +5187,9 @@ class Store:
             for delivery in (
                 self.deliveries_for(run, snapshot or record.snapshot) if self.deliveries_for else ()
             ):
-                self.keep_delivery(delivery)  # in the same commit
+                self.keep_delivery(delivery)
+            if cleanup_on:
+                self.keep_cleanup(run_id, cleanup_on)
         if durable:
             self.wait_durable_or_log()
         return run
@@ -5245,6 +5331,26 @@ class Store:
         with self._lock:
             return list(reversed(self._deliveries.values()))[:most]
 
+    # ---- load whose run is over ----
+
+    def keep_cleanup(self, run_id: str, cluster_id: str) -> None:
+        """Keep that load of an ended run may still be running on a cluster, also when the run is
+        deleted before that load was stopped."""
+        with self._lock:
+            self._cleanups[run_id] = cluster_id
+            self._writer.save_document("cleanups", run_id, (cluster_id,))
+
+    def drop_cleanup(self, run_id: str) -> None:
+        """Forget it: the run's load is stopped."""
+        with self._lock:
+            if self._cleanups.pop(run_id, None) is not None:
+                self._writer.save_document("cleanups", run_id, None)
+
+    def cleanups(self) -> dict[str, str]:
+        """The cluster of each ended run whose load may still be running there."""
+        with self._lock:
+            return dict(self._cleanups)
+
     # ---- baselines ----
 
     def find_baseline(self, place: tuple[str, str, str]) -> Baseline | None:
@@ -5316,6 +5422,10 @@ class Store:
         return record
 
     def _save(self, record: StoredRun, run: Run) -> Run:
+        if run.cleanup and not record.run.cleanup:
+            self.keep_cleanup(run.id, run.cluster_id)
+        elif record.run.cleanup and not run.cleanup:
+            self.drop_cleanup(run.id)
         record.set_run(run)
         self._writer.save(record)
         self._tell(run)

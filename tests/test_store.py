@@ -78,7 +78,7 @@ def open_store(request, tmp_path):
 
         url = request.getfixturevalue("postgres_url")
         with psycopg.connect(url, autocommit=True) as connection:
-            for table in ("meta", "runs", "samples", "idempotency", "audit"):
+            for table in ("meta", *lm.TABLES):
                 connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
     else:
         url = "sqlite:///store.db"
@@ -330,6 +330,143 @@ def test_newer_schema_is_refused(open_store, tmp_path):
         open_store()
 
 
+# What the first version made, and what it wrote into it.
+FIRST_VERSION = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE runs (id TEXT PRIMARY KEY, seq BIGINT NOT NULL, record TEXT NOT NULL, metrics TEXT)",
+    "CREATE TABLE samples (run_id TEXT NOT NULL, at DOUBLE PRECISION NOT NULL, rps DOUBLE PRECISION,"
+    " fails_per_s DOUBLE PRECISION, requests BIGINT, failures BIGINT, error_percent DOUBLE PRECISION,"
+    " avg_ms DOUBLE PRECISION, p50_ms DOUBLE PRECISION, p95_ms DOUBLE PRECISION, p99_ms DOUBLE PRECISION,"
+    " window_p50_ms DOUBLE PRECISION, window_p95_ms DOUBLE PRECISION, users BIGINT, source TEXT NOT NULL)",
+    "CREATE TABLE idempotency (key TEXT PRIMARY KEY, body_hash TEXT NOT NULL, run_id TEXT NOT NULL,"
+    " created_at DOUBLE PRECISION NOT NULL)",
+    "INSERT INTO meta VALUES ('schema_version', '1')",
+)
+OLD_RUN = {
+    "tenant_id": "acme", "env_id": "dev", "cluster_id": "one", "scenario_id": "browse", "target_users": 5,
+    "spawn_rate": 5.0, "status": "Failed", "created_at": 1000.0, "finished_at": 1060.0, "warnings": [],
+}  # fmt: skip
+
+
+def columns_of(database):
+    return {
+        table: {item[0] for item in database.execute(f"SELECT * FROM {table} WHERE 1 = 0").description}
+        for table in lm.TABLES
+    }
+
+
+def raw_database(open_store, folder):
+    """The database as any program opens it, without tables being made."""
+    if open_store.url.startswith("postgresql"):
+        return lm.PostgresDatabase(open_store.url)
+    return lm.SqliteDatabase(str(folder / "store.db"))
+
+
+def make_first_version(open_store, folder, left_out=""):
+    old = raw_database(open_store, folder)
+    for statement in FIRST_VERSION:
+        old.execute(statement.replace(left_out, "") if left_out else statement)
+    for number, changes in enumerate(({}, {"cleanup": True}, {"metadata": {"x": '"cleanup":true'}}), 1):
+        record = lm.dump_json({**OLD_RUN, "id": f"run-{number}", "seq": number, **changes})
+        old.execute("INSERT INTO runs (id, seq, record) VALUES (?, ?, ?)", (f"run-{number}", number, record))
+    old.execute("INSERT INTO samples (run_id, at, requests, source) VALUES ('run-1', 1001.0, 7, 'poll')")
+    old.close()
+
+
+def test_file_of_the_first_version_is_brought_to_the_newest(open_store, tmp_path):
+    make_first_version(open_store, tmp_path)
+    store = open_store()
+    assert [run.id for run in store.list_runs()] == ["run-3", "run-2", "run-1"]
+    assert [sample.requests for sample in store.samples("run-1")] == [7]
+    assert store.cleanups() == {"run-2": "one"}, "what was a fact of the run is one of its own"
+    run = store.add(new_run(), ("key", "hash"))
+    store.add_snapshot(run.id, snapshot(3), "poll")
+    store.keep_artefact(run.id, "a.txt", b"a")
+    store.audit(entry())
+    store.drop_cleanup("run-2")
+    store.wait_durable_or_log()
+    store.close()
+    again = open_store()
+    assert again.find(run.id) == run and again.artefact(run.id, "a.txt") == b"a" and again.cleanups() == {}
+    again.close()
+    database = raw_database(open_store, tmp_path)
+    assert columns_of(database) == {table: set(columns) for table, columns in lm.TABLES.items()}
+    database.close()
+
+
+def test_column_that_a_new_version_needs_is_added_to_an_old_file(open_store, tmp_path, monkeypatch):
+    make_first_version(open_store, tmp_path)
+    newest = max(lm.MIGRATIONS) + 1
+    added = "ALTER TABLE samples ADD COLUMN workers BIGINT"
+    monkeypatch.setitem(lm.MIGRATIONS, newest, (added,))
+    monkeypatch.setitem(lm.TABLES, "samples", ("workers", *lm.TABLES["samples"]))  # in another order, too
+    database = lm.open_database(open_store.url, str(tmp_path))
+    row = (3, *lm.sample_of("run-1", snapshot(8, 1002.0), "poll"))
+    database.execute(lm.insert_into("samples"), row)
+    found = database.query("SELECT requests, workers FROM samples ORDER BY at")
+    database.close()
+    assert found == [(7, None), (8, 3)]
+    lm.open_database(open_store.url, str(tmp_path)).close()  # not added once more
+    monkeypatch.undo()
+    with pytest.raises(lm.StartupError, match=f"schema {newest}, written by a newer Load Manager"):
+        open_store()
+
+
+def test_database_that_lacks_a_column_is_refused_and_left_as_it_was(open_store, tmp_path):
+    make_first_version(open_store, tmp_path, left_out=" error_percent DOUBLE PRECISION,")
+    with pytest.raises(lm.StartupError, match="table samples has no column error_percent"):
+        open_store()
+    database = raw_database(open_store, tmp_path)
+    assert database.query("SELECT value FROM meta WHERE key = 'schema_version'") == [("1",)]
+    with pytest.raises(database.errors):
+        database.query("SELECT * FROM cleanups")
+    database.close()
+
+
+def test_cleanup_outlives_its_run(open_store):
+    store = open_store()
+    deleted, retained, stopped, by_field = (store.add(new_run()) for _ in range(4))
+    store.transition(deleted.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="one")
+    store.transition(retained.id, lm.RunStatus.FAILED, finished_at=5.0)
+    store.keep_cleanup(retained.id, "two")
+    store.transition(stopped.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="three")
+    store.drop_cleanup(stopped.id)
+    store.transition(by_field.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup=True)
+    store.delete(deleted.id)
+    assert store.delete_older(100.0) == 3
+    expected = {deleted.id: "one", retained.id: "two", by_field.id: "one"}
+    assert store.cleanups() == expected
+    store.close()
+    assert open_store().cleanups() == expected
+
+
+def test_transition_is_in_one_commit_with_its_deliveries_and_cleanup(open_store):
+    """Whenever the writer takes what there is, it takes all of a transition or nothing."""
+    store = open_store()
+    run = store.add(new_run())
+    halves = []
+    next_batch = store._writer._next_batch
+
+    def look():
+        batch, last = next_batch()
+        if run.id in batch.runs and not (
+            ("cleanups", run.id) in batch.documents and len(batch.documents) == 2
+        ):
+            halves.append(batch)
+        return batch, last
+
+    def slowly(run, snapshot):
+        store._writer._changed.notify()  # the writer would take what there is by now
+        time.sleep(2 * store._writer.LAZY_S)
+        return [lm.Delivery("msg_1", "hook", "failed", run.id, "acme", time.time(), "failed", {})]
+
+    store._writer._next_batch = look
+    store.wait_durable_or_log()
+    store.deliveries_for = slowly
+    store.transition(run.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="one")
+    assert halves == [] and store.cleanups() == {run.id: "one"}
+
+
 def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypatch):
     """Adopted with at most its duration, whatever the wall clock says."""
     store = open_store()
@@ -351,7 +488,7 @@ def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_
     import psycopg
 
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        for table in ("meta", "runs", "samples", "idempotency", "audit"):
+        for table in ("meta", *lm.TABLES):
             connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
     fake = fake_locust()
     manager = load_manager(cluster_config(fake.url), storage={"url": postgres_url})
