@@ -2131,8 +2131,8 @@ class Sample(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Requests of one endpoint, or of the totals, by how long they took: the counts from
-    which Locust makes its percentiles, its times rounded to two digits."""
+    """Requests of one endpoint, or of the totals, by how long they took: to the ms up to 1 s and in
+    three digits above it where the hooks kept exact times; else in Locust's own two digits."""
 
     requests: int
     failures: int

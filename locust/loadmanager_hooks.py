@@ -50,6 +50,8 @@ RAMP_SETTLES_S = 0.1
 MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
+MAX_EXACT_ENDPOINTS = 500  # whose exact times a process keeps, those seen first
+MAX_EXACT_BUCKETS = 50_000  # of all of them; from then on new ones have Locust's two digits, at most 400 each
 
 ARGUMENTS = (
     "run_id",
@@ -65,6 +67,7 @@ TAG_ARGUMENTS = (
 )  # these too; workers get them with the spawn message, so they stay
 ACTIVE_STATES = ("spawning", "running")
 FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
+TIMES_MARK = "loadmanager_times"  # in every report: rows of method, name, {ms: requests}
 
 log = logging.getLogger("loadmanager")
 
@@ -127,7 +130,7 @@ class Settings:
 # ---- numbers: Locust's own, never derived ----
 
 
-def metrics_of(environment, final: bool = False) -> dict:
+def metrics_of(environment, final: bool = False, exact: ExactTimes | None = None) -> dict:
     """Rates are the current ones, in the final numbers the whole run's; all else covers the whole run."""
     total = environment.stats.total
     entries = list(environment.stats.entries.values())
@@ -145,7 +148,7 @@ def metrics_of(environment, final: bool = False) -> dict:
         "p95ResponseMs": _percentile_ms(total, 0.95),
         "p99ResponseMs": _percentile_ms(total, 0.99),
         "currentUsers": environment.runner.user_count,
-        "responseTimes": _response_times(total),
+        "responseTimes": _response_times(total, exact and exact.of(None, total)),
         "requestStats": {
             f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final) for entry in entries
         },
@@ -153,7 +156,7 @@ def metrics_of(environment, final: bool = False) -> dict:
     busiest = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:MAX_HISTOGRAMS]
     for entry in busiest:
         row = metrics["requestStats"][f"{_text(entry.method)}_{_text(entry.name)}"]
-        row["responseTimes"] = _response_times(entry)
+        row["responseTimes"] = _response_times(entry, exact and exact.of((entry.method, entry.name), entry))
     cut = len(environment.stats.entries) - len(entries)
     if cut > 0:
         metrics["endpointsCut"] = cut
@@ -176,11 +179,11 @@ def _endpoint_metrics(entry, final: bool) -> dict:
     }
 
 
-def _response_times(entry) -> dict:
-    """Requests by whole ms, since the start: the counts from which Locust makes its percentiles."""
+def _response_times(entry, exact: dict | None) -> dict:
+    """Requests by whole ms, since the start: exact ones, or the counts from which Locust makes its percentiles."""
     counts: dict[str, int] = {}
-    for ms, requests_ in list(entry.response_times.items()):
-        if _number(ms) is not None:
+    for ms, requests_ in list((entry.response_times if exact is None else exact).items()):
+        if _number(ms) is not None and ms >= 0:
             counts[str(round(ms))] = counts.get(str(round(ms)), 0) + requests_
     return counts
 
@@ -196,6 +199,97 @@ def _average_ms(entry):
 
 def _percentile_ms(entry, ratio: float):
     return _number(entry.get_response_time_percentile(ratio)) if entry.response_times else None
+
+
+# ---- exact response times ----
+
+
+class ExactTimes:
+    """Requests by response time, to the ms up to 1 s and in three digits above it; Locust keeps two digits.
+
+    A worker notes its requests and sends them with each of Locust's own reports; the master adds them up; a
+    standalone Locust only notes. Kept in step with Locust's statistics: these get a new dict of response
+    times at each start, reset and report, and then ours begin again too."""
+
+    def __init__(self, environment) -> None:
+        self._environment = environment
+        self._origin: object = None  # Locust's dict that ours goes with
+        self.clear()
+
+    def clear(self) -> None:
+        self._times: dict = {}  # (method, name) -> {ms: requests}; None: of endpoints beyond the limit
+        self._total: dict = {}  # the master's; elsewhere made when needed
+        self._buckets = 0
+        self._incomplete: set = set()
+
+    def _follow_locust(self) -> None:
+        origin = self._environment.stats.total.response_times
+        if origin is not self._origin:
+            self._origin = origin
+            self.clear()
+
+    def on_request(self, request_type, name, response_time, **_kwargs) -> None:
+        if self._environment.stats.total.response_times is not self._origin:
+            self._follow_locust()
+        try:
+            ms = round(response_time)
+        except (TypeError, ValueError, OverflowError):
+            return  # None, NaN: Locust counts no time either
+        if ms >= 1000:
+            ms = _rounded(ms, 3)
+        times = self._times.get((request_type, name))
+        if times is not None and ms in times:
+            times[ms] += 1
+        elif ms >= 0:
+            self._add((request_type, name), ms, 1)
+
+    def _add(self, key, ms: int, requests_: int) -> None:
+        if key not in self._times and len(self._times) >= MAX_EXACT_ENDPOINTS:
+            key = None
+        self._count(self._times.setdefault(key, {}), ms, requests_)
+
+    def _count(self, times: dict, ms: int, requests_: int) -> None:
+        if ms not in times and self._buckets >= MAX_EXACT_BUCKETS:
+            ms = _rounded(ms, 2)
+        self._buckets += ms not in times
+        times[ms] = times.get(ms, 0) + requests_
+
+    def take(self) -> list:
+        """What came since the last report, as rows for the next; called before Locust takes its own."""
+        self._follow_locust()
+        rows = [[*(key or (None, None)), times] for key, times in self._times.items()]
+        self.clear()
+        return rows
+
+    def add_report(self, rows) -> None:
+        """A worker's report, after Locust has added it to its statistics."""
+        self._follow_locust()
+        for method, name, times in rows or ():
+            key = None if name is None else (method, name)
+            for ms, requests_ in times.items():
+                self._add(key, ms, requests_)
+                self._count(self._total, ms, requests_)
+
+    def of(self, key, entry) -> dict | None:
+        """The times of an endpoint, of all for None. When a worker without these hooks takes part, or the
+        endpoint is beyond the limit, they are not all: None, then and for the rest of the test."""
+        self._follow_locust()
+        times = self._times.get(key, {}) if key else self._total or self._sum()
+        known = sum(entry.response_times.values())
+        if abs(sum(times.values()) - known) > max(2, known // 100):
+            self._incomplete.add(key)
+        return None if key in self._incomplete else times
+
+    def _sum(self) -> dict:
+        total: dict = {}
+        for times in self._times.values():
+            for ms, requests_ in times.items():
+                total[ms] = total.get(ms, 0) + requests_
+        return total
+
+
+def _rounded(ms: int, digits: int) -> int:
+    return round(ms, min(0, digits - len(str(ms))))
 
 
 # ---- what can be run ----
@@ -418,7 +512,7 @@ class Run:
         self.ended.set()
 
     def keep_final(self, complete: bool) -> None:
-        metrics = metrics_of(self._environment, final=True)
+        metrics = metrics_of(self._environment, final=True, exact=self._hooks.exact)
         if metrics["totalRequests"] >= self.final.get(
             "totalRequests", 0
         ):  # less: they were reset after the end
@@ -502,7 +596,8 @@ class Run:
 
     def _push(self) -> None:
         if self.id:
-            self._post("metrics", {"runId": self.id, "metrics": metrics_of(self._environment)})
+            metrics = metrics_of(self._environment, exact=self._hooks.exact)
+            self._post("metrics", {"runId": self.id, "metrics": metrics})
 
     def _wait_for_late_reports(self) -> None:
         deadline = time.monotonic() + LATE_REPORTS_S
@@ -625,6 +720,7 @@ class Hooks:
         self.distributed = isinstance(environment.runner, MasterRunner)
         self.locustfile_sha256 = _locustfile_sha256(environment)
         self.scenes = Scenes(environment)
+        self.exact = ExactTimes(environment)
         self.options = Options(environment)
         self.last_run_id = ""
         self._runs: list[Run] = []  # oldest first: the newest one, and earlier ones not closed yet
@@ -674,6 +770,7 @@ class Hooks:
         self.take_changed_limits(run)  # a change of users just before: its fields must not stay
 
     def on_worker_report(self, client_id: str, data: dict) -> None:
+        self.exact.add_report(data.get(TIMES_MARK))
         if data.get(FLUSH_MARK):
             self._flushed_ids.add(client_id)
 
@@ -831,6 +928,7 @@ class WorkerHooks:
     def __init__(self, environment) -> None:
         self._runner = environment.runner
         self._scenes = Scenes(environment)
+        self.exact = ExactTimes(environment)
         self._flushing = False
 
     def on_test_start(self) -> None:
@@ -856,13 +954,14 @@ class WorkerHooks:
             self._flushing = False
 
     def on_report_to_master(self, data: dict) -> None:
+        data[TIMES_MARK] = self.exact.take()
         if self._flushing:
             data[FLUSH_MARK] = True
 
 
 # ---- listeners ----
 # At module level: Locust fires `quitting` in reverse order, so this one comes after the master's own,
-# which waits for the workers' last reports.
+# which waits for the workers' last reports. And report_to_master comes before Locust's own listener.
 
 _hooks: Hooks | None = None
 _worker_hooks: WorkerHooks | None = None
@@ -891,8 +990,11 @@ def _on_init(environment, **_kwargs) -> None:
     try:
         if isinstance(environment.runner, WorkerRunner):
             _worker_hooks = WorkerHooks(environment)
+            environment.events.request.add_listener(_worker_hooks.exact.on_request)
             return
         _hooks = Hooks(environment)
+        if not _hooks.distributed:
+            environment.events.request.add_listener(_hooks.exact.on_request)
         # Here, and so after Locust's own listener: a worker has flushed when its numbers are in the statistics.
         environment.events.worker_report.add_listener(_on_worker_report)
         if getattr(environment, "web_ui", None) is not None:
@@ -936,12 +1038,12 @@ if hasattr(events, "test_stopping"):
 @events.report_to_master.add_listener
 def _on_report_to_master(data, **_kwargs) -> None:
     if _worker_hooks:
-        _worker_hooks.on_report_to_master(data)
+        _quietly(_worker_hooks.on_report_to_master, data)
 
 
 def _on_worker_report(client_id, data, **_kwargs) -> None:
     if _hooks:
-        _hooks.on_worker_report(client_id, data)
+        _quietly(_hooks.on_worker_report, client_id, data)
 
 
 @events.quitting.add_listener
