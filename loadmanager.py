@@ -54,6 +54,7 @@ import html
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -5294,11 +5295,9 @@ class Store:
         """The schedules as they were kept when the store was opened."""
         return list(self._schedules.values())
 
-    def keep_schedule(self, schedule_id: str, record: str | None, durable: bool = False) -> None:
-        """Keep a schedule's record, None: no longer. NotReady when it is to be durable and cannot be."""
+    def keep_schedule(self, schedule_id: str, record: str | None) -> None:
+        """Keep a schedule's record, None: no longer."""
         self._writer.save_document("schedules", schedule_id, None if record is None else (record,))
-        if durable:
-            self._writer.wait_durable()
 
     def keep_delivery(self, delivery: Delivery) -> None:
         """Keep a new delivery, or how an old one fares."""
@@ -5405,6 +5404,10 @@ class Store:
             )
         )
         return [(row[0], AuditEntry(*row[1:])) for row in rows]
+
+    def wait_durable(self) -> None:
+        """Return when all that was kept before is on disk; NotReady when it cannot be."""
+        self._writer.wait_durable()
 
     def wait_durable_or_log(self) -> None:
         try:
@@ -8337,7 +8340,7 @@ CRON_FIELDS = (  # name, least, most, names
     ("month", 1, 12, MONTH_NAMES),
     ("day of week", 0, 7, DAY_NAMES),  # 0 and 7 are Sunday
 )
-CRON_HORIZON_DAYS = 8 * 366 + 1  # 29 February may be 8 years away
+CRON_HORIZON_MONTHS = 8 * 12 + 1  # 29 February may be 8 years away
 
 
 class Cron(NamedTuple):
@@ -8358,19 +8361,31 @@ class Cron(NamedTuple):
         by_number, by_name = day.day in self.days, (day.weekday() + 1) % 7 in self.weekdays
         return by_number or by_name if self.either_day else by_number and by_name
 
-    def after(self, local: Any) -> Iterator[Any]:
-        """The moments (naive datetime of the wall) after one, ascending."""
+    def days_from(self, first: Any) -> Iterator[Any]:
+        """Yield the days that are meant from a date on; a month that is not meant costs one step."""
+        import calendar
         import datetime
 
-        day = local.date()
-        for _ in range(CRON_HORIZON_DAYS):
-            if self.takes_day(day):
-                for hour in self.hours:
-                    for minute in self.minutes:
-                        moment = datetime.datetime.combine(day, datetime.time(hour, minute))
-                        if moment > local:
-                            yield moment
-            day += datetime.timedelta(days=1)
+        year, month, months_without = first.year, first.month, 0
+        while months_without < CRON_HORIZON_MONTHS and year <= datetime.MAXYEAR:
+            months_without += 1
+            days = range(1, calendar.monthrange(year, month)[1] + 1) if month in self.months else ()
+            for day in (datetime.date(year, month, number) for number in days):
+                if day >= first and self.takes_day(day):
+                    months_without = 0
+                    yield day
+            year, month = (year, month + 1) if month < 12 else (year + 1, 1)
+
+    def after(self, local: Any) -> Iterator[Any]:
+        """Yield the local times (naive datetime) after one, ascending."""
+        import datetime
+
+        for day in self.days_from(local.date()):
+            for hour in self.hours:
+                for minute in self.minutes:
+                    moment = datetime.datetime.combine(day, datetime.time(hour, minute))
+                    if moment > local:
+                        yield moment
 
 
 def parse_cron(text: str) -> Cron:
@@ -8452,20 +8467,27 @@ def time_zone(name: str) -> Any:
         ) from None
 
 
-def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[float]:
-    """The next moments (epoch seconds) after one. Of a wall clock that is put forward: a time
+def times_after(cron: Cron, zone: Any, after: float) -> Iterator[float]:
+    """Yield the times (epoch seconds) after one. Of a local clock that is put forward: a time
     that does not exist is the first moment that does. One that is put back: the first of two."""
     import datetime
 
-    start = datetime.datetime.fromtimestamp(after, zone).replace(tzinfo=None) - datetime.timedelta(hours=4)
-    found: list[float] = []
-    for local in cron.after(start):
+    def local_at(epoch_s: float) -> Any:
+        return datetime.datetime.fromtimestamp(epoch_s, zone)
+
+    around_s = 4 * 3600  # no clock is put forward or back by more
+    is_changing = local_at(after - around_s).utcoffset() != local_at(after + around_s).utcoffset()
+    last, start = after, local_at(after).replace(tzinfo=None)
+    for local in cron.after(start - datetime.timedelta(seconds=around_s if is_changing else 0)):
         moment = _moment_of(local, zone)
-        if moment > (found[-1] if found else after):
-            found.append(moment)
-            if len(found) == count:
-                break
-    return found
+        if moment > last:
+            last = moment
+            yield moment
+
+
+def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[float]:
+    """The first `count` of times_after()."""
+    return list(itertools.islice(times_after(cron, zone, after), count))
 
 
 def _moment_of(local: Any, zone: Any) -> float:
@@ -8511,28 +8533,48 @@ class Schedule:
     description: str = ""
     read_only: bool = False  # it stands in the configuration
     taken_at: float | None = None  # the last moment that was dealt with
+    not_before: float | None = None  # since a clock was set back: what came up to here is dealt with
+    clock_era: int = 0  # how often that happened: a time that comes twice is another one
     last_run_id: str | None = None
     last_outcome: str | None = None
 
+    @property
+    def since(self) -> float:
+        """The time up to which all is dealt with."""
+        if self.not_before is not None:
+            return self.not_before
+        return self.created_at if self.taken_at is None else self.taken_at
+
+    @property
+    def awaits_run_at(self) -> bool:
+        """Whether its one time (runAt) was not dealt with."""
+        return self.run_at is not None and (self.taken_at is None or self.taken_at < self.run_at)
+
+    def first_due(self) -> float | None:
+        """The first time that was not dealt with, come or not; None for one that is paused or done."""
+        if self.paused:
+            return None
+        if self.cron is None:
+            return self.run_at if self.awaits_run_at else None
+        return next(iter(self.next_after(self.since)), None)
+
     def next_after(self, after: float, count: int = 1) -> list[float]:
-        """The moments to come; none for one that is paused or done."""
+        """The times to come; none for one that is paused or done."""
         if self.paused:
             return []
         if self.cron is None:
-            is_due = (
-                self.run_at is not None
-                and (self.taken_at is None or self.taken_at < self.run_at)
-                and self.run_at > after
-            )
-            return [self.run_at] if is_due and self.run_at is not None else []
+            is_to_come = self.run_at is not None and self.awaits_run_at and self.run_at > after
+            return [self.run_at] if is_to_come and self.run_at is not None else []
+        after = max(after, self.not_before or 0.0)
         return next_times(parse_cron(self.cron), time_zone(self.timezone), after, count)
 
 
-def schedule_to_json(schedule: Schedule, now: float) -> dict[str, Any]:
+def schedule_to_json(schedule: Schedule, upcoming: Iterable[float]) -> dict[str, Any]:
+    """A schedule as JSON; upcoming: its next times (epoch seconds)."""
     wire: dict[str, Any] = {
         "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test, "concurrencyPolicy": schedule.policy,
         "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused, "readOnly": schedule.read_only, "timezone": schedule.timezone,
-        "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by, "next": [utc_text(at) for at in schedule.next_after(now, 5)],
+        "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by, "next": [utc_text(at) for at in upcoming],
     }  # fmt: skip
     optional = {
         "description": schedule.description or None, "cron": schedule.cron, "runAt": schedule.run_at and utc_text(schedule.run_at),
@@ -8650,29 +8692,40 @@ def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, 
     return replace(schedule, id=item.id, created_by="configuration", read_only=True)
 
 
+class _Upcoming(NamedTuple):
+    """The next times of a schedule: computed once, and again when it changes or one has come."""
+
+    schedule: Schedule  # the state of it that they are of
+    due_at: float | None  # the first that was not dealt with; it may have come
+    times: list[float]  # the next ones
+
+
 class Scheduler:
     """Starts the runs of schedules on time. Public methods may be called from any thread."""
 
-    LOOK_S = 20.0  # at most between two looks at the wall's clock, which people and NTP change
+    LOOK_S = 20.0  # at most between two looks at the local clock, which people and NTP change
+    RETRY_S = 1.0  # after a failure of our own
+    SHOWN_TIMES = 5
 
     def __init__(
         self,
         config: Config,
         store: Store,
         orchestrator: Orchestrator,
-        timer: Timer,
         on_missed: Callable[[Schedule, str], None],
     ):
         self._config = config
         self._store = store
         self._engine = orchestrator
-        self._timer = timer
         self._on_missed = on_missed
-        self._lock = threading.Lock()  # guards _schedules and _firing
+        self._lock = threading.Lock()  # guards _schedules, _upcoming and _firing, and the order of writes
         self._schedules: dict[str, Schedule] = {}
+        self._upcoming: dict[str, _Upcoming] = {}
         self._firing: set[str] = set()
-        self._alarm: ScheduledCall | None = None
+        self._clock: tuple[float, float] = (time.time(), monotonic_s())  # read together
+        self._look_now = threading.Event()
         self._closed = False
+        self.failures = 0  # exceptions that were not foreseen
 
     def start(self) -> None:
         """Load what there is; what was missed meanwhile starts once, if it is not too late."""
@@ -8680,24 +8733,19 @@ class Scheduler:
         for record in self._store.schedule_records():
             try:
                 schedule = schedule_from_record(record)
-                kept[schedule.id] = schedule
+                kept[schedule.id] = after_set_back(schedule, time.time(), None)
             except (ValueError, TypeError) as error:
                 log("schedule cannot be read; it is left as it is", record=record[:200], error=repr(error))
         for item in self._config.schedules:
             known, schedule = kept.pop(item.id, None), _configured_schedule(item, self._config.scenarios)
-            if known is not None:
-                memory = {
-                    name: getattr(known, name)
-                    for name in ("created_at", "taken_at", "last_run_id", "last_outcome")
-                }
-                schedule = replace(schedule, **memory)
-            self._schedules[item.id] = schedule
-            self._store.keep_schedule(item.id, schedule_to_record(schedule))
+            self._schedules[item.id] = schedule if known is None else _with_memory_of(known, schedule)
+            self._store.keep_schedule(item.id, schedule_to_record(self._schedules[item.id]))
         self._schedules.update((id_, schedule) for id_, schedule in kept.items() if not schedule.read_only)
-        self._look()
+        start_thread("schedules", self._run)
 
     def close(self) -> None:
         self._closed = True
+        self._look_now.set()
 
     # ---- what there is -----------------------------------------------------
 
@@ -8716,31 +8764,54 @@ class Scheduler:
             raise NotFound(f"there is no schedule {schedule_id[:MAX_TEXT]}")
         return schedule
 
+    def to_json(self, schedule: Schedule) -> dict[str, Any]:
+        """A schedule with its next times, which are only looked up."""
+        return schedule_to_json(schedule, self._upcoming_of(schedule, time.time()).times)
+
+    def _upcoming_of(self, schedule: Schedule, now: float) -> _Upcoming:
+        with self._lock:
+            kept = self._upcoming.get(schedule.id)
+        if kept is None or kept.schedule is not schedule or (kept.times and kept.times[0] <= now):
+            kept = _Upcoming(schedule, schedule.first_due(), schedule.next_after(now, self.SHOWN_TIMES))
+            with self._lock:
+                if self._schedules.get(schedule.id) is schedule:
+                    self._upcoming[schedule.id] = kept
+        return kept
+
     def add(self, schedule: Schedule) -> None:
-        """Keep a new one; Conflict when there are too many."""
+        """Keep a new one; Conflict when there are too many, NotReady when it cannot be written."""
         with self._lock:
             if len(self._schedules) >= MAX_SCHEDULES:
                 raise Conflict(f"there are {MAX_SCHEDULES} schedules, the most there may be")
-        self._keep(schedule, durable=True)
-        self._look_soon()
+            self._put(schedule)
+        try:
+            self._store.wait_durable()
+        except NotReady:
+            self._remove(schedule.id)  # who made it is answered 503, and tries again
+            raise
+        self._look_now.set()
 
     def change(self, schedule_id: str, body: Any) -> Schedule:
-        """Change one; Conflict for one of the configuration."""
-        before = self._own(schedule_id)
-        schedule = read_schedule(body, self._config.scenarios, before)
-        if before.paused and not schedule.paused:
-            schedule = replace(
-                schedule, taken_at=time.time() if schedule.cron else schedule.taken_at
-            )  # what was missed on purpose is not made up for
-        self._keep(schedule, durable=True)
-        self._look_soon()
+        """Change one; Conflict for one of the configuration, NotFound for one that is gone."""
+        self._own(schedule_id)
+
+        def changed(before: Schedule) -> Schedule:
+            schedule = read_schedule(body, self._config.scenarios, before)
+            if before.paused and not schedule.paused and schedule.cron:
+                schedule = replace(schedule, taken_at=time.time(), not_before=None)
+            return schedule  # what was missed while it was paused is not made up for
+
+        schedule = self._update(schedule_id, changed)
+        if schedule is None:
+            raise NotFound(f"there is no schedule {schedule_id[:MAX_TEXT]}")
+        self._store.wait_durable()
+        self._look_now.set()
         return schedule
 
     def delete(self, schedule_id: str) -> None:
         self._own(schedule_id)
-        with self._lock:
-            self._schedules.pop(schedule_id, None)
-        self._store.keep_schedule(schedule_id, None, durable=True)
+        self._remove(schedule_id)
+        self._store.wait_durable()
 
     def _own(self, schedule_id: str) -> Schedule:
         schedule = self.get(schedule_id)
@@ -8748,66 +8819,147 @@ class Scheduler:
             raise Conflict(f"schedule {schedule_id} stands in the configuration; change it there")
         return schedule
 
-    def _keep(self, schedule: Schedule, durable: bool = False) -> None:
+    def _update(self, schedule_id: str, change: Callable[[Schedule], Schedule]) -> Schedule | None:
+        """Change one from its present state; None when it is gone, and stays so."""
         with self._lock:
-            self._schedules[schedule.id] = schedule
-        self._store.keep_schedule(schedule.id, schedule_to_record(schedule), durable)
+            before = self._schedules.get(schedule_id)
+            if before is None:
+                return None
+            schedule = change(before)
+            if schedule is not before:
+                self._put(schedule)
+            return schedule
+
+    def _put(self, schedule: Schedule) -> None:
+        self._schedules[schedule.id] = schedule
+        self._store.keep_schedule(schedule.id, schedule_to_record(schedule))
+
+    def _remove(self, schedule_id: str) -> None:
+        with self._lock:
+            self._schedules.pop(schedule_id, None)
+            self._upcoming.pop(schedule_id, None)
+            self._store.keep_schedule(schedule_id, None)
 
     # ---- time --------------------------------------------------------------
 
-    def _look_soon(self) -> None:
-        start_thread("schedules", self._look)
-
-    def _look(self) -> None:
-        """Deal with every moment that has come, and set the alarm for the next."""
-        if self._closed:
-            return
-        now = time.time()
-        waits = [self.LOOK_S]
-        for schedule in self.list():
+    def _run(self) -> None:
+        """Deal with every time that has come, until close(). Nothing ends this thread."""
+        wait_s = 0.0
+        while not self._closed:
+            self._wait(wait_s)
             try:
-                due = latest_due(schedule, now)
-                if due is not None:
-                    self._take(schedule, due)
-                waits += [at - now for at in schedule.next_after(now)]
-            except InvalidValue as error:
-                log("schedule not understood", schedule=schedule.id, why=error)
-        with self._lock:
-            if self._alarm is not None:
-                self._alarm.cancel()
-            self._alarm = self._timer.after(max(0.01, min(waits)), self._look_soon)
+                wait_s = self._look()
+            except Exception as error:  # noqa: BLE001 - the edge: schedules must go on
+                self._note_failure("schedules not looked at", error)
+                wait_s = self.RETRY_S
+
+    def _wait(self, wait_s: float) -> None:
+        """Wait for so long or until a look is wanted; by the second, so that a clock that was set,
+        and what is overdue after a suspend, is noticed soon."""
+        until = monotonic_s() + wait_s
+        while (left_s := until - monotonic_s()) > 0 and not self._look_now.wait(min(1.0, left_s)):
+            if abs(self._clock_moved_s()) >= MIN_CLOCK_STEP_S:
+                break
+        self._look_now.clear()
+
+    def _clock_moved_s(self) -> float:
+        """By how much the local clock was set forward (or back, then negative) since the last look."""
+        wall, steady = self._clock
+        return (time.time() - wall) - (monotonic_s() - steady)
+
+    def _look(self) -> float:
+        """Deal with what is due; the seconds until the next look."""
+        now, set_back_s = time.time(), self._set_back_s()
+        waits = [self.LOOK_S]
+        if set_back_s:
+            with self._lock:
+                self._upcoming.clear()
+        for schedule in [] if self._closed else self.list():
+            try:
+                waits.append(self._look_at(schedule, now, set_back_s))
+            except Exception as error:  # noqa: BLE001 - the edge: the others must go on
+                self._note_failure("schedule not looked at", error, schedule=schedule.id)
+                waits.append(self.RETRY_S)
+        return max(0.01, min(waits))
+
+    def _set_back_s(self) -> float:
+        """By how much the local clock was set back since the last look; 0 when it was not."""
+        set_back_s = -self._clock_moved_s()
+        self._clock = (time.time(), monotonic_s())
+        if set_back_s < MIN_CLOCK_STEP_S:
+            return 0.0
+        log("the clock was set back", seconds=f"{set_back_s:.0f}")
+        return set_back_s
+
+    def _look_at(self, schedule: Schedule, now: float, set_back_s: float) -> float:
+        """Start its run if that is due; the seconds until its next time."""
+        if set_back_s:
+            settled = self._update(schedule.id, lambda one: after_set_back(one, now, set_back_s))
+            if settled is None:
+                return self.LOOK_S
+            schedule = settled
+        upcoming = self._upcoming_of(schedule, now)
+        if upcoming.due_at is not None and upcoming.due_at <= now:
+            due = latest_due(schedule, now)
+            if due is not None:
+                self._take(schedule, due)
+        return upcoming.times[0] - now if upcoming.times else self.LOOK_S
 
     def _take(self, schedule: Schedule, due: float) -> None:
         with self._lock:
             if schedule.id in self._firing:
                 return
             self._firing.add(schedule.id)
-        start_thread(f"schedule-{schedule.id[:8]}", functools.partial(self._fire, schedule, due))
+        try:
+            start_thread(f"schedule-{schedule.id[:8]}", functools.partial(self._fire, schedule, due))
+        except BaseException:  # no thread to be had: the next look tries again
+            with self._lock:
+                self._firing.discard(schedule.id)
+            raise
 
     def _fire(self, schedule: Schedule, due: float) -> None:
-        """Start the run of one moment, or say why not."""
+        """Start the run of one time, or say why not."""
         try:
-            late_s = time.time() - due
-            if late_s > schedule.deadline_s:
+            try:
+                outcome, run_id = self._outcome(schedule, due)
+            except Exception as error:  # noqa: BLE001 - the edge: the schedule must go on
+                self._note_failure("schedule failed", error, schedule=schedule.id)
                 outcome, run_id = (
-                    f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later",
+                    "not started: an error of Load Manager itself; its log has the details",
                     None,
                 )
-            else:
-                outcome, run_id = self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}")
+            self._update(
+                schedule.id,
+                lambda now: replace(
+                    now,
+                    taken_at=due,
+                    not_before=None,
+                    last_run_id=run_id or now.last_run_id,
+                    last_outcome=outcome,
+                ),
+            )
             if run_id is None:
                 log("schedule missed", schedule=schedule.id, why=outcome)
                 self._on_missed(schedule, outcome)
-            current = self._schedules.get(schedule.id)
-            if current is not None:
-                self._keep(
-                    replace(
-                        current, taken_at=due, last_run_id=run_id or current.last_run_id, last_outcome=outcome
-                    )
-                )
         finally:
             with self._lock:
                 self._firing.discard(schedule.id)
+            self._look_now.set()  # the next time may have come meanwhile
+
+    def _outcome(self, schedule: Schedule, due: float) -> tuple[str, str | None]:
+        """What became of one time, in words, and the run's id if one was started."""
+        late_s = time.time() - due
+        if late_s > schedule.deadline_s:
+            why = f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later"
+            return why, None
+        era = f":{schedule.clock_era}" if schedule.clock_era else ""
+        return self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}{era}")
+
+    def _note_failure(self, what: str, error: Exception, **facts: object) -> None:
+        import traceback
+
+        self.failures += 1
+        log(what, **facts, error=repr(error), failures=self.failures, trace=traceback.format_exc())
 
     def _start_run(self, schedule: Schedule, key: str) -> tuple[str, str | None]:
         """Outcome in words, and the run's id if one was started."""
@@ -8854,33 +9006,56 @@ class Scheduler:
         """Start its run at once, whatever its policy; the errors of a create."""
         schedule = self.get(schedule_id)
         run = self._engine.create(read_create(schedule.test, self._config.scenarios), by, "schedule")
-        current = self._schedules.get(schedule_id)
-        if current is not None:
-            self._keep(replace(current, last_run_id=run.id, last_outcome=f"started by {by}"))
+        self._update(
+            schedule_id, lambda now: replace(now, last_run_id=run.id, last_outcome=f"started by {by}")
+        )
         return run
 
 
+def _with_memory_of(known: Schedule, schedule: Schedule) -> Schedule:
+    """A schedule of the configuration with what became of it so far."""
+    names = ("created_at", "taken_at", "not_before", "clock_era", "last_run_id", "last_outcome")
+    return replace(schedule, **{name: getattr(known, name) for name in names})
+
+
 def latest_due(schedule: Schedule, now: float) -> float | None:
-    """The newest moment that has come and was not dealt with: of many missed ones only this."""
+    """The newest time that has come and was not dealt with: of many missed ones only this."""
     if schedule.paused:
         return None
-    since_ = schedule.taken_at if schedule.taken_at is not None else schedule.created_at
     if schedule.cron is None:
-        is_due = schedule.run_at is not None and schedule.run_at <= now and schedule.taken_at is None
+        is_due = schedule.run_at is not None and schedule.run_at <= now and schedule.awaits_run_at
         return schedule.run_at if is_due else None
-    cron, zone = parse_cron(schedule.cron), time_zone(schedule.timezone)
-    for span_s in (3600.0, 86400.0, 32 * 86400.0, CRON_HORIZON_DAYS * 86400.0):
-        at = found = max(since_, now - span_s)
-        while True:
-            coming = next_times(cron, zone, at)
-            if not coming or coming[0] > now:
-                break
-            at = found = coming[0]
-        if found > max(since_, now - span_s):
-            return found
+    cron, zone, since_ = parse_cron(schedule.cron), time_zone(schedule.timezone), schedule.since
+    for span_s in (3600.0, 86400.0, 32 * 86400.0, CRON_HORIZON_MONTHS * 31 * 86400.0):
+        come = itertools.takewhile(lambda at: at <= now, times_after(cron, zone, max(since_, now - span_s)))
+        newest = deque(come, maxlen=1)
+        if newest:
+            return newest[0]
         if since_ >= now - span_s:
             return None
     return None
+
+
+MIN_CLOCK_STEP_S = 1.0  # NTP slews less between two looks
+
+
+def after_set_back(schedule: Schedule, now: float, set_back_s: float | None) -> Schedule:
+    """A schedule once the clock was set back behind what it has dealt with; None: not known by how much.
+
+    Its next time is the first that comes more than half an interval after the last one did in
+    truth: a nightly run does not start twice in one night, a minutely one does not wait for an hour."""
+    if schedule.cron is None or schedule.since <= now:
+        return schedule
+    if schedule.taken_at is None:
+        not_before = now
+    elif set_back_s is not None and schedule.not_before is not None:
+        not_before = schedule.not_before - set_back_s
+    else:
+        cron, zone = parse_cron(schedule.cron), time_zone(schedule.timezone)
+        interval_s = sum(next_times(cron, zone, schedule.taken_at)) - schedule.taken_at
+        taken_at = now if set_back_s is None else min(now, schedule.taken_at - set_back_s)
+        not_before = taken_at + interval_s / 2
+    return replace(schedule, not_before=not_before, clock_era=schedule.clock_era + 1)
 
 
 # ============================================================================
@@ -12826,12 +13001,12 @@ def get_clusters(api: Api, request: Request) -> Response:
 
 
 def _shown_schedule(api: Api, schedule: Schedule, http_status: int = 200) -> Response:
-    return json_response(schedule_to_json(schedule, time.time()), http_status)
+    return json_response(api.scheduler.to_json(schedule), http_status)
 
 
 def get_schedules(api: Api, request: Request) -> Response:
     mine = [one for one in api.scheduler.list() if request.principal.may_touch(one.tenant_id, one.env_id)]
-    return json_response([schedule_to_json(schedule, time.time()) for schedule in mine])
+    return json_response([api.scheduler.to_json(schedule) for schedule in mine])
 
 
 def post_schedule(api: Api, request: Request) -> Response:
@@ -13194,7 +13369,7 @@ ROUTES = (
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
     Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
-    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", waits=False, answer="Schedules"),
+    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", answer="Schedules"),
     Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself", body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
     Route("GET", "/v1/schedules/{id}", get_schedule, "viewer", "One schedule", waits=False, answer="Schedule"),
     Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule", body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
@@ -13969,9 +14144,7 @@ class Service:
             config.limits.event_streams,
         )
         self._notifier = Notifier(config, self._store)
-        self._scheduler = Scheduler(
-            config, self._store, self._engine, self._timer, self._notifier.schedule_missed
-        )
+        self._scheduler = Scheduler(config, self._store, self._engine, self._notifier.schedule_missed)
         self._loop.api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
         self.url = (
             f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"

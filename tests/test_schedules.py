@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from zoneinfo import ZoneInfo
 
@@ -296,9 +297,7 @@ def test_a_minutely_schedule_replaces_queues_or_skips_its_own_active_run(tmp_pat
         ("Replace", [("stop", "r1"), ("create", False, "schedule", "schedule:s:60")]),
     ):
         engine, missed = Orders(), []
-        scheduler = loadmanager.Scheduler(
-            config, store, engine, loadmanager.Timer(), lambda schedule, why: missed.append(why)
-        )
+        scheduler = loadmanager.Scheduler(config, store, engine, lambda schedule, why: missed.append(why))
         made = loadmanager.read_schedule(
             {"cron": "* * * * *", "concurrencyPolicy": policy, "test": create_body()}, ()
         )
@@ -425,3 +424,239 @@ def test_schedules_on_the_command_line(lm):
     assert "started" in cli("run", made["id"])
     cli("delete", made["id"])
     assert made["id"] not in cli()
+
+
+def scheduler_of(tmp_path, *schedules, engine=None):
+    """A scheduler that was not started, with these schedules, and its store."""
+    store = loadmanager.Store(loadmanager.open_database("memory:", str(tmp_path)))
+    for made in schedules:
+        store.keep_schedule(made.id, loadmanager.schedule_to_record(made))
+    scheduler = loadmanager.Scheduler(loadmanager.Config(), store, engine, lambda schedule, why: None)
+    for made in schedules:
+        scheduler._put(made)
+    return scheduler, store
+
+
+def made_schedule(id_="s", **more):
+    made = loadmanager.read_schedule({"test": create_body(), **more}, ())
+    return loadmanager.replace(made, id=id_, created_at=time.time())
+
+
+def test_a_rare_day_is_found_by_months(monkeypatch):
+    """29 February: eight years are 97 months, of which eight are looked into, and not 2,923 days."""
+    looked_at = []
+    takes_day = loadmanager.Cron.takes_day
+    monkeypatch.setattr(
+        loadmanager.Cron, "takes_day", lambda cron, day: looked_at.append(day) or takes_day(cron, day)
+    )
+    start = datetime.datetime(2097, 1, 1, tzinfo=UTC).timestamp()  # 2100 is no leap year
+    found = loadmanager.next_times(loadmanager.parse_cron("0 0 29 2 *"), UTC, start, 5)
+    years = [datetime.datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d") for at in found]
+    assert years == ["2104-02-29", "2108-02-29", "2112-02-29", "2116-02-29", "2120-02-29"]
+    assert len(looked_at) < 24 * 31, f"{len(looked_at)} days were looked at"
+
+
+def test_next_times_are_computed_once_and_again_when_one_has_come_or_it_changes(tmp_path, monkeypatch):
+    computed = []
+    next_times = loadmanager.next_times
+    monkeypatch.setattr(loadmanager, "next_times", lambda *how: computed.append(how) or next_times(*how))
+    scheduler, store = scheduler_of(tmp_path, made_schedule(cron="0 0 29 2 *"))
+    first = scheduler.to_json(scheduler.get("s"))
+    assert len(first["next"]) == 5
+    computed.clear()
+    assert scheduler.to_json(scheduler.get("s")) == first and not computed, "a list computed them again"
+    scheduler.change("s", {"cron": "@hourly"})
+    changed = scheduler.to_json(scheduler.get("s"))
+    assert computed and changed["next"] != first["next"]
+    computed.clear()
+    an_hour_later = time.time() + 3600
+    monkeypatch.setattr(loadmanager.time, "time", lambda: an_hour_later)
+    assert scheduler.to_json(scheduler.get("s"))["next"][0] == changed["next"][1] and computed
+    store.close()
+
+
+def test_a_schedule_deleted_during_a_change_does_not_come_back(tmp_path, monkeypatch):
+    scheduler, store = scheduler_of(tmp_path, made_schedule(cron="@daily"))
+    read_schedule, deleting = (
+        loadmanager.read_schedule,
+        threading.Thread(target=scheduler.delete, args=("s",)),
+    )
+
+    def read_slowly(*how):
+        changed = read_schedule(*how)
+        deleting.start()
+        deleting.join(0.5)  # it comes in between, or has to wait until the change is over
+        return changed
+
+    monkeypatch.setattr(loadmanager, "read_schedule", read_slowly)
+    try:
+        scheduler.change("s", {"description": "changed"})
+    except loadmanager.NotFound:
+        pass  # the delete was first
+    deleting.join(10)
+    assert not deleting.is_alive() and scheduler.list() == []
+    kept = store._writer.read(lambda database: database.query("SELECT id FROM schedules"))
+    assert kept == [], "it would be back after a restart"
+    store.close()
+
+
+def test_a_schedule_deleted_while_its_run_starts_does_not_come_back(tmp_path):
+    class Orders:
+        def create(self, *how):
+            scheduler.delete("s")
+            raise loadmanager.Conflict("busy")
+
+    scheduler, store = scheduler_of(tmp_path, made_schedule(cron="* * * * *"), engine=Orders())
+    scheduler._fire(scheduler.get("s"), time.time())
+    assert scheduler.list() == []
+    store.close()
+
+
+def test_an_unforeseen_exception_costs_one_time_of_one_schedule(tmp_path, capsys, monkeypatch):
+    """It is logged with its trace and counted; the schedule has its next time, and the others go on."""
+
+    class Orders:
+        started = []
+
+        def create(self, request, by, *how):
+            self.started.append(by)
+            raise ZeroDivisionError("nobody named it")
+
+    engine = Orders()
+    due = time.time() - 1
+    at = loadmanager.utc_text(due)
+    one, other = made_schedule("one", runAt=at), made_schedule("other", runAt=at)
+    broken, latest_due = made_schedule("broken", runAt=at), loadmanager.latest_due
+
+    def fail_for_one(schedule, now):
+        return 1 // 0 if schedule.id == "broken" else latest_due(schedule, now)
+
+    monkeypatch.setattr(loadmanager, "latest_due", fail_for_one)
+    scheduler, store = scheduler_of(tmp_path, one, broken, other, engine=engine)
+    scheduler.start()
+    outcomes = eventually(
+        lambda: (lambda told: all(told) and told)(
+            [scheduler.get(id_).last_outcome for id_ in ("one", "other")]
+        ),
+        10,
+    )
+    assert all("an error of Load Manager itself" in outcome for outcome in outcomes)
+    assert sorted(engine.started) == ["schedule one", "schedule other"]
+    assert scheduler.failures >= 3
+    told = capsys.readouterr().err
+    assert "nobody named it" in told and "schedule=broken" in told and "trace=" in told
+    scheduler.close()
+    store.close()
+
+
+def test_no_thread_to_be_had_delays_a_schedule_and_does_not_lose_it(tmp_path, monkeypatch):
+    class Orders:
+        started = []
+
+        def create(self, request, by, *how):
+            self.started.append(by)
+            raise loadmanager.Conflict("busy")
+
+    engine, failing = Orders(), [2]
+    start_thread = loadmanager.start_thread
+
+    def start_or_not(name, work):
+        if name.startswith("schedule-") and failing[0]:
+            failing[0] -= 1
+            raise RuntimeError("can't start new thread")
+        return start_thread(name, work)
+
+    monkeypatch.setattr(loadmanager, "start_thread", start_or_not)
+    at = loadmanager.utc_text(time.time() - 1)
+    scheduler, store = scheduler_of(tmp_path, made_schedule("one", runAt=at), engine=engine)
+    scheduler.start()
+    eventually(lambda: engine.started == ["schedule one"], 10)
+    assert failing == [0] and scheduler.failures == 2
+    scheduler.close()
+    store.close()
+
+
+SET_CLOCK = """
+import os, time
+real = time.time
+def moved():
+    try:
+        with open(os.environ["CLOCK_FILE"]) as file:
+            return real() + float(file.read() or 0)
+    except OSError:
+        return real()
+time.time = moved
+"""
+
+
+def test_a_clock_set_back_by_an_hour_silences_no_schedule_and_repeats_none(load_manager, fake, tmp_path):
+    """A minutely schedule goes on within its minute; a nightly one whose time comes again does not start twice."""
+    (tmp_path / "sitecustomize.py").write_text(SET_CLOCK)
+    clock = tmp_path / "clock"
+
+    def set_clock(text):
+        """The server's clock shows that time now."""
+        (tmp_path / "new").write_text(str(loadmanager.parse_utc(text) - time.time()))
+        (tmp_path / "new").replace(clock)
+
+    set_clock("2027-03-03T11:59:55Z")
+    lm = load_manager(
+        cluster_config(fake.url),
+        environment={"PYTHONPATH": str(tmp_path), "CLOCK_FILE": str(clock)},
+        schedules=[
+            {"id": "minutely", "cron": "* * * * *", "test": create_body(durationSeconds=1), "concurrencyPolicy": "Queue"},
+            {"id": "nightly", "cron": "0 12 * * *", "test": create_body(durationSeconds=1), "concurrencyPolicy": "Queue"},
+        ],
+    )  # fmt: skip
+
+    def starts(id_):
+        return sum(run["createdBy"] == f"schedule {id_}" for run in runs_of(lm))
+
+    def shown(id_):
+        return next(one for one in lm.get("/v1/schedules").json if one["id"] == id_)
+
+    def started_at(id_, text):
+        """The id of its run, once the schedule has dealt with that time."""
+        one = shown(id_)
+        assert one.get("lastTime", "") != text or one["lastOutcome"] == "started", one
+        return one.get("lastRunId") if one.get("lastTime") == text else None
+
+    noon = "2027-03-03T12:00:00.000Z"
+    first = eventually(lambda: started_at("minutely", noon), 20)
+    eventually(lambda: started_at("nightly", noon), 10)
+    set_clock("2027-03-03T11:00:05Z")
+    eventually(lambda: "the clock was set back" in lm.log(), 10)
+    holds_for(lambda: starts("minutely") == 1, 1)
+    set_clock("2027-03-03T11:01:01Z")
+    eventually(lambda: started_at("minutely", "2027-03-03T11:01:00.000Z"), 10, what="it goes on")
+    set_clock("2027-03-03T11:59:58Z")
+    second = eventually(
+        lambda: shown("minutely").get("lastTime") == noon and started_at("minutely", noon), 20
+    )
+    assert second != first, "12:00 came twice, an hour apart: that is two times"
+    holds_for(lambda: starts("nightly") == 1, 2, what="the nightly schedule starts once")
+    assert shown("nightly")["next"][0] == "2027-03-04T12:00:00.000Z"
+    lm.restart()
+    assert shown("nightly")["next"][0] == "2027-03-04T12:00:00.000Z"
+
+
+@pytest.mark.parametrize(
+    ("cron", "taken", "now", "set_back_s", "next_"),
+    [
+        ("* * * * *", "12:00:00", "11:59:57", 5, "12:01:00"),  # within its minute: 12:00 is not another one
+        ("* * * * *", "12:00:00", "11:00:02", 3600, "11:01:00"),
+        ("0 * * * *", "12:00:00", "11:30:00", 3600, "12:00:00"),  # an hour of truth after the first 12:00
+        ("0 * * * *", "12:00:00", "11:58:00", 300, "13:00:00"),
+        ("0 9-12 * * *", "12:00:00", "11:30:00", 3600, "09:00:00"),  # tomorrow
+        ("* * * * *", "12:00:00", "11:00:20", None, "11:01:00"),  # it was set back while we were away
+    ],
+)
+def test_the_next_time_after_a_clock_was_set_back_is_an_interval_after_the_last(
+    cron, taken, now, set_back_s, next_
+):
+    def at(text):
+        return loadmanager.parse_utc(f"2027-03-03T{text}Z")
+
+    before = loadmanager.replace(made_schedule(cron=cron), created_at=at("00:00:00"), taken_at=at(taken))
+    settled = loadmanager.after_set_back(before, at(now), set_back_s)
+    assert loadmanager.utc_text(settled.next_after(at(now))[0])[11:19] == next_
