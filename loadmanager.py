@@ -22,7 +22,7 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
  8. STORE           every run in memory, written through to SQLite or PostgreSQL
  9. LOCUST CLIENT   every call to a Locust master
 10. LAUNCHER        Locust clusters started on this machine, and their guard
-11. ENGINE          starts, watches, stops, adopts and finishes runs
+11. ORCHESTRATOR    starts, monitors, stops, adopts and ends runs
 12. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
 13. NOTIFICATIONS   what is told to people and programs, at least once
 14. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
@@ -131,7 +131,13 @@ LOCUST_CALL_S = 10.0  # the whole of one call to a Locust master
 LOCUST_STOP_S = 75.0  # /stop blocks until users are gone: stop_timeout + 60 in Locust
 LOCUST_ANSWER_BYTES = 8 * 1024 * 1024
 IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stopping
-STOP_ANSWER_S = 30.0  # how long a stop request waits for Locust's confirmation
+STOP_ANSWER_S = 10.0  # how long a stop request waits for the run's end
+FINAL_READ_S = 10.0  # how long a run waits for its final numbers
+START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered start has come or never will
+LOOK_S = 5.0  # the whole of one look at a cluster
+FIRST_LOOKS_S = 60.0  # so long after its start a run is looked at more often
+FIRST_LOOK_INTERVAL_S = 2.0
+REPLACE_EVERY_S = 15.0  # lost workers of a cluster are replaced
 WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
 LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
 MAX_LOG_LINES = 2000
@@ -4060,7 +4066,7 @@ class ScheduledCall:
 
     __slots__ = ("due", "action", "cancelled")
 
-    def __init__(self, due: float, action: Callable[[], None]):
+    def __init__(self, due: float, action: Callable[[], object]):
         self.due = due
         self.action = action
         self.cancelled = False
@@ -4079,27 +4085,47 @@ def _nothing() -> None:
 
 class Timer(threading.Thread):
     """One thread with a heap for every deadline: 1,000 of them cost 0.1 MiB, where
-    threading.Timer takes a thread each. Actions must be short: start a thread for more."""
+    threading.Timer takes a thread each. Actions must be short: in_thread() is for more."""
 
-    LONGEST_WAIT_S = 1.0  # after a suspend the overdue are noticed within this
+    MAX_WAIT_S = 1.0  # after a suspend the overdue are noticed within this
+    THREAD_RETRY_S = 1.0
 
     def __init__(self) -> None:
         super().__init__(name="timer", daemon=True)
         self._changed = threading.Condition()
         self._heap: list[ScheduledCall] = []
         self._closed = False
+        self._awake_s = 0.0
+        self._ticked_at = monotonic_s()
 
-    def at(self, due: float, action: Callable[[], None]) -> ScheduledCall:
+    def at(self, due: float, action: Callable[[], object]) -> ScheduledCall:
         """Call `action` when monotonic_s() reaches `due`."""
-        alarm = ScheduledCall(due, action)
+        scheduled = ScheduledCall(due, action)
         with self._changed:
-            heapq.heappush(self._heap, alarm)
-            if self._heap[0] is alarm:
+            heapq.heappush(self._heap, scheduled)
+            if self._heap[0] is scheduled:
                 self._changed.notify()
-        return alarm
+        return scheduled
 
-    def after(self, delay_s: float, action: Callable[[], None]) -> ScheduledCall:
+    def after(self, delay_s: float, action: Callable[[], object]) -> ScheduledCall:
         return self.at(monotonic_s() + delay_s, action)
+
+    def in_thread(self, delay_s: float, name: str, work: Callable[[], None]) -> ScheduledCall:
+        """Run `work` in a thread of its own after `delay_s`; later, when no thread can be had then."""
+
+        def start() -> None:
+            try:
+                start_thread(name, work)
+            except NotReady as error:
+                log("work waits for a thread", work=name, why=error.message)
+                self.in_thread(self.THREAD_RETRY_S, name, work)
+
+        return self.after(delay_s, start)
+
+    def awake_s(self) -> float:
+        """Seconds for which this process has been running: a clock that stands still while the
+        process or the machine is suspended. Only differences mean something."""
+        return self._awake_s + min(2 * self.MAX_WAIT_S, monotonic_s() - self._ticked_at)
 
     def close(self) -> None:
         with self._changed:
@@ -4108,37 +4134,55 @@ class Timer(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            for alarm in self._due():
+            for scheduled in self._due():
                 try:
-                    alarm.action()
+                    scheduled.action()
                 except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
-                    log("timer action failed", error=repr(error))
+                    log_unforeseen("timer", error)
 
     def _due(self) -> list[ScheduledCall]:
         with self._changed:
             if not self._closed and (not self._heap or self._heap[0].due > monotonic_s()):
-                wait_s = self._heap[0].due - monotonic_s() if self._heap else self.LONGEST_WAIT_S
-                self._changed.wait(max(0.0, min(wait_s, self.LONGEST_WAIT_S)))
+                wait_s = self._heap[0].due - monotonic_s() if self._heap else self.MAX_WAIT_S
+                self._changed.wait(max(0.0, min(wait_s, self.MAX_WAIT_S)))
             now, due = monotonic_s(), []
+            # It wakes at least every second: what is far beyond that was spent suspended.
+            self._awake_s += min(2 * self.MAX_WAIT_S, now - self._ticked_at)
+            self._ticked_at = now
             while self._heap and (self._heap[0].cancelled or self._heap[0].due <= now):
                 due.append(heapq.heappop(self._heap))
             return due
 
 
 def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
-    """Run `work` in a daemon thread; what it raises is logged, never lost silently."""
+    """Run `work` in a daemon thread; what it raises is logged and counted, never lost silently.
+    NotReady when the system gives no thread (a limit of processes, or of memory)."""
 
     def guarded() -> None:
         try:
             work()
         except Exception as error:  # noqa: BLE001 - the edge: threads must not die unseen
-            import traceback
-
-            log("thread failed", thread=name, error=repr(error), trace=traceback.format_exc())
+            log_unforeseen(name, error)
 
     thread = threading.Thread(target=guarded, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NotReady(f"no thread can be started: {error}", retry_after_s=5) from None
     return thread
+
+
+UNFORESEEN: dict[str, int] = {}  # how many unforeseen exceptions met the edge of a thread, by its name
+
+
+def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
+    """The edge of every thread: log an exception that nobody foresaw with its trace, and count it."""
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    kind = where.partition(" ")[0]  # "watch 5f0c1a2b" is counted as watch
+    UNFORESEEN[kind] = UNFORESEEN.get(kind, 0) + 1
+    log("unforeseen error", where=where, error=repr(error)[:500], **facts, trace=trace[-4000:])
 
 
 # ============================================================================
@@ -5812,7 +5856,10 @@ class LocustClient:
             except OSError as error:
                 found.append(error)
 
-        start_thread("dns", look_up).join(min(timeout_s, 5.0))
+        try:
+            start_thread("dns", look_up).join(min(timeout_s, 5.0))
+        except NotReady as error:
+            raise OSError(error.message) from None
         if not found:
             raise OSError(f"the name {host} could not be looked up within {min(timeout_s, 5.0):g} s")
         if isinstance(found[0], OSError):
@@ -6495,28 +6542,33 @@ def _die_with_parent() -> None:
 
 
 # ============================================================================
-# 11. ENGINE - starts, watches, stops, adopts and finishes runs
+# 11. ORCHESTRATOR - starts, monitors, stops, adopts and ends runs
 # ============================================================================
-# Every active run has one watch thread, so that a master that hangs delays no other run;
-# deadlines are kept by the timer and stops run in threads of their own, so that hanging
-# statistics delay no stop. Orchestrator._lock guards who has which cluster, and is never held
-# while talking to Locust; a cluster's own lock is held through a start, a stop or a
-# change of users there, as a swarm into a stopping Locust makes load nobody can stop.
+# Five classes. ClusterPool knows who has which cluster. RunStarter starts a test, RunMonitor
+# watches one active run, RunStopper ends runs and stops loads; Orchestrator is what the others
+# call. Every active run has two threads from before its start on: one watches its cluster, so
+# that a master that hangs delays no other run, and one ends the run, so that hanging statistics
+# delay no stop and a stop never waits for a thread. A cluster's `operation` lock is held through
+# a start, a stop or a change of users there, as a start into a stopping Locust makes load that
+# nobody can stop. No lock but that one is held while talking to Locust.
+
+
+# ---- clusters and who has them ----------------------------------------------
 
 
 class Cluster:
-    """One configured cluster and what the orchestrator knows of it."""
+    """One configured cluster and what is known of it."""
 
-    def __init__(self, config: ClusterConfig, client: LocustClient, launched: LaunchedCluster | None):
+    def __init__(
+        self, config: ClusterConfig, client: LocustClient, launched: LaunchedCluster | None, timer: Timer
+    ):
         self.config = config
         self.id = config.id
         self.client = client
         self.launched = launched
+        self._timer = timer
         self.operation = threading.RLock()  # a start, a stop or a change of users is going on
-        self.active_run_id: str | None = None  # run that has it; guarded by Orchestrator._lock
-        self.reserved_users = 0  # of that run
-        self.cleanup_for: str | None = None  # a run that is over whose load may still run here
-        self.last_seen_at = monotonic_s()  # its last answer
+        self._seen_awake_s = timer.awake_s()  # when it answered last
         self.stopped_at = -math.inf  # our last stop there
         self.problem: str | None = None
         self.had_workers = False
@@ -6531,7 +6583,7 @@ class Cluster:
         return self.launched is not None and not self.launched.is_running and self.launched.problem is None
 
     def scale(self, workers: int) -> None:
-        """Have so many workers; returns when that is under way. LocustUnreachable when it cannot be."""
+        """Scale to `workers` workers; returns when that is under way. LocustUnreachable when it cannot be."""
         launcher = self.config.launcher
         assert launcher is not None
         self.scaled_at = monotonic_s()
@@ -6540,9 +6592,8 @@ class Cluster:
             if self.launched:
                 self.launched.scale(workers)
             else:
-                run_command(
-                    launcher.scale, {"workers": workers, "clusterId": self.id}, launcher.scale_timeout_s
-                )
+                facts: dict[str, object] = {"workers": workers, "clusterId": self.id}
+                run_command(launcher.scale, facts, launcher.scale_timeout_s)
         except OSError as error:
             raise LocustUnreachable(
                 f"cluster {self.id} cannot be scaled: {error.strerror or error}"
@@ -6555,70 +6606,330 @@ class Cluster:
         if launcher is None or not launcher.status:
             return ""
         try:
-            output = run_command(
-                launcher.status, {"clusterId": self.id}, min(10.0, launcher.scale_timeout_s)
-            ).split("\n")
+            timeout_s = min(10.0, launcher.scale_timeout_s)
+            output = run_command(launcher.status, {"clusterId": self.id}, timeout_s).split("\n")
         except LocustError as error:
             return f"; the status command: {error.message}"
         lines = [line for line in output if line.strip()]
         count = int(lines[0]) if len(lines) == 1 and lines[0].strip().isdecimal() else len(lines)
         return f"; the status command counts {count}"
 
-    def heard(self, reading: Reading) -> Reading:
-        self.last_seen_at = monotonic_s()
+    def seen(self) -> None:
+        """Its Locust answered, or called back."""
+        self._seen_awake_s = self._timer.awake_s()
+
+    def silent_s(self) -> float:
+        """Seconds since it was last seen, of those in which this process was awake to ask."""
+        return self._timer.awake_s() - self._seen_awake_s
+
+    def _note_reading(self, reading: Reading) -> Reading:
+        self.seen()
         self.problem = None
         self.had_workers = self.had_workers or bool(reading.live_workers)
         return reading
 
     def read_state(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
-        return self.heard(self.client.read_state(timeout_s))
+        return self._note_reading(self.client.read_state(timeout_s))
 
     def read_stats(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
-        return self.heard(self.client.read_stats(timeout_s))
+        return self._note_reading(self.client.read_stats(timeout_s))
+
+    def is_loaded(self, min_workers: int | None = None) -> bool:
+        """A test runs there, or (where asked for) it has so many workers already."""
+        try:
+            reading = self.read_state(5.0)
+        except LocustError:
+            return False
+        return reading.is_loaded or (min_workers is not None and len(reading.live_workers) >= min_workers)
+
+    def runs_another_test(self) -> ClusterBusy:
+        return ClusterBusy(
+            f"cluster {self.id} runs a test that Load Manager did not start; stop it in Locust's own page"
+        )
 
 
-class RunMonitor:
-    """What the orchestrator keeps in memory of a run that is Running or Stopping."""
+class Reservation(NamedTuple):
+    """Who has a cluster: a run, or the clean-up after one that has ended."""
 
-    def __init__(self, run: Run, cluster: Cluster, deadline: float | None):
-        self.run_id = run.id
-        self.cluster = cluster
-        self.started = monotonic_s()
-        self.deadline = deadline  # steady seconds
-        self.over = threading.Event()  # the run is final, or being stopped
-        self.final = threading.Event()  # the run is final
-        self.alarms: list[ScheduledCall] = []
-        self.start_seen = False  # Locust said that the test began
-        self.users_seen = False  # somebody saw a user or a request
-        self.most_workers = 0
-        self.target = load_target(run, time.time())
-        self.last: Reading | None = None
-        self.last_requests = 0
-        self.boot_id = ""
-        self.respread_at = -math.inf
-        self.respread_due = False  # workers came or went
-        self.scaled = False  # their number was changed by hand
-        self.failures: tuple[Failure, ...] = ()  # of the last reading
-        self.judge = ThresholdWatch(run.thresholds)
+    run_id: str
+    tenant_id: str
+    users: int
+    is_cleanup: bool = False
 
-    @property
-    def age_s(self) -> float:
-        return monotonic_s() - self.started
 
-    @property
-    def wanted_for_s(self) -> float:
-        """How long all users should be there; negative while they are started."""
-        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
+@dataclass
+class CleanUp:
+    """The load of a run that has ended may still be running on a cluster."""
 
-    def remaining_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
+    run_id: str
+    cluster_id: str
+    certain_at: float  # monotonic seconds: before, a start may still be on its way to Locust
+    was_stopped: bool = False  # a stop was sent and Locust confirmed it
+
+
+class ClusterPool:
+    """Who has which cluster, and who waits for one. A cluster is had by one run at a time, and a
+    run has one cluster: reserve() is the only place that decides it."""
+
+    WAIT_STEP_S = 0.1  # an end of a run is seen within this by those who wait for its cluster
+
+    def __init__(self, config: Config, store: Store, timer: Timer):
+        self._store = store
+        self._timer = timer
+        self._config = config
+        self._changed = threading.Condition(threading.RLock())  # guards what follows
+        self._reserved: dict[str, Reservation] = {}  # by cluster
+        self._queue: list[str] = []  # ids of waiting runs, the next first
+        self._cleanups: dict[str, CleanUp] = {}  # by run
+        self._limits = {tenant.id: tenant for tenant in config.tenants}
+        self.users_of: Callable[[str], int] = lambda run_id: 0  # users an active run has now
+        self.clusters = {item.id: self._cluster(item) for item in config.clusters}
+
+    def _cluster(self, item: ClusterConfig) -> Cluster:
+        token, folder = item.callback_token or self._config.security.callback_token, self._config.folder
+        is_process = item.launcher is not None and item.launcher.type == "process"
+        launched = LaunchedCluster(item, folder, token) if is_process else None
+        return Cluster(item, LocustClient(item, token, folder, self._timer), launched, self._timer)
+
+    def find(self, cluster_id: str) -> Cluster | None:
+        return self.clusters.get(cluster_id)
+
+    def serving(self, tenant_id: str, env_id: str) -> list[Cluster]:
+        """The clusters of a tenant and environment; InvalidInput when there is none."""
+        tenants = [cluster for cluster in self.clusters.values() if cluster.config.tenant_id == tenant_id]
+        serving = [cluster for cluster in tenants if cluster.config.env_id == env_id]
+        if not tenants:
+            why = "no cluster serves this tenant"
+            raise InvalidInput(f"no cluster serves tenant {tenant_id!r}", {"tenantId": why})
+        if not serving:
+            known = ", ".join(sorted({cluster.config.env_id for cluster in tenants}))
+            why = f"no cluster of the tenant serves this environment; there are {known}"
+            raise InvalidInput(f"envId {env_id!r}: {why}", {"envId": why})
+        return serving
+
+    # ---- reservations
+
+    def reserve(self, run: Run, candidates: list[Cluster], wait_s: float = 0.0) -> Cluster | None:
+        """The first free one of the clusters, now reserved for the run; None when there is none,
+        when another run is before it in the queue, or when the run has a cluster already.
+
+        wait_s: how long to wait for a cluster whose run is just ending."""
+        give_up_at = monotonic_s() + wait_s
+        with self._changed:
+            while True:
+                if self._has_one(run.id):
+                    return None
+                free = [cluster for cluster in candidates if self._may_take(cluster, run)]
+                if free and self.over_limit(run) is None:
+                    self._reserved[free[0].id] = Reservation(run.id, run.tenant_id, run.target_users)
+                    return free[0]
+                left_s = give_up_at - monotonic_s()
+                if left_s <= 0 or not self._is_one_ending(candidates, run.tenant_id):
+                    return None
+                self._changed.wait(min(left_s, self.WAIT_STEP_S))
+
+    def reserve_as_is(self, run: Run, candidates: list[Cluster]) -> Cluster | None:
+        """The first cluster that no run has, for a test that runs there already."""
+        with self._changed:
+            for cluster in candidates:
+                if cluster.id not in self._reserved:
+                    self._reserved[cluster.id] = Reservation(run.id, run.tenant_id, run.target_users)
+                    return cluster
+        return None
+
+    def reserve_again(self, run: Run, cluster: Cluster) -> None:
+        """Give a run that an earlier process left the cluster that it has."""
+        with self._changed:
+            self._reserved[cluster.id] = Reservation(run.id, run.tenant_id, run.target_users)
+
+    def reserve_for_cleanup(self, cluster: Cluster) -> bool:
+        """Take a free cluster for the clean-ups that wait there."""
+        with self._changed:
+            waiting = self.cleanups_on(cluster)
+            if not waiting or cluster.id in self._reserved:
+                return False
+            self._reserved[cluster.id] = Reservation(
+                waiting[0].run_id, cluster.config.tenant_id, 0, is_cleanup=True
+            )
+            return True
+
+    def release(self, cluster: Cluster, run_id: str) -> None:
+        """Give a cluster back; nothing happens when the run does not have it."""
+        with self._changed:
+            reservation = self._reserved.get(cluster.id)
+            if reservation is not None and reservation.run_id == run_id:
+                del self._reserved[cluster.id]
+                cluster.idle_since = monotonic_s()
+                self._changed.notify_all()
+
+    def release_all_of(self, run_id: str) -> None:
+        for cluster in self.clusters.values():
+            self.release(cluster, run_id)
+
+    def active_run_id(self, cluster: Cluster) -> str | None:
+        """The run that has the cluster; None also while it is cleaned up."""
+        with self._changed:
+            reservation = self._reserved.get(cluster.id)
+            return reservation.run_id if reservation and not reservation.is_cleanup else None
+
+    def is_unused_for(self, cluster: Cluster, seconds: float) -> bool:
+        with self._changed:
+            is_free = cluster.id not in self._reserved and not self.cleanups_on(cluster)
+            return is_free and monotonic_s() - cluster.idle_since >= seconds
+
+    def _has_one(self, run_id: str) -> bool:
+        return any(one.run_id == run_id and not one.is_cleanup for one in self._reserved.values())
+
+    def _may_take(self, cluster: Cluster, run: Run) -> bool:
+        """It is free, and nobody who waits for it goes first."""
+        if cluster.id in self._reserved:
+            return False
+        if run.id in self._queue:
+            return True  # next_starts() asks for them in their order
+        waiting = (queued for queued in self._queue if not self._has_one(queued))
+        return not any(self._may_use(queued, cluster) for queued in waiting)
+
+    def _may_use(self, run_id: str, cluster: Cluster) -> bool:
+        run, config = self._store.find(run_id), cluster.config
+        if run is None or (run.tenant_id, run.env_id) != (config.tenant_id, config.env_id):
+            return False
+        return cluster.launched is not None or not run.plan.locustfile
+
+    def _is_one_ending(self, candidates: list[Cluster], tenant_id: str) -> bool:
+        """One of these clusters, or what keeps the tenant at its limit, is about to be free."""
+        wanted = {cluster.id for cluster in candidates}
+        for cluster_id, one in self._reserved.items():
+            if cluster_id not in wanted and one.tenant_id != tenant_id:
+                continue
+            run = self._store.find(one.run_id)
+            if one.is_cleanup or run is None or run.is_final or run.status is RunStatus.STOPPING:
+                return True
+        return False
+
+    def busy(self, candidates: list[Cluster]) -> ClusterBusy:
+        """Why none of the clusters is free."""
+        first = candidates[0]
+        active = next(filter(None, map(self.active_run_id, candidates)), None)
+        which = f"cluster {first.id} has" if len(candidates) == 1 else f"all {len(candidates)} clusters have"
+        what = "an active run" if active else "the load of an ended run to clean up"
+        words = f'{which} {what}; stop it, wait, or create with "queue": true'
+        extra: dict[str, Any] = {"activeRunId": active} if active else {}
+        return ClusterBusy(words, **extra)
+
+    # ---- limits of tenants
+
+    def over_limit(self, run: Run) -> str | None:
+        """Why its tenant may not have this run beside those it has, or None."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None:
+            return None
+        others = self._others_of_tenant(run)
+        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
+            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
+        return self.over_users(run, run.target_users)
+
+    def over_users(self, run: Run, users: int) -> str | None:
+        """Why its tenant may not have so many users in this run beside those of its others, or None."""
+        limits = self._limits.get(run.tenant_id)
+        if limits is None or limits.max_users is None:
+            return None
+        users += sum(max(one.users, self.users_of(one.run_id)) for one in self._others_of_tenant(run))
+        if users <= limits.max_users:
+            return None
+        return f"tenant {limits.id} may have {limits.max_users} users at the same time; it would have {users}"
+
+    def _others_of_tenant(self, run: Run) -> list[Reservation]:
+        with self._changed:
+            return [
+                one for one in self._reserved.values()
+                if one.tenant_id == run.tenant_id and one.run_id != run.id and not one.is_cleanup
+            ]  # fmt: skip
+
+    def limit_reached(self, run: Run) -> Conflict | None:
+        why = self.over_limit(run)
+        return Conflict(f'{why}; stop one, wait, or create with "queue": true') if why else None
+
+    # ---- the queue
+
+    def enqueue(self, run_id: str) -> None:
+        with self._changed:
+            if run_id not in self._queue:
+                self._queue.append(run_id)
+            self._number_queue()
+
+    def leave_queue(self, run_id: str) -> bool:
+        """Take a waiting run out of the queue; False when a cluster was just given to it."""
+        with self._changed:
+            if run_id not in self._queue or self._has_one(run_id):
+                return False
+            self._queue.remove(run_id)
+            self._number_queue()
+            return True
+
+    def next_starts(self) -> list[tuple[Run, Cluster]]:
+        """Reserve free clusters for those who wait, first come first served: runs to start now.
+        A run stays in the queue until it was started there, or is over."""
+        with self._changed:
+            self._queue = [run_id for run_id in self._queue if self._still_waits(run_id)]
+            starts: list[tuple[Run, Cluster]] = []
+            served: set[tuple[str, str]] = set()
+            for run_id in self._queue:
+                run = self._store.get(run_id)
+                place = (run.tenant_id, run.env_id)
+                if place in served or self._has_one(run_id):
+                    continue  # one that is just being started leaves other free clusters to the next
+                served.add(place)
+                mine = [cluster for cluster in self.clusters.values() if self._may_use(run_id, cluster)]
+                cluster = self.reserve(run, mine)
+                if cluster:
+                    starts.append((run, cluster))
+                    served.discard(place)
+            self._number_queue()
+            return starts
+
+    def is_queue_empty(self) -> bool:
+        with self._changed:
+            return not self._queue
+
+    def _still_waits(self, run_id: str) -> bool:
+        run = self._store.find(run_id)
+        return run is not None and run.status is RunStatus.PENDING and run.queued
+
+    def _number_queue(self) -> None:
+        """Keep everybody's queuePosition; each (tenant, environment) has a queue of its own."""
+        places: dict[tuple[str, str], int] = {}
+        for run_id in self._queue:
+            run = self._store.find(run_id)
+            if run is None:
+                continue
+            place = (run.tenant_id, run.env_id)
+            places[place] = places.get(place, 0) + 1
+            self._store.set_queue_position(run_id, places[place])
+
+    # ---- clean-ups that wait
+
+    def add_cleanup(self, run_id: str, cluster_id: str, certain_s: float) -> None:
+        with self._changed:
+            self._cleanups[run_id] = CleanUp(run_id, cluster_id, monotonic_s() + certain_s)
+
+    def drop_cleanup(self, run_id: str) -> None:
+        with self._changed:
+            self._cleanups.pop(run_id, None)
+
+    def cleanups_on(self, cluster: Cluster) -> list[CleanUp]:
+        with self._changed:
+            return [one for one in self._cleanups.values() if one.cluster_id == cluster.id]
+
+
+# ---- one active run ----------------------------------------------------------
 
 
 class StopOutcome:
     """What becomes of one stop, for whoever waits for it."""
 
     def __init__(self) -> None:
-        self.settled = threading.Event()
+        self.settled = threading.Event()  # the run is final, or the stop failed for now
+        self.is_confirmed = False  # Locust said that its users are gone
         self.error: LocustError | None = None
 
     def settle(self, error: LocustError | None = None) -> None:
@@ -6633,1318 +6944,496 @@ class LoadGoesOn(LocustError):
     error = "Locust cannot be stopped"
 
 
-class Orchestrator:
-    """The orchestrator. Public methods may be called from any thread and may wait for Locust."""
+class RunMonitor:
+    """What is known of one active run, and its two threads. Its methods are the only writers of
+    its fields, under its lock; callbacks, readings and scheduled calls come to them.
 
-    CLEANUP_EVERY_S = 3.0
-    QUEUE_RETRY_S = 3.0
-    QUIET_WAIT_S = 6.0
-    SLEEP_LOOK_S = 1.0
-    REPLACE_EVERY_S = 15.0
+    The `watch` thread looks at the cluster on the interval and does what is posted to it; the
+    `end` thread waits for the one thing it is to do: stop the load and end the run."""
 
-    def __init__(self, config: Config, store: Store, timer: Timer):
-        self.config = config
-        self.rules = config.orchestrator
-        self.store = store
-        self.timer = timer
-        self._lock = threading.RLock()
-        self._monitors: dict[str, RunMonitor] = {}
-        self._control_plane_url = ""
-        self._queue: list[str] = []  # ids of waiting runs, the next first
-        self._queue_alarm: ScheduledCall | None = None
-        self._closing = False
-        self._limits = {tenant.id: tenant for tenant in config.tenants}
-        self._environments = {(item.tenant_id, item.id): item for item in config.environments}
-        self.clusters = {item.id: self._cluster(item) for item in config.clusters}
+    def __init__(self, run: Run, cluster: Cluster, end: RunStopper):
+        self.run_id = run.id
+        self.cluster = cluster
+        self._end = end
+        self._store = end.store
+        self._timer = end.timer
+        self._rules = end.rules
+        self._lock = threading.RLock()  # guards the fields that follow
+        self._wake = threading.Event()
+        self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
+        self._due = math.inf  # the next look, monotonic seconds
+        self._end_work: Callable[[], None] | None = None
+        self._end_wanted = threading.Event()
+        self.started = monotonic_s()
+        self.deadline: float | None = None  # monotonic seconds
+        self.over = threading.Event()  # the run is final, or being stopped
+        self.final = threading.Event()  # the run is final, and that is on disk
+        self.stop_outcome = StopOutcome()
+        self.scheduled: list[ScheduledCall] = []
+        self.was_sent = False  # the start was sent to Locust
+        self.calls_back = False  # its hooks have called back
+        self.start_seen = False  # Locust said that the test began
+        self.users_seen = False  # a user or a request was seen
+        self.max_workers = 0
+        self.last_users = 0  # the users that ran when they were last counted
+        self.target = load_target(run, time.time())
+        self.last: Reading | None = None
+        self.last_requests = 0
+        self.boot_id = ""
+        self.rebalanced_at = -math.inf
+        self.rebalance_due = False  # workers came or went
+        self.scaled = False  # their number was changed by hand
+        self.failures: tuple[Failure, ...] = ()  # of the last reading
+        self.reported: Snapshot | None = None  # complete final numbers, from the hooks
+        self.was_reported = threading.Event()
+        self.judge = ThresholdWatch(run.thresholds)
 
-    def _cluster(self, item: ClusterConfig) -> Cluster:
-        token, folder = item.callback_token or self.config.security.callback_token, self.config.folder
-        is_process = item.launcher is not None and item.launcher.type == "process"
-        launched = LaunchedCluster(item, folder, token) if is_process else None
-        return Cluster(item, LocustClient(item, token, folder, self.timer), launched)
+    @property
+    def age_s(self) -> float:
+        return monotonic_s() - self.started
 
-    # ---- start and end of the program --------------------------------------
+    @property
+    def wanted_for_s(self) -> float:
+        """How long all users should be there; negative while they are started."""
+        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
 
-    def launch_clusters(self, control_plane_url: str) -> None:
-        self._control_plane_url = control_plane_url
-        for cluster in self.clusters.values():
-            if cluster.launched and not (cluster.config.launcher and cluster.config.launcher.idle_s):
-                self._launch(cluster, None)  # the others start when a run needs them
-        if any(
-            cluster.config.launcher and cluster.config.launcher.idle_s for cluster in self.clusters.values()
-        ):
-            self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+    def remaining_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
 
-    def _launch(self, cluster: Cluster, locustfile: str | None) -> None:
-        launched = cluster.launched
-        assert launched is not None
-        launched.start(self._control_plane_url, locustfile)
-        cluster.client.moved_to(launched.base_url)
-        cluster.problem = launched.problem
-        cluster.workers_wanted, cluster.patient_until = launched.workers, monotonic_s() + WORKERS_PATIENCE_S
+    # ---- threads
 
-    def reconcile(self) -> None:
-        """Settle what an earlier process left: waits (bounded) for overdue stops only."""
-        overdue: list[threading.Thread] = []
-        for run in self.store.active_runs():
-            cluster = self.clusters.get(run.cluster_id)
-            if run.queued:
-                self._queue.append(run.id)
-            elif cluster is None:
-                self._fail(
-                    run.id, f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand"
-                )
-            else:
-                cluster.active_run_id = run.id
-                thread = start_thread("reconcile", functools.partial(self._reconcile, run, cluster))
-                if run.deadline_at and run.deadline_at <= time.time():
-                    overdue.append(thread)
-        for run in self.store.list_runs():
-            if run.cleanup and run.cluster_id in self.clusters:
-                self._clean_up_later(self.clusters[run.cluster_id], run.id)
-        give_up_at = monotonic_s() + 2
-        for thread in overdue:
-            thread.join(max(0.0, give_up_at - monotonic_s()))
-        self._forget_old()
-        self._dispatch_queue()
-
-    def _reconcile(self, run: Run, cluster: Cluster) -> None:
-        log("run found after a restart", run=run.id, status=run.status.value, cluster=cluster.id)
-        if cluster.launched:
-            self._fail(
-                run.id,
-                "its cluster ended with the Load Manager that had launched it; the numbers are its last ones",
-            )
-        elif run.status is RunStatus.PENDING:
-            self._reconcile_pending(run, cluster)
-        elif run.status is RunStatus.STOPPING:
-            self._carry_out_stop(run.id, cluster, StopOutcome())
-        elif run.deadline_at is not None and run.deadline_at <= time.time():
-            self._new_watch(run, cluster, 0.0)
-            outcome = self._begin_stop(run.id, "duration")
-            if outcome:
-                outcome.settled.wait(2)
-        else:
-            self._adopt(run, cluster)
-
-    def _adopt(self, run: Run, cluster: Cluster) -> None:
-        """Go on watching with what is left of its time: never more than its duration,
-        whatever the clock did meanwhile."""
-        remaining = None
-        if run.deadline_at is not None and run.duration_s is not None:
-            remaining = min(run.deadline_at - time.time(), float(run.duration_s))
-        watch = self._arm(run, cluster, remaining)
-        watch.last_requests = self._last_requests(run.id)
-        watch.users_seen = watch.last_requests > 0
-        watch.start_seen = watch.users_seen or time.time() - (run.started_at or 0) > 3
-        if run.plan.stages:
-            self._apply_target_soon(watch)  # a stage may have begun meanwhile
-        log("run adopted", run=run.id, cluster=cluster.id, remaining_s=remaining)
-
-    def _reconcile_pending(self, run: Run, cluster: Cluster) -> None:
+    def start_threads(self, first: Callable[[], None] | None = None) -> None:
+        """Have both threads before anything is sent to Locust; NotReady when they cannot be had.
+        first: what the watch thread does before it watches."""
+        name = self.run_id[:8]
         try:
-            reading = cluster.read_state()
-        except LocustError as error:
-            self._fail(
-                run.id,
-                f"Load Manager ended before the start was confirmed, and {error.message}",
-                cleanup=True,
-            )
-            return
-        if reading.hooks and reading.run_id == run.id:
-            started_at = min(reading.test_started_at or time.time(), time.time())
-            run = self.store.transition(run.id, RunStatus.RUNNING, started_at=started_at)
-            self._adopt(run, cluster)
-            return
-        self._fail(run.id, "Load Manager ended before the start was confirmed", cleanup=reading.is_loaded)
+            start_thread(f"end {name}", self._step(self._end_when_told))
+            if first:
+                self.post(first)
+            start_thread(f"watch {name}", self._step(self._watch))
+        except NotReady:
+            self.close()
+            raise
 
-    def shutdown(self) -> None:
-        """Refuse new runs, end what must end with us, within about 4 s."""
+    def _step(self, work: Callable[[], None]) -> Callable[[], None]:
+        return functools.partial(self._end.run_step, self.run_id, work)
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Have the watch thread do something that may wait for Locust."""
+        self._tasks.append(task)
+        self._wake.set()
+
+    def end_with(self, work: Callable[[], None]) -> None:
+        """Have the end thread do `work`, now; the first one counts."""
         with self._lock:
-            self._closing = True
-        ending = [
-            run
-            for run in self.store.active_runs()
-            if run.status in (RunStatus.RUNNING, RunStatus.STOPPING) and self._ends_with_us(run)
-        ]
-        stops = [start_thread("shutdown", functools.partial(self._stop_quietly, run.id)) for run in ending]
-        give_up_at = monotonic_s() + 3.2
-        for thread in stops:
-            thread.join(max(0.0, give_up_at - monotonic_s()))
-        for run in ending:
-            watch = self._monitors.get(run.id)
-            if (
-                watch
-                and not watch.final.wait(max(0.0, give_up_at - monotonic_s()))
-                and self.clusters[run.cluster_id].launched
-            ):
-                self._fail(
-                    run.id,
-                    "Load Manager was stopped, and its launched cluster with it",
-                    stop_reason="shutdown",
-                )
-        for cluster in self.clusters.values():
-            if cluster.launched:
-                cluster.launched.stop(2.0)
+            self._end_work = self._end_work or work
+        self.stop_watching()
+        self._end_wanted.set()
 
-    def _ends_with_us(self, run: Run) -> bool:
-        cluster = self.clusters.get(run.cluster_id)
-        return cluster is not None and (self.rules.on_shutdown == "stop" or cluster.launched is not None)
+    def stop_watching(self) -> None:
+        self.over.set()
+        self._wake.set()
+        for scheduled in self.scheduled:
+            scheduled.cancel()
 
-    def _stop_quietly(self, run_id: str) -> None:
-        try:
-            self.stop(run_id, "shutdown", 3.0)
-        except LoadManagerError as error:
-            log("run not stopped at shutdown", run=run_id, why=error.message)
+    def close(self) -> None:
+        """Let both threads go: the run is final, or was not started."""
+        self.stop_watching()
+        self._end_wanted.set()
 
-    # ---- creating ----------------------------------------------------------
+    def _end_when_told(self) -> None:
+        self._end_wanted.wait()
+        if self._end_work is not None:
+            self._end_work()
 
-    def create(
-        self,
-        request: RunRequest,
-        created_by: str,
-        source: str = "api",
-        idempotency: tuple[str, str] | None = None,
-    ) -> Run:
-        """Start a run on the first free cluster of its tenant and environment, or queue it.
-
-        Raises InvalidInput (nobody serves them), ClusterBusy, NotReady, and LocustError with
-        `runId` of the run that is kept as Failed."""
-        if self._closing:
-            raise NotReady("Load Manager is shutting down", retry_after_s=5)
-        candidates = self._serving(request.tenant_id, request.env_id)
-        self.refuse_unsafe(request)
-        if request.plan.locustfile and not all(cluster.launched for cluster in candidates):
-            candidates = [cluster for cluster in candidates if cluster.launched]
-            if not candidates:
-                why = "its scenario names a locustfile, which only a launched cluster can be started with; this tenant and environment has none"
-                raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
-        run = _new_run(request, created_by, source)
-        refusal: LoadManagerError | None = None
-        for cluster in candidates:
-            if not self._claim(cluster, run):
+    def _watch(self) -> None:
+        while not self.over.is_set():
+            if self._tasks:
+                self._tasks.popleft()()
                 continue
-            try:
-                return self._start_on(cluster, run, idempotency)
-            except ClusterBusy as error:
-                self._release(cluster, run.id)
-                refusal = refusal or error
-            except LocustError as error:
-                if self.store.find(run.id) is None and cluster is not candidates[-1]:
-                    self._release(cluster, run.id)  # nothing was sent: another cluster may take it
-                    refusal = error
-                    continue
-                raise self._kept_as_failed(cluster, run, error, idempotency) from None
-            except BaseException:
-                self._release(cluster, run.id)
-                raise
-        if request.queue:
-            return self._enqueue(run, idempotency)
-        if isinstance(refusal, LocustError):
-            raise self._kept_as_failed(None, replace(run, cluster_id=candidates[0].id), refusal, idempotency)
-        raise refusal or self._limit_reached(run) or self._busy(candidates)
-
-    def rerun(self, run_id: str, changes: dict[str, Any], created_by: str) -> Run:
-        """Start again what a run was asked for."""
-        old = self.store.get(run_id)
-        request = RunRequest(
-            old.tenant_id,
-            old.env_id,
-            old.scenario_id,
-            old.target_users,
-            old.spawn_rate,
-            old.duration_s,
-            old.metadata,
-            thresholds=tuple(undecided(threshold) for threshold in old.thresholds),
-            compare_with=old.compare_with,
-            plan=old.plan,
-        )
-        return self.create(replace(request, **changes), created_by)
-
-    def _serving(self, tenant_id: str, env_id: str) -> list[Cluster]:
-        tenants = [cluster for cluster in self.clusters.values() if cluster.config.tenant_id == tenant_id]
-        serving = [cluster for cluster in tenants if cluster.config.env_id == env_id]
-        if not tenants:
-            raise InvalidInput(
-                f"no cluster serves tenant {tenant_id!r}", {"tenantId": "no cluster serves this tenant"}
-            )
-        if not serving:
-            known = ", ".join(sorted({cluster.config.env_id for cluster in tenants}))
-            why = f"no cluster of the tenant serves this environment; there are {known}"
-            raise InvalidInput(f"envId {env_id!r}: {why}", {"envId": why})
-        return serving
-
-    def _claim(self, cluster: Cluster, run: Run) -> bool:
-        """Take a free cluster for a run; those who queue for it go first."""
-        with self._lock:
-            waiting = any(
-                self._may_use(queued_id, cluster) for queued_id in self._queue if queued_id != run.id
-            )
-            if self._is_taken(cluster) or (waiting and run.id not in self._queue) or self._over_limit(run):
-                return False
-            cluster.active_run_id, cluster.reserved_users = run.id, run.target_users
-            return True
-
-    def refuse_unsafe(self, request: RunRequest) -> None:
-        """Forbidden for a load that its tenant or environment may not have; InvalidInput where
-        only the confirmation is missing."""
-        tenant = self._limits.get(request.tenant_id)
-        environment = self._environments.get((request.tenant_id, request.env_id))
-        place = (request.tenant_id, request.env_id)
-        serving = [
-            cluster.config
-            for cluster in self.clusters.values()
-            if (cluster.config.tenant_id, cluster.config.env_id) == place
-        ]
-        own_hosts = [config.launcher.host if config.launcher else None for config in serving]
-        problems = load_refusals(request, tenant, environment, own_hosts)
-        if problems:
-            kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
-            raise kind("; ".join(f"{name}: {why}" for name, why in problems.items()), problems)
-
-    def _over_limit(self, run: Run) -> str | None:
-        """Why its tenant may not have this run beside those it has, or None. What counts is who
-        has a cluster: _claim() asks and takes under one lock."""
-        limits = self._limits.get(run.tenant_id)
-        if limits is None:
-            return None
-        others = self._others_of_tenant(run)
-        if limits.max_concurrent_runs is not None and len(others) >= limits.max_concurrent_runs:
-            return f"tenant {limits.id} may have {limits.max_concurrent_runs} runs at the same time"
-        return self._over_users(run, run.target_users)
-
-    def _over_users(self, run: Run, users: int) -> str | None:
-        """Why its tenant may not have so many users in this run beside those of its others, or None."""
-        limits = self._limits.get(run.tenant_id)
-        if limits is None or limits.max_users is None:
-            return None
-        users += sum(map(self._users_on, self._others_of_tenant(run)))
-        if users <= limits.max_users:
-            return None
-        return f"tenant {limits.id} may have {limits.max_users} users at the same time; it would have {users}"
-
-    def _others_of_tenant(self, run: Run) -> list[Cluster]:
-        """The clusters that other runs of its tenant have."""
-        with self._lock:
-            return [
-                cluster
-                for cluster in self.clusters.values()
-                if cluster.config.tenant_id == run.tenant_id
-                and cluster.active_run_id != run.id
-                and self._is_taken(cluster)
-            ]
-
-    def _users_on(self, cluster: Cluster) -> int:
-        """The users that its run has, or will have."""
-        run, watch = (
-            self.store.find(cluster.active_run_id or ""),
-            self._monitors.get(cluster.active_run_id or ""),
-        )
-        asked = run.target_users if run else cluster.reserved_users  # claimed, and not kept yet
-        return max(asked, watch.target.users) if watch else asked
-
-    def _limit_reached(self, run: Run) -> Conflict | None:
-        why = self._over_limit(run)
-        return Conflict(f'{why}; stop one, wait, or create with "queue": true') if why else None
-
-    def _is_taken(self, cluster: Cluster) -> bool:
-        """A run has it that is not over: who sees a run final may start the next at once,
-        also in the moment before its end is on disk."""
-        run = self.store.find(cluster.active_run_id or "")
-        return cluster.active_run_id is not None and not (run is not None and run.is_final)
-
-    def _may_use(self, run_id: str, cluster: Cluster) -> bool:
-        run = self.store.find(run_id)
-        return run is not None and (run.tenant_id, run.env_id) == (
-            cluster.config.tenant_id,
-            cluster.config.env_id,
-        )
-
-    def _release(self, cluster: Cluster, run_id: str) -> None:
-        with self._lock:
-            if cluster.active_run_id == run_id:
-                cluster.active_run_id = None
-                cluster.idle_since = monotonic_s()
-        self._dispatch_queue()
-
-    def _busy(self, candidates: list[Cluster]) -> ClusterBusy:
-        first = candidates[0]
-        active = next((cluster.active_run_id for cluster in candidates if self._is_taken(cluster)), None)
-        extra = {"activeRunId": active} if active else {}
-        which = f"cluster {first.id} has" if len(candidates) == 1 else f"all {len(candidates)} clusters have"
-        return ClusterBusy(f'{which} an active run; stop it, wait, or create with "queue": true', **extra)
-
-    def _kept_as_failed(
-        self, cluster: Cluster | None, run: Run, error: LocustError, idempotency: tuple[str, str] | None
-    ) -> LocustError:
-        """Keep the run that could not be started, with the reason, and name it in the error."""
-        if self.store.find(run.id) is None:
-            self.store.add(replace(run, cluster_id=cluster.id if cluster else run.cluster_id), idempotency)
-        self._fail(run.id, error.message, cleanup=error.maybe_taken and self._was_swarmed(run.id))
-        if cluster:
-            self._release(cluster, run.id)
-        error.extra["runId"] = run.id
-        return error
-
-    def _was_swarmed(self, run_id: str) -> bool:
-        with self._lock:
-            return run_id in self._monitors
-
-    def _start_on(self, cluster: Cluster, run: Run, idempotency: tuple[str, str] | None = None) -> Run:
-        """Check that the cluster is idle, keep the run, swarm. The cluster is claimed."""
-        if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
-            raise LocustTimeout(f"cluster {cluster.id} is still busy with an earlier stop")
-        try:
-            self._bring_up(cluster, run)
-            reading = self._wait_until_idle(cluster)
-            self._check_plan(cluster, run.plan, reading)
-            run = replace(run, cluster_id=cluster.id, queued=False, queue_position=None)
-            if self.store.find(run.id) is None:
-                run = self.store.add(run, idempotency)
+            wait_s = self._due - monotonic_s()
+            if wait_s > 0:
+                self._wake.wait(None if wait_s == math.inf else wait_s)
+                self._wake.clear()
             else:
-                self.store.update(run.id, cluster_id=cluster.id, queued=False, queue_position=None)
-                self.store.wait_durable_or_log()
-            watch = self._new_watch(run, cluster, run.duration_s)
-            cluster.client.swarm(self._swarm_form(cluster, run, watch, reading))
-        finally:
-            cluster.operation.release()
-        if reading.locustfile_sha256:
-            self.store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
-        if cluster.workers_wanted > len(reading.live_workers) and reading.distributed:
-            words = f"{len(reading.live_workers)} of {cluster.workers_wanted} workers came in time{cluster.count_workers()}"
-            self._warn(run.id, "workers_missing", words)
-        if not reading.hooks:
-            self._warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
-        return self._started(run.id)
+                self._look_once()
 
-    def _swarm_form(
-        self, cluster: Cluster, run: Run, watch: RunMonitor, reading: Reading | None
-    ) -> dict[str, Any]:
-        """The form of /swarm. All custom arguments go every time, as Locust keeps old ones."""
-        remaining = watch.remaining_s()
-        ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
-        lease = str(self.rules.lease_s) if run.duration_s is None and self.rules.lease_s else ""
-        form: dict[str, Any] = {
-            "user_count": watch.target.users,
-            "spawn_rate": watch.target.spawn_rate or 1,
-            "run_id": run.id,
-            "tenant_id": run.tenant_id,
-            "env_id": run.env_id,
-            "lm_stop_after": ends_in,
-            "lm_lease": lease,
-            "lm_push": push_interval(run.thresholds),
-            "lm_tags": ",".join(run.plan.tags),
-            "lm_exclude_tags": ",".join(run.plan.exclude_tags),
-        }
-        form.update(
-            (name, str(value).lower() if isinstance(value, bool) else value)
-            for name, value in (run.plan.options or {}).items()
-        )
-        host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
-        if host:
-            form["host"] = host
-        if run.plan.user_classes:
-            form["user_classes"] = run.plan.user_classes
-        if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
-            form["run_time"] = ends_in
-        return form
+    # ---- from the start on
 
-    def _check_plan(self, cluster: Cluster, plan: LoadProfile, reading: Reading) -> None:
-        """InvalidInput when the cluster's Locust cannot run what is planned."""
-        abilities = reading.abilities
-        if (
-            abilities is None
-            and not reading.hooks
-            and (plan.user_classes or plan.options or plan.tags or plan.exclude_tags)
-        ):
-            abilities = cluster.client.read_abilities()
-        refusal = plan_refusal(plan, abilities)
-        if refusal:
-            raise InvalidInput(f"{refusal[0]}: {refusal[1]}", {refusal[0]: refusal[1]})
-
-    def _bring_up(self, cluster: Cluster, run: Run) -> None:
-        """Wake the cluster, with the scenario's locustfile, and ask for the workers that the
-        run needs; whether they came is seen when it is idle."""
-        launched, launcher = cluster.launched, cluster.config.launcher
-        if launched and not launched.problem:
-            wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
-            if launched.is_running and launched.locustfile != wanted_file:
-                if self._is_loaded(cluster):
-                    raise ClusterBusy(
-                        f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page"
-                    )
-                launched.stop()
-            if not launched.is_running:
-                self._launch(cluster, wanted_file)
-        workers = workers_for(run.target_users, launcher)
-        if workers is None or (launched and launched.problem):
-            return
-        if launched:
-            if workers > launched.workers:
-                cluster.scale(workers)
-        elif not self._is_loaded(cluster, least_workers=workers):
-            cluster.scale(workers)
-
-    def _is_loaded(self, cluster: Cluster, least_workers: int | None = None) -> bool:
-        """A test runs there, or (where asked for) it has so many workers already."""
-        try:
-            reading = cluster.read_state(5.0)
-        except LocustError:
-            return False
-        return reading.is_loaded or (least_workers is not None and len(reading.live_workers) >= least_workers)
-
-    # ---- clusters that sleep and grow --------------------------------------
-
-    def _look_for_sleepers(self) -> None:
-        if self._closing:
-            return
-        for cluster in self.clusters.values():
-            launcher = cluster.config.launcher
-            if (
-                launcher
-                and launcher.idle_s
-                and not cluster.is_asleep
-                and self._is_unused_for(cluster, launcher.idle_s)
-            ):
-                start_thread("sleep", functools.partial(self._put_to_sleep, cluster))
-        self.timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
-
-    def _is_unused_for(self, cluster: Cluster, seconds: float) -> bool:
+    def arm(self, run: Run, remaining_s: float | None) -> None:
+        """Watch a Running run from now on, and stop it when its time is over."""
         with self._lock:
-            return (
-                cluster.active_run_id is None
-                and cluster.cleanup_for is None
-                and monotonic_s() - cluster.idle_since >= seconds
-            )
-
-    def _put_to_sleep(self, cluster: Cluster) -> None:
-        """Stop a launched cluster, or scale away the workers of another, unless somebody has it."""
-        launcher = cluster.config.launcher
-        assert launcher is not None
-        if not cluster.operation.acquire(blocking=False):
-            return
-        try:
-            is_down = cluster.launched is None and cluster.workers_wanted == 0
-            if (
-                is_down
-                or cluster.is_asleep
-                or not self._is_unused_for(cluster, launcher.idle_s or 0)
-                or self._is_loaded(cluster)
-            ):
-                return
-            if cluster.launched:
-                cluster.launched.stop()
-                log("cluster sleeps", cluster=cluster.id)
-            else:
-                cluster.scale(0)
-        except LocustError as error:
-            cluster.idle_since = monotonic_s()  # not again at once
-            cluster.problem = error.message
-            log("cluster not put to sleep", cluster=cluster.id, why=error.message)
-        finally:
-            cluster.operation.release()
-
-    def scale_cluster(self, cluster: Cluster, workers: int) -> None:
-        """Change the number of workers now; users of a running load are spread again as they
-        come and go. Conflict for a cluster whose workers are not ours, LocustError when it fails."""
-        launcher = cluster.config.launcher
-        if launcher is None:
-            raise Conflict(f"cluster {cluster.id} has no launcher: its workers are started elsewhere")
-        if workers > launcher.max_workers or (cluster.launched and workers < 1):
-            lowest = 1 if cluster.launched else 0
-            why = f"allowed is a whole number from {lowest} to {launcher.max_workers} (maxWorkers)"
-            raise InvalidInput(f"workers: {why}", {"workers": why})
-        if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
-            raise LocustTimeout(f"cluster {cluster.id} is being started or stopped")
-        try:
-            if cluster.is_asleep:
-                self._launch(cluster, None)
-            cluster.idle_since = monotonic_s()
-            cluster.scale(workers)
-        finally:
-            cluster.operation.release()
-        watch = self._monitors.get(cluster.active_run_id or "")
-        if watch:
-            watch.most_workers = min(watch.most_workers, workers)  # those that go now are not lost
-            watch.scaled = True
-
-    def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
-        """The last lines of the processes of a cluster: a launched one's files, else what Locust itself tells."""
-        if cluster.launched:
-            return cluster.launched.read_logs(lines)
-        return cluster.client.read_logs(lines)
-
-    def _replace_lost(self, cluster: Cluster, reading: Reading) -> None:
-        launcher = cluster.config.launcher
-        if (
-            launcher is None
-            or cluster.launched
-            or not launcher.replace_lost_workers
-            or monotonic_s() - cluster.scaled_at < self.REPLACE_EVERY_S
-        ):
-            return
-        if len(reading.live_workers) < cluster.workers_wanted:
-            start_thread("replace", functools.partial(self._scale_again, cluster, cluster.workers_wanted))
-
-    def _scale_again(self, cluster: Cluster, workers: int) -> None:
-        try:
-            cluster.scale(workers)
-        except LocustError as error:
-            log("lost workers not replaced", cluster=cluster.id, why=error.message)
-
-    def _wait_until_idle(self, cluster: Cluster) -> Reading:
-        """The reading of an idle cluster, waiting (bounded) for one that is starting or still
-        stopping. ClusterBusy when somebody else's test runs there, LocustError otherwise."""
-        give_up_at = monotonic_s() + IDLE_WAIT_S
-        if cluster.launched:
-            if cluster.launched.problem:
-                raise LocustUnreachable(f"cluster {cluster.id} is not launched: {cluster.launched.problem}")
-        give_up_at = max(give_up_at, cluster.patient_until)
-        if cluster.cleanup_for:
-            self._clean_up(cluster)
-        while True:
-            patient_workers = monotonic_s() < cluster.patient_until
-            verdict, reading, error = self._look_for_idle(cluster)
-            if verdict is Idleness.IDLE and reading:
-                cluster.patient_until = -math.inf
-                return reading
-            if error and cluster.launched and (why := cluster.launched.why_dead()):
-                raise LocustUnreachable(f"cluster {cluster.id} does not run: {why}")
-            patient = monotonic_s() < give_up_at
-            just_stopped = monotonic_s() - cluster.stopped_at < IDLE_WAIT_S
-            if error and not (patient and cluster.launched):
-                raise error
-            stale = (
-                reading is not None
-                and reading.cached
-                and monotonic_s() - cluster.stopped_at < STATS_CACHE_S + 0.5
-            )
-            if verdict is Idleness.LOADED and not stale:
-                raise ClusterBusy(
-                    f"cluster {cluster.id} runs a test that Load Manager did not start; stop it in Locust's own page"
-                )
-            hopeless = verdict is Idleness.NO_WORKERS and not (
-                cluster.launched or patient_workers or (just_stopped and cluster.had_workers)
-            )
-            if not patient or hopeless:
-                counted = cluster.count_workers() if verdict is Idleness.NO_WORKERS else ""
-                raise LocustUnreachable(
-                    f"cluster {cluster.id} {verdict.value if verdict else 'does not answer'}{counted}"
-                )
-            time.sleep(0.1 if reading is None or not reading.cached else 0.5)
-
-    def _look_for_idle(self, cluster: Cluster) -> tuple[Idleness | None, Reading | None, LocustError | None]:
-        wanted = max(1, cluster.workers_wanted) if monotonic_s() < cluster.patient_until else 1
-        try:
-            reading = cluster.read_state()
-        except LocustError as error:
-            cluster.problem = error.message
-            return None, None, error
-        return idleness(reading, wanted), reading, None
-
-    def _new_watch(self, run: Run, cluster: Cluster, remaining_s: float | None) -> RunMonitor:
-        deadline = None if remaining_s is None else monotonic_s() + remaining_s
-        with self._lock:
-            watch = self._monitors.get(run.id)
-            if watch is None:
-                watch = self._monitors[run.id] = RunMonitor(run, cluster, deadline)
-        return watch
-
-    def _started(self, run_id: str) -> Run:
-        """Locust took the start: Pending becomes Running, once, whoever hears it first."""
-        try:
-            run = self.store.transition(run_id, RunStatus.RUNNING, started_at=time.time())
-        except Conflict:
-            return self.store.get(run_id)  # a callback was faster, or it is over already
-        cluster = self.clusters[run.cluster_id]
-        self._arm(run, cluster, run.duration_s)
-        log("run started", run=run.id, cluster=cluster.id, users=run.target_users, duration_s=run.duration_s)
-        return self.store.get(run_id)
-
-    def _arm(self, run: Run, cluster: Cluster, remaining_s: float | None) -> RunMonitor:
-        """Start watching a Running run and set its deadline."""
-        watch = self._new_watch(run, cluster, remaining_s)
-        watch.started = monotonic_s()
-        watch.deadline = None if remaining_s is None else watch.started + remaining_s
-        if watch.deadline is not None:
-            watch.alarms.append(
-                self.timer.at(watch.deadline, functools.partial(self._begin_stop, run.id, "duration"))
-            )
+            self.started = monotonic_s()
+            self.deadline = None if remaining_s is None else self.started + remaining_s
+            self._due = self.started + min(1.0, self._rules.poll_interval_s)
+        if self.deadline is not None:
+            stop = functools.partial(self._end.begin_stop, run.id, "duration")
+            self.scheduled.append(self._timer.at(self.deadline, stop))
         elapsed_s = time.time() - (run.started_at or time.time())
         for start_s in stage_starts(run):
             if start_s > elapsed_s:
-                apply = functools.partial(self._apply_target_soon, watch)
-                watch.alarms.append(self.timer.at(watch.started + start_s - elapsed_s, apply))
-        proof_at = watch.started + self.rules.start_timeout_s
-        watch.alarms.append(self.timer.at(proof_at, functools.partial(self._proof_is_due, watch)))
-        start_thread(f"watch-{run.id[:8]}", functools.partial(self._watch, watch))
-        return watch
+                at = self.started + start_s - elapsed_s
+                self.scheduled.append(self._timer.at(at, functools.partial(self.post, self.begin_stage)))
+        proof_at = self.started + self._rules.start_timeout_s
+        self.scheduled.append(self._timer.at(proof_at, functools.partial(self.post, self._check_proof)))
+        self._wake.set()
 
-    # ---- the queue ---------------------------------------------------------
+    def set_deadline(self, remaining_s: float | None) -> None:
+        """What is left of its time, for the start that is about to be sent."""
+        self.deadline = None if remaining_s is None else monotonic_s() + remaining_s
 
-    def _enqueue(self, run: Run, idempotency: tuple[str, str] | None) -> Run:
-        run = self.store.add(replace(run, queued=True), idempotency)
+    def adopted(self, run: Run, requests: int) -> None:
+        """What is known of a run that an earlier process started."""
         with self._lock:
-            self._queue.append(run.id)
-            self._number_queue()
-        self._dispatch_queue()
-        return self.store.get(run.id)
+            self.was_sent = True
+            self.last_requests = requests
+            self.users_seen = requests > 0
+            self.start_seen = self.users_seen or time.time() - (run.started_at or 0) > 3
 
-    def _number_queue(self) -> None:
-        """Keep everybody's queuePosition; each (tenant, environment) has a queue of its own."""
-        places: dict[tuple[str, str], int] = {}
-        for run_id in self._queue:
-            run = self.store.find(run_id)
-            if run is None:
-                continue
-            pool = (run.tenant_id, run.env_id)
-            places[pool] = places.get(pool, 0) + 1
-            self.store.set_queue_position(run_id, places[pool])
-
-    def _dispatch_queue(self) -> None:
-        """Give free clusters to those who wait, first come first served."""
+    def note_start(self, reading: Reading) -> None:
         with self._lock:
-            self._queue = [run_id for run_id in self._queue if self._still_waits(run_id)]
-            served: set[tuple[str, str]] = set()
-            for run_id in list(self._queue) if not self._closing else ():
-                run = self.store.get(run_id)
-                if (run.tenant_id, run.env_id) in served:
-                    continue
-                served.add((run.tenant_id, run.env_id))
-                cluster = next(
-                    (c for c in self.clusters.values() if self._may_use(run_id, c) and self._claim(c, run)),
-                    None,
-                )
-                if cluster:
-                    start_thread("queue", functools.partial(self._start_queued, run, cluster))
-            self._number_queue()
-            if self._queue and self._queue_alarm is None:
-                self._queue_alarm = self.timer.after(self.QUEUE_RETRY_S, self._retry_queue)
+            self.start_seen = self.start_seen or reading.is_loaded
+            self.users_seen = self.users_seen or (reading.users > 0 and reading.is_loaded)
+            self.boot_id = self.boot_id or reading.boot_id
+            if reading.is_loaded and reading.users:
+                self.last_users = reading.users
 
-    def _still_waits(self, run_id: str) -> bool:
-        run = self.store.find(run_id)
-        return run is not None and run.status is RunStatus.PENDING and run.queued
-
-    def _retry_queue(self) -> None:
+    def note_test_start(self) -> None:
+        """The hooks saw the test begin."""
         with self._lock:
-            self._queue_alarm = None
-        start_thread("queue", self._dispatch_queue)
+            self.start_seen = self.calls_back = True
+        self.cluster.seen()
 
-    def _start_queued(self, run: Run, cluster: Cluster) -> None:
-        """Start the queue's first; one whose cluster is not ready goes on waiting."""
+    def note_push(self, snapshot: Snapshot) -> None:
+        """The hooks pushed numbers, which the store has taken."""
+        with self._lock:
+            self.start_seen = self.calls_back = True
+            self.users_seen = self.users_seen or bool(snapshot.users or snapshot.requests)
+            self.last_requests = snapshot.requests or self.last_requests
+            self.last_users = snapshot.users or self.last_users
+        self.cluster.seen()
+        self._judge(snapshot)
+
+    def note_complete_end(self, snapshot: Snapshot) -> None:
+        """The hooks saw the test end and sent its complete final numbers."""
+        with self._lock:
+            self.reported = snapshot
+        self.was_reported.set()
+
+    # ---- looking
+
+    def _look_once(self) -> None:
+        run = self._store.find(self.run_id)
+        if run is None or run.status is not RunStatus.RUNNING:
+            self._due = math.inf
+            return
         try:
-            self._start_on(cluster, run)
+            self._look(run)
         except LocustError as error:
-            if self._was_swarmed(run.id):
-                self._fail(run.id, error.message, cleanup=error.maybe_taken)
-            else:
-                log("queued run waits on", run=run.id, why=error.message)
-                with self._lock:
-                    cluster.active_run_id = None
-        except InvalidInput as error:
-            self._fail(run.id, error.message)  # waiting does not make it possible
-        except LoadManagerError as error:
-            log("queued run waits on", run=run.id, why=error.message)
-            with self._lock:
-                cluster.active_run_id = None
+            self._not_heard(run, error)
+        self._due = max(self._due + self._interval_s(), monotonic_s())
 
-    # ---- watching ----------------------------------------------------------
+    def _interval_s(self) -> float:
+        """Until the next look: short at first, so that a run of some seconds has a picture too."""
+        interval = self._rules.poll_interval_s
+        if self.age_s < FIRST_LOOKS_S:
+            interval = min(interval, FIRST_LOOK_INTERVAL_S if self.users_seen else 1.0)
+        return min(interval, ABORT_LOOK_S) if self.judge.may_abort else interval
 
-    def _watch(self, watch: RunMonitor) -> None:
-        """The thread of one Running run: look at its cluster on the interval, oftener until
-        the start is proven. Ends with the run's Running."""
-        due = watch.started + min(1.0, self.rules.poll_interval_s)
-        while not watch.over.wait(max(0.0, due - monotonic_s())):
-            run = self.store.find(watch.run_id)
-            if run is None or run.status is not RunStatus.RUNNING:
-                return
-            try:
-                self._look(watch, run)
-            except LocustError as error:
-                self._not_heard(watch, run, error)
-            interval = (
-                self.rules.poll_interval_s if watch.users_seen else min(1.0, self.rules.poll_interval_s)
-            )
-            if watch.judge.may_abort:
-                interval = min(interval, ABORT_LOOK_S)
-            due = max(due + interval, monotonic_s())
-
-    def _look(self, watch: RunMonitor, run: Run) -> None:
+    def _look(self, run: Run) -> None:
         """One look: the uncached state first where it matters, then the numbers."""
-        cluster = watch.cluster
-        if not watch.users_seen or self._lease_needs_us(run):
+        cluster = self.cluster
+        if not self.users_seen or self._lease_needs_us(run):
             state = cluster.read_state(self._look_timeout_s)
-            self._note_start(watch, state)
-            if state.hooks and self._is_over(watch, run, state):
-                self._ended_by_locust(watch, state)
+            self.note_start(state)
+            if state.hooks and self._is_over(run, state):
+                self._ended_by_locust(state)
                 return
-            if not watch.users_seen and not state.snapshot:
+            if not self.users_seen and not state.snapshot:
                 return
-        if watch.age_s < STATS_CACHE_S + 0.2:
-            return  # the cache may still hold the numbers of the test before
         reading = cluster.read_stats(self._look_timeout_s)
-        self._note_start(watch, reading)
-        if watch.over.is_set():
+        self.note_start(reading)
+        if self.over.is_set():
             return
-        if self._is_over(watch, run, reading):
-            self._confirm_end(watch, run, reading)
+        if not reading.is_loaded and self.age_s < STATS_CACHE_S + 0.2:
+            return  # from before the start: the cache still holds what was before it
+        if self._is_over(run, reading):
+            self._confirm_end(run, reading)
             return
-        self._note_reading(watch, run, reading)
+        self._note_reading(run, reading)
 
     @property
     def _look_timeout_s(self) -> float:
         """A look must not outlast the silence after which a cluster is lost."""
-        return min(LOCUST_CALL_S, max(2.0, self.rules.lost_after_s))
+        return min(LOOK_S, max(2.0, self._rules.lost_after_s))
 
     def _lease_needs_us(self, run: Run) -> bool:
-        return run.duration_s is None and self.rules.lease_s > 0
+        return run.duration_s is None and self._rules.lease_s > 0
 
-    def _note_start(self, watch: RunMonitor, reading: Reading) -> None:
-        watch.start_seen = watch.start_seen or reading.is_loaded
-        watch.users_seen = watch.users_seen or (reading.users > 0 and reading.is_loaded)
-        watch.boot_id = watch.boot_id or reading.boot_id
-
-    def _is_over(self, watch: RunMonitor, run: Run, reading: Reading) -> bool:
+    def _is_over(self, run: Run, reading: Reading) -> bool:
         """Locust no longer runs this test, as far as this reading tells."""
         if reading.hooks and reading.run_id and reading.run_id != run.id:
             return True  # another test has taken its place
-        return watch.start_seen and watch.age_s > 2 and not reading.is_loaded and reading.state in IDLE_STATES
+        is_idle = not reading.is_loaded and reading.state in IDLE_STATES
+        return self.start_seen and self.age_s > 2 and is_idle
 
-    def _confirm_end(self, watch: RunMonitor, run: Run, first: Reading) -> None:
+    def _confirm_end(self, run: Run, first: Reading) -> None:
         """No decision on one cached reading: look again when the cache must be new."""
-        if watch.over.wait(0.0 if first.requests < watch.last_requests else STATS_CACHE_S + 0.3):
+        if self.over.wait(0.0 if first.requests < self.last_requests else STATS_CACHE_S + 0.3):
             return
-        second = watch.cluster.read_state()
-        if self._is_over(watch, run, second):
-            self._ended_by_locust(watch, second)
+        second = self.cluster.read_state(self._look_timeout_s)
+        if self._is_over(run, second):
+            self._ended_by_locust(second)
 
-    def _note_reading(self, watch: RunMonitor, run: Run, reading: Reading) -> None:
-        workers_before = watch.most_workers
-        watch.most_workers = max(watch.most_workers, len(reading.live_workers))
+    def _note_reading(self, run: Run, reading: Reading) -> None:
+        with self._lock:
+            workers_before, before = self.max_workers, self.last
+            self.max_workers = max(self.max_workers, len(reading.live_workers))
+            self.last, self.failures = reading, reading.failures
         for code, sentence in watch_warnings(
-            watch.target, watch.last, reading, watch.most_workers, watch.wanted_for_s
+            self.target, before, reading, self.max_workers, self.wanted_for_s
         ):
-            self._warn(run.id, code, sentence)
+            self._end.warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
-            self.store.add_snapshot(run.id, reading.snapshot, "poll")
-            watch.last_requests = reading.requests
-            self._judge(watch, reading.snapshot)
-        self._mind_users(watch, run, reading, workers_before)
-        self._replace_lost(watch.cluster, reading)
-        watch.last, watch.failures = reading, reading.failures
+            self._store.add_snapshot(run.id, reading.snapshot, "poll")
+            self.last_requests = reading.requests
+            self._judge(reading.snapshot)
+        if before is not None:
+            self._mind_users(run, before, reading, workers_before)
+        self._replace_lost(reading)
 
-    def _judge(self, watch: RunMonitor, snapshot: Snapshot) -> None:
+    def _judge(self, snapshot: Snapshot) -> None:
         """Hold new numbers against the thresholds; stop the run when one says so."""
-        run = self.store.find(watch.run_id)
-        if run is None or run.status is not RunStatus.RUNNING or not run.thresholds or run.started_at is None:
+        run = self._store.find(self.run_id)
+        is_judged = run is not None and run.status is RunStatus.RUNNING and run.thresholds
+        if run is None or not is_judged or run.started_at is None:
             return
-        failed = watch.judge.note(snapshot, run.started_at)
-        if failed is not None and self._begin_stop(run.id, "threshold"):
+        failed = self.judge.note(snapshot, run.started_at)
+        if failed is not None and self._end.begin_stop(run.id, "threshold"):
             log("run aborted by a threshold", run=run.id, threshold=failed.expr)
 
-    def _mind_users(self, watch: RunMonitor, run: Run, reading: Reading, workers_before: int) -> None:
-        """Spread the users again after workers came or went; note users changed in Locust's page."""
-        before, wanted = watch.last, watch.target.users
-        if before is None:
+    def _not_heard(self, run: Run, error: LocustError) -> None:
+        cluster = self.cluster
+        if cluster.problem is None:
+            log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
+        cluster.problem = error.message
+        silent_s = min(cluster.silent_s(), self.age_s)
+        if silent_s >= self._rules.lost_after_s:
+            reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
+            self._end.fail(run.id, reason, stop_reason="lost", cleanup=True)
+
+    def _check_proof(self) -> None:
+        """startTimeoutSeconds are over: is there a start at all, if nobody saw a user?"""
+        if self.users_seen:
             return
+        why = "Locust accepted the start, but no test began"
+        try:
+            reading = self.cluster.read_state(5.0)
+            self.note_start(reading)
+            if idleness(reading) is Idleness.NO_WORKERS:
+                why = "no worker is connected to the master"
+            elif reading.state == "running" and reading.users == 0:
+                self.start_seen = False
+                why = "Locust says it is running, but has no user; is a host set? The workers' logs have the reason"
+        except LocustError as error:
+            why = error.message
+        if self.users_seen or self.start_seen or self.over.is_set():
+            return
+        timeout_s = self._rules.start_timeout_s
+        self._end.fail(self.run_id, f"no user was started within {timeout_s:g} s: {why}", cleanup=True)
+
+    def _ended_by_locust(self, reading: Reading) -> None:
+        """Locust no longer runs the test: it ended it, or is another process now."""
+        run = self._store.find(self.run_id)
+        if run is None or run.status is not RunStatus.RUNNING:
+            return
+        is_another = bool(self.boot_id and reading.boot_id and self.boot_id != reading.boot_id)
+        if is_another or reading.state == "ready" or reading.requests < self.last_requests:
+            reason = f"Locust of cluster {self.cluster.id} was restarted under the run; the numbers are those before"
+            if reading.distributed and not reading.live_workers:
+                reason += ". Workers of the old master may load the target for another minute"
+            self._end.fail(run.id, reason, stop_reason="lost")
+            return
+        if reading.distributed and reading.workers and not reading.live_workers:
+            self._end.claim_end(self, "lost", "all workers of the cluster were lost")
+            return
+        self._end.claim_end(self, "locust")
+
+    # ---- users and workers
+
+    def _mind_users(self, run: Run, before: Reading, reading: Reading, workers_before: int) -> None:
+        """Rebalance the users after workers came or went; note users changed in Locust's page."""
+        wanted = self.target.users
         came = workers_before and any(worker.state == "ready" for worker in reading.live_workers)
         went = reading.users < wanted and len(reading.live_workers) < len(before.live_workers)
-        watch.respread_due = bool(watch.respread_due or came or went)
-        short = (
-            watch.scaled
-            and reading.users < wanted
-            and watch.wanted_for_s > 5
-            and before.users == reading.users
-        )
-        if short and monotonic_s() - watch.respread_at > 10:
-            watch.scaled, watch.respread_due = False, True  # a worker came and went between two looks
-        if reading.state != "running" or monotonic_s() - watch.respread_at < 5:
+        self.rebalance_due = bool(self.rebalance_due or came or went)
+        is_short = self.scaled and reading.users < wanted and self.wanted_for_s > 5
+        if is_short and before.users == reading.users and monotonic_s() - self.rebalanced_at > 10:
+            self.scaled, self.rebalance_due = False, True  # a worker came and went between two looks
+        if reading.state != "running" or monotonic_s() - self.rebalanced_at < 5:
             return
-        if reading.live_workers and watch.respread_due:
-            watch.respread_due = False
-            self._respread(watch, run)
+        if reading.live_workers and self.rebalance_due:
+            self.rebalance_due = False
+            self.rebalance(run)
             return
-        stable = (
-            before.users == reading.users
-            and len(before.live_workers) == len(reading.live_workers) == watch.most_workers
-        )
-        if stable and 0 < reading.users != wanted and watch.wanted_for_s > 5 and before.state == "running":
-            if (
-                reading.users < wanted
-                and watch.respread_at == -math.inf
-                and not self._changed_by_hand(watch, reading)
-            ):
-                return
-            self._warn(
-                run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}"
-            )
-            watch.target = watch.target._replace(users=reading.users)
-            if watch.deadline is not None:
-                self._respread(watch, run)  # Locust forgot run_time with the change
+        self._note_users_changed(run, before, reading)
 
-    def _changed_by_hand(self, watch: RunMonitor, reading: Reading) -> bool:
+    def _note_users_changed(self, run: Run, before: Reading, reading: Reading) -> None:
+        """The number of users is stable, and not the one asked for: it was changed in Locust's page."""
+        wanted = self.target.users
+        is_stable = before.users == reading.users and before.state == "running" and self.wanted_for_s > 5
+        has_all = len(before.live_workers) == len(reading.live_workers) == self.max_workers
+        if not (is_stable and has_all and 0 < reading.users != wanted):
+            return
+        if reading.users < wanted and self.rebalanced_at == -math.inf and not self._changed_by_hand(reading):
+            return
+        self._end.warn(
+            run.id, "users_changed", f"users were changed in Locust from {wanted} to {reading.users}"
+        )
+        self.target = self.target._replace(users=reading.users)
+        if self.deadline is not None:
+            self.rebalance(run)  # Locust forgot run_time with the change
+
+    def _changed_by_hand(self, reading: Reading) -> bool:
         """Fewer users than asked may be a cluster that cannot; the hooks know what was asked."""
         try:
-            state = watch.cluster.read_state()
+            state = self.cluster.read_state(self._look_timeout_s)
         except LocustError:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def _respread(self, watch: RunMonitor, run: Run) -> bool:
-        """Swarm again with the same run and its remaining time: Locust spreads users over the
+    def rebalance(self, run: Run) -> bool:
+        """Start again with the same run and its remaining time: Locust balances users over the
         workers it has only then (2.47.0). False when the run is about to end anyway."""
-        cluster = watch.cluster
-        remaining = watch.remaining_s()
+        cluster = self.cluster
+        remaining = self.remaining_s()
         if remaining is not None and remaining < 2:
             return False
         with cluster.operation:
-            current = self.store.find(run.id)
+            current = self._store.find(run.id)
             if current is None or current.status is not RunStatus.RUNNING:
                 return False
-            if not cluster.read_state().is_loaded:
-                return False  # it just ended: a swarm would start it anew
-            watch.respread_at = monotonic_s()
-            cluster.client.swarm(self._swarm_form(cluster, run, watch, None))
-        log("users spread again", run=run.id, cluster=cluster.id, users=watch.target.users)
+            if not self._still_runs():
+                return False  # it just ended: a start would begin it again
+            self.rebalanced_at = monotonic_s()
+            cluster.client.swarm(swarm_form(cluster, run, self, self._rules))
+        log("users rebalanced", run=run.id, cluster=cluster.id, users=self.target.users)
         return True
 
-    def change_users(self, run_id: str, users: int, spawn_rate: float | None, by: str) -> Run:
-        """Give a running load another number of users; returns when Locust took it. Conflict
-        when the run is not Running, LocustError when Locust does not."""
-        run = self.store.get(run_id)
-        watch = self._monitors.get(run_id)
-        if run.status is not RunStatus.RUNNING or watch is None:
-            raise Conflict(
-                f"run {run_id} is {run.status.value}; only the users of a Running one can be changed",
-                status=run.status.value,
-            )
-        if len(run.load_changes) >= MAX_LOAD_CHANGES:
-            raise Conflict(
-                f"the users of run {run_id} were changed {MAX_LOAD_CHANGES} times, the most there may be"
-            )
-        why = self._over_users(run, users)
-        if why:
-            raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
-        before, change = (
-            watch.target,
-            LoadChange(time.time(), users, spawn_rate or watch.target.spawn_rate or 1, by),
-        )
-        with watch.cluster.operation:
-            watch.target = LoadTarget(change.users, change.spawn_rate, change.at)
+    def _still_runs(self) -> bool:
+        """Whether Locust runs the test: of a cached state only one from after the start counts."""
+        while True:
+            age_s = self.age_s
+            reading = self.cluster.read_state(self._look_timeout_s)
+            if reading.is_loaded or not reading.cached or age_s > STATS_CACHE_S + 0.5:
+                return reading.is_loaded
+            if self.over.wait(0.3):
+                return False
+
+    def change_users(self, users: int, spawn_rate: float | None, by: str) -> LoadChange | None:
+        """Give Locust another number of users; None when the run is about to end. LocustError
+        when Locust does not take it."""
+        run = self._store.get(self.run_id)
+        change = LoadChange(time.time(), users, spawn_rate or self.target.spawn_rate or 1, by)
+        with self.cluster.operation:
+            before = self.target
+            self.target = LoadTarget(change.users, change.spawn_rate, change.at)
             is_taken = False
             try:
-                is_taken = self._respread(watch, run)
+                is_taken = self.rebalance(run)
             finally:
                 if not is_taken:
-                    watch.target = before
-        if not is_taken:
-            raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
-        self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
-        self.store.wait_durable_or_log()
-        log("users changed", run=run_id, users=users, by=by)
-        return self.store.get(run_id)
+                    self.target = before
+        return change if is_taken else None
 
-    def _apply_target_soon(self, watch: RunMonitor) -> None:
-        start_thread("stage", functools.partial(self._apply_target, watch))
-
-    def _apply_target(self, watch: RunMonitor) -> None:
+    def begin_stage(self, tries: int = 0) -> None:
         """Give Locust the load that the run should have now; tried again while it does not answer."""
-        for pause_s in (*RETRY_STEPS_S, None):
-            run = self.store.find(watch.run_id)
-            if run is None or run.status is not RunStatus.RUNNING:
-                return
-            watch.target = load_target(run, time.time() + 0.05)
-            try:
-                self._respread(watch, run)
-                log("stage begins", run=run.id, users=watch.target.users, spawn_rate=watch.target.spawn_rate)
-                return
-            except LocustError as error:
-                if pause_s is None or watch.over.wait(pause_s):
-                    self._warn(
-                        run.id,
-                        "users_not_reached",
-                        f"a stage of {watch.target.users} users could not begin: {error.message}",
-                    )
-                    return
-
-    def _not_heard(self, watch: RunMonitor, run: Run, error: LocustError) -> None:
-        cluster = watch.cluster
-        if cluster.problem is None:
-            log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
-        cluster.problem = error.message
-        silent_s = monotonic_s() - max(cluster.last_seen_at, watch.started)
-        if silent_s >= self.rules.lost_after_s:
-            reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
-            self._fail(run.id, reason, stop_reason="lost", cleanup=True)
-
-    def _proof_is_due(self, watch: RunMonitor) -> None:
-        if not watch.users_seen and not watch.over.is_set():
-            start_thread("proof", functools.partial(self._check_proof, watch))
-
-    def _check_proof(self, watch: RunMonitor) -> None:
-        """startTimeoutSeconds are over and nobody saw a user: is there a start at all?"""
-        why = "Locust accepted the start, but no test began"
-        try:
-            reading = watch.cluster.read_state(5.0)
-            self._note_start(watch, reading)
-            if idleness(reading) is Idleness.NO_WORKERS:
-                why = "no worker is connected to the master"
-            elif reading.state == "running" and reading.users == 0:
-                watch.start_seen = False
-                why = "Locust says it is running, but has no user; is a host set? The workers' logs have the reason"
-        except LocustError as error:
-            why = error.message
-        if watch.users_seen or watch.start_seen or watch.over.is_set():
-            return
-        self._fail(
-            watch.run_id, f"no user was started within {self.rules.start_timeout_s:g} s: {why}", cleanup=True
-        )
-
-    # ---- stopping ----------------------------------------------------------
-
-    def stop(self, run_id: str, reason: str, wait_s: float = STOP_ANSWER_S) -> None:
-        """Stop a run; returns when Locust confirmed. Conflict when it is not running,
-        LocustError when Locust did not do it yet: it is tried until it does."""
-        run = self.store.get(run_id)
-        if self._leave_queue(run):
-            self._fail(run_id, "cancelled while it waited in the queue", stop_reason=reason)
-            return
-        outcome = self._begin_stop(run_id, reason)
-        if outcome is None:
-            raise self._not_stoppable(self.store.get(run_id))
-        if not outcome.settled.wait(wait_s):
-            raise LocustTimeout(
-                f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does"
-            )
-        if outcome.error:
-            raise type(outcome.error)(f"{outcome.error.message}; the stop is tried again until it succeeds")
-
-    def stop_all(self, sees: Callable[[Run], bool]) -> dict[str, str | None]:
-        """Stop every run that `sees` takes, all clusters at once. By run: None once Locust
-        confirmed, else why not yet; what could not be stopped is tried until it is."""
-        wanted = [run for run in self.store.active_runs() if sees(run)]
-        outcomes: dict[str, str | None] = {
-            run.id: "was not stopped in time; it is tried until it is" for run in wanted
-        }
-        waiting = [
-            run for run in wanted if self._leave_queue(run)
-        ]  # first, as they would take what gets free
-        for run in waiting:
-            self._fail(run.id, "cancelled while it waited in the queue", stop_reason="user")
-            outcomes[run.id] = None
-
-        def stop_one(run_id: str) -> None:
-            outcomes[run_id] = self._stop_whatever_it_does(run_id)
-
-        going = [run.id for run in wanted if run not in waiting]
-        threads = [start_thread("stop-all", functools.partial(stop_one, run_id)) for run_id in going]
-        give_up_at = monotonic_s() + STOP_ANSWER_S + 2
-        for thread in threads:
-            thread.join(max(0.0, give_up_at - monotonic_s()))
-        return dict(outcomes)
-
-    def _stop_whatever_it_does(self, run_id: str) -> str | None:
-        """As stop(), for a run that may just be starting or stopping; None when it is stopped, else why not."""
-        give_up_at = monotonic_s() + STOP_ANSWER_S
-        while (left_s := give_up_at - monotonic_s()) > 0:
-            try:
-                self.stop(run_id, "user", left_s)
-                return None
-            except Conflict:
-                run = self.store.find(run_id)
-                if run is None or run.is_final:
-                    return None
-                time.sleep(0.1)
-            except LoadManagerError as error:
-                return error.message
-        return f"did not stop within {STOP_ANSWER_S:g} s; it is tried until it does"
-
-    def _leave_queue(self, run: Run) -> bool:
-        """Take a waiting run out of the queue, unless a cluster was just given to it."""
-        with self._lock:
-            if run.id not in self._queue or any(
-                cluster.active_run_id == run.id for cluster in self.clusters.values()
-            ):
-                return False
-            self._queue.remove(run.id)
-            return True
-
-    def _not_stoppable(self, run: Run) -> Conflict:
-        words = {
-            RunStatus.PENDING: "is still starting; try again in a moment",
-            RunStatus.STOPPING: "is already being stopped; the stop is tried until it succeeds",
-        }.get(run.status, f"is {run.status.value}; only a Running run can be stopped")
-        return Conflict(f"run {run.id} {words}", status=run.status.value)
-
-    def _begin_stop(self, run_id: str, reason: str) -> StopOutcome | None:
-        """Claim the stop of a Running run: the first who asks gets it, others None. Not
-        durable before Locust was asked: a full disk must not keep a load running."""
-        try:
-            run = self.store.transition(run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
-        except (Conflict, NotFound):
-            return None
-        outcome = StopOutcome()
-        cluster = self.clusters[run.cluster_id]
-        start_thread(f"stop-{run_id[:8]}", functools.partial(self._carry_out_stop, run_id, cluster, outcome))
-        return outcome
-
-    def _carry_out_stop(self, run_id: str, cluster: Cluster, outcome: StopOutcome) -> None:
-        """Stop the load, again and again until it is stopped or the cluster is lost; then finish the run."""
-        watch = self._end_watching(run_id, cluster)
-        began, tries, unconfirmed, undying = monotonic_s(), 0, 0, 0
-        while True:
-            try:
-                self._stop_load(cluster, run_id)
-                break
-            except LoadGoesOn as error:
-                undying += 1
-                failure: LocustError = error
-            except LocustError as error:
-                unconfirmed += isinstance(error, LocustTimeout) and cluster.stopped_at >= began
-                failure = error
-            log("stop failed, trying again", run=run_id, cluster=cluster.id, why=failure.message)
-            if unconfirmed >= 3:
-                self._warn(
-                    run_id,
-                    "stop_unconfirmed",
-                    f"Locust accepted the stop, but could not be asked for its users: {failure.message}",
-                )
-                break
-            lost = monotonic_s() - max(began, cluster.last_seen_at) >= self.rules.lost_after_s
-            if undying >= 2 or lost:
-                words = "cannot be stopped" if undying >= 2 else "was lost while it was to be stopped"
-                reason = f"cluster {cluster.id} {words}: {failure.message}"
-                self._fail(run_id, reason, stop_reason="lost", cleanup=True)
-                outcome.settle(failure)
-                return
-            if tries >= 1:
-                outcome.settle(failure)
-            if watch.final.wait(RETRY_STEPS_S[min(tries, len(RETRY_STEPS_S) - 1)]):
-                outcome.settle()
-                return
-            tries += 1
-        quiet_at = time.time()
-        outcome.settle()
-        self._finish(watch, quiet_at)
-
-    def _end_watching(self, run_id: str, cluster: Cluster) -> RunMonitor:
-        run = self.store.get(run_id)
-        watch = self._new_watch(run, cluster, None)
-        watch.over.set()
-        for alarm in watch.alarms:
-            alarm.cancel()
-        return watch
-
-    def _stop_load(self, cluster: Cluster, run_id: str) -> None:
-        """Stop whatever runs on the cluster, for this run, and see that its users are gone."""
-        with cluster.operation:
-            cluster.client.stop()
-            cluster.last_seen_at = cluster.stopped_at = monotonic_s()
-            try:
-                self._wait_until_quiet(cluster)
-            except LoadGoesOn:
-                # Load from a swarm into a stopping Locust: state is "stopped", /stop does
-                # nothing. Only a new swarm makes it stoppable (2.47.0).
-                cluster.client.swarm(
-                    {
-                        "user_count": 1,
-                        "spawn_rate": 1,
-                        "run_id": run_id,
-                        "lm_stop_after": "10",
-                        "lm_lease": "",
-                    }
-                )
-                cluster.client.stop()
-                self._wait_until_quiet(cluster)
-            cluster.stopped_at = monotonic_s()
-
-    def _wait_until_quiet(self, cluster: Cluster) -> None:
-        give_up_at = monotonic_s() + self.QUIET_WAIT_S
-        while True:
-            reading = cluster.read_state(5.0)
-            if not reading.is_loaded:
-                return
-            if monotonic_s() > give_up_at:
-                raise LoadGoesOn(f"Locust answered the stop with success, but {reading.users} users go on")
-            time.sleep(0.05 if reading.hooks else 0.5)
-
-    # ---- ending ------------------------------------------------------------
-
-    def _ended_by_locust(self, watch: RunMonitor, reading: Reading) -> None:
-        """Locust no longer runs the test: it ended it, or is another process now."""
-        run = self.store.find(watch.run_id)
+        run = self._store.find(self.run_id)
         if run is None or run.status is not RunStatus.RUNNING:
             return
-        another_process = bool(watch.boot_id and reading.boot_id and watch.boot_id != reading.boot_id)
-        if another_process or reading.state == "ready" or reading.requests < watch.last_requests:
-            reason = f"Locust of cluster {watch.cluster.id} was restarted under the run; the numbers are those before"
-            if reading.distributed and not reading.live_workers:
-                reason += ". Workers of the old master may load the target for another minute"
-            self._fail(run.id, reason, stop_reason="lost")
-            return
-        if reading.distributed and reading.workers and not reading.live_workers:
-            self._fail(
-                run.id,
-                "all workers of the cluster were lost",
-                stop_reason="lost",
-                snapshot=self._final_numbers(watch, reading),
-            )
-            return
-        self._claim_end(watch, self._finish)
-
-    def _claim_end(self, watch: RunMonitor, finish: Callable[[RunMonitor, float], None]) -> bool:
-        """Locust ended the test: Running becomes Stopping; `finish` follows in a thread. False
-        when the run is not Running."""
-        on_time = watch.deadline is not None and monotonic_s() > watch.deadline - 1.5
+        self.target = load_target(run, time.time() + 0.05)
         try:
-            self.store.transition(
-                watch.run_id,
-                RunStatus.STOPPING,
-                durable=False,
-                stop_reason="duration" if on_time else "locust",
-            )
-        except (Conflict, NotFound):
-            return False
-        self._end_watching(watch.run_id, watch.cluster)
-        start_thread(f"finish-{watch.run_id[:8]}", functools.partial(finish, watch, time.time()))
-        return True
-
-    def _finish(self, watch: RunMonitor, quiet_at: float) -> None:
-        """Read the final numbers when they can be complete, and end the run.
-
-        Workers report every 3 s: only with the hooks' flush, or standalone, is a reading
-        right after the stop complete (Locust 2.47.0)."""
-        cluster, reading = watch.cluster, None
-        try:
-            reading = cluster.read_state(5.0)
-            if reading.is_loaded and (not reading.hooks or reading.run_id == watch.run_id):
-                self._stop_load(cluster, watch.run_id)  # a callback said it stopped, and it did not
+            self.rebalance(run)
+            log("stage begins", run=run.id, users=self.target.users, spawn_rate=self.target.spawn_rate)
         except LocustError as error:
-            log("cluster not read at the end", cluster=cluster.id, run=watch.run_id, why=error.message)
-        complete = reading is not None and ((reading.hooks and reading.flush) or not reading.distributed)
-        wait_s = 0.0 if complete else quiet_at + WORKER_REPORT_S + 0.6 - time.time()
-        if not watch.final.wait(min(max(0.0, wait_s), WORKER_REPORT_S + 0.6)):
-            final = self._final_numbers(watch, reading)
-            self._keep_details(watch)
-            self._conclude(watch, final, quiet_at)
+            if tries < len(RETRY_STEPS_S):
+                again = functools.partial(self.post, functools.partial(self.begin_stage, tries + 1))
+                self.scheduled.append(self._timer.after(RETRY_STEPS_S[tries], again))
+                return
+            words = f"a stage of {self.target.users} users could not begin: {error.message}"
+            self._end.warn(run.id, "users_not_reached", words)
 
-    def _keep_details(self, watch: RunMonitor) -> None:
-        """Keep what Locust knows beyond numbers, before its next test clears it. The run's end
-        must not depend on it: whatever goes wrong is logged."""
-        client = watch.cluster.client
-        failures, exceptions = watch.failures, ()
+    def workers_scaled(self, workers: int) -> None:
+        """Their number was changed by hand: those that go now are not lost."""
+        with self._lock:
+            self.max_workers = min(self.max_workers, workers)
+            self.scaled = True
+
+    def _replace_lost(self, reading: Reading) -> None:
+        """Have lost workers of a cluster with a scale command started again."""
+        cluster, launcher = self.cluster, self.cluster.config.launcher
+        if launcher is None or cluster.launched or not launcher.replace_lost_workers:
+            return
+        if monotonic_s() - cluster.scaled_at < REPLACE_EVERY_S:
+            return
+        if len(reading.live_workers) < cluster.workers_wanted:
+            cluster.scaled_at = monotonic_s()
+            self._timer.in_thread(0.0, "replace workers", self._scale_again)
+
+    def _scale_again(self) -> None:
         try:
-            failures = client.read_failures() or failures
-            exceptions = client.read_exceptions()
-            self.store.keep_artefact(watch.run_id, LOCUST_REPORT, client.read_report())
+            self.cluster.scale(self.cluster.workers_wanted)
         except LocustError as error:
-            log("details not kept", run=watch.run_id, why=error.message)
-        self.store.keep_artefact(
-            watch.run_id, FAILURES, dump_json(failures_to_json(failures, exceptions)).encode()
-        )
+            log("lost workers not replaced", cluster=self.cluster.id, why=error.message)
 
-    def failures(self, run: Run) -> dict[str, Any]:
-        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
-        kept = self.store.artefact(run.id, FAILURES)
-        if kept is not None:
-            return json.loads(kept)
-        watch = self._monitors.get(run.id)
-        if watch is None:
-            return failures_to_json((), ())
-        return failures_to_json(
-            watch.cluster.client.read_failures() or watch.failures, watch.cluster.client.read_exceptions()
-        )
 
-    def _final_numbers(self, watch: RunMonitor, reading: Reading | None) -> Snapshot | None:
-        """Locust's CSV report; None, with a warning, when it is not this run's any more."""
-        why = "Locust did not answer"
-        if (
-            reading is not None
-            and reading.hooks
-            and watch.run_id not in (reading.run_id, reading.last_run_id, "")
-        ):
-            why = "another test has begun in Locust meanwhile"
-        else:
-            for pause_s in (0.0, 0.5, 1.5):
-                if watch.final.wait(pause_s):
-                    return None
-                try:
-                    final = watch.cluster.client.read_final(5.0)
-                except LocustError as error:
-                    why = error.message
-                    continue
-                if (final.requests or 0) >= self._last_requests(watch.run_id):
-                    return final
-                why = "Locust's statistics were reset"
-                break
-        self._warn(
-            watch.run_id,
-            "final_numbers_missing",
-            f"the numbers are the last ones seen, not the final ones: {why}",
-        )
-        return None
+# ---- did it pass, and against what -------------------------------------------
 
-    def _last_requests(self, run_id: str) -> int:
-        document = json.loads(self.store.wire(run_id)).get("lastMetrics") or {}
-        return document.get("totalRequests") or 0
 
-    def _conclude(self, watch: RunMonitor, final: Snapshot | None, finished_at: float) -> None:
-        """Stopping becomes Finished, or Failed when Locust ended a test that never began."""
-        run = self.store.find(watch.run_id)
-        if run is None or run.is_final:
-            return
-        began = watch.users_seen or final is None or (final.requests or 0) > 0
-        if run.stop_reason == "locust" and not began and watch.age_s < self.rules.start_timeout_s:
-            self._fail(
-                run.id,
-                "Locust ended the test without starting a user: is a host set? Its log tells",
-                snapshot=final,
-            )
-            return
-        self._note_users_never_reached(run, watch)
-        finished_at = max(finished_at, run.started_at or 0)
-        judged = self._judgement(run, final, finished_at, has_failed=False)
-        try:
-            self.store.transition(
-                run.id, RunStatus.FINISHED, snapshot=final, finished_at=finished_at, **judged
-            )
-        except Conflict:
-            return
-        log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
-        self._run_is_final(run.id)
+class RunJudge:
+    """Thresholds with their results, the comparison and the verdict of a run that is about to be final."""
 
-    def _judgement(
-        self, run: Run, final: Snapshot | None, finished_at: float, has_failed: bool
+    def __init__(self, store: Store):
+        self._store = store
+
+    def judgement(
+        self,
+        run: Run,
+        monitor: RunMonitor | None,
+        final: Snapshot | None,
+        finished_at: float,
+        has_failed: bool,
     ) -> dict[str, Any]:
-        """The thresholds with their results and the verdict of a run that is about to be final.
+        """What the run keeps of it: changes for its transition.
 
-        Made before the transition, as a final run never changes. A history that cannot be
-        read does not keep the run from ending: the numbers in memory serve then."""
+        Made before the transition, as a final run never changes; and nothing that goes wrong here
+        keeps a run from ending: it is logged, and the verdict is that of the numbers in memory."""
         if not run.thresholds and not run.compare_with:
             return {}
-        snapshot = final or self.store.newest_numbers(run.id)
-        thresholds = self._judged_thresholds(run, snapshot, finished_at)
-        comparison = self._comparison(run, snapshot, finished_at, has_failed) if run.compare_with else None
-        return {
-            "thresholds": thresholds,
-            "comparison": comparison,
-            "verdict": verdict_of(thresholds, comparison, has_failed),
-        }
+        try:
+            snapshot = final or self._store.newest_numbers(run.id)
+            thresholds = self._judged_thresholds(run, monitor, snapshot, finished_at)
+            comparison = (
+                self._comparison(run, snapshot, finished_at, has_failed) if run.compare_with else None
+            )
+            verdict = verdict_of(thresholds, comparison, has_failed)
+        except Exception as error:  # noqa: BLE001 - an end must not depend on it
+            log_unforeseen("judgement", error, run=run.id)
+            return {"verdict": "failed"}
+        return {"thresholds": thresholds, "comparison": comparison, "verdict": verdict}
 
     def _judged_thresholds(
-        self, run: Run, snapshot: Snapshot | None, finished_at: float
+        self, run: Run, monitor: RunMonitor | None, snapshot: Snapshot | None, finished_at: float
     ) -> tuple[Threshold, ...]:
-        watch = self._monitors.get(run.id)
-        live = watch.judge if watch else ThresholdWatch(run.thresholds)
+        live = monitor.judge if monitor else ThresholdWatch(run.thresholds)
         # Windows end with the last numbers of the Running run: while it stops, rates fall.
         moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
         windows: dict[Threshold, Window] = {}
         try:
-            samples = (
-                self.store.samples(run.id) if any(one.over_s or one.after_s for one in run.thresholds) else []
-            )
+            has_windows = any(one.over_s or one.after_s for one in run.thresholds)
+            samples = self._store.samples(run.id) if has_windows else []
             if any(map(needs_histograms, run.thresholds)):
-                windows = judge_histogram_windows(run.thresholds, self.store.histograms(run.id), moments)
+                windows = judge_histogram_windows(run.thresholds, self._store.histograms(run.id), moments)
         except NotReady as error:
             log("history not read for the verdict", run=run.id, why=error.message)
             samples = list(live.samples)
@@ -7962,13 +7451,13 @@ class Orchestrator:
         if has_failed:
             return no_comparison(asked, "not compared: the run failed")
         if asked == "baseline":
-            baseline = self.store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+            baseline = self._store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
             other_id = baseline.run_id if baseline else None
         else:
-            previous = self.store.previous_run(run)
+            previous = self._store.previous_run(run)
             other_id = previous.id if previous else None
         try:
-            other = json.loads(self.store.wire(other_id)) if other_id else None
+            other = json.loads(self._store.wire(other_id)) if other_id else None
         except NotFound:
             other = None
         if other is None:
@@ -7997,177 +7486,1158 @@ class Orchestrator:
 
     def _stretches(self, run: dict[str, Any]) -> Stretches | None:
         try:
-            return self.store.stretches(run["id"], (run.get("lastMetrics") or {}).get("totalRequests"))
+            return self._store.stretches(run["id"], (run.get("lastMetrics") or {}).get("totalRequests"))
         except NotReady as error:
             log("histograms not read for a comparison", run=run["id"], why=error.message)
             return None
 
-    def _note_users_never_reached(self, run: Run, watch: RunMonitor) -> None:
-        last = watch.last
-        unchanged = watch.target.users == load_target(run, time.time()).users  # by nobody in Locust's page
-        if last and unchanged and watch.wanted_for_s > 5 and last.users < watch.target.users:
-            self._warn(
-                run.id,
-                "users_not_reached",
-                f"{last.users} of {watch.target.users} users were running at the last reading",
-            )
 
-    def _fail(
+# ---- ending runs -------------------------------------------------------------
+
+
+class RunStopper:
+    """Ends runs: stops their load with retries until its users are gone, reads the final numbers,
+    concludes, keeps the details; and cleans up load whose run has ended without that."""
+
+    QUIET_WAIT_S = 6.0
+    CLEANUP_EVERY_S = 3.0  # while the cluster does not answer
+    CLEANUP_LOOK_S = 1.0  # while a start may still be on its way
+    REPORT_WAIT_S = 2.0  # for the final numbers of hooks that have called back before
+    FAIL_AGAIN_S = 3.0
+
+    def __init__(self, config: Config, store: Store, timer: Timer, pool: ClusterPool, judge: RunJudge):
+        self.rules = config.orchestrator
+        self.store = store
+        self.timer = timer
+        self.pool = pool
+        self._judge = judge
+        self.monitors: dict[str, RunMonitor] = {}  # of active runs
+        self.is_closing = False
+        self.on_free: Callable[[], None] = lambda: None  # a cluster is free again
+
+    # ---- the edge
+
+    def run_step(self, run_id: str, work: Callable[[], None]) -> None:
+        """The edge around every thread that works for a run: what nobody foresaw ends the run as
+        Failed, gives its cluster back, has its load stopped, and is logged and counted."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the edge
+            log_unforeseen(threading.current_thread().name, error, run=run_id)
+            self.fail_unforeseen(run_id, error)
+
+    def fail_unforeseen(self, run_id: str, error: Exception) -> None:
+        """End a run after an exception that nobody foresaw; again until that succeeds."""
+        monitor = self.monitors.get(run_id)
+        may_be_loaded = monitor is None or monitor.was_sent
+        try:
+            reason = f"an error inside Load Manager: {error!r:.300}; its log has the trace"
+            self.fail(run_id, reason, cleanup=may_be_loaded, certain_s=START_SETTLES_S)
+        except Exception as second:  # noqa: BLE001 - the edge of the edge
+            log_unforeseen("edge", second, run=run_id)
+        run = self.store.find(run_id)
+        if run is None or run.is_final:
+            self._let_go(run_id)
+        else:
+            again = functools.partial(self.fail_unforeseen, run_id, error)
+            self.timer.in_thread(self.FAIL_AGAIN_S, "edge", again)
+
+    # ---- stopping
+
+    def begin_stop(self, run_id: str, reason: str) -> RunMonitor | None:
+        """Claim the stop of a Running run: the first who asks gets its monitor, others None. The
+        end thread is there already, and Locust is asked before the claim is durable: neither a
+        lack of threads nor a full disk keeps a load running."""
+        monitor = self.monitors.get(run_id)
+        if monitor is None:
+            return None
+        try:
+            self.store.transition(run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
+        except (Conflict, NotFound):
+            return None
+        monitor.end_with(functools.partial(self.carry_out_stop, monitor))
+        return monitor
+
+    def claim_end(self, monitor: RunMonitor, reason: str, failure: str | None = None) -> bool:
+        """Locust ended the test: Running becomes Stopping, and the end thread concludes, as Failed
+        where there is a `failure`. False when the run is not Running."""
+        is_on_time = monitor.deadline is not None and monotonic_s() > monitor.deadline - 1.5
+        reason = "duration" if is_on_time and reason == "locust" else reason
+        try:
+            self.store.transition(monitor.run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
+        except (Conflict, NotFound):
+            return False
+        monitor.end_with(functools.partial(self._finish, monitor, time.time(), failure))
+        return True
+
+    def carry_out_stop(self, monitor: RunMonitor) -> None:
+        """Stop the load, with retries until it is stopped or the cluster is lost; then end the run."""
+        run_id, cluster, outcome = monitor.run_id, monitor.cluster, monitor.stop_outcome
+        began, began_awake_s = monotonic_s(), self.timer.awake_s()
+        tries, unconfirmed, undying = 0, 0, 0
+        while not monitor.was_reported.is_set():
+            try:
+                self.stop_load(cluster, run_id)
+                break
+            except LoadGoesOn as error:
+                undying += 1
+                failure: LocustError = error
+            except LocustError as error:
+                unconfirmed += isinstance(error, LocustTimeout) and cluster.stopped_at >= began
+                failure = error
+            log("stop failed, trying again", run=run_id, cluster=cluster.id, why=failure.message)
+            if unconfirmed >= 3:
+                words = "Locust accepted the stop, but could not be asked for its users"
+                self.warn(run_id, "stop_unconfirmed", f"{words}: {failure.message}")
+                break
+            silent_s = min(cluster.silent_s(), self.timer.awake_s() - began_awake_s)
+            if undying >= 2 or silent_s >= self.rules.lost_after_s:
+                outcome.settle(failure)
+                words = "cannot be stopped" if undying >= 2 else "was lost while it was to be stopped"
+                reason = f"cluster {cluster.id} {words}: {failure.message}"
+                self.fail(run_id, reason, stop_reason="lost", cleanup=True)
+                return
+            if tries >= 1:
+                outcome.settle(failure)
+            monitor.was_reported.wait(RETRY_STEPS_S[min(tries, len(RETRY_STEPS_S) - 1)])
+            tries += 1
+        outcome.is_confirmed = True
+        self._finish(monitor, time.time())
+
+    def stop_load(self, cluster: Cluster, run_id: str) -> None:
+        """Stop the test on the cluster, for this run, and see that its users are gone; LoadGoesOn
+        when they are not, another LocustError when Locust does not answer."""
+        with cluster.operation:
+            cluster.client.stop()
+            cluster.seen()
+            cluster.stopped_at = monotonic_s()
+            try:
+                self._wait_until_quiet(cluster)
+            except LoadGoesOn:
+                # Load from a start into a stopping Locust: state is "stopped", /stop does
+                # nothing. Only a new start makes it stoppable (2.47.0).
+                cure = {"user_count": 1, "spawn_rate": 1, "run_id": run_id}
+                cluster.client.swarm({**cure, "lm_stop_after": "10", "lm_lease": ""})
+                cluster.client.stop()
+                self._wait_until_quiet(cluster)
+            cluster.stopped_at = monotonic_s()
+
+    def _wait_until_quiet(self, cluster: Cluster) -> None:
+        give_up_at = monotonic_s() + self.QUIET_WAIT_S
+        while True:
+            reading = cluster.read_state(5.0)
+            if not reading.is_loaded:
+                return
+            if monotonic_s() > give_up_at:
+                words = f"Locust answered the stop with success, but {reading.users} users go on"
+                raise LoadGoesOn(words)
+            time.sleep(0.05 if reading.hooks else 0.5)
+
+    # ---- the end of a run
+
+    def _finish(self, monitor: RunMonitor, quiet_at: float, failure: str | None = None) -> None:
+        """Read the final numbers and end the run; its details are kept after that, as nothing that
+        is kept about a run may stand before its end. The cluster is free when they are read."""
+        final = self._final_numbers(monitor, quiet_at)
+        if final is not None:
+            # Locust's report has no users, and after the stop there are none: those that it had.
+            final = final._replace(users=monitor.last_users or self._users_shown(monitor.run_id))
+        if failure:
+            self._end_as_failed(monitor.run_id, failure, {"stop_reason": "lost"}, final)
+        else:
+            self._conclude(monitor, final, quiet_at)
+        monitor.final.set()
+        monitor.stop_outcome.settle()
+        self._keep_details(monitor)
+        self._let_go(monitor.run_id)
+
+    def _users_shown(self, run_id: str) -> int:
+        newest = self.store.newest_sample(run_id)
+        return (newest.users if newest else None) or 0
+
+    def _final_numbers(self, monitor: RunMonitor, quiet_at: float) -> Snapshot | None:
+        """The final numbers when they can be complete, within FINAL_READ_S; None, with a warning,
+        when they are not this run's any more.
+
+        Workers report every 3 s: only with the hooks' flush, or standalone, is a reading right
+        after the stop complete (Locust 2.47.0)."""
+        give_up_at = monotonic_s() + FINAL_READ_S
+        reading = self._read_at_end(monitor)
+        if monitor.calls_back:
+            monitor.was_reported.wait(self.REPORT_WAIT_S)
+        if monitor.reported is not None:
+            return monitor.reported
+        is_complete = reading is not None and ((reading.hooks and reading.flush) or not reading.distributed)
+        report_s = WORKER_REPORT_S + 0.6
+        wait_s = 0.0 if is_complete else quiet_at + report_s - time.time()
+        if monitor.was_reported.wait(min(max(0.0, wait_s), report_s)):
+            return monitor.reported
+        return self._read_final(monitor, reading, give_up_at)
+
+    def _read_at_end(self, monitor: RunMonitor) -> Reading | None:
+        cluster = monitor.cluster
+        try:
+            reading = cluster.read_state(5.0)
+            if reading.is_loaded and (not reading.hooks or reading.run_id == monitor.run_id):
+                self.stop_load(cluster, monitor.run_id)  # a callback said it stopped, and it did not
+            return reading
+        except LocustError as error:
+            log("cluster not read at the end", cluster=cluster.id, run=monitor.run_id, why=error.message)
+            return None
+
+    def _read_final(self, monitor: RunMonitor, reading: Reading | None, give_up_at: float) -> Snapshot | None:
+        """Locust's CSV report; None, with a warning, when it is not this run's any more."""
+        why = "Locust did not answer"
+        if (
+            reading is not None
+            and reading.hooks
+            and monitor.run_id not in (reading.run_id, reading.last_run_id, "")
+        ):
+            why = "another test has begun in Locust meanwhile"
+            give_up_at = -math.inf
+        for pause_s in (0.0, 0.5, 1.5):
+            timeout_s = min(5.0, give_up_at - monotonic_s() - pause_s)
+            if timeout_s < 0.1:
+                break
+            if monitor.was_reported.wait(pause_s):
+                return monitor.reported
+            try:
+                final = monitor.cluster.client.read_final(timeout_s)
+            except LocustError as error:
+                why = error.message
+                continue
+            if (final.requests or 0) >= self.last_requests(monitor.run_id):
+                return final
+            why = "Locust's statistics were reset"
+            break
+        words = f"the numbers are the last ones seen, not the final ones: {why}"
+        self.warn(monitor.run_id, "final_numbers_missing", words)
+        return None
+
+    def last_requests(self, run_id: str) -> int:
+        document = json.loads(self.store.wire(run_id)).get("lastMetrics") or {}
+        return document.get("totalRequests") or 0
+
+    def _conclude(self, monitor: RunMonitor, final: Snapshot | None, finished_at: float) -> None:
+        """Stopping becomes Finished, or Failed when Locust ended a test that never began."""
+        run = self.store.find(monitor.run_id)
+        if run is None or run.is_final:
+            return
+        began = monitor.users_seen or final is None or (final.requests or 0) > 0
+        if run.stop_reason == "locust" and not began and monitor.age_s < self.rules.start_timeout_s:
+            reason = "Locust ended the test without starting a user: is a host set? Its log tells"
+            self._end_as_failed(run.id, reason, {}, final)
+            return
+        self._note_users_never_reached(run, monitor)
+        finished_at = max(finished_at, run.started_at or 0)
+        judged = self._judge.judgement(self.store.get(run.id), monitor, final, finished_at, has_failed=False)
+        changes = {"finished_at": finished_at, **judged}
+        try:
+            self.store.transition(run.id, RunStatus.FINISHED, snapshot=final, **changes)
+        except Conflict:
+            return
+        log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
+
+    def _note_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
+        last, target = monitor.last, monitor.target
+        is_ours = target.users == load_target(run, time.time()).users  # changed by no one in Locust's page
+        if last and is_ours and monitor.wanted_for_s > 5 and last.users < target.users:
+            words = f"{last.users} of {target.users} users were running at the last reading"
+            self.warn(run.id, "users_not_reached", words)
+
+    def fail(
         self,
         run_id: str,
         reason: str,
         stop_reason: str | None = None,
         cleanup: bool = False,
+        certain_s: float = 0.0,
         snapshot: Snapshot | None = None,
     ) -> None:
-        """End a run as Failed; with `cleanup` its load is stopped as soon as that is possible."""
-        changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
-        found = self.store.find(run_id)
-        if found is not None and not found.is_final:
-            changes.update(self._judgement(found, snapshot, time.time(), has_failed=True))
-        try:
-            run = self.store.transition(
-                run_id,
-                RunStatus.FAILED,
-                snapshot=snapshot,
-                failure_reason=reason,
-                finished_at=time.time(),
-                cleanup=cleanup,
-                **changes,
-            )
-        except Conflict:
+        """End a run as Failed and give its cluster back.
+
+        cleanup: its load is stopped as soon as that is possible; certain_s: for how long a start
+        may still be on its way to Locust, so that load must be looked for."""
+        run = self.store.find(run_id)
+        if run is None or run.is_final:
             return
+        cluster = self.pool.find(run.cluster_id) if cleanup else None
+        changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
+        if cluster:
+            # First: who gets the cluster next must find the clean-up there.
+            self.pool.add_cleanup(run_id, cluster.id, certain_s)
+            changes["cleanup_on"] = cluster.id
+        is_ended = self._end_as_failed(run_id, reason, changes, snapshot)
+        monitor = self.monitors.get(run_id)
+        if monitor and monitor.failures:
+            kept = dump_json(failures_to_json(monitor.failures, ())).encode()
+            self.store.keep_artefact(run_id, FAILURES, kept)
+        self._let_go(run_id)
+        if cluster and is_ended:
+            self.clean_up_soon(cluster)
+        elif cluster:
+            self.pool.drop_cleanup(run_id)
+
+    def _end_as_failed(
+        self, run_id: str, reason: str, changes: dict[str, Any], snapshot: Snapshot | None
+    ) -> bool:
+        run = self.store.find(run_id)
+        if run is None or run.is_final:
+            return False
+        monitor, now = self.monitors.get(run_id), time.time()
+        judged = self._judge.judgement(run, monitor, snapshot, now, has_failed=True)
+        changes = {**changes, **judged, "failure_reason": reason, "finished_at": now}
+        try:
+            self.store.transition(run_id, RunStatus.FAILED, snapshot=snapshot, **changes)
+        except (Conflict, NotFound):
+            return False
         log("run failed", run=run_id, cluster=run.cluster_id, why=reason)
-        watch = self._monitors.get(run_id)
-        if watch and watch.failures:
-            self.store.keep_artefact(
-                run_id, FAILURES, dump_json(failures_to_json(watch.failures, ())).encode()
-            )
-        if cleanup and run.cluster_id in self.clusters:
-            self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
-        self._run_is_final(run_id)
+        return True
 
-    def _run_is_final(self, run_id: str) -> None:
-        """Let go of everything that was kept for an active run."""
-        with self._lock:
-            watch = self._monitors.pop(run_id, None)
-            for cluster in self.clusters.values():
-                if cluster.active_run_id == run_id:
-                    cluster.active_run_id = None
-                    cluster.idle_since = monotonic_s()
-        if watch:
-            watch.over.set()
-            watch.final.set()
-            for alarm in watch.alarms:
-                alarm.cancel()
-        self._dispatch_queue()
+    def _let_go(self, run_id: str) -> None:
+        """Let go of everything that was kept for an active run; its cluster is free."""
+        monitor = self.monitors.pop(run_id, None)
+        self.pool.release_all_of(run_id)
+        if monitor:
+            monitor.final.set()
+            monitor.stop_outcome.settle()
+            monitor.close()
+        self.on_free()
 
-    def _warn(self, run_id: str, code: str, message: str) -> None:
+    def warn(self, run_id: str, code: str, message: str) -> None:
         if self.store.add_warning(run_id, code, message, time.time()):
             log("warning", run=run_id, code=code, message=message)
 
-    def _forget_old(self) -> None:
-        """Remove what storage.retentionDays says, now and every hour."""
-        if self.config.storage.retention_days:
-            gone = self.store.delete_older(time.time() - self.config.storage.retention_days * 86400)
-            if gone:
-                log("old runs removed", runs=gone)
-            self.timer.after(3600, lambda: start_thread("retention", self._forget_old) and None)
+    # ---- details
 
-    # ---- load whose run is over --------------------------------------------
+    def _keep_details(self, monitor: RunMonitor) -> None:
+        """Keep what Locust knows beyond numbers, before its next test clears it."""
+        client, run_id = monitor.cluster.client, monitor.run_id
+        failures = self._detail(run_id, client.read_failures) or monitor.failures
+        exceptions = self._detail(run_id, client.read_exceptions) or ()
+        report = self._detail(run_id, client.read_report)
+        kept = dump_json(failures_to_json(failures, exceptions)).encode()
+        self.store.keep_artefact(run_id, FAILURES, kept)
+        if report:
+            self.store.keep_artefact(run_id, LOCUST_REPORT, report)
 
-    def _clean_up_later(self, cluster: Cluster, run_id: str, delay_s: float | None = None) -> None:
-        cluster.cleanup_for = run_id
-        delay_s = self.CLEANUP_EVERY_S if delay_s is None else delay_s
-        self.timer.after(
-            delay_s, lambda: start_thread("cleanup", functools.partial(self._try_clean_up, cluster)) and None
-        )
-
-    def _try_clean_up(self, cluster: Cluster) -> None:
-        with self._lock:
-            run_id = cluster.cleanup_for
-            if run_id is None or self._closing:
-                return
-            if cluster.active_run_id is not None:  # a create has it and cleans up itself
-                self._clean_up_later(cluster, run_id)
-                return
-            cluster.active_run_id = run_id
+    def _detail(self, run_id: str, read: Callable[[], Any]) -> Any:
+        """What `read` gives, or None: an end must not depend on it, whatever goes wrong is logged."""
         try:
-            self._clean_up(cluster)
+            return read()
+        except LocustError as error:
+            log("details not kept", run=run_id, why=error.message)
+        except Exception as error:  # noqa: BLE001 - see above
+            log_unforeseen("details", error, run=run_id)
+        return None
+
+    def failures(self, run: Run) -> dict[str, Any]:
+        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
+        kept = self.store.artefact(run.id, FAILURES)
+        if kept is not None:
+            return json.loads(kept)
+        monitor = self.monitors.get(run.id)
+        if monitor is None:
+            return failures_to_json((), ())
+        client = monitor.cluster.client
+        return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
+
+    # ---- load whose run is over
+
+    def clean_up_soon(self, cluster: Cluster, delay_s: float = 0.0) -> None:
+        work = functools.partial(self._clean_up_reserved, cluster)
+        self.timer.in_thread(delay_s, f"clean-up {cluster.id}", work)
+
+    def clean_up_late_start(self, run: Run) -> None:
+        """A test began whose run we had given up: a load without a run."""
+        cluster = self.pool.find(run.cluster_id)
+        if cluster is None:
+            return
+        self.pool.add_cleanup(run.id, cluster.id, 0.0)
+        self.store.keep_cleanup(run.id, cluster.id)
+        self.clean_up_soon(cluster)
+
+    def _clean_up_reserved(self, cluster: Cluster) -> None:
+        """Clean up when no run has the cluster; a start that has it cleans up first, too."""
+        if self.is_closing or not self.pool.cleanups_on(cluster):
+            return
+        if not self.pool.reserve_for_cleanup(cluster):
+            self.clean_up_soon(cluster, self.CLEANUP_EVERY_S)
+            return
+        cleaned_for = self.pool.cleanups_on(cluster)[0].run_id
+        next_s: float | None = self.CLEANUP_EVERY_S
+        try:
+            next_s = self.clean_up(cluster)
         except LocustError as error:
             if cluster.problem is None:
-                log("load of an ended run not stopped yet", cluster=cluster.id, run=run_id, why=error.message)
+                log("load of an ended run not stopped yet", cluster=cluster.id, why=error.message)
             cluster.problem = error.message
-            self._clean_up_later(cluster, run_id)
+        except Exception as error:  # noqa: BLE001 - the edge: it is tried again
+            log_unforeseen("clean-up", error, cluster=cluster.id)
         finally:
-            self._release(cluster, run_id)
+            self.pool.release(cluster, cleaned_for)
+        if next_s is not None:
+            self.clean_up_soon(cluster, next_s)
+        self.on_free()
 
-    def _clean_up(self, cluster: Cluster) -> None:
-        """Stop the load of a run that is over, unless somebody else's test runs there now."""
-        run_id = cluster.cleanup_for
-        reading = cluster.read_state(5.0)
-        somebody_elses = reading.hooks and reading.is_loaded and reading.run_id != run_id
-        if run_id and not somebody_elses:
-            self._stop_load(cluster, run_id)
-        cluster.cleanup_for = None
-        if run_id:
-            self.store.update(run_id, cleanup=False)
-            log("load of an ended run is stopped", cluster=cluster.id, run=run_id)
+    def clean_up(self, cluster: Cluster) -> float | None:
+        """Look at a reserved cluster once, and stop the load of runs that are over, unless another
+        test runs there now. Seconds until the next look; None when nothing is left to clean up."""
+        is_down = cluster.launched is not None and not cluster.launched.is_running  # its load ended with it
+        with cluster.operation:
+            for one in self.pool.cleanups_on(cluster):
+                if is_down:
+                    self._cleaned_up(one)
+                    continue
+                reading = cluster.read_state(5.0)
+                is_anothers = reading.hooks and reading.is_loaded and reading.run_id != one.run_id
+                if not is_anothers and (reading.is_loaded or not one.was_stopped):
+                    self.stop_load(cluster, one.run_id)
+                    one.was_stopped = True
+                if monotonic_s() >= one.certain_at:
+                    self._cleaned_up(one)
+        return self.CLEANUP_LOOK_S if self.pool.cleanups_on(cluster) else None
 
-    # ---- what Locust calls back --------------------------------------------
+    def _cleaned_up(self, one: CleanUp) -> None:
+        self.store.drop_cleanup(one.run_id)
+        self.pool.drop_cleanup(one.run_id)
+        log("load of an ended run is stopped", cluster=one.cluster_id, run=one.run_id)
+
+
+# ---- starting runs -----------------------------------------------------------
+
+
+def swarm_form(cluster: Cluster, run: Run, monitor: RunMonitor, rules: OrchestratorConfig) -> dict[str, Any]:
+    """The form of Locust's /swarm. All custom arguments go every time, as Locust keeps old ones."""
+    remaining = monitor.remaining_s()
+    ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
+    lease = str(rules.lease_s) if run.duration_s is None and rules.lease_s else ""
+    form: dict[str, Any] = {
+        "user_count": monitor.target.users,
+        "spawn_rate": monitor.target.spawn_rate or 1,
+        "run_id": run.id,
+        "tenant_id": run.tenant_id,
+        "env_id": run.env_id,
+        "lm_stop_after": ends_in,
+        "lm_lease": lease,
+        "lm_push": push_interval(run.thresholds),
+        "lm_tags": ",".join(run.plan.tags),
+        "lm_exclude_tags": ",".join(run.plan.exclude_tags),
+    }
+    form.update(
+        (name, str(value).lower() if isinstance(value, bool) else value)
+        for name, value in (run.plan.options or {}).items()
+    )
+    host = run.plan.host or (cluster.config.launcher.host if cluster.config.launcher else None)
+    if host:
+        form["host"] = host
+    if run.plan.user_classes:
+        form["user_classes"] = run.plan.user_classes
+    if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
+        form["run_time"] = ends_in
+    return form
+
+
+class ClusterScaling:
+    """Launched clusters are started, put to sleep and woken, and workers scaled, here."""
+
+    SLEEP_LOOK_S = 1.0
+
+    def __init__(self, pool: ClusterPool, timer: Timer):
+        self._pool = pool
+        self._timer = timer
+        self._control_plane_url = ""
+        self.is_closing = False
+
+    def launch_all(self, control_plane_url: str) -> None:
+        """Launch the clusters that are always there; the others start when a run needs them."""
+        self._control_plane_url = control_plane_url
+        for cluster in self._pool.clusters.values():
+            launcher = cluster.config.launcher
+            if cluster.launched and not (launcher and launcher.idle_s):
+                self.launch(cluster, None)
+        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def launch(self, cluster: Cluster, locustfile: str | None) -> None:
+        launched = cluster.launched
+        assert launched is not None
+        launched.start(self._control_plane_url, locustfile)
+        cluster.client.moved_to(launched.base_url)
+        cluster.problem = launched.problem
+        cluster.workers_wanted = launched.workers
+        cluster.patient_until = monotonic_s() + WORKERS_PATIENCE_S
+
+    def bring_up(self, cluster: Cluster, run: Run) -> None:
+        """Wake the cluster, with the scenario's locustfile, and ask for the workers that the run
+        needs; whether they came is seen when it is idle."""
+        launched, launcher = cluster.launched, cluster.config.launcher
+        if launched and not launched.problem:
+            wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
+            if launched.is_running and launched.locustfile != wanted_file:
+                if cluster.is_loaded():
+                    raise cluster.runs_another_test()
+                launched.stop()
+            if not launched.is_running:
+                self.launch(cluster, wanted_file)
+        workers = workers_for(run.target_users, launcher)
+        if workers is None or (launched and launched.problem):
+            return
+        if launched:
+            if workers > launched.workers:
+                cluster.scale(workers)
+        elif not cluster.is_loaded(min_workers=workers):
+            cluster.scale(workers)
+
+    def scale(self, cluster: Cluster, workers: int) -> None:
+        """Change the number of workers now; users of a running load are rebalanced as they come
+        and go. Conflict for a cluster whose workers are not ours, LocustError when it fails."""
+        launcher = cluster.config.launcher
+        if launcher is None:
+            raise Conflict(f"cluster {cluster.id} has no launcher: its workers are started elsewhere")
+        lowest = 1 if cluster.launched else 0
+        if not lowest <= workers <= launcher.max_workers:
+            why = f"must be a whole number from {lowest} to {launcher.max_workers} (maxWorkers)"
+            raise InvalidInput(f"workers: {why}", {"workers": why})
+        if cluster.is_asleep:
+            if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
+                raise LocustTimeout(f"cluster {cluster.id} is being started or stopped")
+            try:
+                self.launch(cluster, None)
+            finally:
+                cluster.operation.release()
+        cluster.idle_since = monotonic_s()
+        cluster.scale(workers)  # a command of the user's may take long: it must delay no stop
+
+    def _look_for_sleepers(self) -> None:
+        if self.is_closing:
+            return
+        for cluster in self._pool.clusters.values():
+            launcher = cluster.config.launcher
+            if not launcher or not launcher.idle_s or cluster.is_asleep:
+                continue
+            if self._pool.is_unused_for(cluster, launcher.idle_s):
+                self._timer.in_thread(0.0, "sleep", functools.partial(self._put_to_sleep, cluster))
+        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def _put_to_sleep(self, cluster: Cluster) -> None:
+        """Stop a launched cluster, or scale away the workers of another, unless it is in use."""
+        launcher = cluster.config.launcher
+        assert launcher is not None
+        if not cluster.operation.acquire(blocking=False):
+            return
+        try:
+            is_down = cluster.launched is None and cluster.workers_wanted == 0
+            if is_down or cluster.is_asleep or not self._pool.is_unused_for(cluster, launcher.idle_s or 0):
+                return
+            if cluster.is_loaded():
+                return
+            if cluster.launched:
+                cluster.launched.stop()
+                log("cluster sleeps", cluster=cluster.id)
+            else:
+                cluster.scale(0)
+        except LocustError as error:
+            cluster.idle_since = monotonic_s()  # not again at once
+            cluster.problem = error.message
+            log("cluster not put to sleep", cluster=cluster.id, why=error.message)
+        finally:
+            cluster.operation.release()
+
+
+class RunStarter:
+    """Starts a test on a reserved cluster: brings the cluster up, waits until it is idle, checks
+    the load profile, keeps the run, starts it and has it watched."""
+
+    def __init__(self, stopper: RunStopper, scaling: ClusterScaling):
+        self._stopper = stopper
+        self._store = stopper.store
+        self._pool = stopper.pool
+        self._rules = stopper.rules
+        self._scaling = scaling
+
+    def monitor_of(self, run: Run, cluster: Cluster, first: Callable[[], None] | None = None) -> RunMonitor:
+        """A monitor for a run, with its threads; NotReady when they cannot be had."""
+        monitor = RunMonitor(run, cluster, self._stopper)
+        self._stopper.monitors[run.id] = monitor
+        try:
+            monitor.start_threads(first)
+        except NotReady:
+            self.drop_monitor(run.id)
+            raise
+        return monitor
+
+    def drop_monitor(self, run_id: str) -> None:
+        """Forget the monitor of a run that was not started."""
+        monitor = self._stopper.monitors.pop(run_id, None)
+        if monitor:
+            monitor.close()
+
+    def start(
+        self, cluster: Cluster, run: Run, monitor: RunMonitor, idempotency: tuple[str, str] | None = None
+    ) -> Run:
+        """Start the run on its cluster, which is reserved for it, and keep it if it is not kept yet.
+        LocustError, ClusterBusy, InvalidInput or NotReady when that is not possible."""
+        if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
+            raise LocustTimeout(f"cluster {cluster.id} is still busy with an earlier stop")
+        try:
+            self._scaling.bring_up(cluster, run)
+            reading = self._wait_until_idle(cluster)
+            self._check_plan(cluster, run.plan, reading)
+            run = replace(run, cluster_id=cluster.id, queued=False, queue_position=None)
+            if self._store.find(run.id) is None:
+                run = self._store.add(run, idempotency)
+            elif not self._leaves_queue(run):
+                raise Conflict(f"run {run.id} was cancelled")
+            monitor.set_deadline(run.duration_s)
+            monitor.was_sent = True
+            cluster.client.swarm(swarm_form(cluster, run, monitor, self._rules))
+        finally:
+            cluster.operation.release()
+        self._note_what_was_found(cluster, run, reading)
+        return self.started(run.id)
+
+    def _leaves_queue(self, run: Run) -> bool:
+        """Keep where a waiting run starts; False when it was cancelled meanwhile."""
+        kept = self._store.update(run.id, cluster_id=run.cluster_id, queued=False, queue_position=None)
+        if kept is None or kept.is_final:
+            return False
+        self._store.wait_durable_or_log()
+        return True
+
+    def _note_what_was_found(self, cluster: Cluster, run: Run, reading: Reading) -> None:
+        if reading.locustfile_sha256:
+            self._store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
+        live = len(reading.live_workers)
+        if cluster.workers_wanted > live and reading.distributed:
+            words = f"{live} of {cluster.workers_wanted} workers came in time{cluster.count_workers()}"
+            self._stopper.warn(run.id, "workers_missing", words)
+        if not reading.hooks:
+            self._stopper.warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
+
+    def started(self, run_id: str) -> Run:
+        """Locust took the start: Pending becomes Running, once, whoever hears it first."""
+        try:
+            run = self._store.transition(run_id, RunStatus.RUNNING, started_at=time.time())
+        except Conflict:
+            return self._store.get(run_id)  # a callback was faster, or it is over already
+        monitor = self._stopper.monitors.get(run_id)
+        if monitor:
+            monitor.arm(run, run.duration_s)
+        log(
+            "run started",
+            run=run.id,
+            cluster=run.cluster_id,
+            users=run.target_users,
+            duration_s=run.duration_s,
+        )
+        return self._store.get(run_id)
+
+    def _check_plan(self, cluster: Cluster, plan: LoadProfile, reading: Reading) -> None:
+        """InvalidInput when the cluster's Locust cannot run what is planned."""
+        abilities = reading.abilities
+        is_special = plan.user_classes or plan.options or plan.tags or plan.exclude_tags
+        if abilities is None and not reading.hooks and is_special:
+            abilities = cluster.client.read_abilities()
+        refusal = plan_refusal(plan, abilities)
+        if refusal:
+            raise InvalidInput(f"{refusal[0]}: {refusal[1]}", {refusal[0]: refusal[1]})
+
+    def _wait_until_idle(self, cluster: Cluster) -> Reading:
+        """The reading of an idle cluster, waiting (bounded) for one that is starting or still
+        stopping. ClusterBusy when another test runs there, LocustError otherwise."""
+        if cluster.launched and cluster.launched.problem:
+            raise LocustUnreachable(f"cluster {cluster.id} is not launched: {cluster.launched.problem}")
+        give_up_at = max(monotonic_s() + IDLE_WAIT_S, cluster.patient_until)
+        self._clean_up_first(cluster, give_up_at)
+        while True:
+            state, reading, error = self._look_for_idle(cluster)
+            if state is Idleness.IDLE and reading:
+                cluster.patient_until = -math.inf
+                return reading
+            if error and cluster.launched and (why := cluster.launched.why_dead()):
+                raise LocustUnreachable(f"cluster {cluster.id} does not run: {why}")
+            is_patient = monotonic_s() < give_up_at
+            if error and not (is_patient and cluster.launched):
+                raise error
+            if state is Idleness.LOADED and not self._is_from_before_stop(cluster, reading):
+                raise cluster.runs_another_test()
+            if not is_patient or self._is_hopeless(cluster, state):
+                counted = cluster.count_workers() if state is Idleness.NO_WORKERS else ""
+                words = state.value if state else "does not answer"
+                raise LocustUnreachable(f"cluster {cluster.id} {words}{counted}")
+            time.sleep(0.1 if reading is None or not reading.cached else 0.5)
+
+    def _is_from_before_stop(self, cluster: Cluster, reading: Reading | None) -> bool:
+        """A cached state may still be that of the test we stopped there."""
+        is_cached = reading is not None and reading.cached
+        return is_cached and monotonic_s() - cluster.stopped_at < STATS_CACHE_S + 0.5
+
+    def _is_hopeless(self, cluster: Cluster, state: Idleness | None) -> bool:
+        """No worker is there, and none is on its way."""
+        if state is not Idleness.NO_WORKERS or cluster.launched or monotonic_s() < cluster.patient_until:
+            return False
+        just_stopped = monotonic_s() - cluster.stopped_at < IDLE_WAIT_S
+        return not (just_stopped and cluster.had_workers)
+
+    def _clean_up_first(self, cluster: Cluster, give_up_at: float) -> None:
+        """Stop the load of runs that have ended here, before another is started."""
+        while self._pool.cleanups_on(cluster):
+            next_s = self._stopper.clean_up(cluster)
+            if next_s is None:
+                return
+            if monotonic_s() + next_s > give_up_at:
+                left_s = max(one.certain_at for one in self._pool.cleanups_on(cluster)) - monotonic_s()
+                raise ClusterBusy(
+                    f"a start on cluster {cluster.id} was interrupted, and its load may still come; try again in {left_s:.0f} s",
+                    retry_after_s=math.ceil(max(1.0, left_s)),
+                )
+            time.sleep(next_s)
+
+    def _look_for_idle(self, cluster: Cluster) -> tuple[Idleness | None, Reading | None, LocustError | None]:
+        wanted = max(1, cluster.workers_wanted) if monotonic_s() < cluster.patient_until else 1
+        try:
+            reading = cluster.read_state()
+        except LocustError as error:
+            cluster.problem = error.message
+            return None, None, error
+        return idleness(reading, wanted), reading, None
+
+
+# ---- the orchestrator --------------------------------------------------------
+
+
+class Orchestrator:
+    """Creates, stops, adopts and registers runs. Public methods may be called from any thread and
+    may wait for Locust."""
+
+    QUEUE_RETRY_S = 3.0
+
+    def __init__(self, config: Config, store: Store, timer: Timer):
+        self.config = config
+        self.rules = config.orchestrator
+        self.store = store
+        self.timer = timer
+        self.pool = ClusterPool(config, store, timer)
+        self._judge = RunJudge(store)
+        self._stopper = RunStopper(config, store, timer, self.pool, self._judge)
+        self._scaling = ClusterScaling(self.pool, timer)
+        self._starter = RunStarter(self._stopper, self._scaling)
+        self._monitors = self._stopper.monitors
+        self._stopper.on_free = self._dispatch_queue
+        self.pool.users_of = self._users_of
+        self._queue_retry: ScheduledCall | None = None
+        self._is_closing = False
+        self._tenants = {tenant.id: tenant for tenant in config.tenants}
+        self._environments = {(item.tenant_id, item.id): item for item in config.environments}
+
+    @property
+    def clusters(self) -> dict[str, Cluster]:
+        return self.pool.clusters
+
+    def _users_of(self, run_id: str) -> int:
+        monitor = self._monitors.get(run_id)
+        return monitor.target.users if monitor else 0
+
+    # ---- start and end of the program
+
+    def launch_clusters(self, control_plane_url: str) -> None:
+        self._scaling.launch_all(control_plane_url)
+
+    def reconcile(self) -> None:
+        """Settle what an earlier process left: waits (bounded) for overdue stops only."""
+        for run_id, cluster_id in self.store.cleanups().items():
+            self.pool.add_cleanup(run_id, cluster_id, START_SETTLES_S)
+        overdue: list[RunMonitor] = []
+        for run in self.store.active_runs():
+            if run.queued:
+                self.pool.enqueue(run.id)
+                continue
+            monitor = self._take_over_or_later(run)
+            if monitor and run.deadline_at and run.deadline_at <= time.time():
+                overdue.append(monitor)
+        for cluster in self.clusters.values():
+            if self.pool.cleanups_on(cluster):
+                self._stopper.clean_up_soon(cluster)
+        give_up_at = monotonic_s() + 2
+        for monitor in overdue:
+            monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
+        self._forget_old()
+        self._dispatch_queue()
+
+    def _take_over_or_later(self, run: Run) -> RunMonitor | None:
+        try:
+            return self._take_over(run)
+        except NotReady as error:
+            log("run waits for a thread that watches it", run=run.id, why=error.message)
+            self.timer.after(1.0, functools.partial(self._take_over_or_later, run))
+            return None
+
+    def _take_over(self, run: Run) -> RunMonitor | None:
+        """A monitor for a run that an earlier process left; its watch thread settles what became of it."""
+        log("run found after a restart", run=run.id, status=run.status.value, cluster=run.cluster_id)
+        cluster = self.pool.find(run.cluster_id)
+        if cluster is None:
+            words = f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand"
+            self._stopper.fail(run.id, words)
+            return None
+        self.pool.reserve_again(run, cluster)
+        monitor = self._starter.monitor_of(run, cluster, functools.partial(self._reconcile, run))
+        monitor.adopted(run, self._stopper.last_requests(run.id))
+        return monitor
+
+    def _reconcile(self, run: Run) -> None:
+        monitor, run = self._monitors[run.id], self.store.get(run.id)
+        if monitor.cluster.launched:
+            words = (
+                "its cluster ended with the Load Manager that had launched it; the numbers are its last ones"
+            )
+            self._stopper.fail(run.id, words)
+        elif run.status is RunStatus.PENDING:
+            self._reconcile_pending(run, monitor)
+        elif run.status is RunStatus.STOPPING:
+            monitor.end_with(functools.partial(self._stopper.carry_out_stop, monitor))
+        elif run.deadline_at is not None and run.deadline_at <= time.time():
+            self._stopper.begin_stop(run.id, "duration")
+        else:
+            self._adopt(run, monitor)
+
+    def _adopt(self, run: Run, monitor: RunMonitor) -> None:
+        """Go on watching with what is left of its time: never more than its duration,
+        whatever the clock did meanwhile."""
+        remaining = None
+        if run.deadline_at is not None and run.duration_s is not None:
+            remaining = min(run.deadline_at - time.time(), float(run.duration_s))
+        monitor.arm(run, remaining)
+        if run.plan.stages:
+            monitor.post(monitor.begin_stage)  # a stage may have begun meanwhile
+        log("run adopted", run=run.id, cluster=run.cluster_id, remaining_s=remaining)
+
+    def _reconcile_pending(self, run: Run, monitor: RunMonitor) -> None:
+        """Its start was interrupted: adopted when Locust runs it already. Otherwise the start may
+        still be on its way, so that the cluster is looked at until it cannot be any more."""
+        why = "Load Manager ended before the start was confirmed"
+        try:
+            reading = monitor.cluster.read_state()
+            if reading.hooks and reading.run_id == run.id:
+                started_at = min(reading.test_started_at or time.time(), time.time())
+                run = self.store.transition(run.id, RunStatus.RUNNING, started_at=started_at)
+                self._adopt(run, monitor)
+                return
+        except LocustError as error:
+            why += f", and {error.message}"
+        self._stopper.fail(run.id, why, cleanup=True, certain_s=START_SETTLES_S)
+
+    def shutdown(self) -> None:
+        """Refuse new runs, end what must end with us, within about 4 s."""
+        self._is_closing = self._stopper.is_closing = self._scaling.is_closing = True
+        active = (RunStatus.RUNNING, RunStatus.STOPPING)
+        ending = [run for run in self.store.active_runs() if run.status in active and self._ends_with_us(run)]
+        for run in ending:
+            self._stopper.begin_stop(run.id, "shutdown")
+        give_up_at = monotonic_s() + 3.2
+        for run in ending:
+            monitor = self._monitors.get(run.id)
+            is_final = monitor is None or monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
+            if not is_final and self.clusters[run.cluster_id].launched:
+                words = "Load Manager was stopped, and its launched cluster with it"
+                self._stopper.fail(run.id, words, stop_reason="shutdown")
+        for cluster in self.clusters.values():
+            if cluster.launched:
+                cluster.launched.stop(2.0)
+
+    def _ends_with_us(self, run: Run) -> bool:
+        cluster = self.pool.find(run.cluster_id)
+        return cluster is not None and (self.rules.on_shutdown == "stop" or cluster.launched is not None)
+
+    def _forget_old(self) -> None:
+        """Remove what storage.retentionDays says, now and every hour."""
+        if not self.config.storage.retention_days:
+            return
+        gone = self.store.delete_older(time.time() - self.config.storage.retention_days * 86400)
+        if gone:
+            log("old runs removed", runs=gone)
+        self.timer.in_thread(3600, "retention", self._forget_old)
+
+    # ---- creating
+
+    def create(
+        self,
+        request: RunRequest,
+        created_by: str,
+        source: str = "api",
+        idempotency: tuple[str, str] | None = None,
+    ) -> Run:
+        """Start a run on the first free cluster of its tenant and environment, or queue it. Waits
+        (bounded) for a cluster whose run is just ending.
+
+        Raises InvalidInput (no cluster serves them), ClusterBusy, NotReady, and LocustError with
+        `runId` of the run that is kept as Failed."""
+        if self._is_closing:
+            raise NotReady("Load Manager is shutting down", retry_after_s=5)
+        candidates = self._candidates(request)
+        run = _new_run(request, created_by, source)
+        refusal: LoadManagerError | None = None
+        left, wait_s = list(candidates), 0.0 if request.queue else IDLE_WAIT_S
+        while cluster := self.pool.reserve(run, left, wait_s):
+            left.remove(cluster)
+            wait_s = 0.0
+            try:
+                return self._start_reserved(cluster, run, idempotency)
+            except ClusterBusy as error:
+                refusal = refusal or error
+            except LocustError as error:
+                if self.store.find(run.id) is not None or not left:
+                    raise self._kept_as_failed(cluster, run, error, idempotency) from None
+                refusal = error  # nothing was sent: another cluster may take it
+        if request.queue:
+            return self._enqueue(run, idempotency)
+        if isinstance(refusal, LocustError):
+            raise self._kept_as_failed(candidates[0], run, refusal, idempotency)
+        raise refusal or self.pool.limit_reached(run) or self.pool.busy(candidates)
+
+    def _candidates(self, request: RunRequest) -> list[Cluster]:
+        """The clusters that may take the run; InvalidInput or Forbidden when none may."""
+        candidates = self.pool.serving(request.tenant_id, request.env_id)
+        self.refuse_unsafe(request)
+        if not request.plan.locustfile:
+            return candidates
+        launched = [cluster for cluster in candidates if cluster.launched]
+        if not launched:
+            why = "its scenario names a locustfile, which only a launched cluster can be started with; this tenant and environment has none"
+            raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
+        return launched
+
+    def _start_reserved(self, cluster: Cluster, run: Run, idempotency: tuple[str, str] | None = None) -> Run:
+        """Start a run on the cluster that is reserved for it. Whatever is raised, the cluster is
+        given back, unless the run was kept and the start sent: then who catches it fails the run."""
+        try:
+            monitor = self._starter.monitor_of(run, cluster)
+            return self._starter.start(cluster, run, monitor, idempotency)
+        except LoadManagerError:
+            if self.store.find(run.id) is None or not self._was_sent(run.id):
+                self._give_back(cluster, run.id)
+            raise
+        except Exception as error:
+            if self.store.find(run.id) is None:
+                self._give_back(cluster, run.id)
+            else:
+                self._stopper.fail_unforeseen(run.id, error)
+            raise
+
+    def _give_back(self, cluster: Cluster, run_id: str) -> None:
+        self._starter.drop_monitor(run_id)
+        self.pool.release(cluster, run_id)
+        self._dispatch_queue()
+
+    def _was_sent(self, run_id: str) -> bool:
+        monitor = self._monitors.get(run_id)
+        return monitor is not None and monitor.was_sent
+
+    def _kept_as_failed(
+        self, cluster: Cluster, run: Run, error: LocustError, idempotency: tuple[str, str] | None
+    ) -> LocustError:
+        """Keep the run that could not be started, with the reason, and name it in the error."""
+        if self.store.find(run.id) is None:
+            self.store.add(replace(run, cluster_id=cluster.id), idempotency)
+        self._fail_start(run.id, error)
+        error.extra["runId"] = run.id
+        return error
+
+    def _fail_start(self, run_id: str, error: LocustError) -> None:
+        """The start of a kept run failed; where Locust may have taken it, its load is looked for as
+        long as the start may be on its way: a late test-start would be a load without a run."""
+        may_be_taken = error.maybe_taken and self._was_sent(run_id)
+        is_answered = isinstance(error, LocustBadAnswer)
+        certain_s = STATS_CACHE_S + 0.5 if is_answered else START_SETTLES_S
+        self._stopper.fail(run_id, error.message, cleanup=may_be_taken, certain_s=certain_s)
+
+    def rerun(self, run_id: str, changes: dict[str, Any], created_by: str) -> Run:
+        """Start again what a run was asked for."""
+        old = self.store.get(run_id)
+        request = RunRequest(
+            old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s,
+            old.metadata, thresholds=tuple(undecided(threshold) for threshold in old.thresholds),
+            compare_with=old.compare_with, plan=old.plan,
+        )  # fmt: skip
+        return self.create(replace(request, **changes), created_by)
+
+    def refuse_unsafe(self, request: RunRequest) -> None:
+        """Forbidden for a load that its tenant or environment may not have; InvalidInput where
+        only the confirmation is missing."""
+        tenant = self._tenants.get(request.tenant_id)
+        place = (request.tenant_id, request.env_id)
+        serving = [
+            cluster.config for cluster in self.clusters.values()
+            if (cluster.config.tenant_id, cluster.config.env_id) == place
+        ]  # fmt: skip
+        own_hosts = [config.launcher.host if config.launcher else None for config in serving]
+        problems = load_refusals(request, tenant, self._environments.get(place), own_hosts)
+        if problems:
+            kind = InvalidInput if set(problems) == {"confirm"} else Forbidden
+            raise kind("; ".join(f"{name}: {why}" for name, why in problems.items()), problems)
+
+    # ---- the queue
+
+    def _enqueue(self, run: Run, idempotency: tuple[str, str] | None) -> Run:
+        run = self.store.add(replace(run, queued=True), idempotency)
+        self.pool.enqueue(run.id)
+        self._dispatch_queue()
+        return self.store.get(run.id)
+
+    def _dispatch_queue(self) -> None:
+        """Start waiting runs on the clusters that are free; again in a while when some still wait."""
+        if self._is_closing:
+            return
+        for run, cluster in self.pool.next_starts():
+            try:
+                self._starter.monitor_of(run, cluster, functools.partial(self._start_queued, run, cluster))
+            except NotReady as error:
+                log("queued run still waits", run=run.id, why=error.message)
+                self.pool.release(cluster, run.id)
+        if self._queue_retry is None and not self.pool.is_queue_empty():
+            self._queue_retry = self.timer.in_thread(self.QUEUE_RETRY_S, "queue", self._retry_queue)
+
+    def _retry_queue(self) -> None:
+        self._queue_retry = None
+        self._dispatch_queue()
+
+    def _start_queued(self, run: Run, cluster: Cluster) -> None:
+        """Start the queue's first, in its watch thread; one whose cluster is not ready still waits."""
+        try:
+            self._starter.start(cluster, run, self._monitors[run.id])
+        except InvalidInput as error:
+            self._stopper.fail(run.id, error.message)  # waiting does not make it possible
+        except LoadManagerError as error:
+            if isinstance(error, LocustError) and self._was_sent(run.id):
+                self._fail_start(run.id, error)
+                return
+            log("queued run still waits", run=run.id, why=error.message)
+            # No dispatch: the same cluster would be tried again at once, without end.
+            self._starter.drop_monitor(run.id)
+            self.pool.release(cluster, run.id)
+
+    # ---- a run that is going on
+
+    def change_users(self, run_id: str, users: int, spawn_rate: float | None, by: str) -> Run:
+        """Give a running load another number of users; returns when Locust took it. Conflict
+        when the run is not Running, LocustError when Locust does not."""
+        run = self.store.get(run_id)
+        monitor = self._monitors.get(run_id)
+        if run.status is not RunStatus.RUNNING or monitor is None:
+            words = f"run {run_id} is {run.status.value}; only the users of a Running one can be changed"
+            raise Conflict(words, status=run.status.value)
+        if len(run.load_changes) >= MAX_LOAD_CHANGES:
+            raise Conflict(
+                f"the users of run {run_id} were changed {MAX_LOAD_CHANGES} times, the most there may be"
+            )
+        why = self.pool.over_users(run, users)
+        if why:
+            raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
+        change = monitor.change_users(users, spawn_rate, by)
+        if change is None:
+            raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
+        self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
+        self.store.wait_durable_or_log()
+        log("users changed", run=run_id, users=users, by=by)
+        return self.store.get(run_id)
+
+    # ---- stopping
+
+    def stop(self, run_id: str, reason: str, wait_s: float = STOP_ANSWER_S) -> None:
+        """Stop a run; returns when it is final, or Locust confirmed and its final numbers are not
+        read in time. Conflict when it is not running, LocustError when Locust did not do it yet: it
+        is tried until it does."""
+        run = self.store.get(run_id)
+        if self.pool.leave_queue(run.id):
+            self._stopper.fail(run_id, "cancelled while it waited in the queue", stop_reason=reason)
+            return
+        monitor = self._stopper.begin_stop(run_id, reason)
+        if monitor is None:
+            raise self._not_stoppable(self.store.get(run_id))
+        outcome = monitor.stop_outcome
+        if not outcome.settled.wait(wait_s) and not outcome.is_confirmed:
+            words = f"Locust did not confirm the stop within {wait_s:g} s; it is tried until it does"
+            raise LocustTimeout(words)
+        if outcome.error:
+            words = f"{outcome.error.message}; the stop is tried again until it succeeds"
+            raise type(outcome.error)(words)
+
+    def stop_all(self, sees: Callable[[Run], bool]) -> dict[str, str | None]:
+        """Stop every run that `sees` takes, all clusters at once. By run: None once it is final or
+        Locust confirmed, else why not yet; what could not be stopped is tried until it is."""
+        wanted = [run for run in self.store.active_runs() if sees(run)]
+        outcomes: dict[str, str | None] = {
+            run.id: f"did not stop within {STOP_ANSWER_S:g} s; it is tried until it does" for run in wanted
+        }
+        for run in wanted:  # first, as they would take what gets free
+            if self.pool.leave_queue(run.id):
+                self._stopper.fail(run.id, "cancelled while it waited in the queue", stop_reason="user")
+        left, give_up_at = [run.id for run in wanted], monotonic_s() + STOP_ANSWER_S
+        while left and monotonic_s() < give_up_at:
+            for run_id in left:
+                self._stopper.begin_stop(run_id, "user")  # again: one that was Pending may be Running now
+            time.sleep(0.05)
+            for run_id in list(left):
+                is_settled, why = self._stop_result(run_id)
+                if is_settled:
+                    outcomes[run_id] = why
+                    left.remove(run_id)
+        return outcomes
+
+    def _stop_result(self, run_id: str) -> tuple[bool, str | None]:
+        """Whether the stop of a run came to something, and why it failed."""
+        monitor, run = self._monitors.get(run_id), self.store.find(run_id)
+        if run is None or run.is_final:
+            return True, None
+        if monitor is None or not monitor.stop_outcome.settled.is_set():
+            return False, None
+        error = monitor.stop_outcome.error
+        return True, error.message if error else None
+
+    def _not_stoppable(self, run: Run) -> Conflict:
+        words = {
+            RunStatus.PENDING: "is still starting; try again in a moment",
+            RunStatus.STOPPING: "is already being stopped; the stop is tried until it succeeds",
+            RunStatus.RUNNING: "is being taken over after a restart; try again in a moment",
+        }.get(run.status, f"is {run.status.value}; only a Running run can be stopped")
+        return Conflict(f"run {run.id} {words}", status=run.status.value)
+
+    # ---- what Locust calls back
 
     def locust_started(self, run_id: str) -> None:
         """The hooks of a run's cluster saw its test start."""
         run = self.store.get(run_id)
-        watch = self._monitors.get(run_id)
         if run.status is RunStatus.PENDING and run.cluster_id and not run.queued:
-            self._started(run_id)
-            watch = self._monitors.get(run_id)
-        if watch:
-            watch.start_seen = True
-            watch.cluster.last_seen_at = monotonic_s()
-        elif (
-            run.status is RunStatus.FAILED
-            and run.cluster_id in self.clusters
-            and time.time() - (run.finished_at or 0) < 120
-        ):
-            # The start came after we had given the run up: a load without a run.
-            self.store.update(run_id, cleanup=True)
-            self._clean_up_later(self.clusters[run.cluster_id], run_id, 0.0)
+            run = self._starter.started(run_id)
+        monitor = self._monitors.get(run_id)
+        if monitor:
+            monitor.note_test_start()
+        elif run.status is RunStatus.FAILED and time.time() - (run.finished_at or 0) < 120:
+            self._stopper.clean_up_late_start(run)
 
     def locust_measured(self, run_id: str, snapshot: Snapshot) -> None:
         """A push of numbers from the hooks."""
         if not self.store.add_snapshot(run_id, snapshot, "push"):
             return
-        watch = self._monitors.get(run_id)
-        if watch:
-            watch.start_seen = True
-            watch.users_seen = watch.users_seen or bool(snapshot.users or snapshot.requests)
-            watch.cluster.last_seen_at = monotonic_s()
-            watch.last_requests = snapshot.requests or watch.last_requests
-            self._judge(watch, snapshot)
+        monitor = self._monitors.get(run_id)
+        if monitor:
+            monitor.note_push(snapshot)
 
     def locust_stopped(self, run_id: str, snapshot: Snapshot | None, complete: bool) -> None:
-        """The hooks saw the test end. With `complete` numbers (ours flush the workers) the run
-        is final at once; others are kept until Locust's own report confirms or completes them."""
+        """The hooks saw the test end. `complete` numbers (ours flush the workers) are the final
+        ones; others are kept until Locust's own report confirms or completes them."""
         run = self.store.get(run_id)
         if run.status is RunStatus.PENDING and run.cluster_id and not run.queued:
-            self._started(run_id)
-        watch = self._monitors.get(run_id)
-        if watch is None or self.store.get(run_id).is_final:
+            self._starter.started(run_id)
+        monitor = self._monitors.get(run_id)
+        if monitor is None or self.store.get(run_id).is_final:
             return
-        watch.cluster.last_seen_at = monotonic_s()
+        monitor.cluster.seen()
         if snapshot is not None:
             self.store.add_snapshot(run_id, snapshot, "push", is_last=True)
-        if not (complete and snapshot is not None):
-            self._claim_end(watch, self._finish)
-        elif not self._claim_end(watch, functools.partial(self._finish_with, snapshot)):
-            # Our own stop is going on: these are its final numbers.
-            start_thread("finish", functools.partial(self._finish_with, snapshot, watch, time.time()))
-
-    def _finish_with(self, final: Snapshot, watch: RunMonitor, quiet_at: float) -> None:
-        self._keep_details(watch)
-        self._conclude(watch, final, quiet_at)
+            if complete:
+                monitor.note_complete_end(snapshot)
+        self._stopper.claim_end(monitor, "locust")  # or our own stop is going on
 
     def register_external(
         self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]
@@ -8175,47 +8645,43 @@ class Orchestrator:
         """The id of the run for a test started in Locust's own page, and whether it is new.
         Conflict when the cluster is just being started or stopped, Forbidden when the caller's
         token `reaches` none of the clusters that it may be on."""
-        candidates = [
-            cluster for cluster in self._serving(request.tenant_id, request.env_id) if reaches(cluster.id)
-        ]
-        if not candidates:
-            why = "the callback token is not that of a cluster of this tenant and environment"
-            raise Forbidden(why, {"tenantId": why})
-        if cluster_id:
-            candidates = [cluster for cluster in candidates if cluster.id == cluster_id]
-            if not candidates:
-                raise InvalidInput(
-                    "clusterId: is not a cluster of this tenant and environment",
-                    {"clusterId": "is not a cluster of this tenant and environment"},
-                )
-        if self._closing:
+        candidates = self._reached(request, cluster_id, reaches)
+        if self._is_closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
         run = replace(_new_run(request, "locust", "ui"), status=RunStatus.RUNNING, started_at=time.time())
-        cluster = self._claim_for_external(candidates, run)
-        if cluster.active_run_id != run.id:
-            return self._active_there(cluster), False
+        if len(candidates) > 1:
+            candidates = sorted(candidates, key=self._runs_unreserved_test, reverse=True)
+        cluster = self.pool.reserve_as_is(run, candidates)
+        if cluster is None:
+            return self._active_there(candidates[0]), False
         try:
+            monitor = self._starter.monitor_of(run, cluster)
             run = self.store.add(replace(run, cluster_id=cluster.id))
         except NotReady:
-            self._release(cluster, run.id)
+            self._give_back(cluster, run.id)
             raise
-        self._arm(run, cluster, None).start_seen = True
+        monitor.was_sent = monitor.start_seen = True
+        monitor.arm(run, None)
         log("run registered from Locust's page", run=run.id, cluster=cluster.id)
         return run.id, True
 
-    def _claim_for_external(self, candidates: list[Cluster], run: Run) -> Cluster:
-        """The cluster the test runs on: claimed for `run` when no run has it."""
-        if len(candidates) > 1:
-            candidates = sorted(candidates, key=self._runs_unclaimed_test, reverse=True)
-        with self._lock:
-            for cluster in candidates:
-                if cluster.active_run_id is None:
-                    cluster.active_run_id = run.id
-                    return cluster
-            return candidates[0]
+    def _reached(
+        self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]
+    ) -> list[Cluster]:
+        """The clusters that a test of Locust's page may be on."""
+        serving = self.pool.serving(request.tenant_id, request.env_id)
+        candidates = [cluster for cluster in serving if reaches(cluster.id)]
+        if not candidates:
+            why = "the callback token is not that of a cluster of this tenant and environment"
+            raise Forbidden(why, {"tenantId": why})
+        named = [cluster for cluster in candidates if cluster_id in (None, "", cluster.id)]
+        if not named:
+            why = "is not a cluster of this tenant and environment"
+            raise InvalidInput(f"clusterId: {why}", {"clusterId": why})
+        return named
 
-    def _runs_unclaimed_test(self, cluster: Cluster) -> bool:
-        if cluster.active_run_id is not None:
+    def _runs_unreserved_test(self, cluster: Cluster) -> bool:
+        if self.pool.active_run_id(cluster) is not None:
             return False
         try:
             return cluster.read_state(2.0).is_loaded
@@ -8223,14 +8689,39 @@ class Orchestrator:
             return False
 
     def _active_there(self, cluster: Cluster) -> str:
-        run = self.store.find(cluster.active_run_id or "")
+        run = self.store.find(self.pool.active_run_id(cluster) or "")
         if run is None or run.status not in (RunStatus.PENDING, RunStatus.RUNNING):
-            raise Conflict(
-                f"cluster {cluster.id} is just being started or stopped; register again in a moment"
-            )
+            words = f"cluster {cluster.id} is just being started or stopped; register again in a moment"
+            raise Conflict(words)
         return run.id
 
-    # ---- what is there -----------------------------------------------------
+    # ---- what is there
+
+    def failures(self, run: Run) -> dict[str, Any]:
+        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
+        return self._stopper.failures(run)
+
+    def compare(
+        self,
+        baseline: dict[str, Any],
+        candidate: dict[str, Any],
+        tolerances: dict[str, Tolerance] | None = None,
+    ) -> dict[str, Any]:
+        """Two runs as JSON, compared, with the noise of both where their histograms were kept."""
+        return self._judge.compare(baseline, candidate, tolerances)
+
+    def scale_cluster(self, cluster: Cluster, workers: int) -> None:
+        """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
+        self._scaling.scale(cluster, workers)
+        monitor = self._monitors.get(self.pool.active_run_id(cluster) or "")
+        if monitor:
+            monitor.workers_scaled(workers)
+
+    def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
+        """The last lines of the processes of a cluster: a launched one's files, else what Locust itself tells."""
+        if cluster.launched:
+            return cluster.launched.read_logs(lines)
+        return cluster.client.read_logs(lines)
 
     def list_clusters(self, seen_by: Callable[[Cluster], bool]) -> list[dict[str, Any]]:
         """The clusters as JSON-able dicts; all are asked at once, for 2 s at most."""
@@ -8251,16 +8742,18 @@ class Orchestrator:
         for thread in threads:
             thread.join(max(0.0, give_up_at - monotonic_s()))
         return [
-            {
-                **_cluster_to_json(cluster, answers.get(cluster.id, "did not answer within 2 s")),
-                "protected": self._is_protected(cluster),
-            }
+            self._cluster_to_json(cluster, answers.get(cluster.id, "did not answer within 2 s"))
             for cluster in wanted
         ]
 
-    def _is_protected(self, cluster: Cluster) -> bool:
-        environment = self._environments.get((cluster.config.tenant_id, cluster.config.env_id))
-        return environment is not None and environment.protected
+    def _cluster_to_json(self, cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
+        place = (cluster.config.tenant_id, cluster.config.env_id)
+        environment = self._environments.get(place)
+        return {
+            **_cluster_to_json(cluster, answer),
+            "activeRunId": self.pool.active_run_id(cluster),
+            "protected": environment is not None and environment.protected,
+        }
 
 
 def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
@@ -8314,7 +8807,6 @@ def _cluster_to_json(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
         else [],
         "hooks": reading.hooks if reading else None,
         "locustVersion": reading.version or None if reading else None,
-        "activeRunId": cluster.active_run_id,
         "problem": problem,
     }
 

@@ -267,7 +267,7 @@ def test_the_readme_s_templates_call_exactly_what_they_say(tmp_path, monkeypatch
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = loadmanager.load_config(str(tmp_path / "config.json")).clusters[0]
-    cluster_ = loadmanager.Cluster(read, None, None)
+    cluster_ = loadmanager.Cluster(read, None, None, loadmanager.Timer())
     cluster_.scale(7)
     assert json.loads((tmp_path / "seen").read_text()) == [
         word.replace("{workers}", "7") for word in launcher["scale"][1:]
