@@ -1304,17 +1304,38 @@ def _declared(section: type) -> list[dict[str, Any]]:
 
 def load_config(path: str, environ: dict[str, str] | None = None) -> Config:
     """Read, check and return the configuration in file `path`; ConfigError lists every problem."""
+    config, problems = read_config(path, environ)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read_config(path: str, environ: dict[str, str] | None = None) -> tuple[Config, list[str]]:
+    """The configuration in file `path`, with defaults for what is wrong in it, and its problems;
+    ConfigError when nothing of the file can be read."""
     environ = dict(os.environ) if environ is None else environ
     document = _read_config_file(path)
     if not isinstance(document, dict):
-        raise ConfigError([f"{path}: allowed is a mapping of sections such as server: and locustClusters:"])
+        raise ConfigError([f"{path}: must be a mapping of sections such as server: and locustClusters:"])
     reader = _ConfigReader(os.path.dirname(os.path.abspath(path)), environ)
-    config = reader.section(Config, document, "")
-    if not reader.problems:
-        reader.problems += list(_whole_config_problems(config))
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return replace(config, folder=reader.folder)
+    config = replace(reader.section(Config, document, ""), folder=reader.folder)
+    add_problems(reader.problems, _whole_config_problems(config))
+    return config, reader.problems
+
+
+def add_problems(problems: list[str], more: Iterable[str]) -> None:
+    """Add problems, but for those of keys that have one already, or of what holds such a key:
+    the default that stands for a bad value would have them say what is not so."""
+    known = {problem.partition(": ")[0] for problem in problems}
+    for problem in list(more):
+        path = problem.partition(": ")[0]
+        if not any(is_part_of(path, one) or is_part_of(one, path) for one in known):
+            problems.append(problem)
+
+
+def is_part_of(path: str, whole: str) -> bool:
+    """Whether a key's path is `whole` or within it."""
+    return path == whole or path.startswith((f"{whole}.", f"{whole}["))
 
 
 def _read_config_file(path: str) -> Any:
@@ -1565,10 +1586,10 @@ def _token_problems(config: Config) -> Iterator[str]:
             yield f"{where}.name: {item.name} is taken; allowed is a unique name other than {', '.join(RESERVED_NAMES)}"
         if bool(item.token) == bool(item.token_sha256):
             yield f"{where}: allowed is one of tokenSha256, token and tokenFile"
-        if not item.tenants and item.role != "admin":
+        if not item.tenants and item.role and item.role != "admin":
             yield f'{where}.tenants: is missing; allowed is a list of tenants, or ["*"] for all'
         digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
-        if digest in digests:
+        if digest in digests and (item.token or item.token_sha256):
             yield f"{where}: another token is the same; each needs one of its own"
         names.append(item.name)
         digests.append(digest)
@@ -3531,7 +3552,7 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
         except (ValueError, TypeError, OverflowError, RecursionError):
             problems[name] = f"allowed is {entry.check.allowed}, got {_shown(value)}"
     if problems:
-        raise InvalidInput("; ".join(f"{name}: {why}" for name, why in problems.items())[:2000], problems)
+        raise InvalidInput(_joined(problems), problems)
     return values
 
 
@@ -3542,7 +3563,14 @@ def plan_of(values: dict[str, Any]) -> LoadProfile:
 
 def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
     """What a create asks for, with what its scenario gives; InvalidInput with every bad key."""
-    given = check_body(body, CREATE_KEYS)
+    try:
+        given = check_body(body, CREATE_KEYS)
+    except InvalidInput as error:
+        wrong = error.extra.get("fields", {})
+        if wrong and not scenarios and not body.get("stages"):
+            wrong.update((name, why) for name, why in _missing_load(body).items() if name not in wrong)
+            raise InvalidInput(_joined(wrong), wrong) from None
+        raise
     if "stages" in given and any(entry.to in given for entry in LOAD_KEYS.values()):
         raise InvalidInput(
             "stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either",
@@ -3556,14 +3584,23 @@ def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
             spawn_rate=stages[0].spawn_rate,
             duration_s=sum(stage.duration_s for stage in stages),
         )
-    missing = {
+    missing = _missing_load({name: values.get(entry.to) for name, entry in LOAD_KEYS.items()})
+    if missing:
+        raise InvalidInput(_joined(missing), missing)
+    return RunRequest(plan=plan_of(values), **values)
+
+
+def _missing_load(given: dict[str, Any]) -> dict[str, str]:
+    """What a create without stages must say of its load, and does not."""
+    return {
         name: f"is missing; allowed is {entry.check.allowed}"
         for name, entry in LOAD_KEYS.items()
-        if entry.to not in values and name != "durationSeconds"
+        if given.get(name) is None and name != "durationSeconds"
     }
-    if missing:
-        raise InvalidInput("; ".join(f"{name}: {why}" for name, why in missing.items()), missing)
-    return RunRequest(plan=plan_of(values), **values)
+
+
+def _joined(problems: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in problems.items())[:2000]
 
 
 def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
@@ -9129,50 +9166,85 @@ CHANGE_KEYS = {name: BodyKey(entry.to, entry.check) for name, entry in SCHEDULE_
 def read_schedule(
     body: Any, scenarios: tuple[ScenarioConfig, ...], before: Schedule | None = None
 ) -> Schedule:
-    """The schedule a body asks for, or one changed by it; InvalidInput names what is wrong."""
-    values = check_body(body, SCHEDULE_KEYS if before is None else CHANGE_KEYS)
-    if "test" in values:
+    """The schedule a body asks for, or one changed by it; InvalidInput with every bad key."""
+    problems: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    try:
+        values = check_body(body, SCHEDULE_KEYS if before is None else CHANGE_KEYS)
+    except InvalidInput as error:
+        problems = error.extra.get("fields", {})
+        if not problems:
+            raise
+    if isinstance(body.get("test"), dict):
         try:
-            request = read_create(values["test"], scenarios)
+            request = read_create(body["test"], scenarios)
+            values.update(tenant_id=request.tenant_id, env_id=request.env_id)
         except InvalidInput as error:
-            wrong = {f"test.{name}": why for name, why in error.extra.get("fields", {}).items()} or {
-                "test": error.message
-            }
-            raise InvalidInput(f"test: {error.message}", wrong) from None
-        values.update(tenant_id=request.tenant_id, env_id=request.env_id)
-    if before is None:
-        both = ("cron" in values) + ("run_at" in values)
-    else:
-        for name, other in (("cron", "run_at"), ("run_at", "cron")):
-            if name in values and other not in values:
-                values[other] = None
-        both = 2 if values.get("cron") and values.get("run_at") else 1
-    if both != 1:
-        raise InvalidInput(
-            "cron: allowed is either cron or runAt", {"cron": "allowed is either cron or runAt"}
-        )
+            wrong = error.extra.get("fields") or {"": error.message}
+            problems.update((f"test.{name}".rstrip("."), why) for name, why in wrong.items())
+    both = [name for name in ("cron", "runAt") if body.get(name) is not None]
+    if len(both) == 2 or (before is None and not both):
+        problems.setdefault("cron", "allowed is either cron or runAt")
+    if problems:
+        raise InvalidInput(_joined(problems), problems)
     if before is not None:
+        if both:
+            values = {"cron": None, "run_at": None, **values}
         return replace(before, **values)
     import uuid
 
     return Schedule(id=str(uuid.uuid4()), created_at=time.time(), created_by="", **values)
 
 
-def schedule_problems(config: Config) -> Iterator[str]:
-    """What is wrong in the configuration's schedules."""
+def schedule_problems(config: Config, problems: Iterable[str] = ()) -> Iterator[str]:
+    """What is wrong in the configuration's schedules; problems: what is known to be wrong
+    elsewhere, of which a schedule is not to blame."""
     seen: set[str] = set()
+    wrong = {problem.partition(": ")[0] for problem in problems}
     for index, item in enumerate(config.schedules):
         where = f"schedules[{index}]"
         if item.id in seen:
             yield f"{where}.id: {item.id!r} stands twice; allowed is a unique id"
         seen.add(item.id)
+        is_scenario_wrong = any(
+            isinstance(item.test, dict)
+            and scenario.id == item.test.get("scenarioId")
+            and is_part_of(path, f"scenarios[{number}]")
+            for number, scenario in enumerate(config.scenarios)
+            for path in wrong
+        )
         try:
-            _configured_schedule(item, config.scenarios)
+            schedule = _configured_schedule(item, config.scenarios)
         except InvalidInput as error:
-            yield from (
-                f"{where}.{name}: {why}"
-                for name, why in (error.extra.get("fields") or {"": error.message}).items()
-            )
+            fields_ = error.extra.get("fields") or {"": error.message}
+            for name, why in fields_.items():
+                if not (is_scenario_wrong and name.startswith("test")):
+                    yield f"{where}.{name}: {why}"
+            continue
+        if not any(path.startswith("locustClusters") for path in wrong):
+            yield from _place_problems(config, schedule, where)
+
+
+def _place_problems(config: Config, schedule: Schedule, where: str) -> Iterator[str]:
+    """Why no cluster may ever take the runs of a schedule."""
+    environments = {item.env_id for item in config.clusters if item.tenant_id == schedule.tenant_id}
+    if schedule.env_id not in environments:
+        name = "envId" if environments else "tenantId"
+        there_are = environments or {item.tenant_id for item in config.clusters}
+        known = ", ".join(sorted(there_are)) or "none"
+        yield f"{where}.test.{name}: no cluster serves {_shown(getattr(schedule, 'env_id' if environments else 'tenant_id'))}; there are {known}"
+        return
+    place = (schedule.tenant_id, schedule.env_id)
+    hosts = [
+        item.launcher.host if item.launcher else None
+        for item in config.clusters
+        if (item.tenant_id, item.env_id) == place
+    ]
+    tenant = next((item for item in config.tenants if item.id == schedule.tenant_id), None)
+    environment = next((item for item in config.environments if (item.tenant_id, item.id) == place), None)
+    request = read_create(schedule.test, config.scenarios)
+    for name, why in load_refusals(request, tenant, environment, hosts).items():
+        yield f"{where}.test.{name}: {why}"
 
 
 def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, ...]) -> Schedule:
@@ -12720,7 +12792,7 @@ class JwtTokens:
     """Bearer tokens that an identity provider signed."""
 
     def __init__(self, config: JwtConfig, folder: str):
-        algorithms = config.algorithms or (("HS256",) if config.secret else PUBLIC_ALGORITHMS)
+        algorithms = jwt_algorithms(config)
         require_pyjwt(algorithms)
         keys: KeySource | None = None
         if config.jwks_url:
@@ -12746,6 +12818,17 @@ class JwtTokens:
 PUBLIC_ALGORITHMS = ("RS256", "ES256", "EdDSA")
 
 
+def jwt_algorithms(config: JwtConfig) -> tuple[str, ...]:
+    """The signatures that are accepted of Bearer tokens."""
+    return config.algorithms or (("HS256",) if config.secret else PUBLIC_ALGORITHMS)
+
+
+def sign_on_algorithms(mapping: JwtConfig | None) -> tuple[str, ...]:
+    """The signatures that are accepted of ID tokens: a provider's, never of a shared secret."""
+    named = tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256")
+    return named or PUBLIC_ALGORITHMS
+
+
 class OpenIdSignOn:
     """Signing in by OpenID Connect: authorization code with PKCE (RFC 7636).
 
@@ -12756,10 +12839,7 @@ class OpenIdSignOn:
     DOCUMENT_S = 3600.0
 
     def __init__(self, config: OidcConfig, mapping: JwtConfig | None):
-        algorithms = (
-            tuple(name for name in (mapping.algorithms if mapping else ()) if name != "HS256")
-            or PUBLIC_ALGORITHMS
-        )
+        algorithms = sign_on_algorithms(mapping)
         require_pyjwt(algorithms)
         self._config = config
         self._issuer = config.issuer.rstrip("/")
@@ -14577,12 +14657,30 @@ def _options_route(allow: str) -> Route:
 
 def checked_config(path: str) -> Config:
     """The configuration of a file, checked as a whole; ConfigError lists every problem."""
-    config = load_config(path)
-    problems = list(scenario_problems(config))
-    problems += [*(schedule_problems(config) if not problems else ()), *notification_problems(config)]
+    config, problems = read_config(path)
+    add_problems(problems, scenario_problems(config))
+    add_problems(problems, notification_problems(config))
+    add_problems(problems, schedule_problems(config, problems))
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def start_problems(config: Config) -> Iterator[str]:
+    """What of a good configuration cannot be used here: certificates, packages that are missing."""
+    security = config.security
+    checks: list[Callable[[], object]] = []
+    if config.server.tls:
+        checks.append(functools.partial(TlsFiles, config.server.tls, config.folder))
+    if security.jwt:
+        checks.append(functools.partial(require_pyjwt, jwt_algorithms(security.jwt)))
+    if security.oidc:
+        checks.append(functools.partial(require_pyjwt, sign_on_algorithms(security.jwt)))
+    for check in checks:
+        try:
+            check()
+        except StartupError as error:
+            yield str(error)
 
 
 def serve(config_path: str) -> int:
@@ -14737,13 +14835,11 @@ def check_config(config_path: str) -> int:
     """Print every problem of a configuration; 0 when there is none, 2 otherwise."""
     try:
         config = checked_config(config_path)
+        problems = list(start_problems(config))
+        if problems:
+            raise ConfigError(problems)
     except ConfigError as error:
         return _print_problems(error)
-    try:
-        if config.server.tls:
-            TlsFiles(config.server.tls, config.folder)
-    except StartupError as error:
-        return _print_problems(ConfigError([str(error)]))
     print(
         f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}"
     )

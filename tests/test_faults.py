@@ -580,11 +580,60 @@ def test_all_configuration_mistakes_are_named_at_once(tmp_path):
         ),
         "check",
     )
-    assert len(done.stderr.strip().splitlines()) == 3, (
-        done.stderr
-    )  # the whole-file checks come when each key is good
-    for key in ("server.port", "server.hots", "orchestrator.leaseSeconds"):
+    assert len(done.stderr.strip().splitlines()) == 4, done.stderr
+    for key in ("server.port", "server.hots", "orchestrator.leaseSeconds", "security.apiToken"):
         assert f"{key}:" in done.stderr
+
+
+def test_no_mistake_of_the_configuration_hides_another_or_is_told_of_a_second_key(tmp_path):
+    """A bad cron hid a missing spawnRate, one bad key all checks of several keys; a schedule that nobody
+    would ever serve was good."""
+    test = {"tenantId": "acme", "envId": "dev", "scenarioId": "browse", "targetUsers": 5}
+    good = {**test, "spawnRate": 1}
+    changes = {
+        "server": {"port": "x"},
+        "locustClusters": [
+            {"id": "one", "tenantId": "acme", "envId": "dev", "baseUrl": "ftp://x"},
+            {"id": "one", "tenantId": "acme", "envId": "dev", "baseUrl": "http://127.0.0.1:1"},
+        ],
+        "schedules": [
+            {"id": "a", "cron": "61 * * * *", "test": test},
+            {"id": "a", "timezone": "Mars/Olympus", "test": {**good, "targetUsers": "many"}},
+        ],
+        "notifications": [{"id": "n", "type": "slack"}],
+        "security": {"apiTokens": [{"name": "ci", "role": "boss", "token": "x"}]},
+    }
+    expected = {
+        "server.port", "locustClusters[0].baseUrl", "locustClusters[1].id", "security.apiTokens[0].role", "notifications[0].url",
+        "schedules[0].cron", "schedules[0].test.spawnRate", "schedules[1].id", "schedules[1].timezone", "schedules[1].cron",
+        "schedules[1].test.targetUsers",
+    }  # fmt: skip
+    done = run_program(tmp_path, merged(changes), "check")
+    assert {line.partition(": ")[0] for line in done.stderr.splitlines()} == expected, done.stderr
+    started = run_program(tmp_path, merged(changes))
+    assert started.stderr == done.stderr, "check and the start say the same"
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"envId": "prod"}, "schedules[0].test.envId: no cluster serves 'prod'; there are dev"),
+        ({"tenantId": "beta"}, "schedules[0].test.tenantId: no cluster serves 'beta'; there are acme"),
+        ({"targetUsers": 501}, "schedules[0].test.targetUsers: tenant acme may have 500 users at most"),
+    ],
+)
+def test_schedule_that_can_never_start_is_a_mistake(tmp_path, change, words):
+    test = {"tenantId": "acme", "envId": "dev", "scenarioId": "browse", "targetUsers": 5, "spawnRate": 1}
+    changes = {
+        "locustClusters": [
+            {"id": "one", "tenantId": "acme", "envId": "dev", "baseUrl": "http://127.0.0.1:1"}
+        ],
+        "tenants": [{"id": "acme", "maxUsers": 500}],
+        "schedules": [{"id": "a", "cron": "@daily", "test": {**test, **change}}],
+    }
+    for arguments in ((), ("check",)):
+        done = run_program(tmp_path, merged(changes), *arguments)
+        assert (done.returncode, done.stderr.strip()) == (2, words)
 
 
 @pytest.mark.parametrize(
