@@ -7104,16 +7104,27 @@ class RunMonitor:
             self.deadline = None if remaining_s is None else self.started + remaining_s
             self._due = self.started + min(1.0, self._rules.poll_interval_s)
         if self.deadline is not None:
-            stop = functools.partial(self._end.begin_stop, run.id, "duration")
-            self.scheduled.append(self._timer.at(self.deadline, stop))
+            self._schedule(self.deadline, functools.partial(self._end.begin_stop, run.id, "duration"))
         elapsed_s = time.time() - (run.started_at or time.time())
         for start_s in stage_starts(run):
             if start_s > elapsed_s:
                 at = self.started + start_s - elapsed_s
-                self.scheduled.append(self._timer.at(at, functools.partial(self.post, self.begin_stage)))
+                self._schedule(at, functools.partial(self.post, self.begin_stage))
         proof_at = self.started + self._rules.start_timeout_s
-        self.scheduled.append(self._timer.at(proof_at, functools.partial(self.post, self._check_proof)))
+        self._schedule(proof_at, functools.partial(self.post, self._check_proof))
         self._wake.set()
+
+    def _schedule(self, due: float, action: Callable[[], object]) -> None:
+        """Call `action` at a point in time (monotonic seconds) unless the run is over before."""
+
+        def guarded() -> None:
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - the edge: a deadline that was missed ends the run
+                log_unforeseen("timer", error, run=self.run_id)
+                self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
+
+        self.scheduled.append(self._timer.at(due, guarded))
 
     def set_deadline(self, remaining_s: float | None) -> None:
         """What is left of its time, for the start that is about to be sent."""
@@ -7395,7 +7406,7 @@ class RunMonitor:
         except LocustError as error:
             if tries < len(RETRY_STEPS_S):
                 again = functools.partial(self.post, functools.partial(self.begin_stage, tries + 1))
-                self.scheduled.append(self._timer.after(RETRY_STEPS_S[tries], again))
+                self._schedule(monotonic_s() + RETRY_STEPS_S[tries], again)
                 return
             words = f"a stage of {self.target.users} users could not begin: {error.message}"
             self._end.warn(run.id, "users_not_reached", words)
@@ -7569,7 +7580,10 @@ class RunStopper:
         may_be_loaded = monitor is None or monitor.was_sent
         try:
             reason = f"an error inside Load Manager: {error!r:.300}; its log has the trace"
-            self.fail(run_id, reason, cleanup=may_be_loaded, certain_s=START_SETTLES_S)
+            run = self.store.find(run_id)
+            is_unanswered = run is not None and run.status is RunStatus.PENDING
+            certain_s = START_SETTLES_S if is_unanswered else 0.0
+            self.fail(run_id, reason, cleanup=may_be_loaded, certain_s=certain_s)
         except Exception as second:  # noqa: BLE001 - the edge of the edge
             log_unforeseen("edge", second, run=run_id)
         run = self.store.find(run_id)

@@ -1,0 +1,347 @@
+"""Who has a cluster, what becomes of interrupted starts and ends, and the edge around every thread of a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+
+import fake_locust as faults
+import pytest
+from conftest import API_TOKEN, ROOT, LoadManager, base_config, cluster_config, create_body
+from fake_locust import FakeLocust
+from waiting import eventually, holds_for
+
+
+class CachingLocust(FakeLocust):
+    """Without hooks, its statistics are up to 2 s old, as Locust's are."""
+
+    def __init__(self, **how):
+        super().__init__(hooks=False, **how)
+        self._kept = (-10.0, {})
+
+    def stats(self):
+        if time.monotonic() - self._kept[0] > 2:
+            self._kept = (time.monotonic(), super().stats())
+        return self._kept[1]
+
+
+@pytest.fixture
+def caching_locust():
+    fake = CachingLocust().start()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def patched_load_manager(tmp_path):
+    """Starts a Load Manager whose module was changed by some lines of Python first."""
+    started = []
+
+    def start(patch, *clusters, **sections):
+        manager = LoadManager(tmp_path, base_config(*clusters, **sections))
+        script = tmp_path / "patched.py"
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport loadmanager as lm\n{patch}\nsys.exit(lm.main())\n"
+        )
+        manager._command = [sys.executable, str(script)]
+        started.append(manager)
+        return manager.start()
+
+    yield start
+    for manager in started:
+        manager.end()
+
+
+RAISE_ONCE = """
+def raise_once(holder, name):
+    whole, left = getattr(holder, name), [1]
+    def once(*given, **named):
+        if left:
+            left.pop()
+            raise ZeroDivisionError("nobody foresaw this")
+        return whole(*given, **named)
+    setattr(holder, name, once)
+"""
+
+
+def slowly(seconds, answers_first=False):
+    """The answer comes `seconds` late; answers_first: as things were when it was asked."""
+
+    def fault(handler):
+        path = handler.path.partition("?")[0]
+        if path == "/loadmanager/state" and answers_first:
+            document = handler.fake.hooks_state()
+            handler.fake.released.wait(seconds)
+            handler.send_json(document)
+            return
+        handler.fake.released.wait(seconds)
+        handler.answer_well(path, handler.fake.calls[-1].form)
+
+    return fault
+
+
+def in_thread(work):
+    thread = threading.Thread(target=lambda: _without_errors(work), daemon=True)
+    thread.start()
+    return thread
+
+
+def _without_errors(work):
+    try:
+        work()
+    except (OSError, AssertionError):
+        pass
+
+
+# ---- one run, one cluster ----------------------------------------------------
+
+
+def test_queued_run_starts_on_one_cluster_when_two_become_free_at_once(load_manager, fake_locust):
+    fakes = [fake_locust(), fake_locust()]
+    lm = load_manager(*(cluster_config(fake.url, f"c{n}") for n, fake in enumerate(fakes)))
+    running = [lm.create().json["id"] for _ in fakes]
+    queued = lm.create(queue=True).json
+    assert queued["status"] == "Pending" and queued["queuePosition"] == 1
+    for fake in fakes:
+        fake.faults["/swarm"] = slowly(1.0)
+    for thread in [
+        in_thread(lambda run_id=run_id: lm.post(f"/v1/tests/{run_id}/stop")) for run_id in running
+    ]:
+        thread.join(20)
+    lm.wait_for(queued["id"], "Running")
+    holds_for(lambda: sum(fake.users > 0 for fake in fakes) <= 1, 4, what="the run has one cluster")
+    starts = [call for fake in fakes for call in fake.swarms if call.form["run_id"] == queued["id"]]
+    assert len(starts) == 1, "the run was started on two clusters"
+    assert lm.create().status == 201, "the second cluster is free"
+
+
+def test_clean_up_of_a_lost_run_does_not_stop_the_next_run(lm, fake):
+    lost = lm.create().json["id"]
+    fake.faults["*"] = faults.close_silently
+    lm.wait_for(lost, "Failed")
+    fake.end_test()
+    fake.faults.clear()
+    fake.faults["/loadmanager/state"] = slowly(1.0, answers_first=True)  # the clean-up looks at this
+    seen = len(fake.calls)
+    eventually(lambda: len(fake.calls) > seen, 10, every_s=0.01)
+    fake.faults.clear()
+    run = eventually(lambda: (answer := lm.create()).status == 201 and answer.json, 15)
+    holds_for(lambda: fake.users == 5 and lm.run(run["id"])["status"] == "Running", 5)
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_start_that_a_kill_interrupted_leaves_no_load(load_manager, fake_locust, hooks):
+    """The start was on its way when Load Manager was killed, and Locust carries it out later."""
+    fake = fake_locust(hooks=hooks)
+    lm = load_manager(cluster_config(fake.url))
+
+    def carried_out_late(handler):
+        form = dict(handler.fake.calls[-1].form)
+        handler.fake.released.wait(3)
+        handler.fake.swarm(form)
+
+    fake.faults["/swarm"] = carried_out_late
+    in_thread(lm.create)
+    eventually(lambda: fake.swarms, 10, every_s=0.01)
+    lm.kill9()
+    fake.faults.clear()
+    lm.restart()
+    eventually(lambda: fake.users > 0, 10, every_s=0.01, what="the start is carried out")
+    eventually(lambda: fake.users == 0, 5, what="its load is stopped")
+    (run,) = lm.get("/v1/tests").json
+    assert run["status"] == "Failed" and "before the start was confirmed" in run["failureReason"]
+    holds_for(lambda: fake.users == 0, 1)
+    eventually(lambda: lm.create().status == 201, 20, what="the cluster is usable again")
+
+
+def test_load_of_a_lost_run_that_was_deleted_is_stopped_after_a_restart_too(lm, fake):
+    lost = lm.create().json["id"]
+    fake.faults["*"] = faults.close_silently
+    lm.wait_for(lost, "Failed")
+    assert lm.request("DELETE", f"/v1/tests/{lost}").status == 204
+    lm.kill9()
+    lm.restart()
+    assert fake.users == 5
+    fake.faults.clear()
+    eventually(lambda: fake.users == 0, 10, what="the load of the deleted run is stopped")
+
+
+# ---- stops and ends ------------------------------------------------------------
+
+
+def test_stop_answers_when_the_run_is_final_and_the_next_create_takes_the_cluster(lm, fake):
+    run_id = lm.create().json["id"]
+    eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
+    fake.faults["/stats/requests/csv"] = slowly(1.0)
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    run = lm.run(run_id)
+    assert run["status"] == "Finished" and run["lastMetrics"]["currentUsers"] == 5, run
+    assert lm.create().status == 201
+
+
+def test_create_waits_for_a_cluster_whose_run_is_just_ending(lm, fake):
+    ending = lm.create(durationSeconds=1).json["id"]
+    fake.faults["/stop"] = slowly(2.0)
+    lm.wait_for(ending, "Stopping")
+    answer = lm.create()
+    assert answer.status == 201, answer
+    assert lm.run(ending)["status"] == "Finished" and len(fake.swarms) == 2
+
+
+def test_create_does_not_wait_for_a_cluster_whose_run_goes_on(lm, fake):
+    running = lm.create().json["id"]
+    began = time.monotonic()
+    answer = lm.create()
+    assert answer.status == 409 and answer.json["activeRunId"] == running
+    assert time.monotonic() - began < 5, "it waited for a run that goes on"
+
+
+def test_pause_of_the_process_is_no_silence_of_the_cluster(lm, fake):
+    run_id = lm.create().json["id"]
+    eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
+    lm.process.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)  # longer than lostAfterSeconds; a stopped process has no condition to wait for
+    failing = faults.fail_times(2, faults.close_silently)
+    fake.faults["*"] = failing
+    seen = len(fake.calls)
+    lm.process.send_signal(signal.SIGCONT)
+    eventually(lambda: len(fake.calls) >= seen + 4, 10, what="the cluster is asked again")
+    assert lm.run(run_id)["status"] == "Running", lm.run(run_id).get("failureReason")
+
+
+def test_users_are_changed_in_the_first_second_of_a_run_without_hooks(load_manager, caching_locust):
+    lm = load_manager(cluster_config(caching_locust.url))
+    run_id = lm.create().json["id"]
+    answer = lm.post(f"/v1/tests/{run_id}/users", {"targetUsers": 9})
+    assert answer.status == 200, answer
+    assert caching_locust.users == 9 and answer.json["usersChanges"][0]["targetUsers"] == 9
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_run_of_some_seconds_has_points_and_its_users(load_manager, fake_locust, hooks):
+    fake = fake_locust(hooks=hooks)
+    lm = load_manager(cluster_config(fake.url), orchestrator={"metricsPollIntervalSeconds": 10})
+    run_id = lm.create(durationSeconds=5).json["id"]
+    run = lm.wait_for(run_id, "Finished")
+    points = lm.get(f"/v1/tests/{run_id}/metrics").json["points"]
+    assert len([point for point in points if point["currentUsers"] == 5]) >= 2, points
+    assert run["lastMetrics"]["currentUsers"] == 5
+
+
+# ---- no thread to be had -------------------------------------------------------
+
+NO_THREADS = """
+import os, threading
+start = threading.Thread.start
+def refused(self):
+    if os.path.exists("no-threads"):
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = refused
+"""
+
+
+def test_runs_are_stopped_on_time_when_no_thread_can_be_had(patched_load_manager, fake):
+    lm = patched_load_manager(NO_THREADS, cluster_config(fake.url))
+    run_id = lm.create(durationSeconds=2).json["id"]
+    (lm.folder / "no-threads").touch()
+    eventually(lambda: fake.users == 0, 5, what="the load is stopped at its deadline")
+    run = lm.wait_for(run_id, "Finished", within_s=5)
+    assert run["stopReason"] == "duration"
+    (lm.folder / "no-threads").unlink()
+    eventually(lambda: lm.create().status == 201, 5, what="the cluster is free")
+
+
+def test_nothing_is_started_when_no_thread_can_be_had(patched_load_manager, fake_locust):
+    fakes = [fake_locust(), fake_locust()]
+    clusters = [cluster_config(fake.url, f"c{n}") for n, fake in enumerate(fakes)]
+    lm = patched_load_manager(NO_THREADS, *clusters)
+    running = lm.create(durationSeconds=3).json["id"]
+    lm.create()
+    queued = lm.create(queue=True).json["id"]
+    (lm.folder / "no-threads").touch()
+    refused = lm.create(tenantId="acme")
+    assert refused.status in (409, 503), refused
+    lm.wait_for(running, "Finished")
+    holds_for(lambda: lm.run(queued)["status"] == "Pending", 1, what="it waits for a thread")
+    (lm.folder / "no-threads").unlink()
+    lm.wait_for(queued, "Running")
+
+
+# ---- the edge around every thread of a run ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "raise_once(lm.RunMonitor, '_look')",
+        "raise_once(lm.RunMonitor, '_note_reading')",
+        "raise_once(lm.RunMonitor, '_mind_users')",
+        "raise_once(lm.RunStopper, 'stop_load')",
+        "raise_once(lm.RunStopper, '_final_numbers')",
+        "raise_once(lm.RunStopper, '_conclude')",
+    ],
+)
+def test_unforeseen_error_in_a_thread_of_a_run_fails_it_stops_its_load_and_frees_the_cluster(
+    patched_load_manager, fake, patch
+):
+    lm = patched_load_manager(f"{RAISE_ONCE}\n{patch}", cluster_config(fake.url))
+    run_id = lm.create(durationSeconds=3).json["id"]
+    run = lm.wait_for(run_id, "Failed")
+    assert "inside Load Manager" in run["failureReason"] and "nobody foresaw" in run["failureReason"]
+    eventually(lambda: fake.users == 0, 20, what="its load is stopped")
+    assert lm.log().count("unforeseen error") == 1 and "Traceback" in lm.log()
+    again = eventually(lambda: (answer := lm.create(durationSeconds=1)).status == 201 and answer.json, 20)
+    lm.wait_for(again["id"], "Finished")
+
+
+@pytest.mark.parametrize("name", ["read_failures", "read_exceptions", "read_report"])
+def test_unforeseen_error_in_what_is_kept_about_a_run_does_not_keep_it_from_ending(
+    patched_load_manager, fake, name
+):
+    lm = patched_load_manager(
+        f"{RAISE_ONCE}\nraise_once(lm.LocustClient, {name!r})", cluster_config(fake.url)
+    )
+    run_id = lm.create().json["id"]
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    assert lm.run(run_id)["status"] == "Finished"
+    eventually(lambda: "unforeseen error" in lm.log(), 5)
+    assert lm.create().status == 201 and lm.get(f"/v1/tests/{run_id}/failures").status == 200
+
+
+def test_unforeseen_error_in_a_verdict_does_not_keep_a_run_from_ending(patched_load_manager, fake):
+    lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm, 'judge_threshold')", cluster_config(fake.url))
+    run_id = lm.create(thresholds=["errorRate < 50"]).json["id"]
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    run = lm.run(run_id)
+    assert run["status"] == "Finished" and run["verdict"] == "failed", run
+
+
+def test_unforeseen_error_in_a_start_fails_the_run_and_frees_the_cluster(patched_load_manager, fake):
+    lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm, 'swarm_form')", cluster_config(fake.url))
+    body = json.dumps(create_body()).encode()
+    head = f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: application/json"
+    answer = lm.raw(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert b" 500 " in answer and b"its log has the details" in answer  # no answer that the document has
+    (run,) = lm.get("/v1/tests").json
+    assert run["status"] == "Failed" and "inside Load Manager" in run["failureReason"]
+    eventually(lambda: lm.create().status == 201, 20)
+
+
+def test_unforeseen_error_in_the_timer_or_a_clean_up_is_tried_again(patched_load_manager, fake):
+    patch = "raise_once(lm.RunStopper, 'clean_up')\nraise_once(lm.RunStopper, 'begin_stop')"
+    lm = patched_load_manager(f"{RAISE_ONCE}\n{patch}", cluster_config(fake.url))
+    lost = lm.create().json["id"]
+    fake.faults["*"] = faults.close_silently
+    lm.wait_for(lost, "Failed")
+    fake.faults.clear()
+    eventually(lambda: fake.users == 0, 15, what="the load of the lost run is stopped")
+    run_id = eventually(
+        lambda: (answer := lm.create(durationSeconds=1)).status == 201 and answer.json["id"], 15
+    )
+    run = lm.wait_for(run_id, "Failed", within_s=15)  # its deadline met the error
+    assert "inside Load Manager" in run["failureReason"]
+    eventually(lambda: fake.users == 0, 10, what="its load is stopped all the same")
