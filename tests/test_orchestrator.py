@@ -106,7 +106,7 @@ def test_queued_run_starts_on_one_cluster_when_two_become_free_at_once(load_mana
     queued = lm.create(queue=True).json
     assert queued["status"] == "Pending" and queued["queuePosition"] == 1
     for fake in fakes:
-        fake.faults["/swarm"] = slowly(1.0)
+        fake.faults["/loadmanager/state"] = slowly(0.5)  # is it idle? Both starts would ask
     for thread in [
         in_thread(lambda run_id=run_id: lm.post(f"/v1/tests/{run_id}/stop")) for run_id in running
     ]:
