@@ -6655,9 +6655,10 @@ class Cluster:
         """Its Locust answered, or called back."""
         self._seen_awake_s = self._timer.awake_s()
 
-    def silent_s(self) -> float:
-        """Seconds since it was last seen, of those in which this process was awake to ask."""
-        return self._timer.awake_s() - self._seen_awake_s
+    def silent_s(self, asked_at: float) -> float:
+        """Seconds since it was last seen, and since it was asked in vain (`asked_at` of
+        Timer.awake_s()): time in which nobody asked, or this process was suspended, is no silence."""
+        return self._timer.awake_s() - max(asked_at, self._seen_awake_s)
 
     def _note_reading(self, reading: Reading) -> Reading:
         self.seen()
@@ -6999,6 +7000,7 @@ class RunMonitor:
         self._wake = threading.Event()
         self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
         self._due = math.inf  # the next look, monotonic seconds
+        self._unheard_since = math.inf  # the first of the looks in vain, by Timer.awake_s()
         self._end_work: Callable[[], None] | None = None
         self._end_wanted = threading.Event()
         self.started = monotonic_s()
@@ -7018,6 +7020,7 @@ class RunMonitor:
         self.last_requests = 0
         self.boot_id = ""
         self.rebalanced_at = -math.inf
+        self.certain_at = -math.inf  # before, a change of users that was not answered may still come
         self.rebalance_due = False  # workers came or went
         self.scaled = False  # their number was changed by hand
         self.failures: tuple[Failure, ...] = ()  # of the last reading
@@ -7175,9 +7178,12 @@ class RunMonitor:
         if run is None or run.status is not RunStatus.RUNNING:
             self._due = math.inf
             return
+        asked_at = self._timer.awake_s()
         try:
             self._look(run)
+            self._unheard_since = math.inf
         except LocustError as error:
+            self._unheard_since = min(self._unheard_since, asked_at)
             self._not_heard(run, error)
         self._due = max(self._due + self._interval_s(), monotonic_s())
 
@@ -7265,7 +7271,7 @@ class RunMonitor:
         if cluster.problem is None:
             log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
         cluster.problem = error.message
-        silent_s = min(cluster.silent_s(), self.age_s)
+        silent_s = cluster.silent_s(self._unheard_since)
         if silent_s >= self._rules.lost_after_s:
             reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
             self._end.fail(run.id, reason, stop_reason="lost", cleanup=True)
@@ -7321,8 +7327,7 @@ class RunMonitor:
         if reading.state != "running" or monotonic_s() - self.rebalanced_at < 5:
             return
         if reading.live_workers and self.rebalance_due:
-            self.rebalance_due = False
-            self.rebalance(run)
+            self.rebalance_due = not self._rebalance_if_heard(run)
             return
         self._note_users_changed(run, before, reading)
 
@@ -7340,7 +7345,16 @@ class RunMonitor:
         )
         self.target = self.target._replace(users=reading.users)
         if self.deadline is not None:
-            self.rebalance(run)  # Locust forgot run_time with the change
+            self.rebalance_due = not self._rebalance_if_heard(run)  # Locust forgot run_time with the change
+
+    def _rebalance_if_heard(self, run: Run) -> bool:
+        """As rebalance(); False, to be tried again, when Locust does not answer."""
+        try:
+            self.rebalance(run, self.target)
+        except LocustError as error:
+            log("users not rebalanced", run=run.id, cluster=self.cluster.id, why=error.message)
+            return False
+        return True
 
     def _changed_by_hand(self, reading: Reading) -> bool:
         """Fewer users than asked may be a cluster that cannot; the hooks know what was asked."""
@@ -7350,7 +7364,7 @@ class RunMonitor:
             return False
         return state.target_users is not None and state.target_users == reading.users
 
-    def rebalance(self, run: Run) -> bool:
+    def rebalance(self, run: Run, target: LoadTarget) -> bool:
         """Start again with the same run and its remaining time: Locust balances users over the
         workers it has only then (2.47.0). False when the run is about to end anyway."""
         cluster = self.cluster
@@ -7364,8 +7378,15 @@ class RunMonitor:
             if not self._still_runs():
                 return False  # it just ended: a start would begin it again
             self.rebalanced_at = monotonic_s()
-            cluster.client.swarm(swarm_form(cluster, run, self, self._rules))
-        log("users rebalanced", run=run.id, cluster=cluster.id, users=self.target.users)
+            form = swarm_form(run, cluster, target, self.remaining_s(), self._rules)
+            try:
+                cluster.client.swarm(form)
+            except LocustError as error:
+                if error.maybe_taken:
+                    self.certain_at = monotonic_s() + START_SETTLES_S
+                raise
+            self.target = target
+        log("users rebalanced", run=run.id, cluster=cluster.id, users=target.users)
         return True
 
     def _still_runs(self) -> bool:
@@ -7383,32 +7404,24 @@ class RunMonitor:
         when Locust does not take it."""
         run = self._store.get(self.run_id)
         change = LoadChange(time.time(), users, spawn_rate or self.target.spawn_rate or 1, by)
-        with self.cluster.operation:
-            before = self.target
-            self.target = LoadTarget(change.users, change.spawn_rate, change.at)
-            is_taken = False
-            try:
-                is_taken = self.rebalance(run)
-            finally:
-                if not is_taken:
-                    self.target = before
-        return change if is_taken else None
+        target = LoadTarget(change.users, change.spawn_rate, change.at)
+        return change if self.rebalance(run, target) else None
 
     def begin_stage(self, tries: int = 0) -> None:
         """Give Locust the load that the run should have now; tried again while it does not answer."""
         run = self._store.find(self.run_id)
         if run is None or run.status is not RunStatus.RUNNING:
             return
-        self.target = load_target(run, time.time() + 0.05)
+        target = load_target(run, time.time() + 0.05)
         try:
-            self.rebalance(run)
-            log("stage begins", run=run.id, users=self.target.users, spawn_rate=self.target.spawn_rate)
+            self.rebalance(run, target)
+            log("stage begins", run=run.id, users=target.users, spawn_rate=target.spawn_rate)
         except LocustError as error:
             if tries < len(RETRY_STEPS_S):
                 again = functools.partial(self.post, functools.partial(self.begin_stage, tries + 1))
                 self._schedule(monotonic_s() + RETRY_STEPS_S[tries], again)
                 return
-            words = f"a stage of {self.target.users} users could not begin: {error.message}"
+            words = f"a stage of {target.users} users could not begin: {error.message}"
             self._end.warn(run.id, "users_not_reached", words)
 
     def workers_scaled(self, workers: int) -> None:
@@ -7624,7 +7637,7 @@ class RunStopper:
     def carry_out_stop(self, monitor: RunMonitor) -> None:
         """Stop the load, with retries until it is stopped or the cluster is lost; then end the run."""
         run_id, cluster, outcome = monitor.run_id, monitor.cluster, monitor.stop_outcome
-        began, began_awake_s = monotonic_s(), self.timer.awake_s()
+        began, asked_at = monotonic_s(), self.timer.awake_s()
         tries, unconfirmed, undying = 0, 0, 0
         while not monitor.was_reported.is_set():
             try:
@@ -7641,8 +7654,7 @@ class RunStopper:
                 words = "Locust accepted the stop, but could not be asked for its users"
                 self.warn(run_id, "stop_unconfirmed", f"{words}: {failure.message}")
                 break
-            silent_s = min(cluster.silent_s(), self.timer.awake_s() - began_awake_s)
-            if undying >= 2 or silent_s >= self.rules.lost_after_s:
+            if undying >= 2 or cluster.silent_s(asked_at) >= self.rules.lost_after_s:
                 outcome.settle(failure)
                 words = "cannot be stopped" if undying >= 2 else "was lost while it was to be stopped"
                 reason = f"cluster {cluster.id} {words}: {failure.message}"
@@ -7700,7 +7712,15 @@ class RunStopper:
         monitor.final.set()
         monitor.stop_outcome.settle()
         self._keep_details(monitor)
+        self._look_for_late_load(monitor)
         self._let_go(monitor.run_id)
+
+    def _look_for_late_load(self, monitor: RunMonitor) -> None:
+        """A change of users that Locust did not answer may be carried out after the stop, which
+        would begin the test again: have its load looked for as long."""
+        certain_s = monitor.certain_at - monotonic_s()
+        if certain_s > 0:
+            self._add_cleanup(monitor.run_id, monitor.cluster, certain_s)
 
     def _users_shown(self, run_id: str) -> int:
         newest = self.store.newest_sample(run_id)
@@ -7904,8 +7924,11 @@ class RunStopper:
         cluster = self.pool.find(run.cluster_id)
         if cluster is None:
             return
-        self.pool.add_cleanup(run.id, cluster.id, 0.0)
-        self.store.keep_cleanup(run.id, cluster.id)
+        self._add_cleanup(run.id, cluster, 0.0)
+
+    def _add_cleanup(self, run_id: str, cluster: Cluster, certain_s: float) -> None:
+        self.pool.add_cleanup(run_id, cluster.id, certain_s)
+        self.store.keep_cleanup(run_id, cluster.id)
         self.clean_up_soon(cluster)
 
     def _clean_up_reserved(self, cluster: Cluster) -> None:
@@ -7958,14 +7981,17 @@ class RunStopper:
 # ---- starting runs -----------------------------------------------------------
 
 
-def swarm_form(cluster: Cluster, run: Run, monitor: RunMonitor, rules: OrchestratorConfig) -> dict[str, Any]:
-    """The form of Locust's /swarm. All custom arguments go every time, as Locust keeps old ones."""
-    remaining = monitor.remaining_s()
-    ends_in = "" if remaining is None else str(math.ceil(remaining) + RUN_TIME_GRACE_S)
+def swarm_form(
+    run: Run, cluster: Cluster, target: LoadTarget, remaining_s: float | None, rules: OrchestratorConfig
+) -> dict[str, Any]:
+    """The form of Locust's /swarm. All custom arguments go every time, as Locust keeps old ones.
+
+    remaining_s: what is left of the run's time; None: it has no duration."""
+    ends_in = "" if remaining_s is None else str(math.ceil(remaining_s) + RUN_TIME_GRACE_S)
     lease = str(rules.lease_s) if run.duration_s is None and rules.lease_s else ""
     form: dict[str, Any] = {
-        "user_count": monitor.target.users,
-        "spawn_rate": monitor.target.spawn_rate or 1,
+        "user_count": target.users,
+        "spawn_rate": target.spawn_rate or 1,
         "run_id": run.id,
         "tenant_id": run.tenant_id,
         "env_id": run.env_id,
@@ -8141,7 +8167,8 @@ class RunStarter:
                 raise Conflict(f"run {run.id} was cancelled")
             monitor.set_deadline(run.duration_s)
             monitor.was_sent = True
-            cluster.client.swarm(swarm_form(cluster, run, monitor, self._rules))
+            form = swarm_form(run, cluster, monitor.target, monitor.remaining_s(), self._rules)
+            cluster.client.swarm(form)
         finally:
             cluster.operation.release()
         self._note_what_was_found(cluster, run, reading)

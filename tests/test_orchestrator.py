@@ -220,6 +220,22 @@ def test_users_are_changed_in_the_first_second_of_a_run_without_hooks(load_manag
     assert caching_locust.users == 9 and answer.json["usersChanges"][0]["targetUsers"] == 9
 
 
+def test_change_of_users_that_locust_carries_out_after_the_stop_leaves_no_load(lm, fake):
+    run_id = lm.create(durationSeconds=14).json["id"]
+
+    def carried_out_late(handler):
+        form = dict(handler.fake.calls[-1].form)
+        handler.fake.released.wait(15)
+        handler.fake.swarm(form)
+
+    fake.faults["/swarm"] = carried_out_late
+    assert lm.post(f"/v1/tests/{run_id}/users", {"targetUsers": 9}).status == 504
+    lm.wait_for(run_id, "Finished", within_s=15)
+    fake.faults.clear()
+    eventually(lambda: fake.users == 9, 10, every_s=0.01, what="the change is carried out after the stop")
+    eventually(lambda: fake.users == 0, 10, what="its load is stopped")
+
+
 @pytest.mark.parametrize("hooks", [True, False])
 def test_run_of_some_seconds_has_points_and_its_users(load_manager, fake_locust, hooks):
     fake = fake_locust(hooks=hooks)
