@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import contextlib
 import csv
 import functools
 import gzip
@@ -3817,6 +3818,47 @@ NUMBER_KINDS = {  # what a number of the callbacks may be, and how that is said
 COUNTS = ("totalRequests", "totalFailures", "currentUsers", "numRequests", "numFailures")
 
 
+# What comes from a Locust, pushed or polled, is held against the same limits: a number that the
+# database cannot hold, or a text that is no Unicode, must not reach it by either way.
+
+MAX_LOCUST_NAME = 2000  # characters of an endpoint's name, a worker's id, a host
+MAX_LOCUST_ERROR = 2000  # characters of a failure's or an exception's text
+MAX_TRACEBACK = 10_000
+MAX_LOCUST_ENDPOINTS = 5000  # of one report, as many as the hooks push at the end
+MAX_LOCUST_WORKERS = 5000
+MAX_LOCUST_FAILURES = 1000  # different failures, or exceptions, of one run
+MAX_LOCUST_CHOICES = 1000  # user classes, tags or options that a Locust has
+LAST_TIMESTAMP_S = 253402300799.0  # the end of the year 9999, in epoch seconds
+
+
+def storable_text(value: Any, limit: int = MAX_LOCUST_NAME) -> str:
+    """A Locust's text as every database and JSON reader takes it: no lone surrogate, no NUL. One that is
+    too long keeps its beginning and a hash, so that different texts stay different; "" for None."""
+    if not isinstance(value, str):
+        value = "" if value is None else repr(value)[: limit + 1]
+    text = value.encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
+    if len(text) <= limit:
+        return text
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text[: limit - 10]}…#{mark}"
+
+
+def measure_or_none(value: Any) -> float | None:
+    """Locust's number from 0, or None for null, NaN, Infinity, words, lists and what no database holds."""
+    return value if _is_measure(value) else None
+
+
+def count_or_none(value: Any) -> int | None:
+    """Locust's whole number from 0; as measure_or_none()."""
+    measure = measure_or_none(value)
+    return None if measure is None else int(measure)
+
+
+def timestamp_or_none(value: Any) -> float | None:
+    """Epoch seconds that a calendar has, or None."""
+    return value if _is_measure(value) and value is not None and value <= LAST_TIMESTAMP_S else None
+
+
 def _number_kinds(names: Iterable[str]) -> tuple[tuple[str, Callable[[Any], bool]], ...]:
     return tuple(
         (name, _is_count if name in COUNTS else _is_percent if name == "errorRate" else _is_measure)
@@ -3906,7 +3948,7 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
             problems[place] = "allowed are strings for method and name"
         numbers = _checked_numbers(entry, ENDPOINT_NUMBERS, place, problems)
         times = _checked_times(entry.get("responseTimes"), f"{place}.responseTimes", problems)
-        rows.append(EndpointStats(method, name, *numbers, times))
+        rows.append(EndpointStats(storable_text(method), storable_text(name), *numbers, times))
         if len(problems) > 20:
             return None
     return tuple(rows)
@@ -5584,7 +5626,8 @@ class LocustClient:
             raise LocustBadAnswer(
                 f"{self._where('/stats/requests')} has no state and stats: is it a Locust master?"
             )
-        return _reading_of_stats(document, time.time())
+        with self._parsing("/stats/requests"):
+            return _reading_of_stats(document, time.time())
 
     def read_final(self, timeout_s: float = LOCUST_CALL_S) -> Snapshot:
         """The whole test's numbers as Locust's own CSV has them: not cached, not cut."""
@@ -5593,28 +5636,23 @@ class LocustClient:
             raise LocustBadAnswer(
                 f"{self._where('/stats/requests/csv')} answered HTTP {status} without a CSV report"
             )
-        return _snapshot_of_csv(body.decode("utf-8", "replace"), time.time())
+        with self._parsing("/stats/requests/csv"):
+            return _snapshot_of_csv(body.decode("utf-8", "replace"), time.time())
 
     def read_failures(self) -> tuple[Failure, ...]:
         """Failed requests by endpoint and error, of now."""
         status, _, body = self._call("GET", "/stats/failures/csv", None, 2.0)
-        return (
-            tuple(
-                _failure_of_csv(row) for row in csv.DictReader(io.StringIO(body.decode("utf-8", "replace")))
-            )
-            if status == 200
-            else ()
-        )
+        if status != 200:
+            return ()
+        with self._parsing("/stats/failures/csv"):
+            return _most_frequent_failures(map(_failure_of_csv, read_csv(body.decode("utf-8", "replace"))))
 
     def read_exceptions(self) -> tuple[TaskException, ...]:
+        """Exceptions of tasks outside of requests, of now."""
         document = self._json("GET", "/exceptions", timeout_s=2.0)
-        rows = [row for row in document.get("exceptions") or () if isinstance(row, dict)]
-        return tuple(
-            TaskException(
-                _whole(r.get("count")), str(r.get("msg")), str(r.get("traceback")), str(r.get("nodes"))
-            )
-            for r in rows
-        )
+        with self._parsing("/exceptions"):
+            rows = _objects_in(document.get("exceptions"))
+            return tuple(map(_exception_of_json, rows[:MAX_LOCUST_FAILURES]))
 
     def read_report(self) -> bytes:
         """Locust's own HTML report, about 1 MB."""
@@ -5633,18 +5671,9 @@ class LocustClient:
         """The last lines of master and workers (2.20 and newer); LocustRefused when it has none."""
         status, _, body = self._call("GET", "/logs", None, 5.0)
         try:
-            document = json.loads(body) if status == 200 else None
-            workers = document["workers"] if document else {}
-            found = (
-                [("master", document["master"]), *((str(name), entries) for name, entries in workers.items())]
-                if document
-                else []
-            )
-            return [
-                {"process": name, "lines": [str(line) for line in entries[-lines:]]}
-                for name, entries in found
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            with self._parsing("/logs"):
+                return _logs_of_json(json.loads(body), lines) if status == 200 else []
+        except LocustBadAnswer:
             raise LocustRefused(
                 f"{self._where('/logs')} answered HTTP {status}, and no logs: this Locust does not tell them"
             ) from None
@@ -5653,14 +5682,17 @@ class LocustClient:
         """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
         _, _, page = self._call("GET", "/", None, 3.0)
         text = page.decode("utf-8", "replace")
-        classes, options = (
-            _list_in_page(text, "available_user_classes"),
-            _object_in_page(text, "extra_options"),
-        )
-        can_choose = re.search(r'"show_userclass_picker":\s*true', text) is not None
-        if classes is None and options is None:
-            return None
-        return Abilities(classes, can_choose, None if options is None else tuple(options))
+        with self._parsing("/"):
+            classes = _json_in_page(text, "available_user_classes")
+            options = _json_in_page(text, "extra_options")
+            if not isinstance(classes, list) and not isinstance(options, dict):
+                return None
+            can_choose = re.search(r'"show_userclass_picker":\s*true', text) is not None
+            return Abilities(
+                _choices(classes) if isinstance(classes, list) else None,
+                can_choose,
+                _choices(options) if isinstance(options, dict) else None,
+            )
 
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
@@ -5692,9 +5724,9 @@ class LocustClient:
         if status != 200 or "json" not in headers.get("content-type", ""):
             return None
         try:
-            document = json.loads(body)
-            reading = _reading_of_hooks(document)
-        except (ValueError, TypeError, KeyError, RecursionError):
+            with self._parsing(HOOKS_PATH):
+                reading = _reading_of_hooks(json.loads(body))
+        except LocustBadAnswer:
             return None
         self._version = _version_numbers(reading.version)
         return reading
@@ -5723,6 +5755,18 @@ class LocustClient:
     def _where(self, path: str) -> str:
         return f"Locust at {self.base_url}{path}"
 
+    @contextlib.contextmanager
+    def _parsing(self, path: str) -> Iterator[None]:
+        """The one edge around reading what a Locust sent: whatever goes wrong is its invalid answer, for
+        which every caller is ready, and no exception that would end a thread."""
+        try:
+            yield
+        except LocustError:
+            raise
+        except Exception as error:
+            what = type(error).__name__
+            raise LocustBadAnswer(f"{self._where(path)} sent what cannot be read ({what})") from None
+
     def _call(
         self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float
     ) -> tuple[int, dict[str, str], bytes]:
@@ -5730,7 +5774,7 @@ class LocustClient:
         status, headers, body = self._send(method, path, form, timeout_s)
         if 300 <= status < 400:
             location = headers.get("location", "")
-            wants_login = urlsplit(location).path.rstrip("/").endswith("/login")
+            wants_login = _url_path(location).rstrip("/").endswith("/login")
             if wants_login and self.config.username:
                 self._sign_in(timeout_s)
                 status, headers, body = self._send(method, path, form, timeout_s)
@@ -5753,7 +5797,7 @@ class LocustClient:
         form = {"username": self.config.username, "password": self.config.password}
         status, headers, _ = self._send("POST", target, form, timeout_s)
         cookie = headers.get("set-cookie", "").split(";")[0]
-        if not cookie or status >= 400 or urlsplit(headers.get("location", "")).path.endswith("/login"):
+        if not cookie or status >= 400 or _url_path(headers.get("location", "")).endswith("/login"):
             raise LocustRefused(
                 f"{self._where(target)} did not accept the username and password of the cluster"
             )
@@ -5906,6 +5950,14 @@ class LocustClient:
         return found[0]
 
 
+def _url_path(url: str) -> str:
+    """The path of a URL that another program wrote; "" when it is none."""
+    try:
+        return urlsplit(url).path
+    except ValueError:
+        return ""
+
+
 def _shut(sock: socket.socket | None) -> None:
     """End whatever waits on the socket, in whichever thread."""
     try:
@@ -5945,87 +5997,127 @@ def _network_words(error: Exception) -> str:
 
 
 def _version_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-
-
-def _number(value: Any) -> float | None:
-    """Locust's number, or None for null, NaN, Infinity, words and lists."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return value
-
-
-def _count(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
+    return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", text)[:3])
 
 
 def _whole(value: Any) -> int:
-    return _count(value) or 0
+    return count_or_none(value) or 0
+
+
+def _objects_in(value: Any) -> list[dict[str, Any]]:
+    """The objects of a JSON list; what else is in it, and what is no list, is left out."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+csv.field_size_limit(LOCUST_ANSWER_BYTES)  # 128 KiB before; an answer as a whole is bounded
+
+
+def read_csv(text: str) -> list[dict[str, Any]]:
+    """The rows of a CSV report by column. A bare CR or NUL, which the csv module refuses, becomes a space."""
+    try:
+        return list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:
+        plain = re.sub(r"\r(?!\n)|\0", " ", text)
+    try:
+        return list(csv.DictReader(io.StringIO(plain)))
+    except csv.Error as error:
+        raise LocustBadAnswer(f"Locust's CSV report cannot be read: {error}") from None
 
 
 def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
-    workers = document.get("workers")
     snapshot = _snapshot_of_stats(document, now)
     return Reading(
-        state=document["state"],
+        state=storable_text(document["state"], MAX_TEXT),
         users=_whole(document.get("user_count")),
-        distributed=isinstance(workers, list),
-        workers=tuple(
-            Worker(
-                str(w.get("id")),
-                str(w.get("state")),
-                _whole(w.get("user_count")),
-                _number(w.get("cpu_usage")),
-            )
-            for w in workers or ()
-            if isinstance(w, dict)
-        ),
+        distributed=isinstance(document.get("workers"), list),
+        workers=_workers_of_json(document.get("workers"), "user_count", "cpu_usage"),
         requests=snapshot.requests or 0,
         cached=True,
         snapshot=snapshot,
-        failures=tuple(
-            _failure_of_stats(row) for row in document.get("errors") or () if isinstance(row, dict)
-        ),
+        failures=_most_frequent_failures(map(_failure_of_stats, _objects_in(document.get("errors")))),
     )
+
+
+def _workers_of_json(workers: Any, users_key: str, cpu_key: str) -> tuple[Worker, ...]:
+    return tuple(
+        Worker(
+            storable_text(entry.get("id"), MAX_TEXT),
+            storable_text(entry.get("state"), MAX_TEXT),
+            _whole(entry.get(users_key)),
+            measure_or_none(entry.get(cpu_key)),
+        )
+        for entry in _objects_in(workers)[:MAX_LOCUST_WORKERS]
+    )
+
+
+def _most_frequent_failures(failures: Iterable[Failure]) -> tuple[Failure, ...]:
+    """All of them, in Locust's order, or the MAX_LOCUST_FAILURES that occurred most often."""
+    found = tuple(failures)
+    if len(found) <= MAX_LOCUST_FAILURES:
+        return found
+    return tuple(sorted(found, key=lambda failure: -failure.occurrences)[:MAX_LOCUST_FAILURES])
 
 
 def _failure_of_stats(row: dict[str, Any]) -> Failure:
     return Failure(
-        str(row.get("method") or ""),
-        str(row.get("name") or ""),
-        str(row.get("error") or ""),
+        storable_text(row.get("method")),
+        storable_text(row.get("name")),
+        storable_text(row.get("error"), MAX_LOCUST_ERROR),
         _whole(row.get("occurrences")),
-        _number(row.get("first_seen")),
-        _number(row.get("last_seen")),
+        timestamp_or_none(row.get("first_seen")),
+        timestamp_or_none(row.get("last_seen")),
     )
 
 
 def _failure_of_csv(row: dict[str, Any]) -> Failure:
     return Failure(
-        row.get("Method") or "",
-        row.get("Name") or "",
-        row.get("Error") or "",
-        int(_csv_number(row.get("Occurrences")) or 0),
-        _csv_moment(row.get("First Seen")),
-        _csv_moment(row.get("Last Seen")),
+        storable_text(row.get("Method")),
+        storable_text(row.get("Name")),
+        storable_text(row.get("Error"), MAX_LOCUST_ERROR),
+        _csv_count(row.get("Occurrences")),
+        _csv_timestamp(row.get("First Seen")),
+        _csv_timestamp(row.get("Last Seen")),
     )
 
 
-def _csv_moment(text: Any) -> float | None:
+def _exception_of_json(row: dict[str, Any]) -> TaskException:
+    return TaskException(
+        _whole(row.get("count")),
+        storable_text(row.get("msg"), MAX_LOCUST_ERROR),
+        storable_text(row.get("traceback"), MAX_TRACEBACK),
+        storable_text(row.get("nodes")),
+    )
+
+
+def _logs_of_json(document: Any, lines: int) -> list[dict[str, Any]]:
+    """The last lines of the master's log and of each worker's."""
+    processes = [("master", document["master"]), *document["workers"].items()]
+    return [
+        {
+            "process": storable_text(name, MAX_TEXT),
+            "lines": [storable_text(line, MAX_LOCUST_ERROR) for line in entries[-lines:]],
+        }
+        for name, entries in processes[:MAX_LOCUST_WORKERS]
+        if isinstance(entries, list)
+    ]
+
+
+def _csv_timestamp(text: Any) -> float | None:
     try:
-        return parse_utc(
-            text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z"
+        return timestamp_or_none(
+            parse_utc(
+                text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z"
+            )
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
-    rows = [row for row in document["stats"] if isinstance(row, dict)]
+    rows = _objects_in(document["stats"])
     # The total is the last row: a user's own endpoint may carry the name "Aggregated" too.
     total = rows.pop() if rows and rows[-1].get("name") in ("Aggregated", "Total") else {}
-    requests, failures = _count(total.get("num_requests")), _count(total.get("num_failures"))
+    requests, failures = count_or_none(total.get("num_requests")), count_or_none(total.get("num_failures"))
     window = document.get("current_response_time_percentiles")
     window = window if isinstance(window, dict) else {}
     current = document.get(
@@ -6033,23 +6125,23 @@ def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
     )  # total_rps is the current one before 2.46
     return Snapshot(
         taken_at=now,
-        rps=_number(current),
+        rps=measure_or_none(current),
         requests=requests,
         failures=failures,
         error_percent=_error_percent(requests, failures),
-        avg_ms=_number(total.get("avg_response_time")) if requests else None,
-        p50_ms=_number(total.get("median_response_time")) if requests else None,
+        avg_ms=measure_or_none(total.get("avg_response_time")) if requests else None,
+        p50_ms=measure_or_none(total.get("median_response_time")) if requests else None,
         p95_ms=_percentile(total, "0.95") if requests else None,
         p99_ms=_percentile(total, "0.99") if requests else None,
-        users=_count(document.get("user_count")),
-        endpoints=tuple(_endpoint_of_stats(row) for row in rows),
-        fails_per_s=_number(
+        users=count_or_none(document.get("user_count")),
+        endpoints=tuple(map(_endpoint_of_stats, rows[:MAX_LOCUST_ENDPOINTS])),
+        fails_per_s=measure_or_none(
             document.get(
                 "current_fail_per_sec", document.get("fail_per_sec", total.get("current_fail_per_sec"))
             )
         ),
-        window_p50_ms=_number(window.get("response_time_percentile_0.5")),
-        window_p95_ms=_number(window.get("response_time_percentile_0.95")),
+        window_p50_ms=measure_or_none(window.get("response_time_percentile_0.5")),
+        window_p95_ms=measure_or_none(window.get("response_time_percentile_0.95")),
     )
 
 
@@ -6061,21 +6153,21 @@ def _error_percent(requests: int | None, failures: int | None) -> float | None:
 
 def _percentile(row: dict[str, Any], which: str) -> float | None:
     older = {"0.95": "ninety_fifth_response_time", "0.99": "ninety_ninth_response_time"}[which]
-    return _number(row.get(f"response_time_percentile_{which}", row.get(older)))
+    return measure_or_none(row.get(f"response_time_percentile_{which}", row.get(older)))
 
 
 def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
     requests = _whole(row.get("num_requests"))
-    per_s = _number(row.get("current_rps", row.get("total_rps")))
+    per_s = measure_or_none(row.get("current_rps", row.get("total_rps")))
     return EndpointStats(
-        method=str(row.get("method") or ""),
-        name=str(row.get("name") or ""),
+        method=storable_text(row.get("method")),
+        name=storable_text(row.get("name")),
         requests=requests,
         failures=_whole(row.get("num_failures")),
-        avg_ms=_number(row.get("avg_response_time")) if requests else None,
-        min_ms=_number(row.get("min_response_time")) if requests else None,
-        max_ms=_number(row.get("max_response_time")) if requests else None,
-        p50_ms=_number(row.get("median_response_time")) if requests else None,
+        avg_ms=measure_or_none(row.get("avg_response_time")) if requests else None,
+        min_ms=measure_or_none(row.get("min_response_time")) if requests else None,
+        max_ms=measure_or_none(row.get("max_response_time")) if requests else None,
+        p50_ms=measure_or_none(row.get("median_response_time")) if requests else None,
         p95_ms=_percentile(row, "0.95") if requests else None,
         p99_ms=_percentile(row, "0.99") if requests else None,
         per_s=per_s,
@@ -6084,10 +6176,12 @@ def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
 
 def _snapshot_of_csv(text: str, now: float) -> Snapshot:
     """The final snapshot from Locust's CSV report; LocustBadAnswer when it is not one."""
-    rows = list(csv.DictReader(io.StringIO(text)))
+    rows = read_csv(text)
     if not rows or rows[-1].get("Name") != "Aggregated":
         raise LocustBadAnswer("Locust's CSV report has no row Aggregated")
     *endpoints, total = (_endpoint_of_csv(row) for row in rows)
+    if len(endpoints) > MAX_LOCUST_ENDPOINTS:
+        endpoints = sorted(endpoints, key=lambda row: -(row.requests or 0))[:MAX_LOCUST_ENDPOINTS]
     return Snapshot(
         taken_at=now,
         rps=total.per_s,
@@ -6105,16 +6199,16 @@ def _snapshot_of_csv(text: str, now: float) -> Snapshot:
 
 
 def _endpoint_of_csv(row: dict[str, Any]) -> EndpointStats:
-    requests = int(_csv_number(row.get("Request Count")) or 0)
+    requests = _csv_count(row.get("Request Count"))
 
     def measured(column: str) -> float | None:
         return _csv_number(row.get(column)) if requests else None
 
     return EndpointStats(
-        method=row.get("Type") or "",
-        name=row.get("Name") or "",
+        method=storable_text(row.get("Type")),
+        name=storable_text(row.get("Name")),
         requests=requests,
-        failures=int(_csv_number(row.get("Failure Count")) or 0),
+        failures=_csv_count(row.get("Failure Count")),
         avg_ms=measured("Average Response Time"),
         min_ms=measured("Min Response Time"),
         max_ms=measured("Max Response Time"),
@@ -6128,41 +6222,36 @@ def _endpoint_of_csv(row: dict[str, Any]) -> EndpointStats:
 def _csv_number(text: Any) -> float | None:
     """A CSV cell's number; None for N/A."""
     try:
-        return _number(float(text))
-    except (TypeError, ValueError):
+        return measure_or_none(float(text))
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
+def _csv_count(text: Any) -> int:
+    """A CSV cell's whole number; 0 for what is none."""
+    return _whole(_csv_number(text))
+
+
 def _reading_of_hooks(document: dict[str, Any]) -> Reading:
-    workers = document.get("workers") or []
+    sha256 = document.get("locustfileSha256")
     return Reading(
-        state=str(document["state"]),
+        state=storable_text(document["state"], MAX_TEXT),
         users=_whole(document.get("userCount")),
         distributed=bool(document.get("distributed")),
-        workers=tuple(
-            Worker(
-                str(w.get("id")),
-                str(w.get("state")),
-                _whole(w.get("userCount")),
-                _number(w.get("cpuPercent")),
-            )
-            for w in workers
-        ),
+        workers=_workers_of_json(document.get("workers"), "userCount", "cpuPercent"),
         requests=_whole(document.get("numRequests")),
         cached=False,
         hooks=bool(document["hooks"]),
-        run_id=str(document.get("runId") or ""),
-        last_run_id=str(document.get("lastRunId") or ""),
-        boot_id=str(document.get("bootId") or ""),
-        locustfile_sha256=str(document["locustfileSha256"])[:64]
-        if document.get("locustfileSha256")
-        else None,
-        version=str(document.get("locustVersion") or ""),
-        target_users=_count(document.get("targetUserCount")),
-        test_started_at=_number(document.get("testStartedAt")),
+        run_id=storable_text(document.get("runId"), MAX_TEXT),
+        last_run_id=storable_text(document.get("lastRunId"), MAX_TEXT),
+        boot_id=storable_text(document.get("bootId"), MAX_TEXT),
+        locustfile_sha256=storable_text(sha256, MAX_TEXT)[:64] if sha256 else None,
+        version=storable_text(document.get("locustVersion"), MAX_TEXT),
+        target_users=count_or_none(document.get("targetUserCount")),
+        test_started_at=timestamp_or_none(document.get("testStartedAt")),
         callbacks=bool(document.get("callbacks")),
         flush=bool(document.get("flush")),
-        host=document.get("host"),
+        host=storable_text(document["host"]) if isinstance(document.get("host"), str) else None,
         abilities=_abilities_of_hooks(document),
     )
 
@@ -6171,22 +6260,12 @@ def _abilities_of_hooks(document: dict[str, Any]) -> Abilities | None:
     classes, options, tags = (document.get(name) for name in ("availableUserClasses", "options", "tags"))
     if not isinstance(classes, list) or not isinstance(options, list) or not isinstance(tags, list):
         return None  # hooks of an earlier version
-    return Abilities(
-        tuple(map(str, classes)),
-        bool(document.get("classPicker")),
-        tuple(map(str, options)),
-        tuple(map(str, tags)),
-    )
+    return Abilities(_choices(classes), bool(document.get("classPicker")), _choices(options), _choices(tags))
 
 
-def _list_in_page(page: str, name: str) -> tuple[str, ...] | None:
-    value = _json_in_page(page, name)
-    return tuple(map(str, value)) if isinstance(value, list) else None
-
-
-def _object_in_page(page: str, name: str) -> dict[str, Any] | None:
-    value = _json_in_page(page, name)
-    return value if isinstance(value, dict) else None
+def _choices(names: Iterable[Any]) -> tuple[str, ...]:
+    """Names of what a Locust can be asked to run."""
+    return tuple(storable_text(name, MAX_TEXT) for name in itertools.islice(names, MAX_LOCUST_CHOICES))
 
 
 def _json_in_page(page: str, name: str) -> Any:
