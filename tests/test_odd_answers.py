@@ -117,7 +117,13 @@ def test_the_hooks_state_with_an_odd_value_in_any_place_is_bounded(
     client: tuple[loadmanager.LocustClient, FakeLocust], odd: Any
 ) -> None:
     locust, fake = client
-    good = {**fake.hooks_state(), "locustfileSha256": "0" * 64, "availableUserClasses": ["U"], "options": ["o"], "tags": ["t"]}
+    good = {
+        **fake.hooks_state(),
+        "locustfileSha256": "0" * 64,
+        "availableUserClasses": ["U"],
+        "options": ["o"],
+        "tags": ["t"],
+    }
     for name in good:
         for document in everywhere(good, name, odd):
             fake.faults["/loadmanager/state"] = answers(json.dumps(document))
@@ -249,12 +255,13 @@ def test_a_run_ends_whatever_its_locust_tells_of_it(
     fake.faults["/stats/failures/csv"] = answers(
         f"{FAILURES_HEAD}\r\nGET,/,{'x' * 140_000}\ry,3,,", "text/csv"
     )
+    fake.faults["/exceptions"] = answers('{"exceptions": [{"count": 1e400, "msg": "a\\ud800b"}]}')
     run_id = lm.create(durationSeconds=2).json["id"]
     eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
     assert lm.get(f"/v1/tests/{run_id}/failures").status == 200
     assert lm.wait_for(run_id, "Finished")["stopReason"] == "duration"
     assert lm.get(f"/v1/tests/{run_id}/failures").json["failures"][0]["occurrences"] == 3
-    assert lm.get(f"/v1/tests/{run_id}/report").status == 200
+    assert lm.get(f"/v1/tests/{run_id}/report.html").status == 200
     assert lm.create(durationSeconds=1).status == 201  # the cluster is free, and the database writes
 
 
@@ -283,4 +290,4 @@ def test_failure_texts_of_140_kilobytes_do_not_keep_a_real_run_from_ending(
         kept = lm.get(f"/v1/tests/{run_id}/failures").json["failures"]
         assert kept and kept[0]["error"].startswith("CatchResponseError('unexpected: word")
         assert len(kept[0]["error"]) == loadmanager.MAX_LOCUST_ERROR
-        assert lm.get(f"/v1/tests/{run_id}/report").status == 200
+        assert lm.get(f"/v1/tests/{run_id}/report.html").status == 200
