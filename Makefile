@@ -21,8 +21,8 @@ test: $(VENV)/test.stamp packages  ## all tests
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
 	$(PY) tests/bench.py
 
-chaos: $(VENV)/test.stamp  ## random faults and kills, then the invariants
-	$(PY) tests/chaos.py
+chaos: $(VENV)/test.stamp  ## episodes of faults and kills, then the invariants: make chaos MINUTES=10 SEED=1
+	$(PY) tests/chaos.py --minutes $(or $(MINUTES),2) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/run.stamp  ## the module compiles, the shipped configuration is good
 	$(PY) -m compileall -q loadmanager.py locust tests

@@ -50,6 +50,7 @@ class FakeLocust:
         self.endpoints: list[tuple[str, str]] = [("GET", "/api/items")]
         self.stats_changes: dict[str, Any] = {}  # merged over the Aggregated row
         self.top_changes: dict[str, Any] = {}  # merged over the whole document
+        self.failures_csv: str | None = None  # None: there is no such route
         self.faults: dict[str, Callable[[FakeHandler], None]] = {}
         self.calls: list[Call] = []
         self.released = threading.Event()  # lets hanging answers go at the end
@@ -77,6 +78,9 @@ class FakeLocust:
         return [call for call in self.calls if call.path == "/stop"]
 
     # ---- what it does ----
+
+    def reached(self, path: str, when: str) -> None:
+        """A request is about to be carried out ("before"), or was and is not answered yet ("after")."""
 
     def swarm(self, form: dict[str, str]) -> None:
         if not self.starts:
@@ -163,6 +167,7 @@ class FakeHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
     server: _FakeServer
+    form: dict[str, str]
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -182,6 +187,7 @@ class FakeHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         form = {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True).items()}
         fake.calls.append(Call(self.command, path, form, dict(self.headers)))
+        self.form = form  # for faults that go on to the good answer
         fault = fake.faults.get(path) or fake.faults.get("*")
         if fault is not None:
             fault(self)
@@ -190,18 +196,23 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def answer_well(self, path: str, form: dict[str, str]) -> None:
         fake = self.fake
+        fake.reached(path, "before")
         if path == "/swarm":
             fake.swarm(form)
+            fake.reached(path, "after")
             self.send_json({"success": True, "message": "Swarming started", "host": "http://t"})
         elif path == "/stop" and self.command != fake.stop_method:
             self.send_text(405, "<h1>Method Not Allowed</h1>", "text/html")
         elif path == "/stop":
             fake.end_test()
+            fake.reached(path, "after")
             self.send_json({"success": True, "message": "Test stopped"})
         elif path == "/stats/requests":
             self.send_json(fake.stats())
         elif path == "/stats/requests/csv":
             self.send_text(200, fake.csv(), "text/csv")
+        elif path == "/stats/failures/csv" and fake.failures_csv is not None:
+            self.send_text(200, fake.failures_csv, "text/csv")
         elif path == "/loadmanager/state" and fake.hooks:
             self.send_json(fake.hooks_state())
         elif path == "/":
@@ -293,7 +304,7 @@ def fail_times(
         if left[0] >= 0:
             fault(handler)
         else:
-            handler.answer_well(handler.path.partition("?")[0], {})
+            handler.answer_well(handler.path.partition("?")[0], handler.form)
 
     return once
 
