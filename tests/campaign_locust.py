@@ -1,6 +1,6 @@
 """A fake Locust master that keeps the history of its loads: a campaign judges who started and ended what.
 
-Like a real master it caches its statistics (the state included) for 2 s, takes up to a second for a stop, ends
+Like a real master it caches its statistics (the state included) for 2 s, takes a while for a stop, ends
 a test at its run time whether or not Load Manager lives, and with hooks calls back and holds a lease."""
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Load Manager with faults from within: `python tests/campaign_server.py -config FILE`.
 
 Every function of loadmanager.py is wrapped before main() is called, so that a campaign can have it raise an
-exception nobody foresaw, sleep, or kill the process, in a thread of its choice; the database's connection can
-be slow, refuse, or kill at a commit; threads and descriptors can be limited. Commands are lines of JSON on the
-Unix socket that $CAMPAIGN_CONTROL names. The product knows nothing of it."""
+exception nobody foresaw, sleep, or kill the process, in a thread of its choice; the database can be slow,
+refuse, or kill at a commit; threads and descriptors can be limited. Commands are lines of JSON on the Unix
+socket that $CAMPAIGN_CONTROL names. The product knows nothing of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ import loadmanager  # noqa: E402
 
 # What writes the log, and edges that are the last resort of a thread: an exception there can only end it.
 LAST_RESORTS = {"log", "_log_word", "utc_text", "monotonic_s", "main", "serve", "start_thread", "dump_json"}
-RUN_PART = re.compile(r"-[0-9a-f]{8}(?:-.*)?$|-\d+$")
+RUN_PART = re.compile(r"[- ][0-9a-f]{8}(?:-.*)?$|[- ]\d+$")
 
 
 class Unforeseen(Exception):
