@@ -421,8 +421,10 @@ class World:
             process = self.manager.process
             while not self._ended.wait(0.05):
                 if process is not None and process.poll() is not None:
-                    self.fault("kill -9", "from within")
                     with self._life:
+                        if self.manager.process is not process:
+                            return  # brought back already
+                        self.fault("kill -9", "from within")
                         self.manager.is_up.clear()
                     self._bring_back(back_after_s)
                     return
@@ -482,6 +484,7 @@ class World:
             self.inside(do="clear")
         for fake in self.fakes:
             fake.faults.clear()
+            fake.is_cut_off = False
             fake.delays.clear()
             fake.points.clear()
             fake.stats_changes.clear()

@@ -86,7 +86,7 @@ def a_lost_cluster_comes_back_to_new_runs(seed: str) -> World:
         lost = world.create(durationSeconds=None) or ""
         fake = next((fake for fake in world.fakes if fake.load), world.fakes[0])
         with world.disturbance():
-            fake.faults["*"] = world.chance.choice([faults.close_silently, faults.answer_500])
+            fake.cut_off(world.chance.choice([faults.close_silently, faults.answer_500]))
             world.fault("master lost", fake.name)
             within_s = LOST_AFTER_S + 15
             eventually(
@@ -96,6 +96,7 @@ def a_lost_cluster_comes_back_to_new_runs(seed: str) -> World:
             for path in STATE_PATHS:
                 fake.delays[path, "before"] = world.between(0, 1)
             fake.faults.clear()
+            fake.is_cut_off = False
         for _ in range(4):  # right when the clean-up comes
             world.create(durationSeconds=world.chance.choice([3, 5]), queue=world.chance.random() < 0.5)
             world.wait(world.between(0, 1))
@@ -112,7 +113,8 @@ def a_lost_run_is_deleted_before_its_clean_up(seed: str) -> World:
     with world:
         lost = world.create(durationSeconds=world.chance.choice([None, 40])) or ""
         fake = next((fake for fake in world.fakes if fake.load), world.fakes[0])
-        fake.faults["*"] = faults.close_silently
+        world.wait(world.chance.choice([0.0, 2.5]))
+        fake.cut_off(faults.close_silently)
         world.fault("master lost", fake.name)
         eventually(
             lambda: world.run(lost)["status"] in FINAL, LOST_AFTER_S + 15, 0.2, "a silent cluster's run ends"
@@ -123,7 +125,6 @@ def a_lost_run_is_deleted_before_its_clean_up(seed: str) -> World:
             world.kill(world.between(0, 1), "after the delete")
             world.manager.is_up.wait(20)
             world.wait(1)
-        fake.faults.clear()
         world.judge()
     return world
 

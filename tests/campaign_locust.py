@@ -74,6 +74,7 @@ class CampaignLocust(FakeLocust):
         self._cached: tuple[float, dict[str, Any]] = (0.0, {})
         self._ended = threading.Event()
         self.odd_requests: int | None = None  # said instead of the load's number
+        self.is_cut_off = False  # its hooks reach nobody
         threading.Thread(target=self._tick, daemon=True).start()
         if hooks:
             threading.Thread(target=self._push, daemon=True).start()
@@ -93,6 +94,10 @@ class CampaignLocust(FakeLocust):
         if action is not None:
             action()
         self._ended.wait(self.delays.get((path, when), 0.0))
+
+    def cut_off(self, fault: Callable[[Any], None]) -> None:
+        """Neither is it reached, nor do its hooks reach Load Manager."""
+        self.is_cut_off, self.faults["*"] = True, fault
 
     # ---- tests begin and end ----
 
@@ -277,6 +282,8 @@ class CampaignLocust(FakeLocust):
 
     def _call(self, name: str, body: dict[str, Any]) -> tuple[int | None, Any]:
         """Status and JSON; None when Load Manager does not answer."""
+        if self.is_cut_off:
+            return None, None
         parts = urlsplit(self._control_plane())
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
         headers = {"X-Locust-Token": CALLBACK_TOKEN, "Content-Type": "application/json"}
