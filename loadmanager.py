@@ -2040,11 +2040,11 @@ def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
     return {"at": utc_text(annotation.at), "text": annotation.text}
 
 
-def run_to_record(run: Run) -> str:
-    """The run as the JSON text that the store keeps."""
+def run_to_fields(run: Run) -> dict[str, Any]:
+    """What the store keeps of a run, as JSON has it."""
     record = {name: getattr(run, name) for name in Run.__slots__ if name != "queue_position"}
     record["status"] = run.status.value
-    return dump_json(record)
+    return record
 
 
 def run_from_record(text: str) -> Run:
@@ -4270,7 +4270,12 @@ def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
 # Reads are answered from a dict under Store._lock, which is held for memory only. One
 # writer thread speaks SQL: it writes what changed in batches, one commit for all who
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
-# wait for their commit before they are answered; samples do not.
+# wait for their commit before they are answered; samples do not. A new run, and that a
+# run is over, is shown to readers, streams and receivers when it is on disk.
+# Locks: Store._lock, then DatabaseWriter._changed, never the other way round.
+
+CLOCK_STEP_S = 1.0  # a wall clock that moves by more against the monotonic one was set
+MAX_EPOCH_S = 1e11  # times beyond, in the year 5138, are no times of a run
 
 TABLES = {  # the columns that are written, the first of them its key where a row is replaced by a later one
     "runs": ("id", "seq", "record", "metrics"),
@@ -4374,59 +4379,126 @@ def _refuse_newer(version: int) -> None:
         )
 
 
-class SqliteDatabase:
-    """One SQLite file, locked for this process; StartupError when it cannot be used."""
+class DatabaseGone(OSError):
+    """The database's file is not where it was opened, and cannot be written there again."""
 
-    mark = "?"
+
+class LeadershipLost(Exception):
+    """Another Load Manager leads on this database: nothing of ours may be written any more."""
+
+
+class SqliteDatabase:
+    """One SQLite file, locked for this process; StartupError when it cannot be used.
+
+    Locked are a file beside it, whose content says by whom, and the database itself: it may
+    have other names, and the file beside it be removed. Both are flock(), which SQLite's own
+    locks do not meet. Closing such a file would drop SQLite's locks on it: it stays open."""
+
+    is_leading = True  # as long as the lock is held, which only the end of this process gives back
+    SIDE_FILES = ("-wal", "-shm")
 
     def __init__(self, path: str):
         import sqlite3
 
-        self.path = path
+        self._sqlite3 = sqlite3
+        self.path = path if path == ":memory:" else os.path.realpath(path)
         self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-        self._lock_file: Any = None
+        self._locks: list[int] = []  # descriptors
+        self._opened: dict[str, tuple[int, int] | None] = {}  # its files, and which they were
+        self._begun = self._committed = 0  # number of a batch
+        self._checking: Any = None  # a second connection while it is opened: see abandon()
+        self._is_new = path == ":memory:" or not os.path.exists(path)
+        self._found_beside = [end for end in self.SIDE_FILES if os.path.exists(self.path + end)]
         if path != ":memory:":
             self._refuse_unusable()
             self._lock_for_this_process()
         try:
-            self._connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
-            self._check_content()
-            _refuse_newer(_schema_version_of(self))  # before WAL is set, which already changes the file
-            self.execute("PRAGMA journal_mode=WAL")
-            self.execute("PRAGMA synchronous=FULL")
+            self._open()
         except sqlite3.Error as error:
+            self.abandon()
             raise StartupError(f"database {path}: {self._why(error)}; it is left untouched") from None
+        except StartupError:
+            self.abandon()
+            raise
 
     def _refuse_unusable(self) -> None:
         if os.path.isdir(self.path):
-            raise StartupError(f"database {self.path}: is a directory; allowed is a file")
-        folder = os.path.dirname(os.path.abspath(self.path))
+            raise StartupError(f"database {self.path}: is a directory; must be a file")
+        folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise StartupError(f"database {self.path}: the folder {folder} does not exist")
         existing = self.path if os.path.exists(self.path) else folder
         if not os.access(existing, os.W_OK) or not os.access(folder, os.W_OK):
             raise StartupError(f"database {self.path}: {existing} is read-only")
 
+    # ---- locks -------------------------------------------------------------
+
     def _lock_for_this_process(self) -> None:
-        """A file lock that the system drops with the process, so that kill -9 leaves none."""
+        """Locks that the system drops with the process, so that kill -9 leaves none."""
+        for path in (self.path + ".lock", self.path):
+            try:
+                self._lock(path)
+            except BlockingIOError:
+                self._unlock()
+                raise StartupError(
+                    f"database {self.path}: is in use by another Load Manager, process {self._owner()}"
+                ) from None
+            except OSError as error:
+                self._unlock()
+                raise StartupError(f"database {self.path}: cannot be locked: {error.strerror}") from None
+        os.ftruncate(self._locks[0], 0)
+        os.pwrite(self._locks[0], str(os.getpid()).encode(), 0)
+
+    def _lock(self, path: str) -> None:
+        descriptor = open_private(path, os.O_RDWR | os.O_CREAT)
+        self._locks.append(descriptor)
         try:
             import fcntl
         except ImportError:  # Windows: SQLite's own locks are all there is
             return
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _owner(self) -> str:
         try:
-            self._lock_file = open(self.path + ".lock", "a+")  # noqa: SIM115 - held until exit
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._lock_file.truncate(0)
-            self._lock_file.write(str(os.getpid()))
-            self._lock_file.flush()
-        except BlockingIOError:
-            self._lock_file.seek(0)
-            owner = self._lock_file.read(20).strip() or "unknown"
-            raise StartupError(
-                f"database {self.path}: is in use by another Load Manager, process {owner}"
-            ) from None
-        except OSError as error:
-            raise StartupError(f"database {self.path}: cannot be locked: {error.strerror}") from None
+            with open(self.path + ".lock") as file:
+                return file.read(20).strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def _unlock(self) -> None:
+        for descriptor in self._locks:
+            os.close(descriptor)
+        self._locks = []
+
+    # ---- opening -----------------------------------------------------------
+
+    def _open(self) -> None:
+        if self.path != ":memory:" and not self._is_new:
+            self._check_without_writing()
+        self._connection = self._connect(self.path)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=FULL")
+        self._note_files()
+
+    def _connect(self, name: str, **how: Any) -> Any:
+        return self._sqlite3.connect(name, timeout=5, isolation_level=None, check_same_thread=False, **how)
+
+    def _check_without_writing(self) -> None:
+        """StartupError for a file that is not ours, newer or damaged. Without a log of writes
+        beside it the file is all there is, and reading it makes no file; else the log belongs
+        to it, and a connection that may only read leaves both as they are."""
+        has_log = any(
+            os.path.exists(self.path + end) and os.path.getsize(self.path + end)
+            for end in self.SIDE_FILES[:1]
+        )
+        mode = "mode=ro" if has_log else "mode=ro&immutable=1"
+        checking = self._connect(f"file:{quote(self.path)}?{mode}", uri=True)
+        self._connection = self._checking = checking
+        self._check_content()
+        _refuse_newer(_schema_version_of(self))
+        if not has_log:  # it cannot see what is written from now on, nor keep others from anything
+            checking.close()
+            self._checking = None
 
     def _check_content(self) -> None:
         tables = {name for (name,) in self.query("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -4445,6 +4517,113 @@ class SqliteDatabase:
             return f"is damaged or not a database ({text})"
         return text
 
+    def opened(self) -> None:
+        """What it holds could be read: from now on it may be changed."""
+        if self._checking is not None:
+            self._checking.close()
+            self._checking = None
+
+    def abandon(self) -> None:
+        """Close a database that is refused, and leave its files as they were found: as long as
+        the second connection is open SQLite does not move its log of writes into the file."""
+        for connection in (getattr(self, "_connection", None), self._checking):
+            if connection is not None:
+                connection.close()
+        if self.path != ":memory:" and self._locks:
+            for end in self.SIDE_FILES:
+                if end not in self._found_beside and os.path.exists(self.path + end):
+                    os.unlink(self.path + end)
+        self._unlock()
+
+    # ---- is it still there? ------------------------------------------------
+
+    def _note_files(self) -> None:
+        if self.path != ":memory:":
+            names = [self.path, *(self.path + end for end in self.SIDE_FILES)]
+            self._opened = {name: _file_id(name) for name in names}
+
+    def check(self) -> None:
+        """Write the file again where it or its log was deleted under us, from what is still open:
+        what is written to a deleted file is gone with this process. DatabaseGone when that
+        cannot be."""
+        now = {name: _file_id(name) for name in self._opened}
+        if all(found in (None, now[name]) for name, found in self._opened.items()):
+            self._opened = now
+            return
+        if now[self.path] not in (None, self._opened[self.path]):
+            raise DatabaseGone(
+                f"{self.path} was replaced by another file; restart Load Manager to use that one"
+            )
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise DatabaseGone(
+                f"the folder {folder} is gone; make it again, and the database is written there"
+            )
+        self._write_again()
+        gone = [name for name, found in now.items() if found != self._opened[name]]
+        log("database was deleted, written again", files=", ".join(map(os.path.basename, gone)))
+
+    def _write_again(self) -> None:
+        """Put a copy of what is open in the file's place. The old connection removes a log of the
+        file's name when it is closed: it is, before the new one makes its own."""
+        copy, old_locks = f"{self.path}.{os.getpid()}", self._locks
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(copy)
+        os.close(open_private(copy, os.O_RDWR | os.O_CREAT))
+        self._locks = []
+        try:
+            self.execute("VACUUM INTO ?", (copy,))
+            for path in (self.path + ".lock", copy):
+                self._lock(path)
+            os.fsync(self._locks[1])
+            os.pwrite(self._locks[0], str(os.getpid()).encode(), 0)
+            os.rename(copy, self.path)
+        except (self._sqlite3.Error, OSError) as error:
+            self._unlock()
+            self._locks = old_locks
+            with contextlib.suppress(OSError):
+                os.unlink(copy)
+            raise DatabaseGone(f"{self.path} was deleted and cannot be written again: {error}") from None
+        self._connection.close()
+        for descriptor in old_locks:
+            os.close(descriptor)
+        self._connection = self._connect(self.path)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=FULL")
+        self.query("SELECT COUNT(*) FROM meta")  # its log is there from the first reading on
+        _sync_folder(self.path)
+        self._note_files()
+
+    # ---- statements --------------------------------------------------------
+
+    def take_lead(self) -> None:
+        """Lead from now on: the lock of the file says so."""
+
+    def begin(self, number: int) -> None:
+        """Begin the transaction that writes batch `number`."""
+        self.check()
+        self.execute("BEGIN")
+        self._begun = number
+
+    def commit(self) -> None:
+        """Commit, to a file that will be found again."""
+        self.execute("COMMIT")
+        self._committed = self._begun
+        self.check()
+
+    def recover(self, number: int) -> bool:
+        """Leave a transaction that failed; whether batch `number` was committed all the same."""
+        self.rollback()
+        self.check()
+        return self._committed == number
+
+    def is_fault_of_row(self, error: BaseException) -> bool:
+        """Whether what is written, rather than the database, is to blame."""
+        if isinstance(error, self._sqlite3.ProgrammingError):
+            return "binding" in str(error)
+        of_row = (self._sqlite3.DataError, self._sqlite3.IntegrityError, self._sqlite3.InterfaceError)
+        return isinstance(error, of_row) or not isinstance(error, (*self.errors, MemoryError))
+
     def execute(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
         return self._connection.execute(sql, values)
 
@@ -4460,15 +4639,58 @@ class SqliteDatabase:
 
     def close(self) -> None:
         self._connection.close()
-        if self._lock_file:
-            self._lock_file.close()
+        self._unlock()
+
+
+def open_private(path: str, flags: int) -> int:
+    """The descriptor of a file that only we may read, whatever the umask says, also where it was
+    made with more rights before."""
+    descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+    with contextlib.suppress(OSError, AttributeError):  # of another owner, or on a system without rights
+        if os.fstat(descriptor).st_mode & 0o177:
+            os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _file_id(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _sync_folder(path: str) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class PostgresDatabase:
-    """A PostgreSQL database, held by an advisory lock so that only one Load Manager writes."""
+    """A PostgreSQL database, held by an advisory lock so that only one Load Manager leads on it.
 
-    LOCK_WAIT_S = 2.0  # the server notices some moments later that the one before us has ended
-    LOCK_ID = 0x4C4D4752  # any number that nobody else uses: "LMGR"
+    The lock goes with the connection, and we learn late that a connection is gone. So each who
+    takes the lock counts an epoch in the table meta, and each transaction of ours begins with an
+    update of that row which asks for our epoch: another's makes it LeadershipLost, and while our
+    transaction is open no one can begin a new one."""
+
+    LOCK_WAIT_S = 2.0  # the server notices some time later that the one before us has ended
+    LOCK_ID = 0x4C4D4752  # any number that no one else uses: "LMGR"
+    ANSWER_S = 4.0  # a statement that takes longer is given up: packets may be dropped without a word
+    READ_S = 15.0  # likewise one that reads a history
+    OPENING_S = 600.0  # likewise one that brings old tables to a new version
+    # Both ends notice a peer that is gone: the server must give the lock back.
+    PATIENCE: dict[str, Any] = {
+        "keepalives": 1,
+        "keepalives_idle": 2,
+        "keepalives_interval": 1,
+        "keepalives_count": 3,
+    }
+    SERVER_PATIENCE = "-c tcp_keepalives_idle=2 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
+    CHUNK = 500  # rows that are sent at once
 
     def __init__(self, url: str):
         try:
@@ -4480,8 +4702,15 @@ class PostgresDatabase:
         self._psycopg = psycopg
         self.url = url
         self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
+        self._epoch = ""  # number and a word of ours: no one else's can be the same
+        self._epochs: set[str] = set()  # of ours; which was committed last is known when it is read
+        self._is_open = False
+        self._backend: tuple[Any, ...] | None = None  # of the connection that has, or had, the lock
+        self.is_leading = False
+        self._deadline = _Deadline(self._cut)
         try:
             self._connect()
+            self._refuse_encoding()
         except psycopg.Error as error:
             raise StartupError(f"database {self.shown}: {str(error).strip().splitlines()[0]}") from None
 
@@ -4490,84 +4719,255 @@ class PostgresDatabase:
         """The address without its password."""
         return re.sub(r"://([^:/@]*):[^@]*@", r"://\1@", self.url)
 
+    # ---- connection and lock -----------------------------------------------
+
     def _connect(self) -> None:
+        given = self._psycopg.conninfo.conninfo_to_dict(self.url).get("options") or ""
         self._connection = self._psycopg.connect(
             self.url,
             autocommit=True,
-            connect_timeout=5,
-            options="-c statement_timeout=30000",
-            keepalives_idle=10,
+            connect_timeout=3,
+            client_encoding="utf8",
+            application_name="loadmanager",
+            options=f"{given} {self.SERVER_PATIENCE}".strip(),
+            tcp_user_timeout=int(self.ANSWER_S * 1000),
+            **self.PATIENCE,
         )
         give_up_at = monotonic_s() + self.LOCK_WAIT_S
-        while not self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self.LOCK_ID,)).fetchone()[0]:
+        while not self.query("SELECT pg_try_advisory_lock(?)", (self.LOCK_ID,))[0][0]:
+            self._end_our_old_connection()
             if monotonic_s() < give_up_at:
                 time.sleep(0.1)
                 continue
             self._connection.close()
             raise StartupError(f"database {self.shown}: is in use by another Load Manager")
+        self.execute(f"SET statement_timeout = {self._patience_s(self.READ_S) * 1000:.0f}")
+        self._backend = self.query(
+            "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        )[0]
 
-    def execute(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
-        return self._connection.execute(sql.replace("?", "%s"), values)
+    def _end_our_old_connection(self) -> None:
+        """The server may believe for long in a connection that we have given up."""
+        if self._backend is not None:
+            self.query(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ? AND backend_start = ?",
+                self._backend,
+            )
 
-    def execute_many(self, sql: str, rows: list[Any]) -> None:
-        with self._connection.cursor() as cursor:
-            cursor.executemany(sql.replace("?", "%s"), rows)
+    def _refuse_encoding(self) -> None:
+        encoding = self.query("SHOW server_encoding")[0][0]
+        if encoding != "UTF8":
+            raise StartupError(
+                f"database {self.shown}: its encoding is {encoding}, must be UTF8; make another with "
+                "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+            )
 
-    def query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        return self.execute(sql, values).fetchall()
+    def _cut(self) -> None:
+        """End a statement that is not answered; called by another thread while it waits."""
+        with contextlib.suppress(Exception):
+            descriptor = os.dup(self._connection.fileno())
+            with socket.socket(fileno=descriptor) as cut:
+                cut.shutdown(socket.SHUT_RDWR)
 
-    def rollback(self) -> None:
-        """Leave a failed transaction; a broken connection is made anew, with its lock."""
+    # ---- leading -----------------------------------------------------------
+
+    def take_lead(self, number: int = 0) -> None:
+        """Count a new epoch, ours, within the transaction that opens the database or finds it again."""
+        found = self.query("SELECT value FROM meta WHERE key = 'leader' FOR UPDATE")
+        count = int(found[0][0].partition(".")[0]) + 1 if found else 1
+        self._epoch = f"{count}.{secrets.token_hex(6)}"
+        self._epochs.add(self._epoch)
+        self.execute("DELETE FROM meta WHERE key = 'leader'")
+        row = ("leader", f"{self._epoch}/{number}")
+        self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", row)
+
+    def check(self) -> None:
+        """LeadershipLost when another one leads; any error when the database does not answer."""
+        self._led(self.query("SELECT value FROM meta WHERE key = 'leader'"))
+
+    def _led(self, rows: list[tuple[Any, ...]]) -> int:
+        """The number of the last batch that was committed in our epoch, or LeadershipLost."""
+        epoch, _, number = (rows[0][0] if rows else "/0").partition("/")
+        if epoch not in self._epochs:
+            self.is_leading = False
+            theirs, ours = epoch.partition(".")[0] or "none", self._epoch.partition(".")[0]
+            raise LeadershipLost(
+                f"another Load Manager leads on {self.shown} since: its epoch is {theirs}, ours was {ours}"
+            )
+        return int(number)
+
+    def begin(self, number: int) -> None:
+        """Begin the transaction that writes batch `number`; LeadershipLost when another one leads."""
+        self.execute("BEGIN")
+        done = self.execute(
+            "UPDATE meta SET value = ? WHERE key = 'leader' AND value LIKE ?",
+            (f"{self._epoch}/{number}", f"{self._epoch}/%"),
+        )
+        if done.rowcount != 1:
+            self._led(self.query("SELECT value FROM meta WHERE key = 'leader'"))
+
+    def commit(self) -> None:
+        self.execute("COMMIT")
+
+    def recover(self, number: int) -> bool:
+        """Leave a transaction that failed; whether batch `number` was committed all the same. A
+        broken connection is replaced by a new one, which leads only when no one led since."""
         if not self._connection.broken and not self._connection.closed:
-            self._connection.rollback()
-            return
+            self.rollback()
+            return False
+        self.is_leading = False
         try:
             self._connect()
         except StartupError as error:
+            self._look_who_leads()
             raise OSError(str(error)) from None
+        self.execute("BEGIN")
+        committed = self._led(self.query("SELECT value FROM meta WHERE key = 'leader' FOR UPDATE"))
+        self.take_lead(committed)
+        self.execute("COMMIT")
+        self._epochs = {self._epoch}
+        self.is_leading = True
+        log("database is back", epoch=self._epoch.partition(".")[0])
+        return committed == number
+
+    def _look_who_leads(self) -> None:
+        """LeadershipLost when the one who holds the lock has begun an epoch of its own."""
+        with self._psycopg.connect(
+            self.url, autocommit=True, connect_timeout=3, **self.PATIENCE
+        ) as connection:
+            self._led(connection.execute("SELECT value FROM meta WHERE key = 'leader'").fetchall())
+
+    def is_fault_of_row(self, error: BaseException) -> bool:
+        """Whether what is written, rather than the database, is to blame."""
+        psycopg, state = self._psycopg, getattr(error, "sqlstate", None) or ""
+        if isinstance(error, psycopg.ProgrammingError):
+            return not state  # it was not even sent: a value of a type that no column takes
+        is_row = isinstance(error, (psycopg.DataError, psycopg.IntegrityError)) or state.startswith("54")
+        return is_row or not isinstance(error, (*self.errors, MemoryError, LeadershipLost))
+
+    # ---- statements --------------------------------------------------------
+
+    def opened(self) -> None:
+        """What it holds could be read, and we lead."""
+        self._is_open = self.is_leading = True
+        self.execute(f"SET statement_timeout = {self.READ_S * 1000:.0f}")
+
+    def _patience_s(self, seconds: float) -> float:
+        return seconds if self._is_open else self.OPENING_S
+
+    def abandon(self) -> None:
+        self.close()
+
+    def execute(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
+        with self._deadline.within(self._patience_s(self.ANSWER_S)):
+            return self._connection.execute(sql.replace("?", "%s"), values)
+
+    def execute_many(self, sql: str, rows: list[Any]) -> None:
+        with self._connection.cursor() as cursor:
+            for start in range(0, len(rows), self.CHUNK):
+                with self._deadline.within(self._patience_s(self.ANSWER_S)):
+                    cursor.executemany(sql.replace("?", "%s"), rows[start : start + self.CHUNK])
+
+    def query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        seconds = self.ANSWER_S if " FROM meta " in sql else self.READ_S
+        with self._deadline.within(self._patience_s(seconds)):
+            return self._connection.execute(sql.replace("?", "%s"), values).fetchall()
+
+    def rollback(self) -> None:
+        self._connection.rollback()
 
     def close(self) -> None:
+        self._deadline.close()
         self._connection.close()
+
+
+class _Deadline:
+    """Calls `cut` when what is done `within` some seconds takes longer. psycopg has no such time
+    of its own, and a peer that is silent keeps a thread for ever."""
+
+    TICK_S = 0.25
+
+    def __init__(self, cut: Callable[[], None]):
+        self._cut = cut
+        self._lock = threading.Lock()
+        self._due = math.inf
+        self._closed = False
+        start_thread("database-deadline", self._watch)
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        with self._lock:
+            self._due = monotonic_s() + seconds
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._due = math.inf
+
+    def _watch(self) -> None:
+        while not self._closed:
+            time.sleep(self.TICK_S)
+            with self._lock:
+                if monotonic_s() > self._due:
+                    self._due = math.inf
+                    self._cut()
+
+    def close(self) -> None:
+        self._closed = True
 
 
 Database = SqliteDatabase | PostgresDatabase
 
 
 def open_database(url: str, folder: str) -> Database:
-    """Open and migrate the database of storage.url, or StartupError."""
+    """Open the database of storage.url, or StartupError. Its tables are brought to the newest
+    version by the store that reads it."""
     if url.startswith("postgres"):
-        database: Database = PostgresDatabase(url)
-    elif url == "memory:":
-        database = SqliteDatabase(":memory:")
-    else:
-        database = SqliteDatabase(os.path.join(folder, url.removeprefix("sqlite:///")))
+        return PostgresDatabase(url)
+    if url == "memory:":
+        return SqliteDatabase(":memory:")
+    return SqliteDatabase(os.path.join(folder, url.removeprefix("sqlite:///")))
+
+
+def open_tables(database: Database, read: Callable[[Database], None]) -> None:
+    """Bring the tables to the newest version and `read` them in one transaction: what cannot be
+    read is refused with StartupError, and left as it was."""
+    shown = getattr(database, "shown", None) or getattr(database, "path", "")
     try:
+        database.execute("BEGIN")
         _migrate(database)
+        read(database)
+        database.take_lead()
+        database.execute("COMMIT")
+        database.opened()
     except database.errors as error:
-        raise StartupError(
-            f"database {url.split('@')[-1]}: cannot be written: {str(error).strip().splitlines()[0]}"
-        ) from None
-    return database
+        _give_back(database)
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise StartupError(f"database {shown}: cannot be opened: {why}; it is left untouched") from None
+    except BaseException:
+        _give_back(database)
+        raise
+
+
+def _give_back(database: Database) -> None:
+    with contextlib.suppress(*database.errors):
+        database.rollback()
+    with contextlib.suppress(*database.errors):
+        database.abandon()
 
 
 def _migrate(database: Database) -> None:
-    """Bring the tables to the newest version in one transaction: old or new, never between."""
-    database.execute("BEGIN")
-    try:
-        database.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-        version = _schema_version_of(database)
-        _refuse_newer(version)
-        for number in sorted(MIGRATIONS):
-            if number > version:
-                _take_step(database, number)
-        _refuse_missing_columns(database)
-        database.execute("DELETE FROM meta WHERE key IN ('schema_version', 'opened_at')")
-        kept = [("schema_version", str(max(MIGRATIONS))), ("opened_at", utc_text(time.time()))]
-        database.execute_many("INSERT INTO meta (key, value) VALUES (?, ?)", kept)
-        database.execute("COMMIT")
-    except BaseException:
-        database.rollback()
-        raise
+    """Bring the tables to the newest version, within a transaction: old or new, never between."""
+    database.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+    version = _schema_version_of(database)
+    _refuse_newer(version)
+    for number in sorted(MIGRATIONS):
+        if number > version:
+            _take_step(database, number)
+    _refuse_missing_columns(database)
+    database.execute("DELETE FROM meta WHERE key IN ('schema_version', 'opened_at')")
+    kept = [("schema_version", str(max(MIGRATIONS))), ("opened_at", utc_text(time.time()))]
+    database.execute_many("INSERT INTO meta (key, value) VALUES (?, ?)", kept)
 
 
 def _take_step(database: Database, version: int) -> None:
@@ -4592,58 +4992,178 @@ def _refuse_missing_columns(database: Database) -> None:
 
 
 class _Ticket:
-    """Somebody waiting for the writer: done when all written before it is durable."""
+    """A caller who waits for the writer: done when all written before it is durable."""
 
-    __slots__ = ("ready", "read", "result", "error")
+    __slots__ = ("ready", "read", "result", "error", "run_id")
 
-    def __init__(self, read: Callable[[Database], Any] | None = None):
+    def __init__(self, read: Callable[[Database], Any] | None = None, run_id: str | None = None):
         self.ready = threading.Event()
         self.read = read
+        self.run_id = run_id  # whose row must be among what was written
         self.result: Any = None
         self.error: str | None = None
 
     def settle(self, error: str | None) -> None:
-        self.error = error
+        self.error = self.error or error
         self.ready.set()
+
+
+class Numbers:
+    """What a run's newest numbers are, and as JSON, which is made once and when it is asked for."""
+
+    __slots__ = ("snapshot", "source", "_json")
+
+    def __init__(self, snapshot: Snapshot | None, source: str, json_: bytes | None = None):
+        self.snapshot = snapshot  # None: of a final run, 3 KiB as bytes against 10 as objects
+        self.source = source  # poll, push or final
+        self._json = json_
+
+    def json(self) -> bytes:
+        found = self._json
+        if found is None:
+            found = self._json = storable_json(snapshot_to_json(self.snapshot))  # type: ignore[arg-type]
+        return found
+
+    def brief(self) -> dict[str, Any]:
+        """As JSON, without the endpoints' rows, which can be 500."""
+        snapshot = self.snapshot
+        if snapshot is not None:
+            return snapshot_to_json(snapshot._replace(endpoints=None))
+        found = json.loads(self.json())
+        found.pop("requestStats", None)
+        return found
+
+    def compact(self) -> None:
+        self.json()
+        self.snapshot = None
+
+
+class RunState(NamedTuple):
+    """A run as it was when its row was asked for: a later change is another row."""
+
+    run: Run
+    numbers: Numbers | None
+
+    def row(self) -> tuple[str, int, str, str | None]:
+        run, numbers = self
+        record = storable_json(run_to_fields(run)).decode()
+        return run.id, run.seq, record, numbers.json().decode() if numbers else None
+
+
+def storable_json(value: Any) -> bytes:
+    """JSON of anything. What neither JSON nor a database can hold is replaced, so that one odd
+    number in a run's metadata does not keep the run from being kept."""
+    try:
+        return dump_json(value).encode()
+    except (ValueError, OverflowError, RecursionError):
+        return dump_json(_storable(value)).encode()
+
+
+def _storable(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int):
+        return value if value.bit_length() < 10_000 else None  # Python does not write longer ones
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if depth > 100:
+        return None
+    if isinstance(value, dict):
+        return {_storable(str(key)): _storable(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_storable(item, depth + 1) for item in value]
+    return value
 
 
 @dataclass
 class _Batch:
     """What is to be written; a later state of the same run replaces the earlier."""
 
-    runs: dict[str, StoredRun | None] = field(default_factory=dict)  # None: deleted
-    samples: list[Sample] = field(default_factory=list)
-    histograms: list[tuple[str, HistogramPoint, bool]] = field(
-        default_factory=list
-    )  # run id; the last ones of the run
-    packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
-    keys: list[tuple[str, str, str, float]] = field(default_factory=list)
-    artefacts: list[tuple[str, str, str]] = field(default_factory=list)  # run id, name, packed content
+    gone: dict[str, None] = field(default_factory=dict)  # runs to be deleted with all they have
+    runs: dict[str, RunState] = field(default_factory=dict)
     baselines: dict[tuple[str, str, str], Baseline | None] = field(
         default_factory=dict
-    )  # None: no longer one
-    audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
+    )  # None: none any more
     documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(
         default_factory=dict
     )  # table and id -> the rest of the row; None: deleted
+    artefacts: dict[tuple[str, str], str] = field(default_factory=dict)  # run id, name -> packed content
+    keys: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # as Store._keys
+    packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
+    histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; its last ones
+    samples: list[Sample] = field(default_factory=list)
+    audit: list[tuple[int, AuditEntry]] = field(default_factory=list)
+    when_durable: list[Callable[[], None]] = field(default_factory=list)
     tickets: list[_Ticket] = field(default_factory=list)
+    since: float = math.inf  # monotonic: when the oldest of its rows was saved
+
+    ROWS = (
+        "gone", "runs", "baselines", "documents", "artefacts", "keys",
+        "packed_histograms", "histograms", "samples", "audit",
+    )  # fmt: skip
 
     def __bool__(self) -> bool:
-        return self.has_rows or bool(self.tickets)
+        return self.has_rows or bool(self.tickets or self.when_durable)
 
     @property
     def has_rows(self) -> bool:
-        return bool(
-            self.runs
-            or self.samples
-            or self.histograms
-            or self.packed_histograms
-            or self.keys
-            or self.artefacts
-            or self.baselines
-            or self.audit
-            or self.documents
-        )
+        return any(getattr(self, name) for name in self.ROWS)
+
+    def forget(self, run_id: str) -> None:
+        """Nothing of a run that is deleted is written any more."""
+        self.runs.pop(run_id, None)
+        self.keys = {key: known for key, known in self.keys.items() if known[1] != run_id}
+        self.artefacts = {place: content for place, content in self.artefacts.items() if place[0] != run_id}
+        for name in ("packed_histograms", "histograms", "samples"):
+            rows = getattr(self, name)
+            if rows:
+                setattr(self, name, [row for row in rows if row[0] != run_id])
+
+    def join(self, later: _Batch, limits: dict[str, int]) -> _Batch:
+        """This one, which could not be written, together with what came since."""
+        for run_id in later.gone:
+            self.forget(run_id)
+        for name in (*self.ROWS, "when_durable"):
+            mine, theirs = getattr(self, name), getattr(later, name)
+            if isinstance(mine, dict):
+                setattr(self, name, {**mine, **theirs})
+            else:
+                setattr(self, name, mine[-limits.get(name, sys.maxsize) :] + theirs)
+        self.tickets = later.tickets
+        self.since = min(self.since, later.since)
+        return self
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """Every single row with the name of its list."""
+        found: list[tuple[str, Any]] = []
+        for name in self.ROWS:
+            kept = getattr(self, name)
+            found += [(name, row) for row in (kept.items() if isinstance(kept, dict) else kept)]
+        return found
+
+    @classmethod
+    def of_rows(cls, rows: list[tuple[str, Any]]) -> _Batch:
+        batch = cls()
+        for name, row in rows:
+            kept = getattr(batch, name)
+            if isinstance(kept, dict):
+                kept[row[0]] = row[1]
+            else:
+                kept.append(row)
+        return batch
+
+
+def _whose(name: str, row: Any) -> str:
+    """The run, or what else, a row of a batch is about."""
+    if name in ("gone", "runs"):
+        return row[0]
+    if name == "keys":
+        return row[1][1]
+    if name == "audit":
+        return row[1].run_id
+    if name in ("baselines", "documents", "artefacts"):
+        return "/".join(row[0])
+    return row[0]
 
 
 def _packed(content: bytes) -> str:
@@ -4662,185 +5182,53 @@ def _goes_on(before: HistogramPoint, point: HistogramPoint) -> bool:
     )
 
 
-class DatabaseWriter(threading.Thread):
-    """The only thread that writes. What fails is kept and tried again every second, so a
-    full disk loses nothing once there is room; meanwhile `problem` says why."""
+class _RowWriter:
+    """Makes the rows of a batch and writes them, within a transaction."""
 
-    LAZY_S = 0.5  # how long samples nobody waits for may stay unwritten
-    MAX_SAMPLES = 500_000  # kept while the disk is full; then the oldest go
-    MAX_HISTOGRAMS = 5_000  # likewise
     HISTOGRAM_STEP_S = 0.9  # not more often
     WHOLE_EVERY = 60  # the others hold what came since the one before
-    MAX_AUDIT = 100_000  # likewise
+    OF_RUNS = {
+        "runs": "id", "samples": "run_id", "histograms": "run_id", "idempotency": "run_id",
+        "artefacts": "run_id",
+    }  # fmt: skip
 
-    def __init__(self, database: Database, records_lock: threading.RLock, audit_file: str | None = None):
-        super().__init__(name="journal", daemon=True)
+    def __init__(self, database: Database):
         self._database = database
-        self._audit_file = audit_file
-        self._records_lock = records_lock  # taken for each record while its row is made
-        self._changed = threading.Condition()
-        self._batch = _Batch()
-        self._closing = False
-        self._histograms: dict[
-            str, tuple[HistogramPoint, int]
-        ] = {}  # of each run the newest written, and its number
-        self.problem: str | None = None
+        self._histograms: dict[str, tuple[HistogramPoint, int]] = {}  # the newest of each run, its number
 
-    def one_commit(self) -> threading.Condition:
-        """What is saved within is written in one commit, or not at all."""
-        return self._changed
+    def forget_written(self) -> None:
+        """Which histograms are in the database is not known any more: the next hold all."""
+        self._histograms.clear()
 
-    def save(self, record: StoredRun) -> None:
-        with self._changed:
-            self._batch.runs[record.run.id] = record
-
-    def add_audit(self, seq: int, entry: AuditEntry) -> None:
-        with self._changed:
-            self._batch.audit.append((seq, entry))
-
-    def save_history(
-        self, record: StoredRun, samples: list[Sample], histograms: list[tuple[float, int, str]]
-    ) -> None:
-        """A run with its whole history, for one commit."""
-        rows = [(record.run.id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
-        with self._changed:
-            self._batch.runs[record.run.id] = record
-            self._batch.samples += samples
-            self._batch.packed_histograms += rows
-
-    def save_document(self, table: str, id_: str, row: tuple[Any, ...] | None) -> None:
-        """A row of `schedules`, `outbox` or `cleanups`; None deletes it."""
-        with self._changed:
-            self._batch.documents[table, id_] = row
-
-    def save_key(self, row: tuple[str, str, str, float]) -> None:
-        with self._changed:
-            self._batch.keys.append(row)
-
-    def save_artefact(self, run_id: str, name: str, content: bytes) -> None:
-        with self._changed:
-            self._batch.artefacts.append((run_id, name, _packed(content)))
-
-    def save_baseline(self, place: tuple[str, str, str], baseline: Baseline | None) -> None:
-        with self._changed:
-            self._batch.baselines[place] = baseline
-
-    def forget(self, run_id: str) -> None:
-        with self._changed:
-            self._batch.runs[run_id] = None
-
-    def add_sample(self, sample: Sample) -> None:
-        with self._changed:
-            self._batch.samples.append(sample)
-
-    def wait_durable(self, timeout_s: float = 8.0) -> None:
-        """Return when all that was saved before is on disk; NotReady when it cannot be."""
-        self._enqueue(_Ticket(), timeout_s)
-
-    def read(self, work: Callable[[Database], Any], timeout_s: float = 30.0) -> Any:
-        """The result of `work` on the database, after everything saved before it."""
-        return self._enqueue(_Ticket(work), timeout_s).result
-
-    def add_histograms(self, run_id: str, point: HistogramPoint, are_last: bool) -> None:
-        with self._changed:
-            self._batch.histograms.append((run_id, point, are_last))
-
-    def _enqueue(self, ticket: _Ticket, timeout_s: float) -> _Ticket:
-        with self._changed:
-            if self._closing:
-                raise NotReady("Load Manager is shutting down", retry_after_s=5)
-            self._batch.tickets.append(ticket)
-            self._changed.notify()
-        if not ticket.ready.wait(timeout_s):
-            raise NotReady("the database did not answer in time", retry_after_s=5)
-        if ticket.error:
-            raise NotReady(f"the database cannot be written: {ticket.error}", retry_after_s=5)
-        return ticket
-
-    def close(self) -> None:
-        """Write what is left and close the database."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self.join(4)
-
-    def run(self) -> None:
-        while True:
-            batch, last = self._next_batch()
-            try:
-                if batch:
-                    self._write(batch)
-                self._settle(batch, None)
-                self.problem = None
-            except self._database.errors as error:
-                self._put_back(batch, str(error).strip() or repr(error))
-                if not last:
-                    time.sleep(1.0)
-            if last:
-                break
-        try:
-            self._database.close()
-        except self._database.errors as error:
-            log("database not closed cleanly", error=error)
-
-    def _next_batch(self) -> tuple[_Batch, bool]:
-        with self._changed:
-            if not self._batch.tickets and not self._closing:
-                self._changed.wait(self.LAZY_S)
-            batch, self._batch = self._batch, _Batch()
-            return batch, self._closing
-
-    def _write(self, batch: _Batch) -> None:
-        database = self._database
-        if batch.has_rows:
-            database.execute("BEGIN")
-            rows = [*batch.packed_histograms, *self._histogram_rows(batch)]
-            if rows:
-                database.execute_many(insert_into("histograms"), rows)
+    def write(self, batch: _Batch) -> None:
+        many = self._database.execute_many
+        if batch.gone:
+            ids = [(run_id,) for run_id in batch.gone]
+            for table, column in self.OF_RUNS.items():
+                many(f"DELETE FROM {table} WHERE {column} = ?", ids)
+        rows: list[Any] = [*batch.packed_histograms, *self._histogram_rows(batch)]
+        if rows:
+            many(insert_into("histograms"), rows)
+        if batch.runs:
             self._write_runs(batch)
+        if batch.baselines:
             self._write_baselines(batch)
-            self._write_documents(batch)
-            if batch.artefacts:
-                later = "ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content"
-                database.execute_many(insert_into("artefacts", later), batch.artefacts)
-            if batch.samples:
-                database.execute_many(insert_into("samples"), batch.samples)
-            if batch.keys:
-                later = (
-                    "ON CONFLICT (key) DO UPDATE SET body_hash = excluded.body_hash,"
-                    " run_id = excluded.run_id, created_at = excluded.created_at"
-                )
-                database.execute_many(insert_into("idempotency", later), batch.keys)
-            if batch.audit:
-                rows = [(seq, *entry) for seq, entry in batch.audit]
-                database.execute_many(insert_into("audit", "ON CONFLICT (seq) DO NOTHING"), rows)
-            database.execute("COMMIT")
-            self._append_audit(batch)
-        for ticket in batch.tickets:
-            if ticket.read:
-                ticket.result = ticket.read(database)
-
-    def _append_audit(self, batch: _Batch) -> None:
-        """The committed entries as lines of JSON. The file is opened for each batch, so that it
-        may be rotated; what cannot be written there is in the database all the same."""
-        entries, batch.audit = batch.audit, []
-        if not entries or self._audit_file is None:
-            return
-        lines = "".join(dump_json(audit_to_json(entry)) + "\n" for _, entry in entries)
-        try:
-            with open(
-                os.open(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640),
-                "a",
-                encoding="utf-8",
-            ) as file:
-                file.write(lines)
-        except OSError as error:
-            log(
-                "audit file not written",
-                file=self._audit_file,
-                entries=len(entries),
-                why=error.strerror or error,
+        self._write_documents(batch)
+        if batch.artefacts:
+            later = "ON CONFLICT (run_id, name) DO UPDATE SET content = excluded.content"
+            rows = [(*place, content) for place, content in batch.artefacts.items()]
+            many(insert_into("artefacts", later), rows)
+        if batch.samples:
+            many(insert_into("samples"), [_finite_sample(sample) for sample in batch.samples])
+        if batch.keys:
+            later = (
+                "ON CONFLICT (key) DO UPDATE SET body_hash = excluded.body_hash,"
+                " run_id = excluded.run_id, created_at = excluded.created_at"
             )
+            many(insert_into("idempotency", later), [(key, *known) for key, known in batch.keys.items()])
+        if batch.audit:
+            rows = [(seq, *entry) for seq, entry in batch.audit]
+            many(insert_into("audit", "ON CONFLICT (seq) DO NOTHING"), rows)
 
     def _histogram_rows(self, batch: _Batch) -> Iterator[tuple[str, float, int, str]]:
         """Rows of the table; one that holds everything since the start comes first, after a
@@ -4857,28 +5245,17 @@ class DatabaseWriter(threading.Thread):
             self._histograms[run_id] = point, number + 1
 
     def _write_runs(self, batch: _Batch) -> None:
-        gone = [(run_id,) for run_id, record in batch.runs.items() if record is None]
-        rows = []
-        for run_id, record in batch.runs.items():
-            if record is None or record.run.is_final:
+        later = "ON CONFLICT (id) DO UPDATE SET record = excluded.record, metrics = excluded.metrics"
+        self._database.execute_many(
+            insert_into("runs", later), [state.row() for state in batch.runs.values()]
+        )
+        for run_id, state in batch.runs.items():
+            if state.run.is_final:
                 self._histograms.pop(run_id, None)
-            if record is not None:
-                with self._records_lock:
-                    rows.append(record.row())
-        if rows:
-            later = "ON CONFLICT (id) DO UPDATE SET record = excluded.record, metrics = excluded.metrics"
-            self._database.execute_many(insert_into("runs", later), rows)
-        if gone:
-            self._database.execute_many("DELETE FROM runs WHERE id = ?", gone)
-            self._database.execute_many("DELETE FROM samples WHERE run_id = ?", gone)
-            self._database.execute_many("DELETE FROM histograms WHERE run_id = ?", gone)
-            self._database.execute_many("DELETE FROM idempotency WHERE run_id = ?", gone)
-            self._database.execute_many("DELETE FROM artefacts WHERE run_id = ?", gone)
 
     def _write_baselines(self, batch: _Batch) -> None:
-        if batch.baselines:
-            places = "DELETE FROM baselines WHERE tenant_id = ? AND env_id = ? AND scenario_id = ?"
-            self._database.execute_many(places, list(batch.baselines))
+        places = "DELETE FROM baselines WHERE tenant_id = ? AND env_id = ? AND scenario_id = ?"
+        self._database.execute_many(places, list(batch.baselines))
         kept = [baseline for baseline in batch.baselines.values() if baseline is not None]
         if kept:
             self._database.execute_many(insert_into("baselines"), kept)
@@ -4889,88 +5266,435 @@ class DatabaseWriter(threading.Thread):
             if row is not None:
                 self._database.execute(insert_into(table), (id_, *row))
 
+
+def _finite_sample(sample: Sample) -> Sample:
+    """Without NaN and infinity, which JSON has not; what is pushed was checked when it came."""
+    if sample.source == "push" or all(
+        math.isfinite(value) for value in sample[2:-1] if isinstance(value, float)
+    ):
+        return sample
+    odd = [
+        name
+        for name, value in zip(sample._fields, sample, strict=True)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    empty: dict[str, Any] = dict.fromkeys(odd)
+    return sample._replace(**empty)
+
+
+class DatabaseWriter(threading.Thread):
+    """The only thread that writes, and that no error ends. What the database does not take is kept
+    and tried again every second, so a full disk loses nothing once there is room; a row that it
+    can never take is left out and logged. Meanwhile `problem` says why."""
+
+    LAZY_S = 0.5  # how long samples that no one waits for may stay unwritten
+    CHECK_S = 1.0  # how often the database is asked whether it is there when nothing is written
+    LATE_S = 3.0  # a database that does not answer for longer, and a change that waits longer, is late
+    WAIT_S = 8.0
+    LIMITS = {"samples": 500_000, "histograms": 5_000, "audit": 100_000}  # kept while the disk is full
+
+    def __init__(self, database: Database, audit_file: str | None = None):
+        super().__init__(name="journal", daemon=True)
+        self._database = database
+        self._rows = _RowWriter(database)
+        self._audit_file = audit_file
+        self._changed = threading.Condition()
+        self._batch = _Batch()
+        self._in_hand: _Batch | None = None
+        self._in_doubt: _Batch | None = None  # its COMMIT was sent and not answered
+        self._number = 0  # of the newest transaction
+        self._closing = False
+        self._failure: str | None = None  # why the last attempt failed
+        self._checked_at = monotonic_s()
+        self._busy_since: float | None = None
+        self._left_out: dict[tuple[str, str], int] = {}  # rows by list and run
+        self.rows_left_out = 0
+        self.lost: str | None = None  # why we do not lead any more
+        self.on_lost: Callable[[str], None] = end_without_lead
+
+    # ---- what is to be written ---------------------------------------------
+
+    def one_commit(self) -> threading.Condition:
+        """What is saved within is written in one commit, or not at all."""
+        return self._changed
+
+    def _next(self) -> _Batch:
+        """The batch that a row is added to; under _changed."""
+        batch = self._batch
+        if batch.since == math.inf:
+            batch.since = monotonic_s()
+        return batch
+
+    def save(self, state: RunState) -> None:
+        with self._changed:
+            self._next().runs[state.run.id] = state
+
+    def when_durable(self, then: Callable[[], None]) -> None:
+        """Call `then` in the writer's thread when all that was saved before is on disk."""
+        with self._changed:
+            self._next().when_durable.append(then)
+
+    def add_audit(self, seq: int, entry: AuditEntry) -> None:
+        with self._changed:
+            self._next().audit.append((seq, entry))
+
+    def save_history(
+        self, state: RunState, samples: list[Sample], histograms: list[tuple[float, int, str]]
+    ) -> None:
+        """A run with its whole history, for one commit."""
+        run_id = state.run.id
+        rows = [(run_id, at, is_whole, _packed(text.encode())) for at, is_whole, text in histograms]
+        with self._changed:
+            self._next().runs[run_id] = state
+            self._batch.samples += samples
+            self._batch.packed_histograms += rows
+
+    def save_document(self, table: str, id_: str, row: tuple[Any, ...] | None) -> None:
+        """A row of `schedules`, `outbox` or `cleanups`; None deletes it."""
+        with self._changed:
+            self._next().documents[table, id_] = row
+
+    def save_key(self, key: str, known: tuple[str, str, float]) -> None:
+        with self._changed:
+            self._next().keys[key] = known
+
+    def save_artefact(self, run_id: str, name: str, content: bytes) -> None:
+        packed = _packed(content)
+        with self._changed:
+            self._next().artefacts[run_id, name] = packed
+
+    def save_baseline(self, place: tuple[str, str, str], baseline: Baseline | None) -> None:
+        with self._changed:
+            self._next().baselines[place] = baseline
+
+    def forget(self, run_id: str) -> None:
+        with self._changed:
+            self._next().forget(run_id)
+            self._batch.gone[run_id] = None
+
+    def add_sample(self, sample: Sample) -> None:
+        with self._changed:
+            self._next().samples.append(sample)
+
+    def add_histograms(self, run_id: str, point: HistogramPoint, are_last: bool) -> None:
+        with self._changed:
+            self._next().histograms.append((run_id, point, are_last))
+
+    # ---- waiting -----------------------------------------------------------
+
+    def wait_durable(self, timeout_s: float | None = None, run_id: str | None = None) -> None:
+        """Return when all that was saved before is on disk; NotReady when it cannot be, or when
+        the row of this run could not be written."""
+        problem = self.lost or self._failure
+        if problem is not None:
+            raise NotReady(f"the database cannot be written: {problem}", retry_after_s=5)
+        self._enqueue(_Ticket(run_id=run_id), self.WAIT_S if timeout_s is None else timeout_s)
+
+    def read(self, work: Callable[[Database], Any], timeout_s: float = 30.0) -> Any:
+        """The result of `work` on the database, after everything saved before it."""
+        return self._enqueue(_Ticket(work), timeout_s).result
+
+    def _enqueue(self, ticket: _Ticket, timeout_s: float) -> _Ticket:
+        with self._changed:
+            if self._closing:
+                raise NotReady("Load Manager is shutting down", retry_after_s=5)
+            self._batch.tickets.append(ticket)
+            self._changed.notify()
+        give_up_at = monotonic_s() + timeout_s
+        while not ticket.ready.wait(min(1.0, max(0.0, give_up_at - monotonic_s()))):
+            if monotonic_s() >= give_up_at or not self.is_alive():
+                raise NotReady("the database did not answer in time", retry_after_s=5)
+        if ticket.error:
+            raise NotReady(f"the database cannot be written: {ticket.error}", retry_after_s=5)
+        return ticket
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be written at the moment, or None. Asked by any thread, without a lock."""
+        if self.lost is not None:
+            return self.lost
+        if self._failure is not None:
+            return self._failure
+        if not self.is_alive() and not self._closing:
+            return "the thread that writes has ended; restart Load Manager"
+        now, busy = monotonic_s(), self._busy_since
+        if busy is not None and now - busy > self.LATE_S:
+            return f"it has not answered for {now - busy:.0f} s"
+        in_hand = self._in_hand
+        oldest = min(self._batch.since, in_hand.since if in_hand is not None else math.inf)
+        if now - oldest > self.LATE_S:
+            return f"a change has waited for {now - oldest:.0f} s to be written"
+        return None
+
+    def close(self) -> None:
+        """Write what is left and close the database."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self.join(4)
+
+    # ---- the thread --------------------------------------------------------
+
+    def run(self) -> None:
+        while not self._work_safely():
+            pass
+        try:
+            self._database.close()
+        except Exception as error:  # noqa: BLE001 - nothing is left to be written
+            log("database not closed cleanly", error=error)
+
+    def _work_safely(self) -> bool:
+        """One turn of the thread, which no error ends; whether it was the last."""
+        try:
+            return self._work()
+        except BaseException as error:  # noqa: BLE001 - the edge: this thread must go on
+            try:
+                self._fail(error)
+            except BaseException as second:  # noqa: BLE001
+                log("failure not dealt with", error=repr(error), second=repr(second))
+                time.sleep(1.0)
+        return self._closing
+
+    def _work(self) -> bool:
+        """Write what there is, or check that the database is there; whether it was the last time."""
+        last = self._take_batch()
+        batch = self._in_hand
+        assert batch is not None
+        is_due = monotonic_s() - self._checked_at >= self.CHECK_S
+        if self.lost is not None:
+            self._settle(batch, self.lost)
+        elif batch or is_due or self._failure is not None:
+            self._busy_since = monotonic_s()
+            self._write_or_check(is_due)
+        self._in_hand = self._busy_since = None
+        return last
+
+    def _take_batch(self) -> bool:
+        with self._changed:
+            if not self._batch.tickets and not self._closing:
+                self._changed.wait(self.LAZY_S)
+            self._in_hand, self._batch = self._batch, _Batch()
+            return self._closing
+
+    def _write_or_check(self, is_due: bool) -> None:
+        if self._failure is not None:
+            self._recover()
+        batch = self._in_hand
+        assert batch is not None
+        if batch.has_rows:
+            self._write(batch)
+        elif is_due or self._failure is not None:
+            self._database.check()
+        self._checked_at = monotonic_s()
+        self._in_hand = _Batch(tickets=batch.tickets)  # the rest is done, and must not be done twice
+        self._failure = self._busy_since = None
+        self._call_all(batch.when_durable)
+        self._read_all(batch)
+        self._settle(batch, None)
+
+    def _write(self, batch: _Batch) -> None:
+        """Write a batch in one transaction, but for rows that the database can never take."""
+        self._number += 1
+        database = self._database
+        try:
+            database.begin(self._number)
+            self._rows.write(batch)
+        except Exception as error:
+            if not database.is_fault_of_row(error):
+                raise
+            database.rollback()
+            self._rows.forget_written()
+            database.begin(self._number)
+            self._write_in_parts(batch, batch.rows())
+        self._in_doubt = batch
+        database.commit()
+        self._in_doubt = None
+        self._append_audit(batch)
+
+    def _write_in_parts(self, batch: _Batch, rows: list[tuple[str, Any]]) -> None:
+        """Write the rows of a batch of which one or more cannot be written: half of them, and half
+        of the half, until the bad one is alone and left out."""
+        self._busy_since = monotonic_s()
+        self._database.execute("SAVEPOINT part")
+        try:
+            self._rows.write(_Batch.of_rows(rows))
+        except Exception as error:
+            if not self._database.is_fault_of_row(error):
+                raise
+            self._database.execute("ROLLBACK TO SAVEPOINT part")
+            self._rows.forget_written()
+            if len(rows) == 1:
+                self._leave_out(batch, *rows[0], error)
+            else:
+                middle = len(rows) // 2
+                self._write_in_parts(batch, rows[:middle])
+                self._write_in_parts(batch, rows[middle:])
+        self._database.execute("RELEASE SAVEPOINT part")
+
+    def _leave_out(self, batch: _Batch, name: str, row: Any, error: Exception) -> None:
+        whose, why = _whose(name, row), str(error).strip().partition("\n")[0] or repr(error)
+        self.rows_left_out += 1
+        count = self._left_out[name, whose] = self._left_out.get((name, whose), 0) + 1
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th...
+            log("row cannot be written, left out", rows=name, run=whose, times=count, why=why[:300])
+        if len(self._left_out) > 10_000:
+            self._left_out.clear()
+        if name == "runs":
+            for ticket in batch.tickets:
+                if ticket.run_id == whose:
+                    ticket.error = f"this run cannot be written: {why[:300]}"
+
+    def _call_all(self, actions: list[Callable[[], None]]) -> None:
+        for action in actions:
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - the edge: the others must be called
+                log("not reported as durable", error=repr(error))
+
+    def _read_all(self, batch: _Batch) -> None:
+        """Do the reads that were asked for. One that fails has its own answer; what was written is."""
+        for ticket in batch.tickets:
+            if ticket.read is None:
+                continue
+            try:
+                self._busy_since = monotonic_s()
+                ticket.result = ticket.read(self._database)
+            except Exception as error:  # noqa: BLE001 - its caller is told
+                ticket.error = str(error).strip() or repr(error)
+
+    def _append_audit(self, batch: _Batch) -> None:
+        """The committed entries as lines of JSON. The file is opened for each batch, so that it
+        may be rotated; what cannot be written there is in the database all the same."""
+        if not batch.audit or self._audit_file is None:
+            return
+        lines = b"".join(storable_json(audit_to_json(entry)) + b"\n" for _, entry in batch.audit)
+        try:
+            with open(open_private(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
+                file.write(lines)
+        except OSError as error:
+            why = error.strerror or error
+            log("audit file not written", file=self._audit_file, entries=len(batch.audit), why=why)
+
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
             ticket.settle(error)
 
-    def _put_back(self, batch: _Batch, error: str) -> None:
-        if self.problem is None:
-            log("database cannot be written", error=error)
-        self.problem = error
-        try:
-            self._database.rollback()
-        except self._database.errors as second:
-            self.problem = f"{error}; {second}"
-        with self._changed:
-            self._batch.runs = {**batch.runs, **self._batch.runs}
-            self._batch.samples[:0] = batch.samples[-self.MAX_SAMPLES :]
-            self._batch.histograms[:0] = batch.histograms[-self.MAX_HISTOGRAMS :]
-            self._batch.packed_histograms[:0] = batch.packed_histograms
-            self._histograms.clear()  # which of them are written is not known
-            self._batch.keys[:0] = batch.keys
-            self._batch.artefacts[:0] = batch.artefacts
-            self._batch.audit[:0] = batch.audit[-self.MAX_AUDIT :]
-            self._batch.baselines = {**batch.baselines, **self._batch.baselines}
-            self._batch.documents = {**batch.documents, **self._batch.documents}
-        self._settle(batch, error)
+    # ---- what fails --------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Have the database take statements again, and know what became of a COMMIT without answer."""
+        was_committed = self._database.recover(self._number)
+        batch, self._in_doubt = self._in_doubt, None
+        if batch is None:
+            return
+        if was_committed:
+            self._append_audit(batch)
+            self._call_all(batch.when_durable)
+        else:
+            assert self._in_hand is not None
+            self._in_hand = batch.join(self._in_hand, self.LIMITS)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep what is in hand for another try, and answer those who wait."""
+        batch, self._in_hand = self._in_hand or _Batch(), None
+        self._busy_since = None
+        if isinstance(error, LeadershipLost):
+            self._lose(batch, str(error))
+            return
+        why = (str(error).strip() or repr(error)).partition("\n")[0]
+        if self._failure is None:
+            trace = {} if isinstance(error, self._database.errors) else {"trace": _trace_of(error)}
+            log("database cannot be written", error=why, **trace)
+        self._failure = why
+        self._rows.forget_written()  # which of them are written is not known
+        tickets, batch.tickets = batch.tickets, []
+        if batch is not self._in_doubt:
+            with self._changed:
+                self._batch = batch.join(self._batch, self.LIMITS)
+        for ticket in tickets:
+            ticket.settle(why)
+        if not self._closing:
+            time.sleep(1.0)
+
+    def _lose(self, batch: _Batch, why: str) -> None:
+        """Never write again: what the one who leads now has written is not overwritten."""
+        self.lost = why
+        self._settle(batch, why)
+        self.on_lost(why)
+
+
+def _trace_of(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))[-2000:]
+
+
+EXIT_LEAD_LOST = 4
+
+
+def end_without_lead(why: str) -> None:
+    """End this process at once: another one commands the runs now. A supervisor starts it again,
+    when it is refused as long as the other one leads."""
+    log("ending: this Load Manager leads no more", why=why, status=EXIT_LEAD_LOST)
+    os._exit(EXIT_LEAD_LOST)
 
 
 class StoredRun:
-    """A run in memory with its newest numbers. The answer is made once for each change:
-    `head` is the run's JSON without the closing brace, `metrics` its lastMetrics; kept
-    apart, neither is stored twice and a new sample does not remake the run."""
+    """A run in memory with its newest numbers: `run` for those who decide, `shown` for all who
+    only look. They differ as long as a new or a final run is not on disk. The answer is made once
+    for each change: `head` is the run's JSON without the closing brace, the numbers have their
+    own; kept apart, neither is stored twice and a new sample does not remake the run."""
 
-    __slots__ = ("run", "snapshot", "snapshot_at", "source", "head", "metrics")
+    __slots__ = ("run", "shown", "numbers", "final_numbers", "numbers_at", "head", "clock_shift_s")
 
-    def __init__(self, run: Run, metrics: bytes | None = None):
+    def __init__(self, run: Run, metrics: bytes | None = None, is_durable: bool = True):
         self.run = run
-        self.snapshot: Snapshot | None = None
-        self.snapshot_at = -math.inf
-        self.source = ""  # of the snapshot: poll, push or final
+        self.shown: Run | None = run if is_durable else None
+        self.numbers = Numbers(None, "", metrics) if metrics else None
+        self.final_numbers: Numbers | None = None  # not shown yet
+        self.numbers_at = -math.inf
         self.head: bytes | None = None
-        self.metrics = metrics
+        self.clock_shift_s = 0.0  # by how much the wall clock was set back during the run
 
-    def set_run(self, run: Run) -> None:
+    def state(self) -> RunState:
+        """What is to be kept of it now."""
+        return RunState(self.run, self.final_numbers or self.numbers)
+
+    def change(self, run: Run) -> None:
+        """Take a change; one of a final run is shown by show() when it is durable."""
         self.run = run
+        if self.shown is not None and not run.is_final:
+            self.shown = run
+            self.head = None
+
+    def show(self, run: Run) -> None:
+        """Show `run`, which is on disk, or a newer state of it that may be shown before."""
+        self.shown = run if run.is_final or self.run.is_final else self.run
         self.head = None
-
-    def set_snapshot(self, snapshot: Snapshot, source: str) -> None:
-        self.source = source
-        self.snapshot = snapshot
-        self.snapshot_at = snapshot.taken_at
-        self.metrics = None
-
-    def metrics_json(self) -> bytes | None:
-        snapshot = self.snapshot
-        if self.metrics is None and snapshot is not None:
-            self.metrics = dump_json(snapshot_to_json(snapshot)).encode()
-            if self.run.is_final:
-                self.snapshot = None  # 3 KiB as bytes against 10 as objects
-        return self.metrics
+        if run.is_final:
+            self.numbers = self.final_numbers or self.numbers
+            self.final_numbers = None
+            if self.numbers:
+                self.numbers.compact()
 
     def wire(self) -> bytes:
         return b"".join(self.wire_parts())
 
     def wire_parts(self) -> tuple[bytes, ...]:
         """The answer in pieces, so that a list of 10,000 is copied once."""
-        head, metrics = self.head, self.metrics_json()
+        head, numbers = self.head, self.numbers
         if head is None:
-            head = self.head = dump_json(run_to_json(self.run)).encode()[:-1]
-        return (head, b',"lastMetrics":', metrics, b"}") if metrics else (head, b"}")
+            assert self.shown is not None
+            head = self.head = storable_json(run_to_json(self.shown))[:-1]
+        return (head, b',"lastMetrics":', numbers.json(), b"}") if numbers else (head, b"}")
 
     def brief(self) -> bytes:
-        """As wire(), without the endpoints' rows, which can be 500."""
-        wire = run_to_json(self.run)
-        if self.snapshot is not None:
-            wire["lastMetrics"] = snapshot_to_json(self.snapshot._replace(endpoints=None))
-        elif self.metrics is not None:
-            wire["lastMetrics"] = json.loads(self.metrics)
-            wire["lastMetrics"].pop("requestStats", None)
-        return dump_json(wire).encode()
-
-    def row(self) -> tuple[str, int, str, str | None]:
-        metrics = self.metrics_json()
-        return self.run.id, self.run.seq, run_to_record(self.run), metrics.decode() if metrics else None
+        """As wire(), without the endpoints' rows."""
+        assert self.shown is not None
+        wire = run_to_json(self.shown)
+        if self.numbers is not None:
+            wire["lastMetrics"] = self.numbers.brief()
+        return storable_json(wire)
 
 
 def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[HistogramPoint]:
@@ -5060,10 +5784,16 @@ class Store:
         self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = (
             None  # what a transition is to tell
         )
+        self._waiting: dict[str, Delivery] = {}  # those that have not ended
+        self._unsettled: set[str] = set()  # those that are not to be sent yet
+        self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
+        self.deliveries_ready: Callable[[], None] | None = None  # some of them are
         self._next_seq = self._next_audit_seq = 1
-        self._load(database)
+        self._clock_offset_s = time.time() - monotonic_s()
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        self._writer = DatabaseWriter(database, self._lock, audit_file)
+        open_tables(database, self._load)
+        self._database = database
+        self._writer = DatabaseWriter(database, audit_file)
         self._writer.start()
 
     def _load(self, database: Database) -> None:
@@ -5075,10 +5805,13 @@ class Store:
                 run = run_from_record(record)
                 self._records[run_id] = StoredRun(run, metrics.encode() if metrics else None)
                 self._next_seq = run.seq + 1
+                if not run.is_final:
+                    self._go_on_after_newest_sample(database, self._records[run_id])
             for key, body_hash, run_id, at in database.query(
                 "SELECT key, body_hash, run_id, created_at FROM idempotency"
             ):
-                self._keys[key] = (body_hash, run_id, at)
+                if run_id in self._records:
+                    self._keys[key] = (body_hash, run_id, at)
             for row in database.query(
                 "SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"
             ):
@@ -5087,6 +5820,8 @@ class Store:
             for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
                 delivery = Delivery(*json.loads(record))
                 self._deliveries[delivery.id] = delivery
+                if delivery.ended_at is None:
+                    self._waiting[delivery.id] = delivery
             self._cleanups = dict(database.query("SELECT run_id, cluster_id FROM cleanups"))
             self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
@@ -5112,37 +5847,35 @@ class Store:
     def wire(self, run_id: str) -> bytes:
         """The run's answer as JSON bytes, or NotFound."""
         with self._lock:
-            record = self._records.get(run_id)
-            if record is None:
-                raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-            return record.wire()
+            return self._shown_record(run_id).wire()
 
     def brief(self, run_id: str) -> bytes:
         """As wire(), without the endpoints' rows."""
         with self._lock:
-            return self._record(run_id).brief()
+            return self._shown_record(run_id).brief()
 
     def newest_sample(self, run_id: str) -> Sample | None:
         """The newest numbers of a run that is going on; None when there are none."""
         with self._lock:
             record = self._records.get(run_id)
-            if record is None or record.snapshot is None:
-                return None
-            return sample_of(run_id, record.snapshot, record.source)
+            numbers = record.numbers if record else None
+        if numbers is None or numbers.snapshot is None:
+            return None
+        return sample_of(run_id, numbers.snapshot, numbers.source)
 
     def newest_numbers(self, run_id: str) -> Snapshot | None:
         """The newest numbers of a run with its endpoints, whatever process saw them; None when there are none."""
         with self._lock:
-            record = self._record(run_id)
-            snapshot, metrics = record.snapshot, record.metrics
-        if snapshot is not None or metrics is None:
-            return snapshot
-        return check_metrics({"lastMetrics": json.loads(metrics)}, "lastMetrics", math.inf)
+            numbers = self._record(run_id).numbers
+        if numbers is None or numbers.snapshot is not None:
+            return numbers.snapshot if numbers else None
+        return check_metrics({"lastMetrics": json.loads(numbers.json())}, "lastMetrics", math.inf)
 
     def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
-        """The runs, newest first."""
+        """The runs as they are shown, newest first."""
         with self._lock:
-            return [record.run for record in reversed(self._records.values()) if wanted.takes(record.run)]
+            shown = [record.shown for record in reversed(self._records.values())]
+        return [run for run in shown if run is not None and wanted.takes(run)]
 
     def list_wire(
         self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
@@ -5153,8 +5886,8 @@ class Store:
             records = list(self._records.values())
         found: list[StoredRun] = []
         for record in reversed(records):
-            run = record.run
-            if (before_seq is None or run.seq < before_seq) and wanted.takes(run):
+            run = record.shown
+            if run is not None and (before_seq is None or run.seq < before_seq) and wanted.takes(run):
                 found.append(record)
                 if limit is not None and len(found) > limit:
                     break
@@ -5224,6 +5957,17 @@ class Store:
         """Why nothing can be written at the moment, or None."""
         return self._writer.problem
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether this process leads on the database: False as long as its connection to PostgreSQL
+        is gone, and for ever once another Load Manager has led. Who does not lead commands nothing."""
+        return self._database.is_leading and self._writer.lost is None
+
+    @property
+    def rows_left_out(self) -> int:
+        """How many rows could never be written; the log says which and why."""
+        return self._writer.rows_left_out
+
     def recall_key(self, key: str, now: float) -> tuple[str, str] | None:
         """Body hash and run id of an Idempotency-Key used in the last 24 h."""
         with self._lock:
@@ -5235,24 +5979,32 @@ class Store:
     # ---- writing -----------------------------------------------------------
 
     def add(self, run: Run, idempotency: tuple[str, str] | None = None) -> Run:
-        """Keep a new run; returns it once durable. NotReady, and nothing is kept, when it
-        cannot be written. idempotency: the key and the hash of its body."""
-        with self._lock:
-            run = replace(run, seq=self._next_seq)
-            self._next_seq += 1
-            record = self._records[run.id] = StoredRun(run)
-            self._writer.save(record)
+        """Keep a new run; returns it once durable, and shows it from then on. NotReady, and nothing
+        is kept, when it cannot be written. idempotency: the key and the hash of its body."""
+        with self._lock, self._writer.one_commit():
+            run, record = self._new_record(run)
+            self._writer.save(record.state())
             if idempotency:
                 key, body_hash = idempotency
                 self._keys[key] = (body_hash, run.id, run.created_at)
-                self._writer.save_key((key, body_hash, run.id, run.created_at))
-            self._tell(run)
-        try:
-            self._writer.wait_durable()
-        except NotReady:
-            self._drop(run.id)
-            raise
+                self._writer.save_key(key, self._keys[key])
+        self._wait_for_new(run.id)
         return run
+
+    def _new_record(self, run: Run) -> tuple[Run, StoredRun]:
+        """A record that is shown when what is saved with it is durable; under the lock."""
+        run = replace(run, seq=self._next_seq)
+        self._next_seq += 1
+        record = self._records[run.id] = StoredRun(run, is_durable=False)
+        self._writer.when_durable(functools.partial(self._show, record, run))
+        return run, record
+
+    def _wait_for_new(self, run_id: str, timeout_s: float | None = None) -> None:
+        try:
+            self._writer.wait_durable(timeout_s, run_id)
+        except NotReady:
+            self._drop(run_id)
+            raise
 
     def add_imported(
         self,
@@ -5264,23 +6016,16 @@ class Store:
     ) -> None:
         """Keep a run from a file with its history; returns once durable. Conflict when there
         is a run of its id; NotReady, and nothing is kept, when it cannot be written."""
-        with self._lock:
+        with self._lock, self._writer.one_commit():
             if run.id in self._records:
                 raise Conflict(f"there is a run {run.id} already")
-            run = replace(run, seq=self._next_seq)
-            self._next_seq += 1
-            record = self._records[run.id] = StoredRun(run)
+            run, record = self._new_record(run)
             if snapshot is not None:
-                record.set_snapshot(snapshot, "final")
-            self._writer.save_history(record, samples, histograms)
+                record.final_numbers = Numbers(snapshot, "final")
+            self._writer.save_history(record.state(), samples, histograms)
             if failures is not None:
                 self._writer.save_artefact(run.id, FAILURES, failures)
-            self._tell(run)
-        try:
-            self._writer.wait_durable(60.0)
-        except NotReady:
-            self._drop(run.id)
-            raise
+        self._wait_for_new(run.id, 60.0)
 
     def transition(
         self,
@@ -5293,8 +6038,9 @@ class Store:
     ) -> Run:
         """Move a run to another status, the only way it changes; Conflict when TRANSITIONS
         does not have it. With `durable` it returns after the commit; a commit that fails is
-        tried again by the writer, and the change stands. cleanup_on: the cluster on which its
-        load may still be running, kept in the same commit."""
+        tried again by the writer, and the change stands. Readers see a final status, and its
+        notifications are sent, when it is on disk. cleanup_on: the cluster on which its load may
+        still be running, kept in the same commit."""
         with self._lock, self._writer.one_commit():
             record = self._record(run_id)
             run = record.run
@@ -5302,21 +6048,37 @@ class Store:
                 raise Conflict(
                     f"run {run_id} is {run.status.value}, cannot become {to.value}", status=run.status.value
                 )
+            if to is RunStatus.RUNNING:
+                record.clock_shift_s = 0.0
+            elif changes.get("finished_at") is not None:
+                changes["finished_at"] += self._clock_shift_s(record)
             if snapshot is not None:
-                record.set_snapshot(snapshot, "final")
+                snapshot = self._in_run_time(record, snapshot)
                 self._keep_sample(run_id, snapshot, "final")
+                if to in FINAL:
+                    record.final_numbers = Numbers(snapshot, "final")
+                else:
+                    record.numbers = Numbers(snapshot, "final")
             run = self._save(
                 record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
             )
-            for delivery in (
-                self.deliveries_for(run, snapshot or record.snapshot) if self.deliveries_for else ()
-            ):
-                self.keep_delivery(delivery)
+            newest = record.numbers.snapshot if record.numbers else None
+            self._keep_deliveries_of(run, snapshot or newest)
             if cleanup_on:
                 self.keep_cleanup(run_id, cleanup_on)
         if durable:
             self.wait_durable_or_log()
         return run
+
+    def _keep_deliveries_of(self, run: Run, snapshot: Snapshot | None) -> None:
+        found = self.deliveries_for(run, snapshot) if self.deliveries_for else []
+        if not found:
+            return
+        for delivery in found:
+            self.keep_delivery(delivery)
+        ids = {delivery.id for delivery in found}
+        self._unsettled |= ids
+        self._writer.when_durable(functools.partial(self._settle_deliveries, ids))
 
     def update(self, run_id: str, **changes: Any) -> Run | None:
         """Change facts other than the status. A final run keeps every byte of its answer:
@@ -5378,12 +6140,48 @@ class Store:
             record = self._records.get(run_id)
             if record is None or record.run.is_final:
                 return False
+            snapshot = self._in_run_time(record, snapshot)
             self._keep_sample(run_id, snapshot, source, is_last)
-            if snapshot.taken_at >= record.snapshot_at:
-                record.set_snapshot(snapshot, source)
-                self._writer.save(record)
+            if snapshot.taken_at >= record.numbers_at:
+                record.numbers = Numbers(snapshot, source)
+                record.numbers_at = snapshot.taken_at
+                self._writer.save(record.state())
                 self._tell(record.run)
             return True
+
+    # ---- time within a run ----
+
+    def _clock_shift_s(self, record: StoredRun) -> float:
+        """Seconds by which the wall clock was set back since the run began: added to its times,
+        they go on from where they were, and a run's history is in the order in which it came."""
+        offset_s = time.time() - monotonic_s()
+        step_s, self._clock_offset_s = self._clock_offset_s - offset_s, offset_s
+        if abs(step_s) > CLOCK_STEP_S:
+            log("clock was set", by_seconds=round(-step_s, 1))
+            for one in self._records.values():
+                if not one.run.is_final:
+                    one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
+        return record.clock_shift_s
+
+    def _in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
+        shift_s, taken_at = self._clock_shift_s(record), snapshot.taken_at
+        if not 0 <= taken_at < MAX_EPOCH_S:  # also NaN
+            taken_at = time.time()
+        if shift_s or taken_at != snapshot.taken_at:
+            return snapshot._replace(taken_at=taken_at + shift_s)
+        return snapshot
+
+    def run_time(self, run_id: str, at: float) -> float:
+        """A time of the wall clock as the run's history has it: see _clock_shift_s."""
+        with self._lock:
+            record = self._records.get(run_id)
+            return at + (self._clock_shift_s(record) if record else 0.0)
+
+    def _go_on_after_newest_sample(self, database: Database, record: StoredRun) -> None:
+        """The clock may have been set back while we were away."""
+        newest = database.query("SELECT MAX(at) FROM samples WHERE run_id = ?", (record.run.id,))[0][0]
+        if newest is not None:
+            record.clock_shift_s = max(0.0, newest - time.time())
 
     def delete(self, run_id: str) -> None:
         """Remove a final run with its samples; Conflict for one that is not final."""
@@ -5424,28 +6222,42 @@ class Store:
 
     def keep_delivery(self, delivery: Delivery) -> None:
         """Keep a new delivery, or how an old one fares."""
+        record = storable_json(list(delivery)).decode()
         with self._lock:
             self._deliveries[delivery.id] = delivery
-            self._writer.save_document(
-                "outbox", delivery.id, (delivery.created_at, dump_json(list(delivery)))
-            )
-            if len(self._deliveries) > MAX_DELIVERIES or delivery.ended_at is not None:
+            if delivery.ended_at is None:
+                self._waiting[delivery.id] = delivery
+            else:
+                self._waiting.pop(delivery.id, None)
+            self._writer.save_document("outbox", delivery.id, (delivery.created_at, record))
+            if len(self._deliveries) > MAX_DELIVERIES or monotonic_s() - self._forgot_at > 600:
+                self._forgot_at = monotonic_s()
                 self._forget_deliveries(time.time() - DELIVERIES_KEEP_S)
 
     def _forget_deliveries(self, before_at: float) -> None:
+        """Forget ended ones that are old, or too many: some more than that, to look seldom."""
         ended = [one for one in self._deliveries.values() if one.ended_at is not None]
         over = len(self._deliveries) - MAX_DELIVERIES
+        over += MAX_DELIVERIES // 20 if over > 0 else 0
         for index, one in enumerate(ended):
             if index < over or (one.ended_at or 0) < before_at:
                 del self._deliveries[one.id]
                 self._writer.save_document("outbox", one.id, None)
 
-    def waiting_deliveries(self, channel_id: str) -> list[Delivery]:
+    def _settle_deliveries(self, ids: set[str]) -> None:
+        """What they report is on disk: they may be sent."""
+        with self._lock:
+            self._unsettled -= ids
+        if self.deliveries_ready:
+            self.deliveries_ready()
+
+    def waiting_deliveries(self, channel_id: str | None = None) -> list[Delivery]:
+        """Those of a channel, or of all, that are to be sent."""
         with self._lock:
             return [
                 one
-                for one in self._deliveries.values()
-                if one.ended_at is None and one.channel_id == channel_id
+                for one in self._waiting.values()
+                if channel_id in (None, one.channel_id) and one.id not in self._unsettled
             ]
 
     def list_deliveries(self, most: int) -> list[Delivery]:
@@ -5547,19 +6359,37 @@ class Store:
             raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
         return record
 
+    def _shown_record(self, run_id: str) -> StoredRun:
+        record = self._record(run_id)
+        if record.shown is None:
+            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+        return record
+
     def _save(self, record: StoredRun, run: Run) -> Run:
         if run.cleanup and not record.run.cleanup:
             self.keep_cleanup(run.id, run.cluster_id)
         elif record.run.cleanup and not run.cleanup:
             self.drop_cleanup(run.id)
-        record.set_run(run)
-        self._writer.save(record)
-        self._tell(run)
+        with self._writer.one_commit():
+            record.change(run)
+            self._writer.save(record.state())
+            if run.is_final:
+                self._writer.when_durable(functools.partial(self._show, record, run))
+        if not run.is_final:
+            self._tell(run)
         return run
+
+    def _show(self, record: StoredRun, run: Run) -> None:
+        """Readers see `run`, which is on disk."""
+        with self._lock:
+            if self._records.get(run.id) is record:
+                record.show(run)
+                self._tell(run)
 
     def _drop(self, *run_ids: str) -> None:
         with self._lock:
-            self._keys = {key: known for key, known in self._keys.items() if known[1] not in run_ids}
+            gone = set(run_ids)
+            self._keys = {key: known for key, known in self._keys.items() if known[1] not in gone}
             for run_id in run_ids:
                 record = self._records.pop(run_id, None)
                 self._writer.forget(run_id)
@@ -9758,6 +10588,8 @@ RETRY_DELIVERY_S = (
 )  # after the first try, the second...; the last repeats
 GIVE_UP_DELIVERY_S = 24 * 3600.0
 DELIVERY_CALL_S = 10.0
+LONGEST_RETRY_S = 1.2 * max(RETRY_DELIVERY_S)
+SENDERS = 4  # threads of a channel: a receiver that is slow to answer has so many requests at once
 
 
 def events_of(run: Run) -> tuple[str, ...]:
@@ -9988,14 +10820,24 @@ class Notifier:
             for value in (item.secret, item.smtp.password, urlsplit(item.url).path)
             if len(value) > 3
         ]
+        self._picking = threading.Lock()  # guards _in_hand; the store's lock may be taken within
+        self._in_hand: dict[str, Delivery] = {}
         if self.channels:
             store.deliveries_for = self._of_transition
+            store.deliveries_ready = self._wake
 
     def start(self) -> None:
+        self._end_unreachable()
         for channel in self.channels.values():
-            threading.Thread(
-                target=self._deliver_all, args=(channel,), name=f"notify-{channel.config.id}", daemon=True
-            ).start()
+            for _ in range(SENDERS):
+                start_thread(f"notify-{channel.config.id}", functools.partial(self._deliver_all, channel))
+
+    def _end_unreachable(self) -> None:
+        """End what waits for a channel that the configuration has no more: it would wait for ever."""
+        for one in self._store.waiting_deliveries():
+            if one.channel_id not in self.channels:
+                problem = f"there is no notification {one.channel_id} in the configuration any more"
+                self._store.keep_delivery(one._replace(ended_at=time.time(), problem=problem))
 
     def close(self) -> None:
         with self._changed:
@@ -10014,7 +10856,6 @@ class Notifier:
             ]
             if wanted:
                 found.append(self._of_run(channel, wanted[0], run, snapshot))
-        self._wake()
         return found
 
     def _of_run(self, channel: Channel, event: str, run: Run, snapshot: Snapshot | None) -> Delivery:
@@ -10067,22 +10908,40 @@ class Notifier:
             self._changed.notify_all()
 
     def _deliver_all(self, channel: Channel) -> None:
-        """The thread of one channel: the oldest that is due first."""
+        """One thread of a channel: what is due is sent, each thing by one of them."""
         while not self._closed:
-            now = time.time()
-            waiting = sorted(
-                (one for one in self._store.waiting_deliveries(channel.config.id)),
-                key=lambda one: (one.next_at, one.created_at),
-            )
-            if not waiting or waiting[0].next_at > now:
+            delivery, wait_s = self._pick(channel)
+            if delivery is None:
                 with self._changed:
-                    self._changed.wait(min(2.0, waiting[0].next_at - now) if waiting else 2.0)
+                    self._changed.wait(wait_s)
                 continue
             try:
-                self._deliver(channel, waiting[0])
+                self._deliver(channel, delivery)
             except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must go on
                 log("notification failed", channel=channel.config.id, error=repr(error))
-                time.sleep(5)
+                time.sleep(1)
+            finally:
+                with self._picking:
+                    self._in_hand.pop(delivery.id, None)
+
+    def _pick(self, channel: Channel) -> tuple[Delivery | None, float]:
+        """What is to be sent next, or None and the seconds until there may be something. What was
+        not tried yet comes first: a receiver that refuses some delays no others. Of one run one
+        thing after the other is sent, that its end does not come before its start."""
+        with self._picking:
+            now, wait_s = time.time(), 2.0
+            runs = {one.run_id for one in self._in_hand.values() if one.channel_id == channel.config.id}
+            best: Delivery | None = None
+            for one in self._store.waiting_deliveries(channel.config.id):
+                left_s = one.next_at - now
+                if 0 < left_s <= LONGEST_RETRY_S:  # more: the clock was set back
+                    wait_s = min(wait_s, left_s)
+                elif one.id not in self._in_hand and not (one.run_id and one.run_id in runs):
+                    if best is None or _is_sooner(one, best):
+                        best = one
+            if best is not None:
+                self._in_hand[best.id] = best
+            return best, wait_s
 
     def _deliver(self, channel: Channel, delivery: Delivery) -> None:
         problem, is_final = self._try(channel, delivery)
@@ -10100,7 +10959,7 @@ class Notifier:
             log(
                 "notification not delivered",
                 channel=channel.config.id,
-                event=delivery.event,
+                about=delivery.event,
                 run=delivery.run_id,
                 why=problem,
                 given_up=ended,
@@ -10124,12 +10983,23 @@ class Notifier:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             if isinstance(error, DeliveryRefused) and error.is_final:
                 return self._without_secrets(words), True
+        except Exception as error:  # noqa: BLE001 - the edge: this delivery is tried again, others go on
+            words = f"unforeseen: {error!r}"
         return self._without_secrets(words), False
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._names_secrets:
             text = text.replace(secret, "***")
         return " ".join(text.split())[:300]
+
+
+def _is_sooner(one: Delivery, other: Delivery) -> bool:
+    """Whether `one` is sent before `other` when both are due."""
+    return (one.attempts > 0, one.next_at, one.created_at) < (
+        other.attempts > 0,
+        other.next_at,
+        other.created_at,
+    )
 
 
 def _new_delivery(
@@ -14400,7 +15270,8 @@ class Api:
             CALLBACK_BYTES: config.limits.callback_bytes,
         }
         self.is_open = config.security.is_open  # anybody may call
-        self._creating: dict[str, threading.Lock] = {}  # Idempotency-Keys in work
+        self._creating: dict[str, list[Any]] = {}  # Idempotency-Keys in work: their lock, how many wait
+        self._creating_lock = threading.Lock()
 
     # ---- before the body ---------------------------------------------------
 
@@ -14713,21 +15584,33 @@ class Api:
             headers["Idempotent-Replayed"] = "true"
         return Response(self.store.wire(run_id), http_status, headers=headers)
 
+    @contextlib.contextmanager
+    def _one_at_a_time(self, key: str) -> Iterator[None]:
+        """Let one request of a key go on after the other: the lock is that of all who wait, and
+        goes with the last of them."""
+        with self._creating_lock:
+            waiting = self._creating.setdefault(key, [threading.Lock(), 0])
+            waiting[1] += 1
+        try:
+            with waiting[0]:
+                yield
+        finally:
+            with self._creating_lock:
+                waiting[1] -= 1
+                if not waiting[1]:
+                    del self._creating[key]
+
     def create_once(self, key: str, body: Any, run_request: RunRequest, request: Request) -> Response:
         """Create under an Idempotency-Key: the same key and body get the same run."""
         body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        lock = self._creating.setdefault(key, threading.Lock())
-        with lock:
-            try:
-                known = self.store.recall_key(key, time.time())
-                if known is None:
-                    run = self.orchestrator.create(
-                        run_request, request.principal.name, idempotency=(key, body_hash)
-                    )
-                    request.run_id = run.id
-                    return self.run_response(run.id, 201)
-            finally:
-                self._creating.pop(key, None)
+        with self._one_at_a_time(key):
+            known = self.store.recall_key(key, time.time())
+            if known is None:
+                run = self.orchestrator.create(
+                    run_request, request.principal.name, idempotency=(key, body_hash)
+                )
+                request.run_id = run.id
+                return self.run_response(run.id, 201)
         known_hash, run_id = known
         if known_hash != body_hash:
             raise KeyReused("this Idempotency-Key was used with another body")

@@ -366,9 +366,8 @@ rows = tuple(lm.EndpointStats("GET", f"/api/items/{n}", 1000, 3, 12.345, 1.5, 99
 for number in range(10_000):
     run = lm.replace(lm._new_run(lm.RunRequest("t", "e", "bench", 5, 5.0, 60, {"ticket": f"PERF-{number}"}), "bench", "api"), cluster_id="c0", seq=number + 1, status=lm.RunStatus.FINISHED,
         started_at=time.time(), finished_at=time.time(), stop_reason="duration")
-    record = store._records[run.id] = lm.Record(run)
-    record.set_snapshot(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows), "final")
-    store._writer.save(record)
+    numbers = lm.Numbers(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows), "final")
+    store._writer.save(lm.RunState(run, numbers))
 store._writer.wait_durable(60)
 store.close()
 """

@@ -235,7 +235,7 @@ def test_a_file_of_locust_with_anything_in_it_is_taken_or_refused(headless, data
     except loadmanager.InvalidInput as refused:
         assert refused.extra["fields"]
         return
-    assert loadmanager.run_to_record(found.run)
+    assert loadmanager.RunState(found.run, None).row()
     assert all(
         -(2**63) < number < 2**63 for sample in found.samples for number in (sample.requests, sample.failures)
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import pwd
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -401,12 +403,15 @@ def test_column_that_a_new_version_needs_is_added_to_an_old_file(open_store, tmp
     monkeypatch.setitem(lm.MIGRATIONS, newest, (added,))
     monkeypatch.setitem(lm.TABLES, "samples", ("workers", *lm.TABLES["samples"]))  # in another order, too
     database = lm.open_database(open_store.url, str(tmp_path))
+    lm.open_tables(database, lambda _: None)
     row = (3, *lm.sample_of("run-1", snapshot(8, 1002.0), "poll"))
     database.execute(lm.insert_into("samples"), row)
     found = database.query("SELECT requests, workers FROM samples ORDER BY at")
     database.close()
     assert found == [(7, None), (8, 3)]
-    lm.open_database(open_store.url, str(tmp_path)).close()  # not added once more
+    again = lm.open_database(open_store.url, str(tmp_path))
+    lm.open_tables(again, lambda _: None)  # not added once more
+    again.close()
     monkeypatch.undo()
     with pytest.raises(lm.StartupError, match=f"schema {newest}, written by a newer Load Manager"):
         open_store()
@@ -444,27 +449,278 @@ def test_transition_is_in_one_commit_with_its_deliveries_and_cleanup(open_store)
     """Whenever the writer takes what there is, it takes all of a transition or nothing."""
     store = open_store()
     run = store.add(new_run())
-    halves = []
-    next_batch = store._writer._next_batch
+    written = []
+    write = store._writer._rows.write
 
-    def look():
-        batch, last = next_batch()
-        if run.id in batch.runs and not (
-            ("cleanups", run.id) in batch.documents and len(batch.documents) == 2
-        ):
-            halves.append(batch)
-        return batch, last
+    def look(batch):
+        if run.id in batch.runs:
+            written.append(set(batch.documents))
+        write(batch)
 
     def slowly(run, snapshot):
         store._writer._changed.notify()  # the writer would take what there is by now
         time.sleep(2 * store._writer.LAZY_S)
         return [lm.Delivery("msg_1", "hook", "failed", run.id, "acme", time.time(), "failed", {})]
 
-    store._writer._next_batch = look
-    store.wait_durable_or_log()
+    store._writer._rows.write = look
+    store.wait_durable()
     store.deliveries_for = slowly
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="one")
-    assert halves == [] and store.cleanups() == {run.id: "one"}
+    assert written == [{("outbox", "msg_1"), ("cleanups", run.id)}] and store.cleanups() == {run.id: "one"}
+
+
+# ---- the writer goes on, whatever it is given -------------------------------
+
+BAD_NUMBERS = {
+    "2^63": 2**63, "400 digits": int("9" * 400), "5000 digits": 10**5000,
+    "NaN": float("nan"), "infinity": float("-inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_NUMBERS)
+def test_sample_that_cannot_be_written_keeps_nothing_else_from_being_written(open_store, bad, capfd):
+    store = open_store()
+    sick, healthy = store.add(new_run()), store.add(new_run())
+    for run in (sick, healthy):
+        store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.add_snapshot(healthy.id, snapshot(1, 1001.0), "poll")
+    number = BAD_NUMBERS[bad]
+    changes = {"rps": number} if isinstance(number, float) else {"requests": number}
+    store.add_snapshot(sick.id, snapshot(1, 1001.0)._replace(**changes), "poll")
+    store.add_snapshot(sick.id, snapshot(2, 1002.0), "poll")
+    store.add_snapshot(healthy.id, snapshot(2, 1002.0), "poll")
+    later = store.add(new_run())  # a create that waits is answered
+    assert [one.requests for one in store.samples(healthy.id)] == [1, 2]
+    kept = store.samples(sick.id)
+    if isinstance(number, float):
+        assert [(one.requests, one.rps) for one in kept] == [(1, None), (2, 3.5)]
+    else:
+        assert [one.requests for one in kept] == [2] and store.rows_left_out == 1
+        told = capfd.readouterr().err
+        assert "row cannot be written" in told and sick.id in told and "samples" in told
+    assert store.problem is None and b"lastMetrics" in store.wire(sick.id)
+    store.close()
+    again = open_store()
+    assert {run.id for run in again.list_runs()} == {sick.id, healthy.id, later.id}
+
+
+def test_text_and_numbers_that_json_has_not_do_not_keep_a_run_from_being_kept(open_store):
+    store = open_store()
+    odd = {"name": "a\ud800b", "n": float("nan"), "deep": [{"x": float("inf")}], "long": 10**5000}
+    run = store.add(new_run(metadata=odd))
+    store.keep_artefact(run.id, "a", b"x")
+    row = lm.EndpointStats("GET", "/\udfff", 1, 0, 1.5, 1, 2, 1, 3.5, 2, None)
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.add_snapshot(run.id, snapshot(1, float("nan"))._replace(endpoints=(row,)), "poll")
+    store.transition(run.id, lm.RunStatus.FAILED, finished_at=2.0, failure_reason="\udc80 text")
+    shown = json.loads(store.wire(run.id))
+    assert shown["status"] == "Failed" and shown["metadata"]["n"] is None and shown["lastMetrics"]
+    store.close()
+    again = open_store()
+    assert json.loads(again.wire(run.id)) == shown
+
+
+def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
+    """Each row is of its own: a schedule, a delivery, an attachment, a key, an audit entry."""
+    store = open_store()
+    run = store.add(new_run())
+    with store._lock, store._writer.one_commit():
+        bad = "\ud800"
+        store.keep_schedule(bad, "{}")
+        store.keep_artefact(run.id, bad, b"x")
+        store._writer.save_key(bad, ("hash", run.id, 1.0))
+        store.audit(entry(detail=bad))
+        store._writer.save_document("outbox", "bad", (1.0, object()))
+        store._writer.save_baseline(("a", "b", bad), lm.Baseline("a", "b", bad, run.id, 1.0, "me"))
+        store._writer.add_histograms(run.id, lm.HistogramPoint(1.0, {None: object()}), True)
+        store.keep_schedule("good", "{}")
+        store.keep_artefact(run.id, "good", b"good")
+        store._writer.save_key("good", ("hash", run.id, time.time()))
+        store.audit(entry("good"))
+    store.transition(run.id, lm.RunStatus.FAILED, finished_at=1.0)
+    assert store.rows_left_out == 7 and store.problem is None
+    assert store.artefact(run.id, "good") == b"good"
+    store.close()
+    again = open_store()
+    assert again.schedule_records() == ["{}"] and again.recall_key("good", time.time()) == ("hash", run.id)
+    assert [one.who for _, one in again.audit_entries(lm.AuditFilter(), lm.EVERYTHING, 9)] == ["good"]
+    assert again.find(run.id).status is lm.RunStatus.FAILED
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), MemoryError(), SystemExit(3), AttributeError("y")])
+@pytest.mark.parametrize("where", ["begin", "commit", "check"])
+def test_no_error_ends_the_thread_that_writes(tmp_path, monkeypatch, error, where):
+    monkeypatch.setattr(lm.DatabaseWriter, "CHECK_S", 0.1)
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.add_snapshot(run.id, snapshot(1), "poll")
+    store.wait_durable()
+    database, failures = store._database, []
+    real = getattr(database, where)
+
+    def fail(*given):
+        if len(failures) < 1:
+            failures.append(1)
+            raise error
+        return real(*given)
+
+    setattr(database, where, fail)
+    store.add_snapshot(run.id, snapshot(2), "poll")
+    eventually(lambda: failures, 5)
+    eventually(lambda: store.problem is None, 5, what="it goes on")
+    assert store.add(new_run()).id
+    assert [one.requests for one in store.samples(run.id)] == [1, 2], "each sample once"
+    store.close()
+
+
+def test_create_whose_row_cannot_be_written_is_answered_and_not_kept(open_store, monkeypatch):
+    store = open_store()
+    real = lm.RunState.row
+
+    def row(state):
+        if state.run.scenario_id == "poison":
+            raise ValueError("no row of it")
+        return real(state)
+
+    monkeypatch.setattr(lm.RunState, "row", row)
+    with pytest.raises(lm.NotReady, match="no row of it"):
+        store.add(new_run(scenario_id="poison"), ("key", "hash"))
+    assert store.recall_key("key", time.time()) is None and store.list_runs() == []
+    run = store.add(new_run())
+    store.close()
+    again = open_store()
+    assert [one.id for one in again.list_runs()] == [run.id]
+    assert again.recall_key("key", time.time()) is None
+
+
+def test_key_of_a_create_that_could_not_be_written_is_not_kept(tmp_path):
+    """The disk is full while the create waits, and has room again afterwards."""
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    database, full = store._database, [True]
+    real = database.execute_many
+
+    def execute_many(sql, rows):
+        if full[0]:
+            raise database._sqlite3.OperationalError("database or disk is full")
+        real(sql, rows)
+
+    database.execute_many = execute_many
+    with pytest.raises(lm.NotReady, match="disk is full"):
+        store.add(new_run(), ("key", "hash"))
+    with pytest.raises(lm.NotReady, match="disk is full"):
+        store.add(new_run(), ("key", "hash"))
+    full[0] = False
+    eventually(lambda: store.problem is None, 5)
+    store.wait_durable()
+    assert database.query("SELECT * FROM idempotency") == [] == database.query("SELECT * FROM runs")
+    assert store.recall_key("key", time.time()) is None
+    assert store.add(new_run(), ("key", "hash"))
+    store.close()
+
+
+def test_reading_that_fails_does_not_write_the_batch_twice(open_store):
+    store = open_store()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.add_snapshot(run.id, snapshot(1), "poll")
+    with pytest.raises(lm.NotReady, match="no such|does not exist"):
+        store._writer.read(lambda database: database.query("SELECT * FROM nowhere"))
+    assert len(store.samples(run.id)) == 1 and store.problem is None
+
+
+# ---- what is final is shown when it is on disk -------------------------------
+
+
+def slow_down(store, seconds):
+    """Each COMMIT takes so long."""
+    database = store._database
+    real = database.commit
+
+    def commit():
+        time.sleep(seconds)
+        real()
+
+    database.commit = commit
+
+
+def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
+    """As a reader of the file sees it, who is as far as the next process after kill -9."""
+    path = tmp_path / "store.db"
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.add_snapshot(run.id, snapshot(1, 5.0), "poll")
+    store.transition(run.id, lm.RunStatus.STOPPING, stop_reason="user")
+    before = store.wire(run.id)
+    told, too_early, seen = [], [], []
+    store.listeners.append(lambda changed: told.append(json.loads(store.wire(changed.id))["status"]))
+    store.deliveries_for = lambda run, numbers: [
+        lm.Delivery("msg_1", "hook", "finished", run.id, "acme", time.time(), "finished", {})
+    ]
+    slow_down(store, 0.5)
+
+    def on_disk():
+        with sqlite3.connect(path) as reader:
+            return json.loads(reader.execute("SELECT record FROM runs").fetchone()[0])["status"]
+
+    def end():
+        store.transition(
+            run.id, lm.RunStatus.FINISHED, snapshot=snapshot(9, 10.0), finished_at=10.0, verdict="passed"
+        )
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    eventually(lambda: store.find(run.id).is_final, 5)
+    with pytest.raises(lm.Conflict):
+        store.transition(run.id, lm.RunStatus.FINISHED)  # those who decide see the newest
+    while thread.is_alive():
+        views = (
+            store.wire(run.id),
+            store.brief(run.id),
+            b"".join(store.list_wire(lm.RunFilter(), 9, None)[0][0]),
+        )
+        statuses = {json.loads(view)["status"] for view in views} | {store.list_runs()[0].status.value}
+        statuses |= {"Finished"} if store.waiting_deliveries("hook") else set()
+        if "Finished" in statuses and on_disk() != "Finished":
+            too_early.append(statuses)
+        if views[0] == before:
+            seen.append(views[0])
+        time.sleep(0.005)
+    thread.join()
+    assert too_early == [] and len(seen) > 10, "the state before was shown meanwhile"
+    final = json.loads(store.wire(run.id))
+    assert (final["status"], final["lastMetrics"]["totalRequests"]) == ("Finished", 9)
+    assert told[-1] == "Finished" and "Finished" not in told[:-1]
+    assert [one.id for one in store.waiting_deliveries("hook")] == ["msg_1"]
+    store.close()
+
+
+def test_new_run_is_shown_when_it_is_on_disk(tmp_path):
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    slow_down(store, 0.5)
+    thread = threading.Thread(target=lambda: store.add(new_run()))
+    thread.start()
+    eventually(lambda: store.active_runs(), 5)
+    assert store.list_runs() == [] and store.list_wire(lm.RunFilter(), None, None) == ([], None)
+    with pytest.raises(lm.NotFound):
+        store.wire(store.active_runs()[0].id)
+    thread.join()
+    assert len(store.list_runs()) == 1
+    store.close()
+
+
+def test_writer_that_is_late_is_not_healthy(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm.DatabaseWriter, "LATE_S", 0.2)
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    assert store.problem is None
+    slow_down(store, 1.0)
+    thread = threading.Thread(target=lambda: store.add(new_run()))
+    thread.start()
+    eventually(lambda: "has not answered for" in (store.problem or ""), 5)
+    thread.join()
+    eventually(lambda: store.problem is None, 5)
+    store.close()
 
 
 def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypatch):
