@@ -167,7 +167,7 @@ MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
 MAX_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
-NOISE_BLOCKS = 20  # stretches of a run by which it is judged how much it scatters
+NOISE_BLOCKS = 20  # time blocks of a run by which it is judged how much it scatters
 
 # Exit statuses of the commands; 99 is what k6 has for thresholds.
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTERRUPTED = 0, 1, 2, 3, 99, 130
@@ -1787,7 +1787,7 @@ class RunRequest:
     metadata: dict[str, Any] | None = None
     queue: bool = False  # wait for a free cluster instead of a 409
     thresholds: tuple[Threshold, ...] = ()
-    compare_with: str | None = None  # baseline or previous
+    compare_with: str | None = None  # one of COMPARE_WITH
     plan: LoadProfile = LoadProfile()
     confirm: str | None = None  # the id of a protected environment
 
@@ -1938,7 +1938,7 @@ class Run:
     warnings: tuple[Warning_, ...] = ()
     annotations: tuple[Annotation, ...] = ()
     thresholds: tuple[Threshold, ...] = ()
-    compare_with: str | None = None  # baseline or previous
+    compare_with: str | None = None  # one of COMPARE_WITH
     comparison: dict[str, Any] | None = None  # what came of it
     locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
@@ -2756,7 +2756,15 @@ def undecided(threshold: Threshold) -> Threshold:
     return threshold._replace(value=None, result="pending", first_failed_at=None, message=None)
 
 
-# ---- comparison of two runs -------------------------------------------------
+# ---- comparison of runs -----------------------------------------------------
+# What differs between two runs of the same thing is more than what differs within them: the
+# machine, its neighbours, the hour. So a run is judged against several comparable ones. Each
+# figure is a random effect (DerSimonian and Laird 1986): how far runs lie apart, and how exact
+# each of them is, from its own time blocks (Woodruff 1952 for percentiles; Kish's design effect,
+# as requests of one moment are alike). A figure has changed when it lies outside of where the
+# next run would be expected (prediction interval: Higgins, Thompson, Spiegelhalter 2009), all
+# figures together with false alarms in FAMILY_FALSE_ALARMS of the comparisons of equal runs
+# (Holm 1979, weighted), and by more than its tolerance.
 
 COMPARED = (
     "totalRequests",
@@ -2774,11 +2782,26 @@ MIN_REQUESTS = {
     "p95ResponseMs": 100,
     "p99ResponseMs": 500,
 }  # fewer say nothing
-ROUNDING_STEPS = 2  # of Locust's own rounding that a response time must change by
+COMPARE_WITH = ("baseline", "previous", "history")  # what a run may ask for
+ENOUGH_RUNS = 5  # comparable ones, before their scatter is known
+HISTORY_RUNS = 10  # the newest comparable ones are looked at
+FAMILY_FALSE_ALARMS = 0.02  # of the comparisons of equal runs, over all figures together
+CERTAINTY = 0.95  # of the intervals that are shown
+ROUNDING_STEPS = 1.5  # of Locust's rounding that a time must change by where only that is known
+LEAST_SCATTER = 0.01  # between runs; five runs that are more alike are so by chance
+ASSUMED_SCATTER = {  # while too few runs are known: more than equal runs on a busy machine differ
+    "totalRps": 0.15, "errorRate": 0.03, "avgResponseMs": 0.15,
+    "p50ResponseMs": 0.15, "p95ResponseMs": 0.25, "p99ResponseMs": 0.40,
+}  # fmt: skip
+WEIGHTS = {  # of an endpoint's figures within the family: those that tell most get the most of its false alarms
+    "errorRate": 2.0, "avgResponseMs": 4.0, "p50ResponseMs": 4.0, "p95ResponseMs": 2.0, "p99ResponseMs": 1.0,
+}  # fmt: skip
+BLOCK_DEGREES = 20.0  # of freedom that the scatter within runs is taken to have
+KNOWN = 1e3  # degrees of freedom of a scatter that is taken as known
 
 
 class Tolerance(NamedTuple):
-    """How much worse a figure may be: percent of the baseline's, or in its own unit."""
+    """How much worse a figure may be: percent of the reference, or in its own unit."""
 
     amount: float
     is_percent: bool
@@ -2788,8 +2811,10 @@ class Tolerance(NamedTuple):
 
 
 DEFAULT_TOLERANCES = {
-    "p50ResponseMs": Tolerance(10, True),
+    "avgResponseMs": Tolerance(5, True),
+    "p50ResponseMs": Tolerance(5, True),
     "p95ResponseMs": Tolerance(10, True),
+    "p99ResponseMs": Tolerance(20, True),
     "errorRate": Tolerance(0.5, False),
     "totalRps": Tolerance(10, True),
 }
@@ -2811,31 +2836,469 @@ TOLERANCES = Check(
 )
 
 
-def total_figures(run: dict[str, Any]) -> dict[str, float | None]:
-    """The compared figures of a run's totals, from its JSON."""
-    metrics = run.get("lastMetrics") or {}
-    return {name: metrics.get(name) for name in COMPARED}
+class Figure(NamedTuple):
+    """A figure of one run, and the variance that it has within the run (of `_scaled`)."""
+
+    value: float
+    variance: float
 
 
-def endpoint_figures(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, float | None]]:
-    """The compared figures of each endpoint, from a run's JSON."""
+Figures = dict[str, Figure]  # by metric
+TimeBlocks = dict[Endpoint | None, list[Histogram]]
+
+
+class RunFigures(NamedTuple):
+    """What a run's comparison is made from. is_exact: of the hooks' exact times, all of them."""
+
+    rows: dict[Endpoint | None, Figures]
+    counts: dict[Endpoint | None, tuple[int, int]]  # requests, failures
+    is_exact: bool
+
+
+def _scaled(metric: str, value: float) -> float:
+    """The scale on which runs scatter alike: logarithm; of an error rate, its arcsine."""
+    if metric == "errorRate":
+        return math.asin(math.sqrt(min(1.0, max(0.0, value / 100))))
+    return math.log(max(value, 0.5) if metric.endswith("Ms") else max(value, 1e-9))
+
+
+def _unscaled(metric: str, scaled: float) -> float:
+    if metric == "errorRate":
+        return 100 * math.sin(min(math.pi / 2, max(0.0, scaled))) ** 2
+    return math.exp(min(scaled, 60.0))
+
+
+def quantile_ms(
+    times: dict[int, int], ratio: float, step_ms: Callable[[float], float] | None = None
+) -> float:
+    """The percentile with its place within the bucket: times are taken as spread evenly over it.
+    step_ms: how wide the bucket at a time is, unless it is the hooks'."""
+    wanted, seen = ratio * sum(times.values()), 0
+    for ms in sorted(times):
+        if seen + times[ms] >= wanted and times[ms]:
+            width = (step_ms or _bucket_ms)(ms)
+            return max(0.0, ms - width / 2 + width * (wanted - seen) / times[ms])
+        seen += times[ms]
+    return float(max(times, default=0))
+
+
+def _bucket_ms(ms: float) -> float:
+    """How wide the hooks' bucket is: 1 ms up to 1 s, then three digits."""
+    return 1.0 if ms < 1000 else 10.0 ** (len(str(int(ms))) - 3)
+
+
+def locust_step_ms(value: float) -> float:
+    """How far apart the response times are that Locust can report near a value: it keeps two digits."""
+    return 1.0 if value < 100 else 10.0 if value < 1000 else 100.0 * 10 ** (len(str(int(value))) - 4)
+
+
+def _is_rounded(times: dict[int, int]) -> bool:
+    """Whether the times have Locust's two digits, as those of its own files and of older hooks."""
+    return any(ms >= 100 for ms in times) and all(ms % locust_step_ms(ms) == 0 for ms in times)
+
+
+def figures_of_blocks(parts: list[Histogram]) -> Figures:
+    """The figures of one endpoint's time blocks; without requests there are none."""
+    whole = functools.reduce(_sum, parts)
+    found: Figures = {}
+    if whole.requests:
+        spread = _design_effect([(part.requests, part.failures) for part in parts])
+        found["errorRate"] = _error_figure(whole.requests, whole.failures, spread)
+    if not whole.times:
+        return found
+    found["avgResponseMs"] = _average_figure(whole, parts)
+    for metric, ratio in PERCENTILE_RATIOS.items():
+        found[metric] = _percentile_figure(whole.times, parts, ratio)
+    return found
+
+
+def _error_figure(requests: int, failures: int, spread: float = 1.0) -> Figure:
+    return Figure(100.0 * failures / requests, spread / (4 * requests + 2))
+
+
+def _average_figure(whole: Histogram, parts: list[Histogram]) -> Figure:
+    count = sum(whole.times.values())
+    mean = whole.total_ms / count
+    if mean <= 0:
+        return Figure(mean, 1.0)
+    variance = max(0.0, sum(ms * ms * n for ms, n in whole.times.items()) / count - mean * mean) / count
+    blocks = [(sum(part.times.values()), part.total_ms) for part in parts if part.times]
+    if len(blocks) > 2:
+        between = sum(n * (total / n - mean) ** 2 for n, total in blocks) / (len(blocks) - 1) / count
+        variance = max(variance, between)
+    return Figure(mean, variance / mean**2)
+
+
+def _percentile_figure(times: dict[int, int], parts: list[Histogram], ratio: float) -> Figure:
+    step_ms = locust_step_ms if _is_rounded(times) else _bucket_ms
+    value, count = quantile_ms(times, ratio, step_ms), sum(times.values())
+    blocks = [(sum(part.times.values()), _requests_above(part, value)) for part in parts]
+    error = math.sqrt(ratio * (1 - ratio) * _design_effect(blocks) / count)
+    sides = [min(1.0, max(0.0, ratio + sign * error)) for sign in (-1, 1)]
+    low, high = (_scaled("Ms", quantile_ms(times, side, step_ms)) for side in sides)
+    variance = max(((high - low) / 2) ** 2, _jackknife(times, parts, ratio))
+    return Figure(value, variance + _grain(value, step_ms(value)))
+
+
+def _jackknife(times: dict[int, int], parts: list[Histogram], ratio: float) -> float:
+    """The variance of a percentile's logarithm when each time block in turn is left out: one burst that
+    makes all of a p99 shows only so."""
+    known = [part.times for part in parts if part.times]
+    if len(known) < 3:
+        return 0.0
+    found = []
+    for part in known:
+        rest = dict(times)
+        for ms, requests in part.items():
+            rest[ms] -= requests
+        found.append(_scaled("Ms", quantile_ms(rest, ratio)))
+    return (len(found) - 1) ** 2 / len(found) * _variance(found)
+
+
+def _grain(value: float, step_ms: float) -> float:
+    """The variance, relative to the value, that rounding to steps makes."""
+    return (step_ms / max(value, 1.0)) ** 2 / 12
+
+
+def _requests_above(part: Histogram, limit: float) -> int:
+    return sum(requests for ms, requests in part.times.items() if ms > limit)
+
+
+def _design_effect(blocks: list[tuple[int, int]]) -> float:
+    """How many times more the counts (n, of them k) scatter than chance makes them; at least 1."""
+    n, k = sum(n for n, _ in blocks), sum(k for _, k in blocks)
+    known = [block for block in blocks if block[0]]
+    if len(known) < 3 or not 0 < k < n:
+        return 1.0
+    ratio = k / n
+    chance = sum((k - n * ratio) ** 2 / (n * ratio * (1 - ratio)) for n, k in known)
+    return max(1.0, chance / (len(known) - 1))
+
+
+def last_of_each_step(points: Iterable[HistogramPoint], step_s: float) -> list[HistogramPoint]:
+    return list({math.floor(point.at / step_s): point for point in points}.values())
+
+
+def time_blocks_of(points: list[HistogramPoint], total_requests: int | None) -> TimeBlocks | None:
+    """A run's histograms by time block, from those of points in time; None when they do not hold
+    all of its requests, as when a Locust without hooks ended it."""
+    if not points or points[-1].histograms.get(None, Histogram(0, 0, 0, {})).requests != total_requests:
+        return None
+    found: TimeBlocks = {key: [] for key in points[-1].histograms}
+    for before, point in zip([HistogramPoint(0, {}), *points], points):
+        for key, histogram in point.histograms.items():
+            part = since(histogram, before.histograms.get(key))
+            if part is None:
+                return None
+            if part.requests:
+                found[key].append(part)
+    return {key: parts for key, parts in found.items() if parts}
+
+
+def run_figures(run: dict[str, Any], blocks: TimeBlocks | None) -> RunFigures:
+    """What a run is compared by, from its JSON and its time blocks. Without these, and of endpoints
+    that have none, the figures are Locust's own, with its two digits."""
+    rows, counts = {}, {}
+    for key, stats in _locust_rows(run):
+        counts[key] = stats.get("requests") or 0, stats.get("failures") or 0
+        own = {
+            metric: Figure(stats[metric], _grain(stats[metric], locust_step_ms(stats[metric])))
+            for metric in (*PERCENTILE_RATIOS, "avgResponseMs")
+            if stats.get(metric) is not None
+        }
+        if counts[key][0]:
+            own["errorRate"] = _error_figure(*counts[key])
+        rows[key] = figures_of_blocks(blocks[key]) if blocks and key in blocks else own
+    rps = ((run.get("lastMetrics") or {}).get("totalRps")) or 0.0
+    if None in rows and rps > 0:
+        within = rows[None].get("avgResponseMs", Figure(0.0, 0.0)).variance  # users wait for each answer
+        rows[None]["totalRps"] = Figure(rps, within)
+    is_exact = bool(blocks) and not any(_is_rounded(part.times) for part in blocks.get(None, ()))
+    return RunFigures(rows, counts, is_exact)
+
+
+def _locust_rows(run: dict[str, Any]) -> Iterator[tuple[Endpoint | None, dict[str, Any]]]:
+    """The totals and endpoints of a run's JSON, by the names of figures."""
+    metrics = run.get("lastMetrics")
+    if not metrics:
+        return
+    yield (
+        None,
+        {**metrics, "requests": metrics.get("totalRequests"), "failures": metrics.get("totalFailures")},
+    )
     names = {attribute: name for name, attribute in ENDPOINT_KEYS.items()}
-    figures: dict[tuple[str, str], dict[str, float | None]] = {}
-    for row in ((run.get("lastMetrics") or {}).get("requestStats") or {}).values():
-        found = {name: row.get(names[ENDPOINT_METRICS[name]]) for name in COMPARED if name != "errorRate"}
-        requests, failures = row.get("numRequests"), row.get("numFailures")
-        found["errorRate"] = 100.0 * failures / requests if requests and failures is not None else None
-        figures[row["method"], row["name"]] = found
-    return figures
+    for row in (metrics.get("requestStats") or {}).values():
+        found = {
+            metric: row.get(names[ENDPOINT_METRICS[metric]])
+            for metric in (*PERCENTILE_RATIOS, "avgResponseMs")
+        }
+        counts = {"requests": row.get("numRequests"), "failures": row.get("numFailures")}
+        yield (row["method"], row["name"]), {**found, **counts}
 
 
-def _changes(
-    baseline: dict[str, float | None], candidate: dict[str, float | None], p_values: dict[str, float]
-) -> dict[str, Any]:
-    changes = {name: _change(baseline.get(name), candidate.get(name)) for name in COMPARED}
-    for name, p_value in p_values.items():
-        changes[name]["pValue"] = p_value
-    return changes
+def run_figures_to_record(figures: RunFigures) -> bytes:
+    """As it is kept beside a run."""
+    rows = [
+        [*(key or (None, None)), *figures.counts[key], {metric: list(one) for metric, one in row.items()}]
+        for key, row in figures.rows.items()
+    ]
+    return dump_json([figures.is_exact, rows]).encode()
+
+
+def run_figures_from_record(record: bytes) -> RunFigures:
+    is_exact, kept = json.loads(record)
+    rows: dict[Endpoint | None, Figures] = {}
+    counts: dict[Endpoint | None, tuple[int, int]] = {}
+    for method, name, requests, failures, figures in kept:
+        key = None if name is None else (method, name)
+        counts[key] = requests, failures
+        rows[key] = {metric: Figure(*one) for metric, one in figures.items()}
+    return RunFigures(rows, counts, is_exact)
+
+
+# ---- comparison: Student's t, for any degrees of freedom --------------------
+
+
+def t_tail(t: float, degrees: float) -> float:
+    """The probability that Student's t is larger (one-sided)."""
+    if t < 0:
+        return 1.0 - t_tail(-t, degrees)
+    return 0.5 * _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+
+
+def t_quantile(probability: float, degrees: float) -> float:
+    """The t that is exceeded with this probability (at most 0.5), by bisection."""
+    low, high = 0.0, 1.0
+    while t_tail(high, degrees) > probability and high < 1e6:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > probability else (low, middle)
+    return high
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularized incomplete beta function, by its continued fraction (Lentz)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - _incomplete_beta(b, a, 1 - x)
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    tiny, c, d = 1e-300, 1.0, 1.0 / (1 - (a + b) * x / (a + 1) or 1e-300)
+    result = d
+    for m in range(1, 300):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1.0 / (1 + term * d or tiny)
+            c = 1 + term / c or tiny
+            result *= c * d
+        if abs(c * d - 1) < 1e-14:
+            break
+    return min(1.0, front * result / a)
+
+
+# ---- comparison: one figure against where equal runs would lie --------------
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _variance(values: list[float]) -> float:
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+class Shift(NamedTuple):
+    """How far a figure lies from the reference, on its scale, and what equal runs make of it."""
+
+    reference: float
+    shift: float
+    deviation: float  # standard deviation of the shift between equal runs
+    degrees: float  # of freedom of the deviation
+
+    def p_worse(self, metric: str) -> float:
+        """The probability that equal runs differ as much, in the worse direction."""
+        sign = -1 if metric == "totalRps" else 1
+        return t_tail(sign * self.shift / self.deviation, self.degrees)
+
+    def value_at(self, metric: str, shift: float) -> float:
+        return _unscaled(metric, self.reference + shift)
+
+
+def shift_of(metric: str, reference: list[Figure], now: Figure, scatter: list[Figure]) -> Shift:
+    """How far `now` is from the mean of the reference runs. scatter: of the comparable runs that tell
+    how far runs lie apart; with fewer than ENOUGH_RUNS that is assumed."""
+    places = [_scaled(metric, one.value) for one in reference]
+    shift = _scaled(metric, now.value) - _mean(places)
+    within = now.variance + _mean([one.variance for one in reference]) / len(reference)
+    between, spread = _scatter_between(metric, scatter)
+    both = 1 + 1 / len(reference)
+    variance = between * both + within
+    # Satterthwaite: what is uncertain is the spread of the few runs, not only its part between them.
+    uncertain = (spread * both) ** 2 / max(1, len(scatter) - 1) + within**2 / BLOCK_DEGREES
+    degrees = min(KNOWN, variance**2 / uncertain) if uncertain else KNOWN
+    return Shift(_mean(places), shift, math.sqrt(variance), degrees)
+
+
+def _scatter_between(metric: str, scatter: list[Figure]) -> tuple[float, float]:
+    """The variance between runs beyond that within them, and the whole one that was seen; 0: assumed."""
+    if len(scatter) < ENOUGH_RUNS:
+        return ASSUMED_SCATTER[metric] ** 2, 0.0
+    spread = _variance([_scaled(metric, one.value) for one in scatter])
+    between = spread - _mean([one.variance for one in scatter])
+    return max(between, LEAST_SCATTER**2), spread
+
+
+def alarms_among(p_values: list[tuple[float, float]], rate: float) -> set[int]:
+    """Which of the tests (p-value, weight) are alarms, so that any is a false one in at most `rate`
+    of the families: Holm's step-down, with weights."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index][0] / p_values[index][1])
+    left = math.fsum(weight for _, weight in p_values)
+    found = set()
+    for index in order:
+        p_value, weight = p_values[index]
+        if p_value > rate * weight / left:
+            break
+        found.add(index)
+        left -= weight
+    return found
+
+
+# ---- comparison: all figures of two runs, or of a run and its history -------
+
+REGRESSION, IMPROVEMENT, NOISE, CANNOT_TELL = "regression", "improvement", "within noise", "cannot tell"
+JUDGEMENTS = (REGRESSION, IMPROVEMENT, NOISE, CANNOT_TELL)
+NO_REGRESSION = "no regression"
+
+
+class ComparedRun(NamedTuple):
+    """A run as JSON, and the figures to compare it by."""
+
+    document: dict[str, Any]
+    figures: RunFigures
+
+
+def compared_run(document: dict[str, Any], blocks: TimeBlocks | None = None) -> ComparedRun:
+    return ComparedRun(document, run_figures(document, blocks))
+
+
+class _Judge:
+    """One comparison: collects the figures, then judges all of them together."""
+
+    def __init__(
+        self, reference: list[ComparedRun], candidate: ComparedRun, scatter: list[ComparedRun],
+        tolerances: dict[str, Tolerance], unfair: str | None,
+    ):  # fmt: skip
+        self.reference, self.candidate, self.scatter = reference, candidate, scatter
+        self.tolerances = tolerances
+        self.unfair = unfair  # why nothing can be told, or None
+        self.is_exact = all(run.figures.is_exact for run in (*reference, candidate))
+        self.entries: list[dict[str, Any]] = []
+        self._tests: list[tuple[dict[str, Any], Shift, float]] = []
+
+    def judge(self) -> list[dict[str, Any]]:
+        """An entry for each figure of each endpoint, the totals first."""
+        keys = {key for run in (*self.reference, self.candidate) for key in run.figures.rows}
+        for key in sorted(keys, key=lambda key: (key is not None, key or ())):
+            for metric in COMPARED:
+                if key is None or metric != "totalRps":
+                    self._add(key, metric)
+        self._decide()
+        return self.entries
+
+    def _add(self, key: Endpoint | None, metric: str) -> None:
+        if metric == "totalRequests":
+            before = [
+                float(run.figures.counts[key][0]) for run in self.reference if key in run.figures.counts
+            ]
+            now = self.candidate.figures.counts.get(key)
+            entry = self._entry(key, metric, _mean(before) if before else None, now and float(now[0]))
+            self._cannot_tell(
+                entry, "not judged: the number of requests follows from the load and its duration"
+            )
+            return
+        found = [
+            self._figures(runs, key, metric) for runs in (self.reference, [self.candidate], self.scatter)
+        ]
+        if not found[0] or not found[1]:
+            values = [figures[0].value if figures else None for figures in found[:2]]
+            self._cannot_tell(self._entry(key, metric, *values), "not in both")
+            return
+        shift = shift_of(metric, found[0], found[1][0], found[2])
+        entry = self._entry(key, metric, shift.value_at(metric, 0.0), found[1][0].value)
+        why = self.unfair or self._too_few_requests(key, metric)
+        if why:
+            self._cannot_tell(entry, why)
+            return
+        entry["runs"] = len(found[2])
+        weight = WEIGHTS.get(metric, 1.0) * (0.5 if key is None else 1.0)
+        self._tests.append((entry, shift, weight))
+
+    def _figures(self, runs: list[ComparedRun], key: Endpoint | None, metric: str) -> list[Figure]:
+        rows = (run.figures.rows.get(key, {}) for run in runs)
+        return [row[metric] for row in rows if metric in row]
+
+    def _too_few_requests(self, key: Endpoint | None, metric: str) -> str | None:
+        runs = [run for run in (*self.reference, self.candidate) if key in run.figures.counts]
+        seen, least = min(run.figures.counts[key][0] for run in runs), MIN_REQUESTS.get(metric, 0)
+        return f"too few requests: {seen}, {least} are needed" if seen < least else None
+
+    def _entry(
+        self, key: Endpoint | None, metric: str, before: float | None, after: float | None
+    ) -> dict[str, Any]:
+        endpoint = None if key is None else " ".join(part for part in key if part)
+        entry = {"key": key, "endpoint": endpoint, "metric": metric, **_change(before, after)}
+        self.entries.append(entry)
+        return entry
+
+    def _cannot_tell(self, entry: dict[str, Any], why: str) -> None:
+        entry.update(judgement=CANNOT_TELL, reason=why)
+
+    def _decide(self) -> None:
+        worse = [(shift.p_worse(entry["metric"]), weight) for entry, shift, weight in self._tests]
+        better = [(1.0 - p_value, weight) for p_value, weight in worse]
+        alarms = alarms_among(worse, FAMILY_FALSE_ALARMS)
+        gains = alarms_among(better, FAMILY_FALSE_ALARMS)
+        in_all = math.fsum(weight for *_, weight in self._tests)
+        for index, (entry, shift, weight) in enumerate(self._tests):
+            self._add_interval(entry, shift, FAMILY_FALSE_ALARMS * weight / in_all)
+            entry["pValue"] = worse[index][0]
+            is_beyond = index in alarms or index in gains
+            if is_beyond and self._is_beyond_tolerance(entry):
+                entry["judgement"] = REGRESSION if index in alarms else IMPROVEMENT
+                entry["reason"] = self._reason(entry)
+            elif entry["runs"] < ENOUGH_RUNS:
+                self._cannot_tell(entry, f"not enough runs to tell: {entry['runs']} of {ENOUGH_RUNS}")
+            else:
+                entry["judgement"] = NOISE
+                entry["reason"] = "within the tolerance" if is_beyond else "as equal runs differ"
+
+    def _add_interval(self, entry: dict[str, Any], shift: Shift, level: float) -> None:
+        metric = entry["metric"]
+        half = t_quantile((1 - CERTAINTY) / 2, shift.degrees) * shift.deviation
+        sides = [shift.value_at(metric, shift.shift + sign * half) - entry["baseline"] for sign in (-1, 1)]
+        entry["interval"] = [round(side, 4) for side in sides]
+        half = t_quantile(level, shift.degrees) * shift.deviation
+        entry["equalRuns"] = [round(shift.value_at(metric, sign * half), 4) for sign in (-1, 1)]
+
+    def _is_beyond_tolerance(self, entry: dict[str, Any]) -> bool:
+        tolerance = self.tolerances[entry["metric"]]
+        allowed = entry["baseline"] * tolerance.amount / 100 if tolerance.is_percent else tolerance.amount
+        if entry["metric"].endswith("Ms") and not self.is_exact:
+            step = locust_step_ms(max(entry["baseline"], entry["candidate"]))
+            allowed = max(allowed, ROUNDING_STEPS * step)
+        return abs(entry["change"]) > allowed
+
+    def _reason(self, entry: dict[str, Any]) -> str:
+        low, high = (_decimal(round(side, 2)) for side in entry["equalRuns"])
+        few = entry["runs"] < ENOUGH_RUNS
+        rest = f"are assumed to be, as only {entry['runs']} of {ENOUGH_RUNS} are known" if few else "are"
+        return f"beyond {low} to {high}, where equal runs {rest}"
 
 
 def _change(before: float | None, after: float | None) -> dict[str, Any]:
@@ -2848,211 +3311,116 @@ def _change(before: float | None, after: float | None) -> dict[str, Any]:
     }
 
 
-def locust_step_ms(value: float) -> float:
-    """How far apart the response times are that Locust can report near a value: it keeps two digits."""
-    return 1.0 if value < 100 else 10.0 if value < 1000 else 100.0 * 10 ** (len(str(int(value))) - 4)
-
-
-def is_worse(
-    name: str, before: dict[str, float | None], after: dict[str, float | None], tolerance: Tolerance
-) -> bool:
-    """Whether a figure got worse by more than the tolerance, and by more than its own grain.
-
-    Response times: more than two of Locust's rounding steps. Error rate and requests/s: more
-    than three standard deviations of what chance makes of the counts."""
-    old, new = before[name], after[name]
-    if old is None or new is None:
-        return False
-    allowed = abs(old) * tolerance.amount / 100 if tolerance.is_percent else tolerance.amount
-    change = old - new if name == "totalRps" else new - old
-    if change <= allowed:
-        return False
-    if name.endswith("Ms"):
-        return change > ROUNDING_STEPS * locust_step_ms(max(old, new))
-    n0, n1 = before["totalRequests"] or 0, after["totalRequests"] or 0
-    if not n0 or not n1:
-        return n0 != n1
-    if name == "totalRps":
-        return change > 3 * math.hypot(old / math.sqrt(n0), new / math.sqrt(n1))
-    pooled = (old * n0 + new * n1) / (n0 + n1) / 100
-    return change / 100 > 3 * math.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
-
-
-# Whether a percentile differs by more than chance: the quantile test (Mood's median test, for
-# any quantile). Under the pooled requests of both runs one time has, say, 5% above it; were both
-# runs alike, each had about 5% above it. Requests of one moment are alike, so plain counting
-# would see differences everywhere: the variance is multiplied by how much more the stretches of
-# a run scatter than independent requests would (the overdispersion of quasi-likelihood).
-
-NOISE_P_VALUE = 0.005  # one-sided: a difference as large or larger by chance
-MIN_ABOVE = 10  # requests of both runs above the pooled percentile
-
-
-def quantile_test(before: list[Histogram], after: list[Histogram], ratio: float) -> float | None:
-    """The p-value of `after` being slower than `before` at a percentile, each run in
-    stretches; None when there are too few requests to tell."""
-    pooled: dict[int, int] = {}
-    for part in (*before, *after):
-        for ms, requests in part.times.items():
-            pooled[ms] = pooled.get(ms, 0) + requests
-    limit = _limit_between(pooled, ratio)
-    ones, others = (
-        [(sum(part.times.values()), _slower(part, limit)) for part in parts] for parts in (before, after)
-    )
-    n1, n2 = (sum(n for n, _ in stretches) for stretches in (ones, others))
-    k1, k2 = (sum(k for _, k in stretches) for stretches in (ones, others))
-    if not n1 or not n2 or k1 + k2 < MIN_ABOVE or k1 + k2 == n1 + n2:
-        return None
-    share = (k1 + k2) / (n1 + n2)
-    variance = share * (1 - share) * (_overdispersion(ones) / n1 + _overdispersion(others) / n2)
-    return 0.5 * math.erfc((k2 / n2 - k1 / n1) / math.sqrt(2 * variance))
-
-
-def _limit_between(times: dict[int, int], ratio: float) -> float:
-    """Just below or just above the percentile, where the share above is nearer to 1 - ratio:
-    Locust's rounded times come in heaps."""
-    ms = percentile_ms(times, ratio)
-    if ms is None:
-        return 0.0
-    heap, above = times[ms], sum(requests for one, requests in times.items() if one > ms)
-    wanted = (1 - ratio) * sum(times.values())
-    return ms - 0.5 if abs(above + heap - wanted) < abs(above - wanted) else ms + 0.5
-
-
-def _slower(part: Histogram, limit: float) -> int:
-    return sum(requests for ms, requests in part.times.items() if ms > limit)
-
-
-def _overdispersion(stretches: list[tuple[int, int]]) -> float:
-    """How many times more the counts (n, of them k) scatter than chance makes them; at least 1."""
-    n, k = sum(n for n, _ in stretches), sum(k for _, k in stretches)
-    known = [pair for pair in stretches if pair[0]]
-    share = k / n
-    if len(known) < 5 or not 0 < share < 1:
-        return 1.0
-    return max(
-        1.0, sum((k - n * share) ** 2 / (n * share * (1 - share)) for n, k in known) / (len(known) - 1)
-    )
-
-
-Stretches = dict[Endpoint | None, list[Histogram]]
-
-
-def last_of_each_step(points: Iterable[HistogramPoint], step_s: float) -> list[HistogramPoint]:
-    return list({math.floor(point.at / step_s): point for point in points}.values())
-
-
-def stretches_of(points: list[HistogramPoint], total_requests: int | None) -> Stretches | None:
-    """A run's histograms in stretches, from those of moments; None when they do not hold all
-    of its requests, as when a Locust without hooks ended it."""
-    if not points or points[-1].histograms.get(None, Histogram(0, 0, 0, {})).requests != total_requests:
-        return None
-    found: Stretches = {key: [] for key in points[-1].histograms}
-    for before, point in zip([HistogramPoint(0, {}), *points], points):
-        for key, histogram in point.histograms.items():
-            part = since(histogram, before.histograms.get(key))
-            if part is None:
-                return None
-            found[key].append(part)
-    return found
-
-
-class _Judge:
-    """Collects the regressions of one comparison, and what could not be judged."""
-
-    def __init__(
-        self, tolerances: dict[str, Tolerance], stretches: tuple[Stretches | None, Stretches | None]
-    ):
-        self.tolerances = tolerances
-        self.stretches = stretches
-        self.regressions: list[dict[str, Any]] = []
-        self.warnings: list[str] = []
-        self.noise: list[str] = []
-
-    def judge(
-        self, key: Endpoint | None, before: dict[str, float | None], after: dict[str, float | None]
-    ) -> dict[str, float]:
-        """Note what got worse; returns the p-values of the percentiles, as far as they are known."""
-        endpoint = None if key is None else " ".join(part for part in key if part)
-        p_values = self._p_values(key)
-        for name, tolerance in self.tolerances.items():
-            if endpoint is not None and name == "totalRps":
-                continue  # the shares of endpoints are drawn by chance
-            least, seen = (
-                MIN_REQUESTS.get(name, 0),
-                min(before["totalRequests"] or 0, after["totalRequests"] or 0),
-            )
-            if seen < least:
-                self.warnings.append(
-                    f"{endpoint or 'totals'}: {name} not judged: {seen} requests, {least} are needed"
-                )
-            elif is_worse(name, before, after, tolerance):
-                change = _change(before[name], after[name])
-                if p_values.get(name, 0.0) > NOISE_P_VALUE:
-                    self.noise.append(
-                        f"{self._sentence(endpoint, name, change)}; that is within the noise of the runs (p = {p_values[name]:.3f})"
-                    )
-                else:
-                    self._add(endpoint, name, change, tolerance)
-        return p_values
-
-    def _p_values(self, key: Endpoint | None) -> dict[str, float]:
-        before, after = (stretches.get(key, []) if stretches else [] for stretches in self.stretches)
-        if not before or not after:
-            return {}
-        tested = ((name, quantile_test(before, after, ratio)) for name, ratio in PERCENTILE_RATIOS.items())
-        return {name: p_value for name, p_value in tested if p_value is not None}
-
-    def _add(self, endpoint: str | None, name: str, change: dict[str, Any], tolerance: Tolerance) -> None:
-        message = f"{self._sentence(endpoint, name, change)}, allowed is {tolerance}"
-        self.regressions.append({"endpoint": endpoint, "metric": name, **change, "message": message})
-
-    def _sentence(self, endpoint: str | None, name: str, change: dict[str, Any]) -> str:
-        percent = f" ({change['changePercent']:+.1f}%)" if change["changePercent"] is not None else ""
-        figures = f"{_decimal(round(change['baseline'], 2))} to {_decimal(round(change['candidate'], 2))}"
-        return f"{endpoint or 'totals'}: {name} went from {figures}{percent}"
+def figure_sentence(entry: dict[str, Any]) -> str:
+    """A figure of a comparison in words: what became of it, and how it is judged."""
+    where = f"{entry['endpoint'] or 'totals'}: {entry['metric']}"
+    if entry["change"] is None:
+        return f"{where}: {entry['judgement']}: {entry['reason']}"
+    percent = f" ({entry['changePercent']:+.1f}%)" if entry["changePercent"] is not None else ""
+    figures = f"{_decimal(round(entry['baseline'], 2))} to {_decimal(round(entry['candidate'], 2))}"
+    return f"{where} went from {figures}{percent}: {entry['judgement']}, {entry['reason']}"
 
 
 def compare_runs(
-    baseline: dict[str, Any], candidate: dict[str, Any], tolerances: dict[str, Tolerance] | None = None,
-    stretches: tuple[Stretches | None, Stretches | None] = (None, None),
+    reference: list[ComparedRun], candidate: ComparedRun, tolerances: dict[str, Tolerance] | None = None,
+    scatter: list[ComparedRun] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Two runs as JSON, compared: changes, what makes it unfair, what got worse. With the
-    stretches of both, only what is more than noise is a regression of a percentile."""
+    """A run against one or more reference runs. scatter: comparable runs that tell how far runs lie
+    apart, those of the reference unless given."""
     wanted = {**DEFAULT_TOLERANCES, **(tolerances or {})}
-    judge = _Judge(wanted, stretches)
-    before, after = total_figures(baseline), total_figures(candidate)
-    totals = _changes(before, after, judge.judge(None, before, after))
-    old, new = endpoint_figures(baseline), endpoint_figures(candidate)
-    differences = list(unfairness(baseline, candidate))
-    endpoints = []
-    for key in sorted({*old, *new}):
-        name = " ".join(part for part in key if part)
-        entry: dict[str, Any] = {"method": key[0], "name": key[1]}
-        p_values: dict[str, float] = {}
-        if key in old and key in new:
-            p_values = judge.judge(key, old[key], new[key])
-        else:
-            entry["state"] = "new" if key in new else "gone"
-            differences.append(f"endpoint {name} is {entry['state']}")
-        endpoints.append({**entry, "metrics": _changes(old.get(key, {}), new.get(key, {}), p_values)})
-    return {
-        "baseline": baseline["id"],
-        "candidate": candidate["id"],
+    scatter = reference if scatter is None else scatter
+    documents = [run.document for run in reference]
+    differences = list(
+        dict.fromkeys(words for one in documents for words in unfairness(one, candidate.document))
+    )
+    unreliable = list(_unreliable_data([*documents, candidate.document]))
+    unfair = "different load: " + "; ".join(differences) if differences else None
+    judge = _Judge(reference, candidate, scatter, wanted, unfair or (unreliable[0] if unreliable else None))
+    entries = judge.judge()
+    regressions = [entry for entry in entries if entry["judgement"] == REGRESSION]
+    endpoints = _endpoint_entries(entries, reference, candidate)
+    changed = [
+        f"endpoint {one['method']} {one['name']} is {one['state']}" for one in endpoints if "state" in one
+    ]
+    found = {
+        "baseline": documents[-1]["id"],
+        "runs": [document["id"] for document in documents],
+        "candidate": candidate.document["id"],
         "tolerances": {name: str(tolerance) for name, tolerance in wanted.items()},
-        "noiseJudged": None not in stretches,
-        "totals": totals,
+        "noiseJudged": len(scatter) >= ENOUGH_RUNS,
+        "runsKnown": len(scatter),
+        "runsNeeded": ENOUGH_RUNS,
+        "exactTimes": judge.is_exact,
+        "falseAlarmRate": FAMILY_FALSE_ALARMS,
+        "totals": {entry["metric"]: _shown_entry(entry) for entry in entries if entry["key"] is None},
         "endpoints": endpoints,
-        "differences": differences,
-        "warnings": [*_comparison_doubts(baseline, candidate), *judge.warnings],
-        "noise": judge.noise,
-        "regressions": judge.regressions,
+        "differences": [*differences, *changed],
+        "warnings": unreliable,
+        "noise": _sentences(entries, NOISE, IMPROVEMENT),
+        "regressions": [_shown_regression(entry) for entry in regressions],
+        "figures": [_shown_figure(entry) for entry in entries],
     }
+    found["judgement"], found["message"] = _overall(entries, found)
+    return found
 
 
+def _sentences(entries: list[dict[str, Any]], *judgements: str) -> list[str]:
+    """Those that changed by more than their tolerance is worth a sentence, or improved."""
+    return [
+        figure_sentence(entry)
+        for entry in entries
+        if entry["judgement"] in judgements and abs(entry["changePercent"] or 0.0) >= 5.0
+    ]
+
+
+def _overall(entries: list[dict[str, Any]], found: dict[str, Any]) -> tuple[str, str]:
+    """What the whole comparison comes to, and a sentence."""
+    judged = [entry for entry in entries if entry["judgement"] != CANNOT_TELL]
+    count = len(found["regressions"])
+    if count:
+        return REGRESSION, f"{count} of {len(judged)} figures got worse"
+    if judged and found["noiseJudged"]:
+        return NO_REGRESSION, f"none of {len(judged)} figures got worse"
+    reasons = [
+        entry["reason"] for entry in entries if entry["metric"] != "totalRequests" and "reason" in entry
+    ]
+    return CANNOT_TELL, reasons[0] if reasons else "there are no numbers"
+
+
+def _endpoint_entries(
+    entries: list[dict[str, Any]], reference: list[ComparedRun], candidate: ComparedRun
+) -> list[dict[str, Any]]:
+    found: dict[Endpoint, dict[str, Any]] = {}
+    before = {key for run in reference for key in run.figures.rows}
+    for entry in entries:
+        key = entry["key"]
+        if key is None:
+            continue
+        row = found.setdefault(key, {"method": key[0], "name": key[1]})
+        if (key in before) != (key in candidate.figures.rows):
+            row["state"] = "gone" if key in before else "new"
+        row.setdefault("metrics", {})[entry["metric"]] = _shown_entry(entry)
+    return list(found.values())
+
+
+def _shown_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    hidden = ("key", "endpoint", "metric", "runs")
+    return {name: value for name, value in entry.items() if name not in hidden}
+
+
+def _shown_figure(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in ("key", "runs")}
+
+
+def _shown_regression(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**_shown_figure(entry), "message": figure_sentence(entry)}
+
+
+PLAN_NAMES = ("userClasses", "tags", "excludeTags", "options", "stages")
 ASKED_FOR = {  # what two runs must share for a fair comparison, in words
     "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users", "spawnRate": "spawn rate",
-    "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster",
+    "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster", "userClasses": "user classes",
+    "tags": "tags", "excludeTags": "excluded tags", "options": "options", "stages": "stages",
 }  # fmt: skip
 
 
@@ -3060,11 +3428,26 @@ def unfairness(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[
     """Sentences on what differs between the two beyond their results."""
     for name, words in ASKED_FOR.items():
         one, other = baseline.get(name), candidate.get(name)
-        if one != other and (one is not None and other is not None):
-            yield f"{words} differs: {one} and {other}"
+        if one != other and (one is not None and other is not None or name in PLAN_NAMES):
+            yield f"{words} differs: {_in_words(one)} and {_in_words(other)}"
+    for role, run in (("baseline", baseline), ("candidate", candidate)):
+        changes = run.get("usersChanges") or ()
+        if changes:
+            users = ", ".join(str(change.get("targetUsers")) for change in changes[:5])
+            yield f"users were changed during the {role} ({run['id'][:8]}), to {users}"
     lasted = [_lasted_s(run) for run in (baseline, candidate)]
     if None not in lasted and abs(lasted[0] - lasted[1]) > max(2.0, 0.1 * max(lasted)):
         yield f"duration differs: {lasted[0]:.0f} s and {lasted[1]:.0f} s"
+
+
+def _in_words(value: Any) -> str:
+    return (
+        "none"
+        if value is None
+        else str(value)
+        if isinstance(value, (str, int, float))
+        else dump_json(value)[:200]
+    )
 
 
 def _lasted_s(run: dict[str, Any]) -> float | None:
@@ -3073,31 +3456,58 @@ def _lasted_s(run: dict[str, Any]) -> float | None:
     return parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
 
 
-def _comparison_doubts(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[str]:
-    for role, run in (("baseline", baseline), ("candidate", candidate)):
+def _unreliable_data(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Why the numbers of the runs, the last of them the candidate, are not to be compared."""
+    for index, run in enumerate(runs):
+        role = "candidate" if index == len(runs) - 1 else f"baseline ({run['id'][:8]})"
         if run["status"] not in ("Finished", "Failed"):
             yield f"the {role} is still {run['status']}: its numbers are not final"
         for reason in run.get("trustReasons") or ():
-            yield f"the {role}'s numbers are doubtful: {reason}"
+            yield f"unreliable data of the {role}: {reason}"
         if not run.get("lastMetrics"):
             yield f"the {role} has no numbers"
 
 
+MAX_KEPT_FIGURES = 60  # of a comparison, in the run
+
+
 def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[str, Any]:
-    """What a run keeps of its comparison."""
-    kept = {
-        name: comparison[name]
-        for name in ("baseline", "tolerances", "differences", "warnings", "noise", "noiseJudged")
-    }
+    """What a run keeps of its comparison: of many figures those that say most."""
+    names = (
+        "baseline", "runs", "tolerances", "differences", "warnings", "noise", "noiseJudged", "judgement",
+        "message", "runsKnown", "runsNeeded", "exactTimes",
+    )  # fmt: skip
+    ranks = {REGRESSION: 0, IMPROVEMENT: 1}
+    figures = comparison["figures"]
+    kept = sorted(
+        range(len(figures)),
+        key=lambda index: (
+            ranks.get(figures[index]["judgement"], 2 + (figures[index]["endpoint"] is not None)), index,
+        ),
+    )[:MAX_KEPT_FIGURES]  # fmt: skip
     return {
         "with": compared_with,
-        **kept,
+        **{name: comparison[name] for name in names},
+        "figures": [figures[index] for index in sorted(kept)],
+        "figuresCut": len(figures) - len(kept),
         "regressions": [one["message"] for one in comparison["regressions"]],
     }
 
 
+def is_comparable(other: Run, run: Run) -> bool:
+    """Whether a run may serve as what is normal for another: the same load, reliable, no regression."""
+    asked = ("tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256", "target_users", "spawn_rate", "duration_s", "plan")  # fmt: skip
+    if other.status is not RunStatus.FINISHED or doubts_of(other) or other.load_changes:
+        return False
+    if (other.comparison or {}).get("regressions"):
+        return False
+    return all(getattr(other, name) == getattr(run, name) for name in asked)
+
+
 def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
-    return {"with": compared_with, "baseline": None, "regressions": [], "message": why}
+    return {
+        "with": compared_with, "baseline": None, "regressions": [], "judgement": CANNOT_TELL, "message": why,
+    }  # fmt: skip
 
 
 # ---- thresholds: whether they hold ------------------------------------------
@@ -3373,7 +3783,7 @@ def verdict_of(
     thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool
 ) -> str | None:
     """passed or failed; None when there is nothing to judge by."""
-    compared = comparison is not None and comparison["baseline"] is not None
+    compared = comparison is not None and comparison.get("judgement", NO_REGRESSION) != CANNOT_TELL
     if not thresholds and not compared:
         return None
     missed = any(one.result == "failed" and not one.warn_only for one in thresholds)
@@ -3494,7 +3904,7 @@ CREATE_KEYS = {
     "metadata": BodyKey("metadata", METADATA),
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
-    "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "compareWith": BodyKey("compare_with", one_of(*COMPARE_WITH)),
     "confirm": BodyKey("confirm", ID_TEXT),
     **PLAN_KEYS,
 }
@@ -5705,6 +6115,7 @@ def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[Hist
 
 
 FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
+RUN_FIGURES = "figures.json"  # too: what it is compared by
 
 
 class RunFilter(NamedTuple):
@@ -5777,6 +6188,7 @@ class Store:
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, StoredRun] = {}  # oldest first
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
+        self.comparer = Comparer(self)
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
         self._deliveries: dict[str, Delivery] = {}  # oldest first
@@ -5942,13 +6354,13 @@ class Store:
             )
         )
 
-    def stretches(self, run_id: str, total_requests: int | None) -> Stretches | None:
-        """The histograms of a run in stretches of time; None when they do not hold all its requests."""
+    def time_blocks(self, run_id: str, total_requests: int | None) -> TimeBlocks | None:
+        """The histograms of a run by time block; None when they do not hold all its requests."""
         run = self.find(run_id)
         if run is None or run.started_at is None:
             return None
         lasted_s = (run.finished_at or time.time()) - run.started_at
-        return stretches_of(
+        return time_blocks_of(
             last_of_each_step(self.histograms(run_id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests
         )
 
@@ -6320,6 +6732,21 @@ class Store:
                 return other
         return None
 
+    def comparable_runs(self, run: Run, limit: int) -> list[Run]:
+        """The newest Finished runs before this one that asked for the same load of the same cluster with
+        the same locustfile, reliable and without a regression, oldest first. A baseline that was named
+        begins anew: what was before it is another system."""
+        baseline = self.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+        begin = self.find(baseline.run_id) if baseline else None
+        first = begin.seq if begin is not None and begin.seq < run.seq else 0
+        found = []
+        for other in self.list_runs():
+            if first <= other.seq < run.seq and is_comparable(other, run):
+                found.append(other)
+                if len(found) == limit:
+                    break
+        return found[::-1]
+
     # ---- audit ----
 
     def audit(self, entry: AuditEntry) -> None:
@@ -6399,6 +6826,94 @@ class Store:
     def _tell(self, run: Run) -> None:
         for listener in self.listeners:
             listener(run)
+
+
+class Comparer:
+    """Compares stored runs. What a final run is compared by is made once, and kept beside it."""
+
+    MAX_KEPT = 500  # runs whose figures stay in memory
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, RunFigures] = OrderedDict()
+
+    def compared(self, run: Run, document: dict[str, Any] | None = None) -> ComparedRun:
+        """A run with its figures. document: its JSON when that is not what the store has yet."""
+        if document is not None or not run.is_final:
+            document = document or json.loads(self._store.wire(run.id))
+            return ComparedRun(document, self._made(document))
+        document = json.loads(self._store.wire(run.id))
+        with self._lock:
+            figures = self._kept.get(run.id)
+        if figures is None:
+            figures = self._read(run.id)
+            if figures is None:
+                figures = self._made(document)
+                self._store.keep_artefact(run.id, RUN_FIGURES, run_figures_to_record(figures))
+        with self._lock:
+            self._kept[run.id] = figures
+            self._kept.move_to_end(run.id)
+            while len(self._kept) > self.MAX_KEPT:
+                self._kept.popitem(last=False)
+        return ComparedRun(document, figures)
+
+    def _read(self, run_id: str) -> RunFigures | None:
+        try:
+            record = self._store.artefact(run_id, RUN_FIGURES)
+            return None if record is None else run_figures_from_record(record)
+        except NotReady as error:
+            log("figures of a run not read", run=run_id, why=error.message)
+            return None
+
+    def _made(self, document: dict[str, Any]) -> RunFigures:
+        requests = (document.get("lastMetrics") or {}).get("totalRequests")
+        try:
+            return run_figures(document, self._store.time_blocks(document["id"], requests))
+        except NotReady as error:
+            log("histograms not read for a comparison", run=document["id"], why=error.message)
+            return run_figures(document, None)
+
+    def history(self, run: Run, limit: int = HISTORY_RUNS) -> list[ComparedRun]:
+        """The comparable runs before a run, with their figures, oldest first."""
+        return [self.compared(other) for other in self._store.comparable_runs(run, limit)]
+
+    def against(
+        self, reference: list[Run], candidate: Run, tolerances: dict[str, Tolerance] | None = None,
+        document: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """A run against one run, with the scatter of its comparable ones, or against several."""
+        compared = [self.compared(run) for run in reference]
+        scatter = compared
+        if len(reference) == 1:
+            known = self._store.comparable_runs(candidate, HISTORY_RUNS)
+            kin = [run for run in known if is_comparable(run, reference[0])]
+            scatter = [self.compared(run) for run in kin] or compared
+        return compare_runs(compared, self.compared(candidate, document), tolerances, scatter)
+
+    def judgement(self, run: Run, document: dict[str, Any]) -> dict[str, Any]:
+        """What a run keeps of the comparison that it asked for. document: its JSON as it will be final."""
+        asked = run.compare_with or ""
+        reference = self._reference(run, asked)
+        if not reference:
+            words = {"baseline": "baseline", "previous": "earlier finished run"}
+            why = (
+                f"there is no {words[asked]}"
+                if asked in words
+                else f"not enough runs to tell: 0 of {ENOUGH_RUNS}"
+            )
+            return no_comparison(asked, f"not compared: {why}")
+        return comparison_summary(asked, self.against(reference, run, document=document))
+
+    def _reference(self, run: Run, asked: str) -> list[Run]:
+        if asked == "history":
+            return self._store.comparable_runs(run, HISTORY_RUNS)
+        if asked == "previous":
+            found = self._store.previous_run(run)
+        else:
+            baseline = self._store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+            found = self._store.find(baseline.run_id) if baseline else None
+        return [found] if found else []
 
 
 # ============================================================================
@@ -8416,50 +8931,15 @@ class RunJudge:
     def _comparison(
         self, run: Run, snapshot: Snapshot | None, finished_at: float, has_failed: bool
     ) -> dict[str, Any]:
-        """The run against its baseline or the run before, as the run keeps it."""
-        asked = run.compare_with or ""
+        """The run against what it asked to be compared with, as the run keeps it."""
         if has_failed:
-            return no_comparison(asked, "not compared: the run failed")
-        if asked == "baseline":
-            baseline = self._store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
-            other_id = baseline.run_id if baseline else None
-        else:
-            previous = self._store.previous_run(run)
-            other_id = previous.id if previous else None
-        try:
-            other = json.loads(self._store.wire(other_id)) if other_id else None
-        except NotFound:
-            other = None
-        if other is None:
-            return no_comparison(
-                asked,
-                "not compared: there is no "
-                + ("baseline" if asked == "baseline" else "earlier finished run"),
-            )
-        wire = run_to_json(run)
-        wire.update(
+            return no_comparison(run.compare_with or "", "not compared: the run failed")
+        document = run_to_json(run)
+        document.update(
             status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run)
         )
-        wire["lastMetrics"] = snapshot_to_json(snapshot) if snapshot else None
-        return comparison_summary(asked, self.compare(other, wire))
-
-    def compare(
-        self,
-        baseline: dict[str, Any],
-        candidate: dict[str, Any],
-        tolerances: dict[str, Tolerance] | None = None,
-    ) -> dict[str, Any]:
-        """Two runs as JSON, compared, with the noise of both where their histograms were kept."""
-        return compare_runs(
-            baseline, candidate, tolerances, (self._stretches(baseline), self._stretches(candidate))
-        )
-
-    def _stretches(self, run: dict[str, Any]) -> Stretches | None:
-        try:
-            return self._store.stretches(run["id"], (run.get("lastMetrics") or {}).get("totalRequests"))
-        except NotReady as error:
-            log("histograms not read for a comparison", run=run["id"], why=error.message)
-            return None
+        document["lastMetrics"] = snapshot_to_json(snapshot) if snapshot else None
+        return self._store.comparer.judgement(run, document)
 
 
 # ---- ending runs -------------------------------------------------------------
@@ -9687,15 +10167,6 @@ class Orchestrator:
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
         return self._stopper.failures(run)
-
-    def compare(
-        self,
-        baseline: dict[str, Any],
-        candidate: dict[str, Any],
-        tolerances: dict[str, Tolerance] | None = None,
-    ) -> dict[str, Any]:
-        """Two runs as JSON, compared, with the noise of both where their histograms were kept."""
-        return self._judge.compare(baseline, candidate, tolerances)
 
     def scale_cluster(self, cluster: Cluster, workers: int) -> None:
         """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
@@ -11432,8 +11903,7 @@ def junit_xml(run: dict[str, Any]) -> str:
         )
     comparison = run.get("comparison")
     if comparison and comparison["baseline"]:
-        name = f"no regression against {comparison['with']} {comparison['baseline']}"
-        cases.append(_junit_case(run, name, "; ".join(comparison["regressions"]) or None))
+        cases += _junit_comparison(run, comparison)
     lasted_s = (
         parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
         if run.get("startedAt") and run.get("finishedAt")
@@ -11454,14 +11924,26 @@ def junit_xml(run: dict[str, Any]) -> str:
     )
 
 
+def _junit_comparison(run: dict[str, Any], comparison: dict[str, Any]) -> Iterator[str]:
+    """A case for the whole, and one for each figure; those of which nothing can be told are skipped."""
+    name = f"no regression against {comparison['with']} {comparison['baseline']}"
+    if comparison.get("judgement") == CANNOT_TELL:
+        yield _junit_case(run, name, comparison.get("message"), skipped=True)
+    else:
+        yield _junit_case(run, name, "; ".join(comparison["regressions"]) or None)
+    for one in comparison.get("figures") or ():
+        name = f"{one['endpoint'] or 'totals'}: {one['metric']} against {comparison['with']}"
+        is_skipped = one["judgement"] == CANNOT_TELL
+        why = figure_sentence(one) if is_skipped or one["judgement"] == REGRESSION else None
+        yield _junit_case(run, name, why, is_skipped)
+
+
 def _junit_case(run: dict[str, Any], name: str, why: str | None, skipped: bool = False) -> str:
-    inner = (
-        f'<failure message="{_xml(why)}">{_xml(why)}</failure>'
-        if why is not None
-        else "<skipped/>"
-        if skipped
-        else ""
-    )
+    inner = ""
+    if skipped:
+        inner = f'<skipped message="{_xml(why)}"/>' if why else "<skipped/>"
+    elif why is not None:
+        inner = f'<failure message="{_xml(why)}">{_xml(why)}</failure>'
     return f'<testcase classname="{_xml(run["scenarioId"])}" name="{_xml(name)}">{inner}</testcase>'
 
 
@@ -11501,10 +11983,36 @@ def _comparison_md(comparison: dict[str, Any]) -> Iterator[str]:
     if comparison["baseline"] is None:
         yield _md(comparison["message"])
         return
+    against = f"`{comparison['baseline']}`"
+    if len(comparison.get("runs") or ()) > 1:
+        against = f"{len(comparison['runs'])} runs, the newest {against}"
     found = len(comparison["regressions"])
-    yield f"Compared with {comparison['with']} `{comparison['baseline']}`: **{f'{found} regressions' if found else 'no regression'}**"
+    words = comparison.get("judgement") or (f"{found} regressions" if found else NO_REGRESSION)
+    message = f": {_md(comparison['message'])}" if comparison.get("message") else ""
+    yield f"Compared with {comparison['with']} {against}: **{words}**{message}"
     for kind in ("regressions", "differences", "warnings"):
         yield from (f"- {kind[:-1]}: {_md(sentence)}" for sentence in comparison[kind])
+    if comparison.get("figures"):
+        yield ""
+        yield from _md_table(FIGURE_TITLES, [_figure_cells(one) for one in comparison["figures"]], 2)
+    if comparison.get("figuresCut"):
+        yield f"and {comparison['figuresCut']} more figures"
+
+
+FIGURE_TITLES = ["Endpoint", "Figure", "Before", "Now", "Change", "Equal runs", "Judgement"]
+
+
+def _figure_cells(one: dict[str, Any]) -> list[Any]:
+    low, high = one.get("equalRuns") or (None, None)
+    return [
+        one["endpoint"] or "(all)",
+        one["metric"],
+        _figure(one["baseline"], 2),
+        _figure(one["candidate"], 2),
+        "" if one["changePercent"] is None else f"{one['changePercent']:+.1f} %",
+        "" if low is None else f"{_figure(low, 2)} to {_figure(high, 2)}",
+        one["judgement"] + (f": {one['reason']}" if one["judgement"] == CANNOT_TELL else ""),
+    ]
 
 
 # ---- Markdown and CSV ------------------------------------------------------
@@ -11723,13 +12231,40 @@ LOAD_CHANGE_KEYS = {
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
     "by": BodyKey("by", LONG_TEXT, required=True),
 }
+
+
+def _is_figure(one: Any) -> bool:
+    """Whether it is an entry of a comparison's `figures`."""
+    names = ("endpoint", "metric", "baseline", "candidate", "change", "changePercent", "judgement", "reason")
+    if not isinstance(one, dict) or not set(names) <= set(one) <= {*names, *FIGURE_RANGES, "pValue"}:
+        return False
+    ranges = [one[name] for name in FIGURE_RANGES if name in one]
+    numbers = [one[name] for name in names[2:6]] + [one.get("pValue")]
+    return (
+        (one["endpoint"] is None or isinstance(one["endpoint"], str))
+        and one["metric"] in COMPARED
+        and one["judgement"] in JUDGEMENTS
+        and isinstance(one["reason"], str)
+        and all(value is None or _is_measure(value) or type(value) in (int, float) for value in numbers)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair) for pair in ranges)
+    )  # fmt: skip
+
+
+FIGURE_RANGES = ("interval", "equalRuns")
+KEPT_FIGURES = _only(
+    f"a list of at most {MAX_KEPT_FIGURES} figures",
+    lambda value: isinstance(value, list) and len(value) <= MAX_KEPT_FIGURES and all(map(_is_figure, value)),
+)
 COMPARISON_KEYS = {
-    "with": BodyKey("with", one_of("baseline", "previous"), required=True),
+    "with": BodyKey("with", one_of(*COMPARE_WITH), required=True),
     "baseline": BodyKey("baseline", RUN_ID),
     "tolerances": BodyKey("tolerances", _only("an object of texts", lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
-    **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions")},
-    "noiseJudged": BodyKey("noiseJudged", BOOLEAN),
+    **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions", "runs")},
+    **{name: BodyKey(name, BOOLEAN) for name in ("noiseJudged", "exactTimes")},
+    **{name: BodyKey(name, number_value(0, 100_000, whole=True)) for name in ("runsKnown", "runsNeeded", "figuresCut")},
+    "judgement": BodyKey("judgement", one_of(REGRESSION, NO_REGRESSION, CANNOT_TELL)),
     "message": BodyKey("message", LONG_TEXT),
+    "figures": BodyKey("figures", KEPT_FIGURES),
 }  # fmt: skip
 COMPARISON = Check(
     "an object with the keys " + ", ".join(COMPARISON_KEYS),
@@ -11758,7 +12293,7 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
     "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MAX_THRESHOLDS, _imported_threshold)),
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
-    "compareWith": BodyKey("compare_with", one_of("baseline", "previous")),
+    "compareWith": BodyKey("compare_with", one_of(*COMPARE_WITH)),
     "comparison": BodyKey("comparison", COMPARISON),
     **PLAN_KEYS,
     "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
@@ -14438,18 +14973,18 @@ def get_summary(api: Api, request: Request) -> Response:
 
 
 def get_comparison(api: Api, request: Request) -> Response:
-    missing = {
-        name: "is missing; allowed is the id of a run"
-        for name in ("baseline", "candidate")
-        if name not in request.query
-    }
+    missing = {name: "is missing" for name in ("baseline", "candidate") if name not in request.query}
     if missing:
-        raise InvalidInput(f"{' and '.join(missing)}: missing; allowed are ids of runs", missing)
-    documents = []
-    for name in ("baseline", "candidate"):
-        run = api.allowed_run(request, request.query[name])
-        documents.append(json.loads(api.store.wire(run.id)))
-    return json_response(api.orchestrator.compare(documents[0], documents[1], request.query.get("tolerance")))
+        raise InvalidInput(f"{' and '.join(missing)}: missing; must be ids of runs", missing)
+    candidate = api.allowed_run(request, request.query["candidate"])
+    comparer, names = api.store.comparer, request.query["baseline"]
+    if names == ("history",):
+        reference = api.store.comparable_runs(candidate, HISTORY_RUNS)
+    else:
+        reference = [api.allowed_run(request, name) for name in names]
+    if not reference:
+        raise NotFound(f"there is no comparable run before {candidate.id}")
+    return json_response(comparer.against(reference, candidate, request.query.get("tolerance")))
 
 
 def _place(api: Api, request: Request) -> tuple[str, str, str]:
@@ -14815,6 +15350,15 @@ METRICS_QUERY = {
 }
 NOTIFICATION_TEST_KEYS = {"id": BodyKey("id", ID_TEXT, required=True)}
 LOGS_QUERY = {"lines": number_value(1, MAX_LOG_LINES, whole=True)}
+
+
+def _accept_reference_runs(text: Any) -> tuple[str, ...]:
+    names = tuple(ID_TEXT.accept(name) for name in text.split(","))
+    if len(names) > 50 or len(set(names)) < len(names):
+        raise ValueError
+    return names
+
+
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 AUDIT_QUERY = {
     **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
@@ -14841,7 +15385,10 @@ OIDC_QUERY = {  # what providers send back; all but the first five mean nothing 
     )
 }
 STOP_ALL_KEYS = {"tenantId": BodyKey("tenant_id", ID_TEXT), "envId": BodyKey("env_id", ID_TEXT)}
-COMPARE_QUERY = {"baseline": ID_TEXT, "candidate": ID_TEXT, "tolerance": TOLERANCES}
+REFERENCE_RUNS = Check(
+    "ids of at most 50 runs, joined by commas, or history: the newest comparable ones", _accept_reference_runs
+)
+COMPARE_QUERY = {"baseline": REFERENCE_RUNS, "candidate": ID_TEXT, "tolerance": TOLERANCES}
 TRENDS_QUERY = {
     **{name: text_value("a string") for name in ("tenantId", "envId", "scenarioId")},
     "metric": one_of(*COMPARED),
@@ -14992,6 +15539,13 @@ _PLAN = {
     "stages": _array("Stage"),
 }
 
+_RANGE = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
+_CHANGE = {
+    **dict.fromkeys(("baseline", "candidate", "change", "changePercent"), _MEASURE),
+    "judgement": {"enum": list(JUDGEMENTS)}, "reason": _TEXT, "pValue": {"type": "number"},
+    "interval": {**_RANGE, "description": "of the change, in the figure's unit: 95 of 100 such intervals hold the true one"},
+    "equalRuns": {**_RANGE, "description": "beyond it the figure of a run is no longer one of an equal run"},
+}  # fmt: skip
 SCHEMAS: dict[str, Any] = {
     "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
@@ -15018,7 +15572,7 @@ SCHEMAS: dict[str, Any] = {
         durationSeconds=_WHOLE, status={"enum": [status.value for status in RunStatus]}, createdAt=_MOMENT, createdBy=_TEXT, source={"enum": list(SOURCES)},
         startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
-        thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": ["baseline", "previous"]},
+        thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": list(COMPARE_WITH)},
         comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
     "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
@@ -15047,15 +15601,17 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Runs": _array("Run"),
     "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
-    "Change": _object("baseline candidate change changePercent", baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, pValue={"type": "number"}),
+    "Change": _object("baseline candidate change changePercent judgement reason", **_CHANGE),
     "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
+    "Figure": _object("endpoint metric judgement reason", endpoint=_NAME_OR_NULL, metric=_TEXT, message=_TEXT, **_CHANGE),
     "Comparison": _object(
-        "baseline candidate tolerances noiseJudged totals endpoints differences warnings noise regressions",
+        "baseline runs candidate tolerances noiseJudged runsKnown runsNeeded exactTimes falseAlarmRate judgement message totals endpoints figures differences warnings noise regressions",
         baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT}, totals={"$ref": "#/components/schemas/Changes"},
+        runs={"type": "array", "items": _TEXT, "description": "the reference: one run, or several"}, judgement={"enum": [REGRESSION, NO_REGRESSION, CANNOT_TELL]}, message=_TEXT,
+        runsKnown={"type": "integer", "description": "comparable runs that tell how far equal runs lie apart"}, runsNeeded=_WHOLE, exactTimes=_FLAG, falseAlarmRate=_MEASURE,
         endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
-        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT},
-        noiseJudged={"type": "boolean", "description": "both runs have histograms of all their requests"}, noise={"type": "array", "items": _TEXT},
-        regressions={"type": "array", "items": _object("endpoint metric message", endpoint=_NAME_OR_NULL, metric=_TEXT, baseline=_MEASURE, candidate=_MEASURE, change=_MEASURE, changePercent=_MEASURE, message=_TEXT)},
+        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT}, figures=_array("Figure"),
+        noiseJudged={"type": "boolean", "description": "enough comparable runs are known"}, noise={"type": "array", "items": _TEXT}, regressions=_array("Figure"),
     ),
     "Trend": _object("metric points", metric=_TEXT, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
@@ -17322,9 +17878,10 @@ def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
         return EXIT_FAILED, f"the run failed: {one_line(run.get('failureReason') or 'no reason is known')}"
     if run.get("verdict") == "failed":
         failed = [threshold_words(entry) for entry in run.get("thresholds") or () if threshold_failed(entry)]
-        return EXIT_THRESHOLDS, "thresholds failed: " + (
-            "; ".join(failed) or "see the comparison with the baseline"
-        )
+        worse = (run.get("comparison") or {}).get("regressions") or ()
+        words = ["thresholds failed: " + "; ".join(failed)] if failed else []
+        words += ["got worse: " + "; ".join(map(one_line, worse))] if worse else []
+        return EXIT_THRESHOLDS, "; ".join(words) or "the verdict is failed"
     if require_trusted and "trust" not in run:
         return (
             EXIT_USAGE,
@@ -17611,9 +18168,10 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
     if run.get("lastMetrics"):
         lines += ["", *pack(figure_facts(run, screen), screen.columns)]
         lines += endpoint_lines(run, screen, screen.columns, MAX_ENDPOINTS)
-    return (
-        lines + threshold_lines(run, screen) + [screen.paint(line, "orange") for line in warning_lines(run)]
-    )
+    lines += threshold_lines(run, screen)
+    if run.get("comparison"):
+        lines += ["", *comparison_lines(run["comparison"], screen)]
+    return lines + [screen.paint(line, "orange") for line in warning_lines(run)]
 
 
 def warning_lines(run: dict[str, Any]) -> list[str]:
@@ -17647,25 +18205,22 @@ def threshold_lines(run: dict[str, Any], screen: Screen) -> list[str]:
 
 
 CHANGE_COLUMNS = (
-    Column("ENDPOINT"), Column("FIGURE"), Column("BASELINE", True), Column("CANDIDATE", True), Column("CHANGE", True),
+    Column("ENDPOINT"), Column("FIGURE"), Column("BEFORE", True), Column("NOW", True), Column("CHANGE", True),
+    Column("EQUAL RUNS", True), Column("JUDGEMENT"),
 )  # fmt: skip
+JUDGEMENT_COLOURS = {REGRESSION: "red", IMPROVEMENT: "green", NO_REGRESSION: "green", CANNOT_TELL: "orange"}
 
 
-def changes_of(figures: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, change in (figures or {}).items():
-        if isinstance(change, dict) and "baseline" in change and "candidate" in change:
-            yield name, change
-
-
-def change_row(endpoint: str, name: str, change: dict[str, Any]) -> list[str]:
-    percent = change.get("changePercent")
-    change_text = "-" if percent is None else f"{percent:+,.1f}%"
+def figure_row(one: dict[str, Any]) -> list[str]:
+    percent, (low, high) = one.get("changePercent"), one.get("equalRuns") or (None, None)
     return [
-        one_line(endpoint),
-        one_line(name),
-        decimal_text(change["baseline"], 2),
-        decimal_text(change["candidate"], 2),
-        change_text,
+        one_line(one.get("endpoint") or "(all)"),
+        one_line(one.get("metric") or ""),
+        decimal_text(one.get("baseline"), 2),
+        decimal_text(one.get("candidate"), 2),
+        "-" if percent is None else f"{percent:+,.1f}%",
+        "-" if low is None else f"{decimal_text(low, 2)} to {decimal_text(high, 2)}",
+        one_line(one.get("judgement") or ""),
     ]
 
 
@@ -17674,21 +18229,24 @@ def sentence_of(entry: Any) -> str:
 
 
 def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
-    """What the server says of two runs: changes, unfairness, regressions."""
-    sides = (comparison.get("baseline"), comparison.get("candidate"))
-    ids = [one_line(side.get("id") if isinstance(side, dict) else side) for side in sides]
-    rows = [change_row("(all)", *change) for change in changes_of(comparison.get("totals"))]
-    for endpoint in comparison.get("endpoints") or ():
-        name = f"{endpoint.get('method') or ''} {endpoint.get('name') or ''}".strip()
-        name += f" ({endpoint['state']})" if endpoint.get("state") in ("new", "gone") else ""
-        rows += [change_row(name, *change) for change in changes_of(endpoint.get("metrics"))]
-    lines = [f"baseline {ids[0]}, candidate {ids[1]}"]
+    """What the server says of two runs: changes, unfairness, regressions, and what it comes to."""
+    runs = comparison.get("runs") or [comparison.get("baseline")]
+    against = one_line(runs[-1]) if len(runs) == 1 else f"{len(runs)} runs, the newest {one_line(runs[-1])}"
+    candidate = comparison.get("candidate")
+    lines = [f"compared with {against}" + (f": {one_line(candidate)}" if candidate else "")]
+    rows = [figure_row(one) for one in comparison.get("figures") or ()]
     lines += paint_head(screen, table(CHANGE_COLUMNS, rows, screen.columns)) if rows else []
+    if comparison.get("figuresCut"):
+        lines.append(f"and {comparison['figuresCut']} more figures")
     for name, colour in (("differences", "orange"), ("warnings", "orange"), ("regressions", "red")):
         lines += [
             screen.paint(f"{name[:-1]}: {sentence_of(entry)}", colour) for entry in comparison.get(name) or ()
         ]
-    return lines if comparison.get("regressions") else [*lines, screen.paint("no regression", "green")]
+    judgement = comparison.get("judgement") or (
+        REGRESSION if comparison.get("regressions") else NO_REGRESSION
+    )
+    message = f": {one_line(comparison['message'])}" if comparison.get("message") else ""
+    return [*lines, screen.paint(f"{judgement}{message}", JUDGEMENT_COLOURS.get(judgement, ""))]
 
 
 # ---- the table of commands -------------------------------------------------
@@ -17837,7 +18395,7 @@ COMMANDS = (
             argument("--option", action="append", default=[], metavar="K=V", value=metadata_value, help="a custom argument of the locustfile; repeatable"),
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
-            argument("--compare-with", choices=["baseline", "previous"], help="what to compare with; default with --fail-on-regression: baseline"),
+            argument("--compare-with", choices=COMPARE_WITH, help="what to compare with; default with --fail-on-regression: baseline"),
             CONFIRM_ARGUMENT,
             argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,

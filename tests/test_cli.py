@@ -774,10 +774,12 @@ def test_reports_go_to_a_file_or_to_stdout(server, finished_run, api, tmp_path):
 
 def test_compare_tells_regressions_and_fails_where_asked(api):
     api.has_run()
-    change = {"baseline": 100.0, "candidate": 140.0, "changePercent": 40.0}
+    figure = {
+        "endpoint": "GET /items", "metric": "p95ResponseMs", "baseline": 100.0, "candidate": 140.0, "change": 40.0, "changePercent": 40.0,
+        "equalRuns": [95.0, 106.0], "judgement": "regression", "reason": "beyond 95 to 106",
+    }  # fmt: skip
     document = {
-        "baseline": {"id": RUN_ID}, "candidate": {"id": RUN_ID}, "totals": {"p95ResponseMs": change},
-        "endpoints": [{"method": "GET", "name": "/items", "metrics": {"p95ResponseMs": change}}],
+        "baseline": RUN_ID, "runs": [RUN_ID], "candidate": RUN_ID, "figures": [figure], "judgement": "regression", "message": "1 of 1 got worse",
         "differences": ["the candidate had 10 users, the baseline 5"], "regressions": [{"message": "GET /items: p95ResponseMs +40%"}],
     }  # fmt: skip
     api.answers["GET", "/v1/tests/compare"] = (200, document)
@@ -786,6 +788,7 @@ def test_compare_tells_regressions_and_fails_where_asked(api):
         done.returncode == 0
         and "regression: GET /items: p95ResponseMs +40%" in done.stdout
         and "+40.0%" in done.stdout
+        and "95.00 to 106.00  regression" in done.stdout
     )
     assert cli(api.url, "compare", "latest", RUN_ID, "--fail-on-regression").returncode == 99
     assert json.loads(cli(api.url, "compare", "latest", RUN_ID, "--json").stdout) == document
