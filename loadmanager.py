@@ -138,6 +138,7 @@ START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered
 LOOK_S = 5.0  # the whole of one look at a cluster
 FIRST_LOOKS_S = 60.0  # so long after its start a run is looked at more often
 FIRST_LOOK_INTERVAL_S = 2.0
+REPEAT_LOOK_S = 0.3  # after an answer of Locust's cache that was read before
 REPLACE_EVERY_S = 15.0  # lost workers of a cluster are replaced
 WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
 LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
@@ -1100,9 +1101,9 @@ class OrchestratorConfig:
 
     poll_interval_s: float = setting(
         "metricsPollIntervalSeconds",
-        10.0,
+        2.0,
         number_value(0.1, 3600),
-        "seconds between two readings of a cluster",
+        "seconds between two readings of a cluster; Locust itself has new numbers every 2 s",
     )
     start_timeout_s: float = setting(
         "startTimeoutSeconds",
@@ -2096,6 +2097,10 @@ class Snapshot(NamedTuple):
     window_p50_ms: float | None = None  # of about the last 10 s
     window_p95_ms: float | None = None
     times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
+    counted_at: float | None = None  # the hooks: until then (epoch seconds) all requests are counted,
+    counted_requests: int | None = None  # and these are they
+    counted_failures: int | None = None
+    resets: int | None = None  # of Locust's statistics since the test began; None: not known
 
 
 # The wire's keys, read in both directions; in the order of the tuples' fields.
@@ -2157,6 +2162,9 @@ class Sample(NamedTuple):
     window_p95_ms: float | None
     users: int | None
     source: str  # poll, push (from the hooks) or final
+    counted_at: float | None = None  # as in a Snapshot
+    counted_requests: int | None = None
+    counted_failures: int | None = None
 
 
 class Histogram(NamedTuple):
@@ -2287,8 +2295,8 @@ SAMPLE_KEYS = {
 
 
 def sample_of(run_id: str, snapshot: Snapshot, source: str) -> Sample:
-    shared = Sample._fields[2:-1]
-    return Sample(run_id, snapshot.taken_at, *(getattr(snapshot, name) for name in shared), source)
+    shared = {name: getattr(snapshot, name) for name in Sample._fields if name in Snapshot._fields}
+    return Sample(run_id, snapshot.taken_at, source=source, **shared)
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
@@ -2394,7 +2402,9 @@ class Abilities(NamedTuple):
 class Reading:
     """What a Locust master says of itself at one moment.
 
-    `cached`: from /stats/requests, so state and numbers may be STATS_CACHE_S old.
+    `cached`: from /stats/requests, which Locust keeps for STATS_CACHE_S or longer. It was made at
+    `made_at` (epoch seconds), or up to `uncertainty_s` before: the hooks tell exactly, Locust does not.
+    `is_cached_repeat`: an earlier reading had the same answer of Locust's cache.
     `hooks`: our hooks answered; only then the fields below it are known."""
 
     state: str
@@ -2417,6 +2427,14 @@ class Reading:
     host: str | None = None
     failures: tuple[Failure, ...] = ()
     abilities: Abilities | None = None  # None: it does not say
+    made_at: float = 0.0
+    uncertainty_s: float = 0.0
+    is_cached_repeat: bool = False
+
+    @property
+    def made_after(self) -> float:
+        """It tells nothing of what was before this; epoch seconds."""
+        return self.made_at - self.uncertainty_s
 
     @property
     def live_workers(self) -> tuple[Worker, ...]:
@@ -3584,8 +3602,20 @@ def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[fl
     return value, f"of {row.method} {row.name}" if threshold.is_pattern else None
 
 
+# Windows of counters. Numbers of now are known only roughly: Locust keeps an answer for 2 s, and its
+# workers report every 3 s, so that a rate made of two of them may be wrong by half over 10 s. Rates and
+# counts are made of the hooks' exact counts, else they are Locust's own rate, which covers 10 s; what
+# neither tells is not known. A proportion, as errorRate, does not depend on the time.
+
+RATE_SETTLES_S = 5.0  # Locust's rate ends 2 s before its last request, and workers report every 3 s
+TIMED = ("totalRequests", "totalFailures", "totalRps")
+LOCUST_RATES = {"totalRequests": "rps", "totalRps": "rps", "totalFailures": "fails_per_s"}
+
+
 def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float | None:
-    """The value between two samples, from their counters; None when they do not tell."""
+    """The value between two samples, from their counters; None when they do not tell.
+
+    Counts of a window are those of its length, where the samples are farther apart."""
     if newest.requests is None or anchor.requests is None or newest.at <= anchor.at:
         return None
     requests = newest.requests - anchor.requests
@@ -3594,32 +3624,69 @@ def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float 
         return None  # the statistics were reset
     if threshold.metric == "errorRate":
         return min(100.0, 100.0 * failures / requests) if requests else None
+    seconds = newest.at - anchor.at
+    length = min(threshold.over_s or seconds, seconds)
     counts = {
-        "totalRequests": requests,
-        "totalFailures": failures,
-        "totalRps": requests / (newest.at - anchor.at),
+        "totalRequests": requests * length / seconds,
+        "totalFailures": failures * length / seconds,
+        "totalRps": requests / seconds,
     }
     return counts[threshold.metric]
+
+
+def _at_counted(sample: Sample) -> Sample:
+    """The sample as of the second until which all requests are counted, if that is known."""
+    if sample.counted_at is None:
+        return sample
+    return sample._replace(
+        at=sample.counted_at, requests=sample.counted_requests, failures=sample.counted_failures
+    )
 
 
 def newest_window(threshold: Threshold, samples: list[Sample], started_at: float) -> float | None:
     """The value of the window that ends with the last of the samples; None before a whole
     window has passed since the start or the warm-up, or when it has no data."""
-    newest = samples[-1]
+    newest, over_s = samples[-1], threshold.over_s
     begin = started_at + (threshold.after_s or 0.0)
-    if threshold.over_s is None:  # only `after`: from then to now
-        anchors = [sample for sample in samples if sample.at >= begin]
-        return window_value(threshold, newest, anchors[0]) if len(anchors) > 1 else None
-    if newest.at < begin + threshold.over_s:
+    if over_s and threshold.metric in WINDOW_PERCENTILES:
+        is_whole = newest.at >= begin + over_s
+        return getattr(newest, WINDOW_PERCENTILES[threshold.metric]) if is_whole else None
+    if threshold.metric in TIMED:
+        if newest.counted_at is None:
+            return _locusts_rate(threshold, samples, begin)
+        samples = [_at_counted(sample) for sample in samples if sample.counted_at is not None]
+        newest = samples[-1]
+    if over_s is None:  # only `after`: from then to now
+        anchor = next((sample for sample in samples if sample.at >= begin), newest)
+        return window_value(threshold, newest, anchor)
+    if newest.at < begin + over_s:
         return None
-    if threshold.metric in WINDOW_PERCENTILES:
-        return getattr(newest, WINDOW_PERCENTILES[threshold.metric])
-    last = bisect.bisect_right(samples, newest.at - threshold.over_s, key=lambda sample: sample.at) - 1
-    return (
-        window_value(threshold, newest, samples[last])
-        if last >= 0 and samples[last].at >= started_at
-        else None
-    )
+    last = bisect.bisect_right(samples, newest.at - over_s, key=lambda sample: sample.at) - 1
+    is_known = last >= 0 and samples[last].at >= started_at
+    return window_value(threshold, newest, samples[last]) if is_known else None
+
+
+def _locusts_rate(threshold: Threshold, samples: list[Sample], begin: float) -> float | None:
+    """A rate or count of a window by Locust's own rate, which covers the 10 s before a sample; None for
+    a shorter window. What lies before `begin` does not count: of a warm-up nothing may be left in it."""
+    newest, over_s = samples[-1], threshold.over_s
+    if any(sample.counted_at is not None for sample in samples):
+        return None  # the hooks tell exactly, with the next sample
+    settles_s = RATE_SETTLES_S if threshold.after_s else 0.0
+    first_at = begin + LOCUST_WINDOW_S + settles_s
+    if over_s:
+        if over_s < LOCUST_WINDOW_S or newest.at < begin + over_s + settles_s:
+            return None
+        first_at = max(first_at, newest.at - over_s + LOCUST_WINDOW_S)
+    elif threshold.metric != "totalRps":  # a count since the warm-up: some seconds more or less
+        anchor = next((sample for sample in samples if sample.at >= begin), newest)
+        return window_value(threshold, newest, anchor)
+    name = LOCUST_RATES[threshold.metric]
+    inside = [sample for sample in samples if sample.at >= first_at - 0.001]
+    rates = [rate for sample in inside if (rate := getattr(sample, name)) is not None]
+    if not rates:
+        return None
+    return sum(rates) / len(rates) * (1 if threshold.metric == "totalRps" else over_s or 0.0)
 
 
 def judge_windows(
@@ -3628,25 +3695,36 @@ def judge_windows(
     """The worst value of all windows, and the moment at which one failed first."""
     started_at, finished_at = moments
     live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
+    if threshold.metric in TIMED and any(sample.counted_at is not None for sample in live):
+        live = [sample for sample in live if sample.counted_at is not None]
     if threshold.over_s is None:
         value = newest_window(threshold, live, started_at) if live else None
         return value, None
     found: list[tuple[float, float]] = []
     for end in range(1, len(live) + 1):
-        begin = max(
-            0,
-            bisect.bisect_right(
-                live, live[end - 1].at - threshold.over_s, hi=end, key=lambda sample: sample.at
-            )
-            - 1,
-        )
-        value = newest_window(threshold, live[begin:end], started_at)
+        first_at = live[end - 1].at - threshold.over_s - COUNTS_LAG_S
+        begin = bisect.bisect_right(live, first_at, hi=end, key=lambda sample: sample.at)
+        value = newest_window(threshold, live[max(0, begin - 1) : end], started_at)
         if value is not None:
             found.append((value, live[end - 1].at))
     if not found:
         return None, None
     first = next((at for value, at in found if not _holds(threshold, value)), None)
     return _worst(threshold, found)[0], first
+
+
+COUNTS_LAG_S = 10.0  # how far exact counts may be behind the sample that carries them
+
+
+def _why_no_window(threshold: Threshold, samples: list[Sample]) -> str:
+    """Why none of a threshold's windows has a value."""
+    is_exact = any(sample.counted_at is not None for sample in samples)
+    if threshold.metric in TIMED and (threshold.over_s or LOCUST_WINDOW_S) < LOCUST_WINDOW_S and not is_exact:
+        return (
+            f"Locust's own rate covers {LOCUST_WINDOW_S:g} s; a shorter window is made of what "
+            "loadmanager_hooks count by the second, and they told nothing"
+        )
+    return "no whole window had data"
 
 
 class HistogramWindow:
@@ -3765,7 +3843,9 @@ def judge_threshold(
     of one that needs histograms. What has no data has failed, and says so."""
     first = first_seen
     if threshold.over_s or threshold.after_s:
-        window = window or Window(*judge_windows(threshold, samples, moments))
+        if window is None:
+            why = _why_no_window(threshold, samples)
+            window = Window(*judge_windows(threshold, samples, moments), message=why)
         value, first = window.value, window.first_failed_at or first_seen
         message = None if value is not None else window.message
     else:
@@ -3800,9 +3880,11 @@ class ThresholdWatch:
         self.may_abort = any(one.abort_on_fail for one in thresholds)
         self.first_failed: list[float | None] = [None] * len(thresholds)
         self._failing_since: list[float | None] = [None] * len(thresholds)
-        self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0)
+        self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0) + COUNTS_LAG_S
         self._lock = threading.Lock()
-        self._anchors: list[Sample | None] = [None] * len(thresholds)  # where a warm-up ended
+        # Since a warm-up ended: its first sample, and mean and number of Locust's rates.
+        self._anchors: list[Sample | None] = [None] * len(thresholds)
+        self._rates = [(0.0, 0)] * len(thresholds)
         self._windows: dict[int, HistogramWindow] = {}
         self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
 
@@ -3852,10 +3934,26 @@ class ThresholdWatch:
             return newest_window(threshold, self.samples, started_at)
         if threshold.after_s is None:
             return whole_run_value(threshold, snapshot)[0]
-        if snapshot.taken_at < started_at + threshold.after_s:
+        return self._since_warm_up(index, threshold, started_at + threshold.after_s)
+
+    def _since_warm_up(self, index: int, threshold: Threshold, begin: float) -> float | None:
+        """The value from the end of the warm-up to now; as newest_window(), without all its samples."""
+        newest, anchor = self.samples[-1], self._anchors[index]
+        is_timed = threshold.metric in TIMED
+        if is_timed and anchor and anchor.counted_at is not None and newest.counted_at is None:
             return None
-        anchor = self._anchors[index] = self._anchors[index] or self.samples[-1]
-        return window_value(threshold, self.samples[-1], anchor)
+        counted = _at_counted(newest) if is_timed else newest
+        if counted.at < begin:
+            return None
+        if anchor is None or (is_timed and anchor.counted_at is None and newest.counted_at is not None):
+            anchor = self._anchors[index] = newest
+        if threshold.metric != "totalRps" or newest.counted_at is not None:
+            return window_value(threshold, counted, _at_counted(anchor) if is_timed else anchor)
+        if newest.rps is None or newest.at < begin + LOCUST_WINDOW_S + RATE_SETTLES_S:
+            return None
+        mean, count = self._rates[index]
+        self._rates[index] = (mean * count + newest.rps) / (count + 1), count + 1
+        return self._rates[index][0]
 
 
 # ============================================================================
@@ -4238,6 +4336,7 @@ MAX_LOCUST_ENDPOINTS = 5000  # of one report, as many as the hooks push at the e
 MAX_LOCUST_WORKERS = 5000
 MAX_LOCUST_FAILURES = 1000  # different failures, or exceptions, of one run
 MAX_LOCUST_CHOICES = 1000  # user classes, tags or options that a Locust has
+MAX_COUNTS_AGO_S = 60.0
 LAST_TIMESTAMP_S = 253402300799.0  # the end of the year 9999, in epoch seconds
 
 
@@ -4299,7 +4398,22 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
     times = _checked_times(metrics.get("responseTimes"), f"{name}.responseTimes", problems)
     if problems:
         raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items())[:2000], problems)
-    return Snapshot(min(taken_at, now), *numbers, endpoints, times=times)
+    return with_counts(Snapshot(min(taken_at, now), *numbers, endpoints, times=times), metrics)
+
+
+def with_counts(snapshot: Snapshot, document: dict[str, Any]) -> Snapshot:
+    """The snapshot with the exact counts that the hooks tell beside its numbers, as far as they are there."""
+    snapshot = snapshot._replace(resets=count_or_none(document.get("statsResets")))
+    counted = document.get("counted")
+    if not isinstance(counted, dict):
+        return snapshot
+    ago_s = measure_or_none(counted.get("secondsAgo"))
+    requests, failures = (count_or_none(counted.get(name)) for name in ("requests", "failures"))
+    if ago_s is None or ago_s > MAX_COUNTS_AGO_S or requests is None or failures is None:
+        return snapshot
+    return snapshot._replace(
+        counted_at=snapshot.taken_at - ago_s, counted_requests=requests, counted_failures=failures
+    )
 
 
 def _is_whole_ms(text: str) -> bool:
@@ -4496,6 +4610,37 @@ def watch_warnings(
             "endpoints_cut",
             f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all",
         )
+
+
+RESET_TOLERANCE_S = 5.0  # a worker's first report may set the beginning of the statistics back by 3 s
+
+
+def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -> str | None:
+    """Why final numbers are not those of the whole run, as a sentence, or None: Locust's statistics were
+    reset, or are another test's.
+
+    last: the newest numbers before; started_at: of the run, epoch seconds."""
+    if final.resets:
+        times = "once" if final.resets == 1 else f"{final.resets} times"
+        return f"Locust's statistics were reset {times} during the run; the numbers are those since then"
+    if last is None:
+        return None
+    before, after = last.requests or 0, final.requests or 0
+    if after < before:
+        return f"Locust's counters went back from {before} to {after} requests: its statistics were reset"
+    known = {(row.method, row.name): row.requests or 0 for row in final.endpoints or ()}
+    for row in last.endpoints or () if len(known) < MAX_LOCUST_ENDPOINTS else ():
+        if known.get((row.method, row.name), 0) < (row.requests or 0):
+            name = f"{row.method} {row.name}".strip()
+            return f"Locust's counters of {name} went back: its statistics were reset, or are another test's"
+    if after <= before or not final.rps:
+        return None
+    # Locust's average is over the time from the beginning of its statistics to its last request, and a
+    # request came after the newest numbers before: so late at least they began.
+    began_at = last.taken_at - STATS_CACHE_S - WORKER_REPORT_S - after / final.rps
+    if began_at <= started_at + RESET_TOLERANCE_S:
+        return None
+    return f"Locust's statistics began {began_at - started_at:.0f} s after the run: they were reset"
 
 
 EXTREMES = (  # what downsampling keeps of each bucket
@@ -4765,6 +4910,11 @@ MIGRATIONS: dict[int, tuple[str | Callable[[Any], None], ...]] = {
     7: (
         "CREATE TABLE IF NOT EXISTS cleanups (run_id TEXT PRIMARY KEY, cluster_id TEXT NOT NULL)",
         _keep_cleanups_of_runs,
+    ),
+    8: (
+        "ALTER TABLE samples ADD COLUMN counted_at DOUBLE PRECISION",
+        "ALTER TABLE samples ADD COLUMN counted_requests BIGINT",
+        "ALTER TABLE samples ADD COLUMN counted_failures BIGINT",
     ),
 }
 
@@ -6925,6 +7075,33 @@ class Comparer:
 
 
 HOOKS_PATH = "/loadmanager/state"  # a route that our hooks add to the master's web server
+STATS_HEADER = "x-loadmanager-statistics"  # which they add to /stats/requests: its age and exact counts
+
+
+class StatsTimes:
+    """When Locust made the statistics that it answered. It keeps an answer for 2 s, longer when making
+    one is slow, and does not say. Safe from any thread; times are monotonic seconds."""
+
+    REPEATS_FOR_S = 16.0  # then what is the same was made again: an idle Locust has nothing new
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answer: object = None  # which one it was
+        self._first_at = -math.inf  # when that one came first
+        self._made_after = -math.inf
+        self._asked_at = -math.inf
+
+    def note(self, answer: object, asked_at: float, answered_at: float) -> tuple[float, float, bool]:
+        """When an answer was made, how long before that it may have been, and whether it came before."""
+        with self._lock:
+            if answer == self._answer and asked_at - self._first_at < self.REPEATS_FOR_S:
+                self._asked_at = max(self._asked_at, asked_at)
+                return self._first_at, self._first_at - self._made_after, True
+            # It is new since the last call, and the one before was kept for its time.
+            least = max(asked_at - STATS_CACHE_S, self._asked_at, self._made_after + STATS_CACHE_S)
+            self._answer, self._first_at, self._asked_at = answer, answered_at, asked_at
+            self._made_after = min(least, answered_at)
+            return answered_at, answered_at - self._made_after, False
 
 
 class LocustClient:
@@ -6944,6 +7121,7 @@ class LocustClient:
         self._stop_method = "POST"  # since 2.47.0; GET before
         self._version: tuple[int, ...] | None = None
         self._hooks_absent_until = 0.0
+        self._stats_times = StatsTimes()
         self.base_url = config.base_url or ""
 
     def moved_to(self, base_url: str) -> None:
@@ -6952,6 +7130,7 @@ class LocustClient:
             self.base_url = base_url
             self._idle_connections.clear()
             self._version, self._hooks_absent_until = None, 0.0
+            self._stats_times = StatsTimes()
 
     # ---- what a master can be asked ----------------------------------------
 
@@ -6966,13 +7145,37 @@ class LocustClient:
 
     def read_stats(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
         """State and numbers from /stats/requests, up to STATS_CACHE_S old."""
-        document = self._json("GET", "/stats/requests", timeout_s=timeout_s)
+        asked_at = monotonic_s()
+        status, headers, body = self._call("GET", "/stats/requests", None, timeout_s)
+        document = self._decoded("/stats/requests", status, headers, body)
         if not isinstance(document.get("state"), str) or not isinstance(document.get("stats"), list):
             raise LocustBadAnswer(
                 f"{self._where('/stats/requests')} has no state and stats: is it a Locust master?"
             )
         with self._parsing("/stats/requests"):
-            return _reading_of_stats(document, time.time())
+            return self._dated(_reading_of_stats(document, time.time()), headers, body, asked_at)
+
+    def _dated(self, reading: Reading, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
+        """The reading with the time at which Locust made it, from the hooks or as far as it can be told."""
+        assert reading.snapshot is not None
+        answered_at = monotonic_s()
+        told = _told_by_hooks(headers.get(STATS_HEADER, ""))
+        age_s = measure_or_none(told.get("age"))
+        if age_s is None:
+            answer: object = hashlib.sha256(body).digest()
+            made, uncertainty_s, is_repeat = self._stats_times.note(answer, asked_at, answered_at)
+        else:
+            *_, is_repeat = self._stats_times.note(told.get("madeAt"), asked_at, answered_at)
+            made, uncertainty_s = answered_at - age_s, answered_at - asked_at
+        made_at = time.time() - (monotonic_s() - made)
+        snapshot = with_counts(reading.snapshot._replace(taken_at=made_at), told)
+        return replace(
+            reading,
+            snapshot=snapshot,
+            made_at=made_at,
+            uncertainty_s=uncertainty_s,
+            is_cached_repeat=is_repeat,
+        )
 
     def read_final(self, timeout_s: float = LOCUST_CALL_S) -> Snapshot:
         """The whole test's numbers as Locust's own CSV has them: not cached, not cut."""
@@ -7369,6 +7572,15 @@ def read_csv(text: str) -> list[dict[str, Any]]:
         raise LocustBadAnswer(f"Locust's CSV report cannot be read: {error}") from None
 
 
+def _told_by_hooks(header: str) -> dict[str, Any]:
+    """What the hooks say of the statistics in a header; empty without it."""
+    try:
+        told = json.loads(header) if header else {}
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
     snapshot = _snapshot_of_stats(document, now)
     return Reading(
@@ -7598,6 +7810,7 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         flush=bool(document.get("flush")),
         host=storable_text(document["host"]) if isinstance(document.get("host"), str) else None,
         abilities=_abilities_of_hooks(document),
+        made_at=time.time(),
     )
 
 
@@ -7792,7 +8005,7 @@ class LaunchedCluster:
             if not name.startswith(("LOADMANAGER_", "LOCUST_"))
         }
         kept.pop("RUN_ID", None)
-        return {**kept, "METRICS_PUSH_INTERVAL": "10", **ours}
+        return {**kept, "METRICS_PUSH_INTERVAL": "2", **ours}
 
 
 def _locust_is_installed() -> bool:
@@ -8442,6 +8655,7 @@ class RunMonitor:
         self.target = load_target(run, time.time())
         self.last: Reading | None = None
         self.last_requests = 0
+        self.pushed_at = -math.inf  # when the newest push was made, epoch seconds
         self.boot_id = ""
         self.rebalanced_at = -math.inf
         self.certain_at = -math.inf  # before, a change of users that was not answered may still come
@@ -8584,7 +8798,9 @@ class RunMonitor:
         with self._lock:
             self.start_seen = self.calls_back = True
             self.users_seen = self.users_seen or bool(snapshot.users or snapshot.requests)
-            self.last_requests = snapshot.requests or self.last_requests
+            if snapshot.taken_at >= self.pushed_at:
+                self.last_requests = snapshot.requests or self.last_requests
+                self.pushed_at = snapshot.taken_at
             self.last_users = snapshot.users or self.last_users
         self.cluster.seen()
         self._judge(snapshot)
@@ -8616,6 +8832,8 @@ class RunMonitor:
         interval = self._rules.poll_interval_s
         if self.age_s < FIRST_LOOKS_S:
             interval = min(interval, FIRST_LOOK_INTERVAL_S if self.users_seen else 1.0)
+        if self.last is not None and self.last.is_cached_repeat:
+            interval = min(interval, REPEAT_LOOK_S)  # Locust's cache is about to be over
         return min(interval, ABORT_LOOK_S) if self.judge.may_abort else interval
 
     def _look(self, run: Run) -> None:
@@ -8672,13 +8890,22 @@ class RunMonitor:
             self.target, before, reading, self.max_workers, self.wanted_for_s
         ):
             self._end.warn(run.id, code, sentence)
-        if reading.snapshot and reading.snapshot.requests is not None:
-            self._store.add_snapshot(run.id, reading.snapshot, "poll")
-            self.last_requests = reading.requests
-            self._judge(reading.snapshot)
+        if reading.snapshot and reading.snapshot.requests is not None and not reading.is_cached_repeat:
+            self._note_numbers(run, reading, reading.snapshot)
         if before is not None:
             self._mind_users(run, before, reading, workers_before)
         self._replace_lost(reading)
+
+    def _note_numbers(self, run: Run, reading: Reading, snapshot: Snapshot) -> None:
+        """Keep a reading's numbers, unless they may be older than those of a push and are fewer: a cached
+        reading must not set the counters back. A reset shows in the next one."""
+        with self._lock:
+            may_be_older = reading.uncertainty_s > 0 and reading.made_after <= self.pushed_at
+            if may_be_older and reading.requests < self.last_requests:
+                return
+            self.last_requests = reading.requests if snapshot.taken_at >= self.pushed_at else self.last_requests
+        self._store.add_snapshot(run.id, snapshot, "poll")
+        self._judge(snapshot)
 
     def _judge(self, snapshot: Snapshot) -> None:
         """Hold new numbers against the thresholds; stop the run when one says so."""
@@ -9092,6 +9319,7 @@ class RunStopper:
         is kept about a run may stand before its end. The cluster is free when they are read."""
         final = self._final_numbers(monitor, quiet_at)
         if final is not None:
+            self._doubt_if_reset(monitor.run_id, final)
             # Locust's report has no users, and after the stop there are none: those that it had.
             final = final._replace(users=monitor.last_users or self._users_shown(monitor.run_id))
         if failure:
@@ -9110,6 +9338,15 @@ class RunStopper:
         certain_s = monitor.certain_at - monotonic_s()
         if certain_s > 0:
             self._add_cleanup(monitor.run_id, monitor.cluster, certain_s)
+
+    def _doubt_if_reset(self, run_id: str, final: Snapshot) -> None:
+        """Warn when final numbers are not those of the whole run: they stay Locust's own."""
+        run = self.store.find(run_id)
+        if run is None or run.started_at is None:
+            return
+        why = reset_suspected(final, self.store.newest_numbers(run_id), run.started_at)
+        if why:
+            self.warn(run_id, "stats_reset", why)
 
     def _users_shown(self, run_id: str) -> int:
         newest = self.store.newest_sample(run_id)
@@ -9300,7 +9537,11 @@ class RunStopper:
         if monitor is None:
             return failures_to_json((), ())
         client = monitor.cluster.client
-        return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
+        if not run.is_final:
+            return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
+        # Its details are just being kept: whatever Locust answers, a final run has an answer.
+        failures = self._detail(run.id, client.read_failures) or monitor.failures
+        return failures_to_json(failures, self._detail(run.id, client.read_exceptions) or ())
 
     # ---- load whose run is over
 

@@ -11,7 +11,7 @@ Nothing here ever blocks or breaks a load: listeners only take notes and start g
 has a total time limit, and a control plane that is away costs one warning in the log.
 
 Environment: CONTROL_PLANE_URL, CONTROL_PLANE_TOKEN (without both nothing is called), RUN_ID, TENANT_ID,
-ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 10), CONTROL_PLANE_CA_FILE (certificates to trust),
+ENV_ID, CLUSTER_ID, METRICS_PUSH_INTERVAL (seconds, default 2), CONTROL_PLANE_CA_FILE (certificates to trust),
 CONTROL_PLANE_CLIENT_CERT (our certificate with its key).
 """
 
@@ -45,6 +45,12 @@ RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attemp
 FINAL_RETRY_FOR_S = 60.0
 LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
 GUARD_TICK_S = 0.25
+# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates
+# 2 s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s on all.
+PUSH_INTERVAL_S = 2.0
+FIRST_PUSH_S = 1.0  # after the start, so that a run of some seconds has points
+SILENT_WORKER_S = 8.0  # without a report for so long it is lost, and nothing waits for its numbers
+STATS_HEADER = "X-LoadManager-Statistics"  # of /stats/requests: how old they are, in JSON
 STOP_AGAIN_AFTER_S = 5.0
 RAMP_SETTLES_S = 0.1
 MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
@@ -116,10 +122,12 @@ class Settings:
         self.env_id = variable("ENV_ID")
         self.cluster_id = variable("CLUSTER_ID")
         interval = variable("METRICS_PUSH_INTERVAL")
-        self.push_interval_s = max(0.1, _seconds(interval, 10.0))
+        self.push_interval_s = max(0.1, _seconds(interval, PUSH_INTERVAL_S))
         self.callbacks = bool(self.url and self.token)
         if interval and not _seconds(interval):
-            log.warning("METRICS_PUSH_INTERVAL=%r is not a number of seconds, using 10", interval)
+            log.warning(
+                "METRICS_PUSH_INTERVAL=%r is not a number of seconds, using %g", interval, PUSH_INTERVAL_S
+            )
         if self.url and not self.url.lower().startswith(("http://", "https://")):
             log.warning("CONTROL_PLANE_URL=%r is not an http(s) URL, no callbacks", self.url)
             self.callbacks = False
@@ -130,7 +138,9 @@ class Settings:
 # ---- numbers: Locust's own, never derived ----
 
 
-def metrics_of(environment, final: bool = False, exact: ExactTimes | None = None) -> dict:
+def metrics_of(
+    environment, final: bool = False, exact: ExactTimes | None = None, counts: ExactCounts | None = None
+) -> dict:
     """Rates are the current ones, in the final numbers the whole run's; all else covers the whole run."""
     total = environment.stats.total
     entries = list(environment.stats.entries.values())
@@ -160,6 +170,8 @@ def metrics_of(environment, final: bool = False, exact: ExactTimes | None = None
     cut = len(environment.stats.entries) - len(entries)
     if cut > 0:
         metrics["endpointsCut"] = cut
+    if counts is not None:
+        metrics.update(counts.to_json())
     return metrics
 
 
@@ -199,6 +211,75 @@ def _average_ms(entry):
 
 def _percentile_ms(entry, ratio: float):
     return _number(entry.get_response_time_percentile(ratio)) if entry.response_times else None
+
+
+# ---- exact counts ----
+
+
+class ExactCounts:
+    """Requests up to a second of which nothing is missing, and whether the statistics were reset.
+
+    Workers report every 3 s, each in its own rhythm: the numbers of now lack up to 3 s of each, and a rate
+    made of two of them is wrong by as much. Locust also counts by the second; until the last second before
+    the oldest of the workers' last reports all requests are there."""
+
+    def __init__(self, environment) -> None:
+        self._environment = environment
+        self._reported_at: dict[str, float] = {}  # worker -> when it reported last
+        self.test_started()
+
+    def test_started(self) -> None:
+        """Locust has just cleared its statistics."""
+        self._total = self._environment.stats.total
+        self._began_at = self._total.start_time
+        self._resets = 0
+
+    def on_worker_report(self, client_id: str) -> None:
+        self._reported_at[client_id] = time.time()
+
+    def resets(self) -> int:
+        """How often the statistics were reset since the test began: by Locust's page, by --reset-stats or by
+        the locustfile. Reports of workers may set their beginning back, a reset sets it to now."""
+        total = self._environment.stats.total
+        if total is not self._total or total.start_time > self._began_at:
+            self._resets += 1
+        self._total, self._began_at = total, total.start_time
+        return self._resets
+
+    def to_json(self) -> dict:
+        document: dict = {"statsResets": self.resets()}
+        now, until = time.time(), self._complete_until()
+        total = self._environment.stats.total
+        if until > total.start_time:
+            document["counted"] = {
+                "secondsAgo": now - until,
+                "requests": total.num_requests - _since(total.num_reqs_per_sec, until, now),
+                "failures": total.num_failures - _since(total.num_fail_per_sec, until, now),
+            }
+        return document
+
+    def _complete_until(self) -> int:
+        runner, now = self._environment.runner, time.time()
+        oldest = now
+        for worker in list(runner.clients.values()) if isinstance(runner, MasterRunner) else ():
+            reported_at = self._reported_at.get(worker.id, now - 3)
+            if worker.state in ACTIVE_STATES and now - reported_at < SILENT_WORKER_S:
+                oldest = min(oldest, reported_at)
+        return int(oldest - 0.2)  # a report may have been under way for a moment
+
+    def stamp(self, response) -> None:
+        """Say how old the statistics are that Locust answers: it keeps an answer for 2 s or longer."""
+        made = getattr(response, "loadmanager_made", None)
+        if made is None:  # just made
+            made = response.loadmanager_made = time.monotonic(), self.to_json()
+        made_at, counted = made
+        age = {"age": time.monotonic() - made_at, "madeAt": made_at}
+        response.headers[STATS_HEADER] = json.dumps({**age, **counted})
+
+
+def _since(by_second: dict, begin: int, now: float) -> int:
+    """What was counted from a second on; clocks of workers may be some seconds ahead."""
+    return sum(by_second.get(second, 0) for second in range(begin, int(now) + 10))
 
 
 # ---- exact response times ----
@@ -512,7 +593,7 @@ class Run:
         self.ended.set()
 
     def keep_final(self, complete: bool) -> None:
-        metrics = metrics_of(self._environment, final=True, exact=self._hooks.exact)
+        metrics = metrics_of(self._environment, True, self._hooks.exact, self._hooks.counts)
         if metrics["totalRequests"] >= self.final.get(
             "totalRequests", 0
         ):  # less: they were reset after the end
@@ -525,6 +606,7 @@ class Run:
         was_active, idle_since = False, None
         while not self.ended.wait(GUARD_TICK_S):
             self._hooks.take_changed_limits(self)
+            self._hooks.counts.resets()  # looked for often, so that none hides behind another
             now = time.monotonic()
             if now >= self._stop_at:
                 self._stop(f"run {self.id or '(external)'}: its time is up, stopping the test")
@@ -557,7 +639,7 @@ class Run:
     def _report(self) -> None:
         now = time.monotonic()
         attempts, announce_at = 0, now  # math.inf: done
-        push_at = now + self._push_interval_s
+        push_at = now + min(FIRST_PUSH_S, self._push_interval_s)
         if not self.id:
             self._wait_for_earlier_runs()
         while not self.ended.is_set():
@@ -596,7 +678,7 @@ class Run:
 
     def _push(self) -> None:
         if self.id:
-            metrics = metrics_of(self._environment, exact=self._hooks.exact)
+            metrics = metrics_of(self._environment, False, self._hooks.exact, self._hooks.counts)
             self._post("metrics", {"runId": self.id, "metrics": metrics})
 
     def _wait_for_late_reports(self) -> None:
@@ -721,6 +803,7 @@ class Hooks:
         self.locustfile_sha256 = _locustfile_sha256(environment)
         self.scenes = Scenes(environment)
         self.exact = ExactTimes(environment)
+        self.counts = ExactCounts(environment)
         self.options = Options(environment)
         self.last_run_id = ""
         self._runs: list[Run] = []  # oldest first: the newest one, and earlier ones not closed yet
@@ -731,6 +814,7 @@ class Hooks:
 
     def on_test_start(self) -> None:
         self.scenes.choose()
+        self.counts.test_started()
         # A start while the test before was still stopping: its numbers are gone now, those of test_stopping stay.
         for earlier in self._runs:
             if not earlier.ended.is_set() and not earlier.stopping:
@@ -770,6 +854,7 @@ class Hooks:
         self.take_changed_limits(run)  # a change of users just before: its fields must not stay
 
     def on_worker_report(self, client_id: str, data: dict) -> None:
+        self.counts.on_worker_report(client_id)
         self.exact.add_report(data.get(TIMES_MARK))
         if data.get(FLUSH_MARK):
             self._flushed_ids.add(client_id)
@@ -837,6 +922,14 @@ class Hooks:
         routes.add_url_rule("/loadmanager/state", "state", only_logged_in(get_state), methods=["GET"])
         web_ui.app.register_blueprint(routes)
 
+        stats_path = (base_path or "").rstrip("/") + "/stats/requests"
+
+        @web_ui.app.after_request
+        def stamp_statistics(response):
+            if flask.request.path == stats_path and response.status_code == 200:
+                _quietly(self.counts.stamp, response)
+            return response
+
         swarm_path = (base_path or "").rstrip("/") + "/swarm"
 
         @web_ui.app.before_request
@@ -884,6 +977,7 @@ class Hooks:
             "testStartedAt": run.started_at if run else None,
             "numRequests": total.num_requests,
             "numFailures": total.num_failures,
+            **self.counts.to_json(),
             "callbacks": self.settings.callbacks,
             "flush": True,
             "host": _text(self.environment.host),

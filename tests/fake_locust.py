@@ -48,6 +48,11 @@ class FakeLocust:
         self.last_run_id = ""
         self.stops_are_ignored = 0  # so many stops say success while load goes on
         self.endpoints: list[tuple[str, str]] = [("GET", "/api/items")]
+        self.rate: float | None = None  # requests/s since the start, instead of 10 at each reading
+        self.cache_s = 0.0  # how long an answer of /stats/requests is kept
+        self.stamps = hooks  # hooks that say how old it is
+        self.began_at = 0.0  # epoch seconds
+        self._cached: tuple[float, dict[str, Any], dict[str, Any]] | None = None
         self.stats_changes: dict[str, Any] = {}  # merged over the Aggregated row
         self.top_changes: dict[str, Any] = {}  # merged over the whole document
         self.failures_csv: str | None = None  # None: there is no such route
@@ -87,6 +92,7 @@ class FakeLocust:
             return
         if self.state != "running":
             self.requests = 0
+            self.began_at = time.time()
         self.state, self.users = "running", int(form["user_count"])
         self.run_id = form.get("run_id", "")
 
@@ -112,15 +118,36 @@ class FakeLocust:
             for number in range(self.worker_count)
         ]
 
+    def _count(self) -> None:
+        if not self.users:
+            return
+        self.requests = (
+            self.requests + 10 if self.rate is None else int(self.rate * (time.time() - self.began_at))
+        )
+
+    def counted(self) -> dict[str, Any]:
+        """As our hooks tell it: all requests until the last full second."""
+        until = max(self.began_at, int(time.time()))
+        requests = int((self.rate or 0) * (until - self.began_at)) if self.users else self.requests
+        exact = {"secondsAgo": time.time() - until, "requests": requests, "failures": 0}
+        return {"statsResets": 0, "counted": exact}
+
+    def cached_stats(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The answer, which may be an earlier one, and its headers."""
+        if self._cached is None or time.monotonic() - self._cached[0] > self.cache_s:
+            self._cached = time.monotonic(), self.stats(), self.counted()
+        made_at, document, counted = self._cached
+        told = {"age": time.monotonic() - made_at, "madeAt": made_at, **counted}
+        return document, {"X-LoadManager-Statistics": json.dumps(told)} if self.stamps else {}
+
     def stats(self) -> dict[str, Any]:
-        if self.users:
-            self.requests += 10
+        self._count()
         each = self.requests // max(1, len(self.endpoints))
         rows = [self._row(method, name, each) for method, name in self.endpoints]
         total = {**self._row("", "Aggregated", self.requests), **self.stats_changes}
         document = {
             "state": self.state, "user_count": self.users, "worker_count": self.worker_count, "workers": self.workers(),
-            "stats": [*rows[:500], total], "errors": [], "total_rps": 9.0, "current_rps": 10.0, "fail_ratio": 0.0,
+            "stats": [*rows[:500], total], "errors": [], "total_rps": 9.0, "current_rps": self.rate or 10.0, "fail_ratio": 0.0,
             "total_fail_per_sec": 0.0, "current_fail_per_sec": 0.0,
             "current_response_time_percentiles": {"response_time_percentile_0.5": 16, "response_time_percentile_0.95": 150},
         }  # fmt: skip
@@ -135,9 +162,11 @@ class FakeLocust:
         }  # fmt: skip
 
     def csv(self) -> str:
+        if self.rate is not None:
+            self._count()
         each = self.requests // max(1, len(self.endpoints))
         rows = [(method, name, each) for method, name in self.endpoints] + [("", "Aggregated", self.requests)]
-        tail = "0,33,60.83,4.0,158.0,2.0,9.28,0.0,33,40,50,60,100,150,155,160,160,160,160"
+        tail = f"0,33,60.83,4.0,158.0,2.0,{self.rate or 9.28},0.0,33,40,50,60,100,150,155,160,160,160,160"
         return "\r\n".join(
             [CSV_HEAD] + [f"{method},{name},{requests},{tail}" for method, name, requests in rows]
         )
@@ -149,7 +178,7 @@ class FakeLocust:
             "workers": [
                 {"id": w["id"], "state": w["state"], "userCount": w["user_count"], "cpuPercent": w["cpu_usage"]} for w in self.workers()
             ],
-            "testStartedAt": None, "numRequests": self.requests, "numFailures": 0, "callbacks": True, "flush": True, "host": "http://t",
+            **(self.counted() if self.stamps else {}), "testStartedAt": None, "numRequests": self.requests, "numFailures": 0, "callbacks": True, "flush": True, "host": "http://t",
         }  # fmt: skip
 
 
@@ -208,7 +237,8 @@ class FakeHandler(BaseHTTPRequestHandler):
             fake.reached(path, "after")
             self.send_json({"success": True, "message": "Test stopped"})
         elif path == "/stats/requests":
-            self.send_json(fake.stats())
+            document, headers = fake.cached_stats()
+            self.send_text(200, json.dumps(document), "application/json", headers)
         elif path == "/stats/requests/csv":
             self.send_text(200, fake.csv(), "text/csv")
         elif path == "/stats/failures/csv" and fake.failures_csv is not None:
