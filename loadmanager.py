@@ -2430,6 +2430,7 @@ class Reading:
     made_at: float = 0.0
     uncertainty_s: float = 0.0
     is_cached_repeat: bool = False
+    resets: int | None = None  # of the statistics since the test began, where the hooks tell
 
     @property
     def made_after(self) -> float:
@@ -7811,6 +7812,7 @@ def _reading_of_hooks(document: dict[str, Any]) -> Reading:
         host=storable_text(document["host"]) if isinstance(document.get("host"), str) else None,
         abilities=_abilities_of_hooks(document),
         made_at=time.time(),
+        resets=count_or_none(document.get("statsResets")),
     )
 
 
@@ -9404,7 +9406,7 @@ class RunStopper:
                 why = error.message
                 continue
             if (final.requests or 0) >= self.last_requests(monitor.run_id):
-                return final
+                return final._replace(resets=reading.resets if reading else None)
             why = "Locust's statistics were reset"
             break
         words = f"the numbers are the last ones seen, not the final ones: {why}"
