@@ -258,7 +258,12 @@ def make_idle(cluster: LocustCluster) -> None:
 
 def test_run_is_announced_measured_and_ended_under_the_id_of_the_form(master, control_plane, target):
     start_run(master, target, "run-course")
-    eventually(lambda: len(control_plane.named("metrics", "run-course")) >= 3, what="three pushes")
+
+    def has_pushed_all_users() -> bool:
+        pushes = control_plane.named("metrics", "run-course")
+        return len(pushes) >= 3 and pushes[-1].body["metrics"]["currentUsers"] == 4
+
+    eventually(has_pushed_all_users, what="three pushes, the last one with all users")
     master.post("/stop")
     end = control_plane.first("test-stop", "run-course")
 
