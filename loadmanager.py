@@ -10247,7 +10247,6 @@ class Orchestrator:
         if change is None:
             raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
         self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
-        self.store.wait_durable_or_log()
         log("users changed", run=run_id, users=users, by=by)
         return self.store.get(run_id)
 
@@ -15000,7 +14999,6 @@ def post_stop(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     log("stop asked for", run=run.id, by=request.principal.name)
     api.orchestrator.stop(run.id, "user")
-    api.store.wait_durable_or_log()
     return json_response({"success": True, "message": "Test stopped successfully"})
 
 
@@ -15054,7 +15052,6 @@ def post_stop_all(api: Api, request: Request) -> Response:
 
     log("stop of all asked for", by=request.principal.name, **wanted)
     outcomes = api.orchestrator.stop_all(is_meant)
-    api.store.wait_durable_or_log()
     stopped = [run_id for run_id, why in outcomes.items() if why is None]
     failed = [{"runId": run_id, "message": why} for run_id, why in outcomes.items() if why is not None]
     request.note = f"{len(stopped)} stopped, {len(failed)} not yet"
@@ -15513,7 +15510,7 @@ def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
 def locust_test_start(api: Api, request: Request) -> Response:
     run_id, _ = api.callback(request)
     api.orchestrator.locust_started(run_id)
-    api.store.wait_durable_or_log()
+    api.store.wait_durable()
     return SUCCESS
 
 
@@ -15521,7 +15518,7 @@ def locust_test_stop(api: Api, request: Request) -> Response:
     run_id, body = api.callback(request)
     snapshot = check_metrics(body, "finalMetrics", time.time())
     api.orchestrator.locust_stopped(run_id, snapshot, body.get("complete") is True)
-    api.store.wait_durable_or_log()
+    api.store.wait_durable()
     return SUCCESS
 
 
@@ -16241,9 +16238,7 @@ class Api:
         except LoadManagerError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - the edge: a bug is logged and answered 500
-            import traceback
-
-            log("request failed", route=request.route.path, error=repr(error), trace=traceback.format_exc())
+            log_unforeseen("request", error, route=request.route.path)
             failure = LoadManagerError("an error of Load Manager itself; its log has the details")
         if failure is not None:
             response = error_response(failure)
@@ -16251,21 +16246,34 @@ class Api:
                 self._note_refusal(request, failure)
                 return response
         if request.route.is_audited:
-            self._note_done(request, response.http_status, failure)
+            unwritten = self._note_done(request, response.http_status, failure)
+            if unwritten is not None and response.http_status < 300:
+                return error_response(unwritten)
         return response
 
     # ---- the audit ---------------------------------------------------------
 
-    def _note_done(self, request: Request, http_status: int, failure: LoadManagerError | None) -> None:
-        """What changed something, or was to, is in the audit before it is answered."""
+    def _note_done(
+        self, request: Request, http_status: int, failure: LoadManagerError | None
+    ) -> NotReady | None:
+        """What changed something, or was to, is in the audit, and on disk, before it is answered;
+        the answer for what was done and cannot be written: a 2xx says that it survives a crash."""
         if failure is not None:
             request.run_id = request.run_id or str(failure.extra.get("runId", ""))
         detail = (
             request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
         )
         self.store.audit(self._entry(request, http_status, detail))
-        if request.route.waits:
-            self.store.wait_durable_or_log()
+        if not request.route.waits:
+            return None
+        try:
+            self.store.wait_durable()
+        except NotReady as error:
+            log("change not yet on disk", route=request.route.path, why=error.message)
+            words = f"this was done, but is not on disk yet, and a crash would lose it: {error.message}"
+            extra = {"runId": request.run_id} if request.run_id else {}
+            return NotReady(words, retry_after_s=5, **extra)
+        return None
 
     def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
         if not self._refusals.takes():

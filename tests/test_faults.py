@@ -429,7 +429,9 @@ def test_full_disk_refuses_creates_lets_stops_work_and_recovers(load_manager, fa
 
     eventually(is_full, 30, what="the database's file is full")
     assert "cannot be written" in lm.get("/health").json["message"]
-    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200 and fake.users == 0
+    stopped = lm.post(f"/v1/tests/{run_id}/stop")
+    assert fake.users == 0, "the load was not stopped"
+    assert stopped.status == 503 and "not on disk yet" in stopped.json["message"], stopped
     refused = lm.create()
     assert refused.status == 503 and int(refused.headers["retry-after"]) >= 1
     resource.prlimit(lm.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
