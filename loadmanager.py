@@ -5127,27 +5127,31 @@ class SqliteDatabase:
     def _write_again(self) -> None:
         """Put a copy of what is open in the file's place. The old connection removes a log of the
         file's name when it is closed: it is, before the new one makes its own."""
-        copy, old_locks = f"{self.path}.{os.getpid()}", self._locks
+        copy, held = f"{self.path}.{os.getpid()}", list(self._locks)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(copy)
-        os.close(open_private(copy, os.O_RDWR | os.O_CREAT))
-        self._locks = []
         try:
+            os.close(open_private(copy, os.O_RDWR | os.O_CREAT))
             self.execute("VACUUM INTO ?", (copy,))
-            for path in (self.path + ".lock", copy):
-                self._lock(path)
-            os.fsync(self._locks[1])
-            os.pwrite(self._locks[0], str(os.getpid()).encode(), 0)
+            self._lock(copy)
+            os.fsync(self._locks[-1])
+            if _file_id(self.path + ".lock") != _id_of(os.fstat(held[0])):  # it was deleted, too
+                self._lock(self.path + ".lock")
+                os.pwrite(self._locks[-1], str(os.getpid()).encode(), 0)
             os.rename(copy, self.path)
         except (self._sqlite3.Error, OSError) as error:
-            self._unlock()
-            self._locks = old_locks
+            for descriptor in self._locks[len(held) :]:
+                os.close(descriptor)
+            self._locks = held
             with contextlib.suppress(OSError):
                 os.unlink(copy)
             raise DatabaseGone(f"{self.path} was deleted and cannot be written again: {error}") from None
         self._connection.close()
-        for descriptor in old_locks:
-            os.close(descriptor)
+        new = self._locks[len(held) :]  # of the file, and of the one beside it if that is new
+        os.close(held[1])
+        if len(new) > 1:
+            os.close(held[0])
+        self._locks = [new[1] if len(new) > 1 else held[0], new[0]]
         self._connection = self._connect(self.path)
         self.execute("PRAGMA journal_mode=WAL")
         self.execute("PRAGMA synchronous=FULL")
@@ -5218,6 +5222,10 @@ def _file_id(path: str) -> tuple[int, int] | None:
         found = os.stat(path)
     except FileNotFoundError:
         return None
+    return _id_of(found)
+
+
+def _id_of(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
@@ -7663,9 +7671,7 @@ def _logs_of_json(document: Any, lines: int) -> list[dict[str, Any]]:
 def _csv_timestamp(text: Any) -> float | None:
     try:
         return timestamp_or_none(
-            parse_utc(
-                text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z"
-            )
+            parse_utc(text if not isinstance(text, str) or text[-1:] in "Zz" or "+" in text else text + "Z")
         )
     except (ValueError, OverflowError):
         return None

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body, read_answers
@@ -252,6 +253,57 @@ def test_same_idempotency_key_at_once_makes_one_run(lm, fake):
     for thread in threads:
         thread.join()
     assert len(set(ids)) == 1 and len(fake.swarms) == 1
+
+
+def test_two_retries_of_one_key_after_a_conflict_make_one_run():
+    """The first holds the key's lock while the second waits for it; the third comes after the first went."""
+    api = loadmanager.Api.__new__(loadmanager.Api)
+    api._creating, api._creating_lock = {}, threading.Lock()
+    kept, calls, inside, most = {}, [], [], []
+    go_on = [threading.Event(), threading.Event(), threading.Event()]
+
+    class Stub:
+        def recall_key(self, key, now):
+            return kept.get(key)
+
+        def create(self, run_request, name, idempotency):
+            number = len(calls)
+            calls.append(number)
+            inside.append(number)
+            most.append(len(inside))
+            assert go_on[number].wait(10)
+            inside.remove(number)
+            if number == 0:
+                raise loadmanager.Conflict("busy")
+            kept[idempotency[0]] = (idempotency[1], f"run-{number}")
+            return SimpleNamespace(id=f"run-{number}")
+
+    api.store = api.orchestrator = Stub()
+    api.run_response = lambda run_id, status, replayed=False: run_id
+    answers = []
+
+    def send():
+        request = SimpleNamespace(principal=SimpleNamespace(name="ci"), run_id="", note="")
+        try:
+            answers.append(api.create_once("k", {}, None, request))
+        except loadmanager.Conflict:
+            answers.append("409")
+
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    threads[0].start()
+    eventually(lambda: calls == [0], 5)
+    threads[1].start()
+    eventually(lambda: threads[1].is_alive() and api._creating, 5)
+    holds_for(lambda: calls == [0], 0.3, what="the second waits")
+    go_on[0].set()
+    eventually(lambda: calls == [0, 1], 5)
+    threads[2].start()
+    holds_for(lambda: calls == [0, 1], 0.5, what="the third waits for the second")
+    go_on[1].set()
+    go_on[2].set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == ["409", "run-1", "run-1"] and max(most) == 1 and api._creating == {}
 
 
 # ---- bad bodies ------------------------------------------------------------

@@ -32,15 +32,17 @@ class Receiver:
     def __init__(self, port=0):
         self.messages = []
         self.status = 200
+        self.refuses = lambda body: False  # what is answered with 503 though `status` is 200
         self.headers = {}
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if receiver.status == 200:
+                status = 503 if receiver.refuses(body) else receiver.status
+                if status == 200:
                     receiver.messages.append((self.path, dict(self.headers), body))
-                self.send_response(receiver.status)
+                self.send_response(status)
                 for name, value in receiver.headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", "0")
@@ -282,6 +284,103 @@ def test_a_receiver_that_hangs_delays_neither_runs_nor_other_receivers(load_mana
         run_to_its_end(lm)
         assert time.monotonic() - began < 3, "the run waited for a receiver"
         eventually(lambda: receiver.messages, 3, what="the message to the receiver that answers")
+
+
+@pytest.fixture
+def notifier(receiver, tmp_path):
+    """notifier() -> a store and the notifier of its one channel, "hook", not started."""
+    opened = []
+
+    def make():
+        config = loadmanager.Config(
+            notifications=(loadmanager.NotificationConfig(id="hook", url=receiver.url, allow_private=True),)
+        )
+        store = loadmanager.Store(loadmanager.open_database("sqlite:///outbox.db", str(tmp_path)))
+        opened.append((store, loadmanager.Notifier(config, store)))
+        return opened[-1]
+
+    yield make
+    for store, notifier in opened:
+        notifier.close()
+        store.close()
+
+
+def end_runs(store, count):
+    ids = []
+    for _ in range(count):
+        request = loadmanager.RunRequest("acme", "dev", "browse", 5, 5.0, 60, None)
+        run = store.add(loadmanager.replace(loadmanager._new_run(request, "me", "api"), cluster_id="one"))
+        store.transition(run.id, loadmanager.RunStatus.FAILED, failure_reason="x", finished_at=time.time())
+        ids.append(run.id)
+    return ids
+
+
+def test_a_receiver_that_refuses_some_gets_the_others_at_once_and_those_again(notifier, receiver, capfd):
+    store, started = notifier()
+    started.start()
+    refused, tries = set(), {}
+
+    def refuses(body):
+        run_id = json.loads(body)["data"]["id"]
+        tries[run_id] = tries.get(run_id, 0) + 1
+        return run_id in refused and tries[run_id] < 3
+
+    receiver.refuses = refuses
+    tell = store.deliveries_for
+
+    def every_tenth_is_refused(run, numbers):
+        if len(tries) % 10 == 0 or len(refused) < 5:
+            refused.add(run.id)
+        return tell(run, numbers)
+
+    store.deliveries_for = every_tenth_is_refused
+    ids = set(end_runs(store, 100))
+
+    def arrived():
+        return {body["data"]["id"] for body in receiver.bodies()}
+
+    eventually(lambda: arrived() >= ids - refused, 20, what="those that are not refused")
+    assert refused and all(tries[run_id] >= 1 for run_id in refused)
+    eventually(lambda: arrived() == ids, 40, what="the refused ones, at their third try")
+    assert len(receiver.messages) == len(ids), "each once"
+    told = capfd.readouterr().err
+    assert told.count("notification not delivered") == len(refused) and "HTTP 503" in told
+    assert "notification failed" not in told and "TypeError" not in told
+
+
+def test_an_error_nobody_foresaw_is_the_problem_of_one_delivery(notifier, receiver, monkeypatch, capfd):
+    store, started = notifier()
+    send, fails = loadmanager.Channel.send, []
+
+    def odd(channel, delivery):
+        if not fails:
+            fails.append(delivery.run_id)
+            raise AttributeError("odd")
+        send(channel, delivery)
+
+    monkeypatch.setattr(loadmanager.Channel, "send", odd)
+    started.start()
+    ids = end_runs(store, 5)
+    eventually(lambda: sorted(body["data"]["id"] for body in receiver.bodies()) == sorted(ids), 15)
+    assert "odd" in capfd.readouterr().err and fails
+
+
+def test_a_delivery_to_a_channel_that_is_not_configured_any_more_is_ended(notifier, receiver):
+    store, started = notifier()
+    gone = loadmanager.Delivery("msg_1", "gone", "failed", "r", "acme", time.time(), "failed: x", {})
+    store.keep_delivery(gone)
+    started.start()
+    [kept] = store.list_deliveries(9)
+    assert kept.outcome == "given up" and "no notification gone in the configuration" in kept.problem
+    assert store.waiting_deliveries() == []
+
+
+def test_a_retry_is_not_put_off_by_a_clock_that_is_set_back(notifier, receiver, monkeypatch):
+    store, started = notifier()
+    ahead = loadmanager.Delivery("msg_1", "hook", "failed", "r", "acme", time.time(), "failed: x", {})
+    store.keep_delivery(ahead._replace(attempts=1, next_at=time.time() + 3600, problem="HTTP 503"))
+    started.start()
+    eventually(lambda: len(receiver.messages) == 1, 10)
 
 
 def test_redirects_are_not_followed_and_private_addresses_not_called(load_manager, fake, receiver):

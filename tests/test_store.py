@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import pwd
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -15,8 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, base_config, cluster_config
+from conftest import ROOT, LoadManager, base_config, cluster_config
 from locust_process import find_free_port
+from tcp_proxy import TcpProxy
 from waiting import eventually
 
 import loadmanager as lm
@@ -469,6 +471,382 @@ def test_transition_is_in_one_commit_with_its_deliveries_and_cleanup(open_store)
     assert written == [{("outbox", "msg_1"), ("cleanups", run.id)}] and store.cleanups() == {run.id: "one"}
 
 
+# ---- one Load Manager leads on a PostgreSQL database -------------------------
+
+
+@pytest.fixture
+def led(postgres_url, monkeypatch):
+    """led(port=None) -> a store on an empty database, over another port if given; `store.told` is
+    why it does not lead any more."""
+    import psycopg
+
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        for table in ("meta", *lm.TABLES):
+            connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
+    stores = []
+
+    def open_it(port=None):
+        url = postgres_url if port is None else re.sub(r":\d+/", f":{port}/", postgres_url)
+        store = lm.Store(lm.open_database(url, ""))
+        store.told = []
+        store._writer.on_lost = store.told.append
+        stores.append(store)
+        return store
+
+    open_it.url = postgres_url
+    yield open_it
+    for store in stores:
+        store.close()
+
+
+def administer(url, sql):
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(sql).fetchall()
+
+
+OURS = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'loadmanager'"
+
+
+def port_of(url):
+    return int(re.search(r":(\d+)/", url)[1])
+
+
+def test_who_lost_its_connection_to_another_never_writes_again(led, monkeypatch):
+    """The first is held up while the second takes over, and finishes the first one's run."""
+    with TcpProxy(port_of(led.url)) as proxy:
+        first = led(proxy.port)
+        run = first.add(new_run())
+        first.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+        assert first.is_leading
+        proxy.drop()
+        administer(led.url, OURS)
+        second = led()
+        assert second.find(run.id).status is lm.RunStatus.RUNNING
+        second.transition(run.id, lm.RunStatus.FAILED, finished_at=2.0, failure_reason="by the second")
+        first.transition(run.id, lm.RunStatus.STOPPING, durable=False, stop_reason="user")
+        with pytest.raises(lm.NotReady):
+            first.add(new_run())
+        proxy.cut()
+        proxy.forward()
+        eventually(lambda: first.told, 15, what="the first learns that it does not lead")
+        assert not first.is_leading and "another Load Manager leads" in first.problem
+        with pytest.raises(lm.NotReady, match="another Load Manager leads"):
+            first.add(new_run())
+        with pytest.raises(lm.NotReady):
+            first.wait_durable()
+        assert second.is_leading and second.add(new_run())
+        kept = administer(led.url, "SELECT record FROM runs ORDER BY seq")
+        assert [json.loads(record)["status"] for (record,) in kept] == ["Failed", "Pending"]
+
+
+def test_epoch_stops_a_writer_that_believes_in_its_connection(led):
+    """Also where both have a good connection: the transaction itself asks for the epoch."""
+    store = led()
+    run = store.add(new_run())
+    administer(led.url, "UPDATE meta SET value = '99.other/0' WHERE key = 'leader' RETURNING 1")
+    with pytest.raises(lm.NotReady, match="another Load Manager leads"):
+        store.add(new_run())
+    eventually(lambda: store.told, 5)
+    assert [row[0] for row in administer(led.url, "SELECT id FROM runs")] == [run.id]
+
+
+def test_connection_that_ends_is_made_again_and_leads_by_a_new_epoch(led):
+    store = led()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    epoch = administer(led.url, "SELECT value FROM meta WHERE key = 'leader'")[0][0].partition(".")[0]
+    for number in range(1, 6):
+        store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
+        administer(led.url, OURS)
+        eventually(lambda: store.is_leading and store.problem is None, 10, what="it leads again")
+    eventually(lambda: store.add(new_run()), 10)
+    assert [one.requests for one in store.samples(run.id)] == [1, 2, 3, 4, 5], "each sample once"
+    after = administer(led.url, "SELECT value FROM meta WHERE key = 'leader'")[0][0].partition(".")[0]
+    assert int(after) > int(epoch) and store.told == []
+
+
+def test_commit_without_an_answer_is_neither_lost_nor_done_twice(led):
+    store = led()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+    store.wait_durable()
+    database, real = store._database, store._database.commit
+    how = ["answer lost", "request lost"]
+
+    def commit():
+        if how:
+            if how.pop(0) == "answer lost":
+                real()
+            administer(led.url, OURS)
+        real()
+
+    database.commit = commit
+    for number in (1, 2):
+        store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
+        eventually(lambda number=number: len(how) == 2 - number, 5)
+        eventually(lambda: store.problem is None, 10)
+    assert [one.requests for one in store.samples(run.id)] == [1, 2]
+
+
+def test_dropped_packets_are_noticed_refused_and_recovered_from(led):
+    with TcpProxy(port_of(led.url)) as proxy:
+        store = led(proxy.port)
+        run = store.add(new_run())
+        proxy.drop()
+        eventually(lambda: store.problem, 8, what="a problem is known though nothing is written")
+        eventually(lambda: not store.is_leading, 10)
+        for _ in range(3):
+            with pytest.raises(lm.NotReady):
+                store.add(new_run())
+        assert [one.id for one in store.list_runs()] == [run.id], "what is in memory is answered"
+        proxy.forward()
+        eventually(lambda: store.problem is None, 10, what="it recovers")
+        assert store.is_leading and store.add(new_run()) and store.told == []
+
+
+def test_program_ends_with_a_status_of_its_own_when_another_leads(load_manager, fake_locust, led):
+    fake = fake_locust()
+    manager = load_manager(cluster_config(fake.url), storage={"url": led.url})
+    assert manager.create().status == 201
+    administer(led.url, "UPDATE meta SET value = '99.other/0' WHERE key = 'leader' RETURNING 1")
+    assert manager.process.wait(15) == lm.EXIT_LEAD_LOST
+    assert "leads no more" in manager.log() and "Traceback" not in manager.log()
+
+
+def test_database_of_another_encoding_is_refused(postgres_url):
+    administer_none = lm.PostgresDatabase(postgres_url)
+    administer_none.execute("DROP DATABASE IF EXISTS ascii")
+    administer_none.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LOCALE 'C'")
+    administer_none.close()
+    with pytest.raises(lm.StartupError, match="its encoding is SQL_ASCII, must be UTF8"):
+        lm.open_database(postgres_url.replace("/postgres", "/ascii"), "")
+
+
+# ---- the file of SQLite, and what may happen to it ---------------------------
+
+
+def reopened(folder):
+    store = lm.Store(lm.open_database("sqlite:///data/store.db", str(folder)))
+    runs = {run.id for run in store.list_runs()}
+    store.close()
+    return runs
+
+
+@pytest.mark.parametrize("gone", ["store.db", "store.db-wal", "*", "store.db.lock"])
+def test_database_that_is_deleted_under_us_is_written_again(tmp_path, gone):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    store = lm.Store(lm.open_database("sqlite:///data/store.db", str(tmp_path)))
+    run = store.add(new_run())
+    store.add_snapshot(run.id, snapshot(1), "poll")
+    store.wait_durable()
+    for path in folder.glob(gone):
+        path.unlink()
+    later = store.add(new_run())
+    assert [one.requests for one in store.samples(run.id)] == [1] and store.problem is None
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy / "data")  # as kill -9 leaves it
+    assert reopened(copy) == {run.id, later.id}
+    with pytest.raises(lm.StartupError, match="in use by another"):
+        lm.open_database("sqlite:///data/store.db", str(tmp_path))
+    store.close()
+    assert reopened(tmp_path) == {run.id, later.id}
+
+
+def test_folder_that_is_deleted_under_us_is_a_problem_until_it_is_back(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    store = lm.Store(lm.open_database("sqlite:///data/store.db", str(tmp_path)))
+    run = store.add(new_run())
+    shutil.rmtree(folder)
+    eventually(lambda: "is gone" in (store.problem or ""), 5, what="noticed though nothing is written")
+    with pytest.raises(lm.NotReady, match="is gone"):
+        store.add(new_run())
+    folder.mkdir()
+    eventually(lambda: store.problem is None, 5)
+    later = store.add(new_run())
+    store.close()
+    assert reopened(tmp_path) == {run.id, later.id}
+
+
+def test_database_that_was_replaced_is_not_overwritten(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    store = lm.Store(lm.open_database("sqlite:///data/store.db", str(tmp_path)))
+    store.add(new_run())
+    (folder / "other").write_bytes(b"restored")
+    (folder / "other").rename(folder / "store.db")
+    eventually(lambda: "replaced by another file" in (store.problem or ""), 5)
+    with pytest.raises(lm.NotReady, match="replaced by another file"):
+        store.add(new_run())
+    store.close()
+    assert (folder / "store.db").read_bytes() == b"restored"
+
+
+@pytest.mark.parametrize("how", ["symbolic link", "hard link", "lock removed", "link to the folder"])
+def test_second_load_manager_on_one_file_is_refused_by_whatever_name(tmp_path, how):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    url = "sqlite:///data/store.db"
+    store = lm.Store(lm.open_database(url, str(tmp_path)))
+    run = store.add(new_run())
+    if how == "symbolic link":
+        (tmp_path / "link.db").symlink_to(folder / "store.db")
+        url = "sqlite:///link.db"
+    elif how == "hard link":
+        os.link(folder / "store.db", tmp_path / "link.db")
+        url = "sqlite:///link.db"
+    elif how == "lock removed":
+        (folder / "store.db.lock").unlink()
+    else:
+        (tmp_path / "folder").symlink_to(folder)
+        url = "sqlite:///folder/store.db"
+    command = "import sys, loadmanager as lm; lm.Store(lm.open_database(*sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, url, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=30,
+    )
+    assert done.returncode == 1 and "in use by another Load Manager" in done.stderr, done.stderr
+    later = store.add(new_run())
+    store.close()
+    assert reopened(tmp_path) == {run.id, later.id}
+
+
+DAMAGES = {
+    "a record": lambda path: _change(path, "UPDATE runs SET record = '{' WHERE seq = 2"),
+    "a schema": lambda path: _change(path, "UPDATE meta SET value = 'x' WHERE key = 'schema_version'"),
+    "a newer one": lambda path: _change(path, "UPDATE meta SET value = '999' WHERE key = 'schema_version'"),
+    "pages": lambda path: _overwrite(path, 4096 * 3, os.urandom(4096 * 3)),
+    "the end": lambda path: _overwrite(path, path.stat().st_size - 8192, os.urandom(8192)),
+    "the head": lambda path: _overwrite(path, 0, os.urandom(100)),
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2 // 4096 * 4096),
+    "an older one": lambda path: _change(
+        path,
+        "UPDATE meta SET value = '6' WHERE key = 'schema_version'",
+        "ALTER TABLE samples DROP COLUMN avg_ms",
+    ),
+}
+
+
+def _change(path, *statements):
+    with_log = path.with_name(path.name + "-wal").exists()
+    with sqlite3.connect(path) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+        if with_log:
+            for end in ("", "-wal", "-shm"):  # as it is while the log of writes is not empty
+                shutil.copy(f"{path}{end}", f"{path}{end}.kept")
+    database.close()
+    for end in ("", "-wal", "-shm"):
+        if os.path.exists(f"{path}{end}.kept"):
+            os.replace(f"{path}{end}.kept", f"{path}{end}")
+
+
+def _overwrite(path, at, content):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "with_log"),
+    # The log of writes has a whole head: with it a file with a damaged one can be read.
+    [(damage, False) for damage in DAMAGES] + [(damage, True) for damage in DAMAGES if damage != "the head"],
+)
+def test_damaged_file_that_is_refused_is_left_as_it_was(tmp_path, damage, with_log):
+    store = lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    for _ in range(20):
+        store.add(new_run(metadata={"pad": "x" * 3000}))
+    path = tmp_path / "store.db"
+    if with_log:  # as kill -9 leaves it
+        store._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        store.add(new_run())
+        left = {end: Path(f"{path}{end}").read_bytes() for end in ("", "-wal")}
+        store.close()
+        for end, content in left.items():
+            Path(f"{path}{end}").write_bytes(content)
+    else:
+        store.close()
+    DAMAGES[damage](path)
+    if not with_log:
+        Path(f"{path}-wal").unlink(missing_ok=True)
+        Path(f"{path}-shm").unlink(missing_ok=True)
+    (tmp_path / "store.db.lock").unlink(missing_ok=True)
+    before = {one.name: one.read_bytes() for one in tmp_path.iterdir() if not one.name.endswith("-shm")}
+    names = {one.name for one in tmp_path.iterdir()}
+    with pytest.raises(lm.StartupError):
+        lm.Store(lm.open_database("sqlite:///store.db", str(tmp_path)))
+    assert {one.name for one in tmp_path.iterdir()} - {"store.db.lock"} == names
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before, "a file was changed"
+
+
+def test_files_can_be_read_by_their_owner_only_whatever_the_umask(tmp_path):
+    old = os.umask(0o022)
+    try:
+        (tmp_path / "old.db").write_bytes(b"")
+        (tmp_path / "audit.log").write_bytes(b"")
+        for name in ("new.db", "old.db"):
+            database = lm.open_database(f"sqlite:///{name}", str(tmp_path))
+            store = lm.Store(database, str(tmp_path / "audit.log"))
+            store.add(new_run())
+            store.audit(entry())
+            store.wait_durable()
+            if name == "new.db":
+                (tmp_path / name).unlink()
+                store.add(new_run())  # written again
+            found = {one.name: oct(one.stat().st_mode & 0o777) for one in tmp_path.glob(name + "*")}
+            assert len(found) == 4 and set(found.values()) == {"0o600"}, found
+            store.close()
+        assert (tmp_path / "audit.log").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(old)
+
+
+# ---- the clock -----------------------------------------------------------------
+
+
+def test_numbers_go_on_when_the_clock_is_set_back(open_store, monkeypatch):
+    clock = [1_000_000.0]
+    monkeypatch.setattr(lm.time, "time", lambda: clock[0])
+    store = open_store()
+    run = store.add(new_run(created_at=clock[0]))
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=clock[0])
+    for number in range(1, 6):
+        if number == 3:
+            clock[0] -= 3600
+        clock[0] += 0.5
+        store.add_snapshot(run.id, snapshot(number, clock[0]), "poll")
+        assert json.loads(store.wire(run.id))["lastMetrics"]["totalRequests"] == number
+    ended = store.transition(
+        run.id, lm.RunStatus.FAILED, snapshot=snapshot(9, clock[0]), finished_at=clock[0]
+    )
+    samples = store.samples(run.id)
+    assert [one.requests for one in samples] == [1, 2, 3, 4, 5, 9], "in the order in which they came"
+    assert 0 <= ended.finished_at - run.created_at < 10 and samples[-1].at <= ended.finished_at + 1
+    young = store.add(new_run(created_at=clock[0]))
+    assert [one.id for one in store.list_runs()] == [young.id, run.id]
+    assert store.delete_older(clock[0] - 60) == 0
+
+
+def test_numbers_go_on_when_the_clock_was_set_back_while_we_were_away(open_store, monkeypatch):
+    store = open_store()
+    run = store.add(new_run())
+    store.transition(run.id, lm.RunStatus.RUNNING, started_at=time.time())
+    store.add_snapshot(run.id, snapshot(1, time.time() + 3600), "poll")
+    store.close()
+    again = open_store()
+    for number in (2, 3):
+        assert again.add_snapshot(run.id, snapshot(number, time.time()), "poll")
+        assert json.loads(again.wire(run.id))["lastMetrics"]["totalRequests"] == number
+    assert [one.requests for one in again.samples(run.id)] == [1, 2, 3]
+
+
 # ---- the writer goes on, whatever it is given -------------------------------
 
 BAD_NUMBERS = {
@@ -694,6 +1072,55 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
     assert told[-1] == "Finished" and "Finished" not in told[:-1]
     assert [one.id for one in store.waiting_deliveries("hook")] == ["msg_1"]
     store.close()
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import loadmanager
+commit = loadmanager.SqliteDatabase.commit
+def slow(self):
+    time.sleep({seconds})
+    commit(self)
+loadmanager.SqliteDatabase.commit = slow
+sys.argv[0] = "loadmanager.py"
+sys.exit(loadmanager.main())
+"""
+
+
+@pytest.mark.parametrize("kill_when", ["seen final", "stop answered"])
+def test_what_was_seen_is_the_same_after_kill_9_with_a_slow_database(tmp_path, fake_locust, kill_when):
+    fake = fake_locust()
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=str(ROOT), seconds=0.7))
+    manager = LoadManager(tmp_path, base_config(cluster_config(fake.url)))
+    fast = manager._command
+    manager._command = [sys.executable, str(script)]
+    try:
+        manager.start()
+        run_id = manager.create().json["id"]
+        eventually(lambda: manager.run(run_id).get("lastMetrics"), 10)
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(manager.post(f"/v1/tests/{run_id}/stop").status)
+        )
+        thread.start()
+        if kill_when == "stop answered":
+            thread.join()
+            assert answers == [200]
+            seen = manager.run(run_id)
+        else:
+            seen = eventually(lambda: (r := manager.run(run_id))["status"] == "Finished" and r, 20, 0.005)
+            thread.join()
+        manager.kill9()
+        manager._command = fast
+        manager.start()
+        after = manager.wait_for(run_id, "Finished")
+        assert after["stopReason"] == "user"
+        if seen["status"] == "Finished":
+            assert after == seen
+    finally:
+        manager.end()
 
 
 def test_new_run_is_shown_when_it_is_on_disk(tmp_path):
