@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench chaos check packages clean
+.PHONY: help run demo test bench chaos check page packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -27,6 +27,12 @@ chaos: $(VENV)/test.stamp  ## episodes of faults and kills, then the invariants:
 check: $(VENV)/run.stamp  ## the module compiles, the shipped configuration is good
 	$(PY) -m compileall -q loadmanager.py locust tests
 	$(PY) loadmanager.py check -config config.yaml
+
+# To work on the page: `make page` takes its parts out into page/, where LOADMANAGER_PAGE_DIR=page serves
+# them from; once page/ is there, it puts them back into loadmanager.py.
+page: $(VENV)/test.stamp  ## the page's CSS and JavaScript as files in page/, and back
+	@if [ -d page ]; then $(PY) tests/page.py in page && echo "page/ is in loadmanager.py; remove page/ when done"; \
+	else $(PY) tests/page.py out page && echo "work in page/, and serve it: LOADMANAGER_PAGE_DIR=page make run"; fi
 
 # What the tests and figures take from Debian: a database, a browser, a load generator, a shell.
 packages:

@@ -15500,7 +15500,8 @@ def end_session(api: Api, request: Request) -> Response:
 
 
 def get_dashboard(api: Api, request: Request) -> Response:
-    page, packed, headers = dashboard_page()
+    folder = os.environ.get("LOADMANAGER_PAGE_DIR")  # someone works on the page: each reload reads the files
+    page, packed, headers = build_dashboard_page(folder) if folder else dashboard_page()
     if "gzip" in request.head.headers.get("accept-encoding", ""):
         page, headers = packed, {**headers, "Content-Encoding": "gzip"}
     return Response(page, content_type="text/html; charset=utf-8", headers=headers)
@@ -15508,9 +15509,14 @@ def get_dashboard(api: Api, request: Request) -> Response:
 
 @functools.cache
 def dashboard_page() -> tuple[bytes, bytes, dict[str, str]]:
-    """The page, the page packed by gzip, and its headers."""
-    page = DASHBOARD_PAGE.replace("/*css*/", PAGE_CSS).replace("/*js*/", PAGE_JS).encode()
-    return page, gzip.compress(page, 9), _page_headers(PAGE_CSS, PAGE_JS)
+    return build_dashboard_page(None)
+
+
+def build_dashboard_page(folder: str | None) -> tuple[bytes, bytes, dict[str, str]]:
+    """Build the page of its constants, or of a folder's files: it, it packed by gzip, its headers."""
+    css, js = page_parts(folder)
+    page = DASHBOARD_PAGE.replace("/*css*/", css).replace("/*js*/", js).encode()
+    return page, gzip.compress(page, 9), _page_headers(css, js)
 
 
 def locust_test_start(api: Api, request: Request) -> Response:
@@ -19021,6 +19027,7 @@ main:focus { outline: none; }
 }
 #top .brand { font-weight: 650; font-size: 15px; color: inherit; text-decoration: none; white-space: nowrap; }
 #top .space { flex: 1; }
+#top .quiet { color: var(--soft); font-size: 13px; font-weight: 550; }
 #top .who { color: var(--soft); font-size: 13px; }
 .live { display: inline-flex; align-items: center; gap: 6px; color: var(--soft); font-size: 12px; }
 .live::before { content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--line-strong); }
@@ -19039,7 +19046,7 @@ section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: ce
 section > .head .space { flex: 1; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
 .soft { color: var(--soft); }
-.empty { padding: 26px 16px; text-align: center; color: var(--soft); }
+.empty { padding: 20px 16px; text-align: center; color: var(--soft); }
 .empty p { margin: 0 0 10px; }
 .empty p:last-child { margin: 0; }
 .name { unicode-bidi: isolate; overflow-wrap: anywhere; }
@@ -19069,7 +19076,8 @@ label.field { display: block; }
 label.field > span, .field > .label { display: block; font-size: 12.5px; font-weight: 550; color: var(--soft); margin-bottom: 3px; }
 label.field > input, label.field > select, label.field > textarea { width: 100%; }
 label.check { display: flex; align-items: center; gap: 8px; }
-.hint { color: var(--soft); font-size: 12.5px; }
+.hint, label.field > .hint { color: var(--soft); font-size: 12.5px; font-weight: 400; margin: 2px 0 0; }
+p.hint:empty { display: none; }
 .wrong, label.field > .wrong { color: var(--bad); font-size: 12.5px; font-weight: 400; margin: 3px 0 0; overflow-wrap: anywhere; }
 label.field > .wrong:empty { display: none; }
 input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
@@ -19107,7 +19115,7 @@ thead tr:first-child th:first-child { border-top-left-radius: 8px; }
 thead tr:first-child th:last-child { border-top-right-radius: 8px; }
 tbody tr:hover td { background: var(--raised); }
 td.num, th.num { text-align: right; }
-td.wide { white-space: normal; min-width: 160px; max-width: 420px; overflow-wrap: anywhere; }
+td.wide { white-space: normal; min-width: 104px; max-width: 420px; overflow-wrap: anywhere; }
 .two { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
 td.acts { text-align: right; }
 td.acts button + button { margin-left: 4px; }
@@ -19139,7 +19147,8 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 /* ---- a run ---- */
 .run-head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: flex-start; }
 .run-head > .what { flex: 1 1 320px; min-width: 0; }
-.run-head .badges { display: inline-flex; flex-wrap: wrap; gap: 6px; margin-left: 8px; vertical-align: 3px; }
+.run-head .badges { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 5px 0 6px; }
+.labelled { display: inline-flex; align-items: center; gap: 6px; font-size: 13px; }
 .facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
 .facts b { font-weight: 550; color: var(--text); }
 .time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
@@ -19175,6 +19184,7 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
 .tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
 .tabpanel { margin-top: 10px; }
+.tabpanel td.wide { min-width: 160px; }
 .tabpanel .bar { margin-bottom: 8px; }
 .trends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-bottom: 10px; }
 .trend { padding: 8px 14px 6px; }
@@ -19185,13 +19195,34 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
 .pairs dt { color: var(--soft); max-width: 180px; overflow-wrap: anywhere; } .pairs dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 
+.gap { margin-top: 16px; }
+.strong { font-weight: 600; }
+.lead { margin: 0 0 8px; }
+.note ul { display: grid; gap: 2px; }
+ul.note { padding-left: 30px; }
+td.bar-cell { width: 150px; padding-left: 0; padding-right: 0; }
+.change-bar { display: block; position: relative; width: 140px; height: 8px; border-radius: 4px; background: var(--calm-wash); }
+.change-bar::after { content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; width: 1px; background: var(--line-strong); }
+.change-bar i { position: absolute; top: 0; bottom: 0; border-radius: 2px; background: var(--calm); }
+.change-bar i.bad { background: var(--bad); } .change-bar i.good { background: var(--good); } .change-bar i.warn { background: var(--warn); }
+td.title { font-weight: 600; }
+details.more > summary { cursor: pointer; } details.more > div { color: var(--soft); }
+
 /* ---- dialogs, sign-in, toasts ---- */
-dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text); padding: 0; width: min(520px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3); }
+dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text); padding: 0; width: min(600px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3); }
 dialog::backdrop { background: var(--shade); }
 dialog form { padding: 18px 20px; display: grid; gap: 12px; }
 dialog h2 { font-size: 16px; overflow-wrap: anywhere; }
 dialog p { margin: 0; overflow-wrap: anywhere; }
 dialog .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; }
+dialog h3 { font-size: 14px; margin: 6px 0 0; border-top: 1px solid var(--line); padding-top: 12px; }
+dialog .two-columns { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }
+dialog form > details { border: 1px solid var(--line); border-radius: 6px; }
+dialog form > details > summary { cursor: pointer; padding: 6px 10px; font-weight: 550; font-size: 13px; }
+dialog form > details > .inside { display: grid; gap: 12px; padding: 4px 10px 12px; }
+.stages { display: grid; gap: 6px; margin-bottom: 8px; }
+.stage { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; }
+.stage input { width: 72px; }
 dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4px; }
 .sign-in { max-width: 400px; margin: 12vh auto 0; padding: 24px; display: grid; gap: 14px; }
 .sign-in p { margin: 0; }
@@ -19200,6 +19231,42 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 .toast.bad { border-left-color: var(--bad); }
 .toast span { flex: 1; min-width: 0; }
 
+@media (min-width: 901px) { td.again { color: transparent; } }
+@media (max-width: 900px) {
+  /* Rows as cards: the first cell is the title, each other one carries its column's name. */
+  .scroll:has(> table.cards) { background: none; border: 0; box-shadow: none; overflow: visible; }
+  table.cards, table.cards tbody { display: block; }
+  table.cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table.cards tr {
+    display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 6px 14px; align-items: start;
+    background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin-bottom: 8px;
+  }
+  table.cards td {
+    display: block; padding: 0; border: 0; text-align: left; white-space: normal; min-width: 0; max-width: none;
+    width: auto; overflow-wrap: anywhere;
+  }
+  table.cards tbody tr:hover td { background: none; }
+  table.cards td[data-label]:not([data-label=""])::before {
+    content: attr(data-label); display: block; color: var(--soft); font: 400 12px/1.4 system-ui, sans-serif;
+  }
+  table.cards tr > td:first-child { grid-column: 1 / -1; font-weight: 600; font-size: 15px; }
+  table.cards tr > td[data-label]:first-child::before { display: none; }
+  table.cards td.acts { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: 6px; align-items: center; }
+  table.cards td.acts > span { display: contents; }
+  table.cards td.acts:empty { display: none; }
+  td.acts button + button { margin-left: 0; }
+  .runs table.cards td:nth-child(3), .runs table.cards td:nth-child(11), .schedules table.cards td:nth-child(3) { grid-column: span 2; }
+  .comparison table.cards tr {
+    grid-template-columns: 1.5fr .85fr .8fr .8fr .8fr .9fr 1.7fr; padding: 6px 12px; margin-bottom: 4px; align-items: center;
+  }
+  .comparison table.cards tr > td:first-child { grid-column: auto; font-size: 14px; }
+  .comparison table.cards td:last-child::before { display: none !important; }
+  .comparison .change-bar { width: 100%; }
+}
+@media (min-width: 641px) and (max-width: 900px) {
+  .runs table.cards tr > td:first-child, .schedules table.cards tr > td:first-child { grid-column: 1 / -4; }
+  .runs table.cards td.acts, .schedules table.cards td.acts { grid-column: -4 / -1; grid-row: 1; justify-content: end; }
+}
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
   #top { padding: 8px 10px; flex-wrap: wrap; } #top .who { display: none; } .live { font-size: 0; gap: 0; }
@@ -19207,12 +19274,16 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
   .tiles { grid-template-columns: repeat(3, 1fr); }
   .bar input[type=search] { width: 100%; } .bar { width: 100%; } .bar select { flex: 1 1 28%; }
   dialog .three { grid-template-columns: 1fr 1fr; }
+  dialog .two-columns { grid-template-columns: 1fr; }
   th, td { padding: 6px 9px; }
   .chart .legend { margin-left: 0; }
+  .runs table.cards tr, .comparison table.cards tr { grid-template-columns: 1fr 1fr 1fr; }
+  .comparison table.cards tr > td:first-child, .comparison table.cards td:last-child { grid-column: span 2; }
+  .comparison table.cards td:nth-child(2)::before { display: none !important; }
 }
 """
 
-PAGE_JS = r"""
+PAGE_TOOLS_JS = r"""
 "use strict";
 
 // ---- elements: text only ever goes in as text ----
@@ -19271,7 +19342,8 @@ const millis = (value) => (isNumber(value) ? formats[value < 10 && value % 1 ? 1
 const percent = (value) =>
   isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2 : 0].format(value)) + "%" : NONE;
 
-const signedPercent = (share) => (share >= 0 ? "+" : "\u2212") + formats[1].format(Math.abs(share) * 100) + "%";
+const signed = (value, digits) => (value >= 0 ? "+" : "\u2212") + formats[digits].format(Math.abs(value));
+const signedPercent = (share) => signed(share * 100, 1) + "%";
 
 /** Seconds as 1:02:03 or 2:03. */
 function clock(seconds) {
@@ -19315,13 +19387,35 @@ let clockSkew = 0; // ms that the server's clock is ahead of ours
 const now = () => Date.now() + clockSkew;
 const at = (text) => (text ? Date.parse(text) : NaN); // epoch ms
 
-const dayFormat = new Intl.DateTimeFormat("en-GB", {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit"});
-const hourFormat = new Intl.DateTimeFormat("en-GB", {hour: "2-digit", minute: "2-digit", second: "2-digit"});
+const timeParts = {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit"};
+const timeFormat = new Intl.DateTimeFormat("en-GB", timeParts);
+const yearFormat = new Intl.DateTimeFormat("en-GB", {...timeParts, year: "numeric"});
+const zoneFormat = new Intl.DateTimeFormat("en-GB", {...timeParts, year: "numeric", timeZoneName: "short"});
+/** The browser's time zone, for the heads of columns. */
+const ZONE = zoneFormat.formatToParts(new Date()).find((part) => part.type === "timeZoneName").value;
+
+/** A time with its date, in the browser's zone: 25 Nov, 03:11:38; of another year with the year. */
 function moment(text) {
   const when = new Date(at(text));
   if (isNaN(when)) return NONE;
-  const today = new Date(now());
-  return when.toDateString() === today.toDateString() ? hourFormat.format(when) : dayFormat.format(when);
+  return (when.getFullYear() === new Date(now()).getFullYear() ? timeFormat : yearFormat).format(when);
+}
+
+/** The same where no head of a column names the zone: 25 Nov 2026, 03:11:38 UTC. */
+function zonedMoment(text) {
+  const when = new Date(at(text));
+  return isNaN(when) ? NONE : zoneFormat.format(when);
+}
+
+/** When a schedule fires, in the schedule's own zone: Thu 26 Nov 2026, 02:00 CET. */
+function scheduledTime(text, timeZone) {
+  const parts = {weekday: "short", day: "numeric", month: "short", year: "numeric"};
+  const format = {...parts, hour: "2-digit", minute: "2-digit", timeZoneName: "short", timeZone};
+  try {
+    return new Intl.DateTimeFormat("en-GB", format).format(new Date(text));
+  } catch (error) {
+    return zonedMoment(text); // a zone that this browser does not know
+  }
 }
 
 // ---- the API ----
@@ -19492,11 +19586,51 @@ function showStatus(badge, run) {
   setClass(badge, "badge " + (STATUS_CLASS[run.status] || ""));
 }
 
+const capital = (word) => word[0].toUpperCase() + word.slice(1);
+
+/** Did it pass? Of the thresholds and the comparison; the status only says how the run ended. */
 function showVerdict(badge, run) {
   badge.hidden = !run.verdict;
-  setText(badge, run.verdict ? run.verdict[0].toUpperCase() + run.verdict.slice(1) : "");
+  setText(badge, run.verdict ? capital(run.verdict) : "");
   setClass(badge, "badge " + (run.verdict === "passed" ? "good" : run.verdict === "failed" ? "bad" : ""));
 }
+
+/** May the numbers be relied on? alsoGood: say it too when they may. */
+function showTrust(badge, run, alsoGood) {
+  const isGood = run.trust === "ok";
+  badge.hidden = !run.trust || (isGood && !alsoGood);
+  setText(badge, isGood ? "Reliable" : run.trust === "doubtful" ? "Unreliable" : run.trust || "");
+  setClass(badge, "badge " + (isGood ? "good" : "warn"));
+  badge.title = (run.trustReasons || []).join("; ");
+}
+
+/** A badge beside the word that says what it is about. */
+const labelled = (label, badge) => h("span", {class: "labelled"}, h("span", {class: "soft"}, label + " "), badge);
+
+// ---- the load of a run: what was asked for, and what it was changed to ----
+
+/** Users as asked for and as changed: 20 \u2192 40. */
+function usersText(run) {
+  const users = [run.targetUsers, ...(run.usersChanges || []).map((change) => change.targetUsers)].map(count);
+  return (users.length > 4 ? [users[0], "\u2026", users.at(-1)] : users).join(" \u2192 ");
+}
+
+const perSecond = (value) => rate(value).replace(/\.0+$/, "") + "/s";
+
+/** A change of the users: 40 users at 10/s after 0:08, by api. */
+function changeText(run, change) {
+  const after = clock((at(change.at) - at(run.startedAt || run.createdAt)) / 1000);
+  return count(change.targetUsers) + " users at " + perSecond(change.spawnRate) + " after " + after + ", by " + change.by;
+}
+
+/** The most users of the samples: a final reading is taken when they are gone. */
+function peakUsers(points) {
+  const known = points.map((point) => point.currentUsers).filter(isNumber);
+  return known.length ? known.reduce((most, users) => Math.max(most, users), 0) : null;
+}
+
+/** Did the run ever make load? Without a start there is nothing to chart. */
+const hasBegun = (run) => Boolean(run.startedAt || run.lastMetrics);
 
 /** Seconds since the start (until the end), of how many; NaN when unknown. */
 function timing(run) {
@@ -19524,51 +19658,56 @@ function meter(label) {
     },
   };
 }
+"""
 
+PAGE_FORMS_JS = r"""
 // ---- dialogs ----
+
+/**
+ * Open a dialog with a form in it; it goes when it is closed. submit(dialog) is called when the form is sent.
+ * kind "danger": Enter alone cancels.
+ */
+function openDialog(title, body, button, submit, {kind = "", id = null, checked = true} = {}) {
+  const isDanger = kind === "danger";
+  const send = h("button", {class: "primary " + kind, autofocus: !isDanger}, button);
+  const cancel = h("button", {type: "button", autofocus: isDanger, onclick: () => dialog.close("")}, "Cancel");
+  const onsubmit = async (event) => {
+    event.preventDefault();
+    send.disabled = true;
+    await submit(dialog);
+    send.disabled = false;
+  };
+  const ends = h("div", {class: "ends"}, cancel, send);
+  const form = h("form", {novalidate: !checked, onsubmit}, h("h2", {id: "dialog-title"}, title), body, ends);
+  const dialog = h("dialog", {"aria-labelledby": "dialog-title", id}, form);
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
 
 /** Ask before a dangerous act; resolves to true when it is confirmed. */
 function confirmed(title, text, button, kind) {
   return new Promise((resolve) => {
-    const dialog = h(
-      "dialog",
-      {"aria-labelledby": "dialog-title"},
-      h(
-        "form",
-        {
-          onsubmit: (event) => {
-            event.preventDefault();
-            dialog.close("yes");
-          },
-        },
-        h("h2", {id: "dialog-title"}, title),
-        h("p", {class: "soft"}, text),
-        h(
-          "div",
-          {class: "ends"},
-          h("button", {type: "button", autofocus: kind === "danger", onclick: () => dialog.close("")}, "Cancel"),
-          h("button", {class: "primary " + (kind || ""), autofocus: kind !== "danger"}, button),
-        ),
-      ),
-    );
-    dialog.addEventListener("close", () => {
-      dialog.remove();
-      resolve(dialog.returnValue === "yes");
-    });
-    document.body.append(dialog);
-    dialog.showModal();
+    const dialog = openDialog(title, h("p", {class: "soft"}, text), button, (one) => one.close("yes"), {kind});
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"));
   });
 }
 
+// ---- acts on runs ----
+
 const runWords = (run) => "\u201c" + run.scenarioId + "\u201d (" + run.tenantId + " / " + run.envId + ")";
+const openRun = (id) => (location.hash = "#/runs/" + encodeURIComponent(id));
 
 async function stopRun(run) {
-  if (!(await confirmed("Stop this test?", runWords(run) + " ends now; its numbers so far are kept.", "Stop test", "danger"))) return;
+  const text = runWords(run) + " ends now; its numbers so far are kept.";
+  if (!(await confirmed("Stop this test?", text, "Stop test", "danger"))) return;
   if (await attempt(() => api("POST", runPath(run.id, "/stop")))) toast("Stopped.");
 }
 
 async function stopAll() {
-  if (!(await confirmed("Stop all tests?", "Every running, starting and waiting test that you may touch ends now.", "Stop all tests", "danger"))) return;
+  const text = "Every running, starting and waiting test that you may touch ends now.";
+  if (!(await confirmed("Stop all tests?", text, "Stop all tests", "danger"))) return;
   const answer = await attempt(() => api("POST", "/v1/stop-all", {}));
   if (!answer) return;
   const {stopped, failed} = answer.data;
@@ -19576,247 +19715,456 @@ async function stopAll() {
   else toast(stopped.length ? stopped.length + " stopped." : "Nothing was running.");
 }
 
-/** Ask for what a protected environment needs, and start again with it. */
-async function startConfirmed(path, body, envId) {
+/** Call with a body; where a protected environment asks for it, confirm and call again with confirm: envId. */
+async function callConfirmed(method, path, body, envId, add = (one) => ({...one, confirm: envId})) {
   try {
-    return await api("POST", path, body);
+    return await api(method, path, body);
   } catch (error) {
-    if (!(error instanceof ApiError && error.body.fields && error.body.fields.confirm)) throw error;
-    if (!(await confirmed("\u201c" + envId + "\u201d is protected", "This test loads a protected environment. Is that meant?", "Load " + envId, "danger"))) throw error;
-    return api("POST", path, {...body, confirm: envId});
+    const wrong = (error instanceof ApiError && error.body.fields) || {};
+    if (!wrong.confirm && !wrong["test.confirm"]) throw error;
+    const text = "This test loads a protected environment. Is that meant?";
+    const title = "\u201c" + envId + "\u201d is protected";
+    if (!(await confirmed(title, text, "Load " + envId, "danger"))) throw error;
+    return api(method, path, add(body));
   }
 }
 
 async function rerun(run) {
-  if (
-    !(await confirmed(
-      "Start the same test again?",
-      runWords(run) + " with " + count(run.targetUsers) + " users. It waits in the queue if the cluster is busy.",
-      "Start test",
-    ))
-  )
-    return;
-  const answer = await attempt(() => startConfirmed(runPath(run.id, "/rerun"), {queue: true}, run.envId));
-  if (answer) location.hash = "#/runs/" + encodeURIComponent(answer.data.id);
+  const users = count(run.targetUsers) + " users";
+  const text = runWords(run) + " with " + users + ". It waits in the queue if the cluster is busy.";
+  if (!(await confirmed("Start the same test again?", text, "Start test"))) return;
+  const answer = await attempt(() => callConfirmed("POST", runPath(run.id, "/rerun"), {queue: true}, run.envId));
+  if (answer) openRun(answer.data.id);
 }
 
 async function deleteRun(run) {
-  if (
-    !(await confirmed(
-      "Delete this run?",
-      runWords(run) + " of " + moment(run.createdAt) + " and all its numbers are removed for good.",
-      "Delete run",
-      "danger",
-    ))
-  )
-    return;
+  const text = runWords(run) + " of " + zonedMoment(run.createdAt) + " and all its numbers are removed for good.";
+  if (!(await confirmed("Delete this run?", text, "Delete run", "danger"))) return;
   if (await attempt(() => api("DELETE", runPath(run.id)))) {
     toast("Deleted.");
     if (location.hash.startsWith("#/runs/")) location.hash = "#/";
   }
 }
 
-async function annotate(run) {
+function annotate(run) {
   const text = h("input", {required: true, maxlength: 200, autofocus: true, placeholder: "deployed version 2.1"});
-  const dialog = h(
-    "dialog",
-    {"aria-labelledby": "dialog-title"},
-    h(
-      "form",
-      {
-        onsubmit: async (event) => {
-          event.preventDefault();
-          if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
-        },
-      },
-      h("h2", {id: "dialog-title"}, "Mark this moment"),
-      h("label", {class: "field"}, h("span", {}, "What happened"), text),
-      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Mark")),
-    ),
-  );
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+  const body = h("label", {class: "field"}, h("span", {}, "What happened"), text);
+  openDialog("Mark this point in time", body, "Mark", async (dialog) => {
+    if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
+  });
 }
 
-async function changeUsers(run) {
+function changeUsers(run) {
   const last = (run.usersChanges || []).at(-1) || run;
-  const users = h("input", {required: true, inputmode: "numeric", value: last.targetUsers, autocomplete: "off", autofocus: true, id: "new-users"});
-  const perSecond = h("input", {required: true, inputmode: "decimal", value: last.spawnRate, autocomplete: "off"});
-  const dialog = h(
-    "dialog",
-    {"aria-labelledby": "dialog-title"},
-    h(
-      "form",
-      {
-        onsubmit: async (event) => {
-          event.preventDefault();
-          const body = {targetUsers: Number(users.value), spawnRate: Number(perSecond.value)};
-          if (await attempt(() => api("POST", runPath(run.id, "/users"), body))) dialog.close();
-        },
-      },
-      h("h2", {id: "dialog-title"}, "Change the users"),
-      h("div", {class: "three"}, h("label", {class: "field"}, h("span", {}, "Users"), users), h("label", {class: "field"}, h("span", {}, "Started per s"), perSecond)),
-      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), h("button", {class: "primary"}, "Change")),
-    ),
-  );
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
+  const common = {required: true, autocomplete: "off"};
+  const users = h("input", {...common, inputmode: "numeric", value: last.targetUsers, autofocus: true, id: "new-users"});
+  const started = h("input", {...common, inputmode: "decimal", value: last.spawnRate});
+  const field = (label, input) => h("label", {class: "field"}, h("span", {}, label), input);
+  const fields = h("div", {class: "three"}, field("Users", users), field("Started per s", started));
+  openDialog("Change the users", fields, "Change", async (dialog) => {
+    const body = {targetUsers: Number(users.value), spawnRate: Number(started.value)};
+    if (await attempt(() => api("POST", runPath(run.id, "/users"), body))) dialog.close();
+  });
 }
 
-/** Lines of key=value as an object; throws for a line without =. */
-function parseMetadata(text) {
-  const metadata = {};
-  for (const line of text
-    .split("\n")
-    .map((one) => one.trim())
-    .filter(Boolean)) {
+// ---- what people type, as JSON; and back ----
+
+const linesOf = (text) => text.split("\n").map((one) => one.trim()).filter(Boolean);
+const wordsOf = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
+const plainText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+
+/** Lines of key=value as an object, undefined for none; throws for a line without =. */
+function parsePairs(text) {
+  const pairs = {};
+  for (const line of linesOf(text)) {
     const sign = line.indexOf("=");
     if (sign < 1) throw new Error("each line is key=value; this one is not: " + line);
-    metadata[line.slice(0, sign).trim()] = line.slice(sign + 1).trim();
+    pairs[line.slice(0, sign).trim()] = line.slice(sign + 1).trim();
   }
-  return Object.keys(metadata).length ? metadata : undefined;
+  return Object.keys(pairs).length ? pairs : undefined;
+}
+
+const pairsText = (pairs) => Object.entries(pairs || {}).map(([key, value]) => key + "=" + plainText(value)).join("\n");
+
+/** One threshold a line, as its sentence; {"metric": ...} on a line is the long form. */
+function parseThresholds(text) {
+  const found = linesOf(text).map((line) => (line.startsWith("{") ? JSON.parse(line) : line));
+  return found.length ? found : undefined;
+}
+
+/** Users, users/s and duration of texts: {load, problems} by the names of a create. */
+function parseLoad(texts, isDurationNeeded) {
+  const load = {targetUsers: Number(texts.targetUsers), spawnRate: Number(texts.spawnRate)},
+    problems = {};
+  if (!Number.isInteger(load.targetUsers) || load.targetUsers < 1) problems.targetUsers = "a whole number from 1";
+  if (!(load.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
+  if (texts.durationSeconds.trim() || isDurationNeeded) load.durationSeconds = parseSpan(texts.durationSeconds);
+  if ("durationSeconds" in load && !(load.durationSeconds >= 1)) {
+    const open = isDurationNeeded ? "" : "; empty: until it is stopped";
+    problems.durationSeconds = "like 90s, 5m or 1h30m" + open;
+  }
+  return {load, problems};
+}
+
+// ---- forms ----
+
+/** Fields by name, each with its label and a place for what is wrong with it. */
+class Fields {
+  constructor(inputs) {
+    this.inputs = inputs;
+    this.slots = {};
+    for (const [name, input] of Object.entries(inputs)) input.setAttribute("name", name);
+  }
+  row(name, label, hint) {
+    this.slots[name] = h("span", {class: "wrong"});
+    const tag = this.inputs[name].matches("input, select, textarea") ? "label" : "div";
+    const about = hint ? h("span", {class: "hint"}, hint) : null;
+    return h(tag, {class: "field"}, h("span", {}, label), this.inputs[name], about, this.slots[name]);
+  }
+  /** Show what is wrong by field; returns the sentences about fields that are not here. */
+  showProblems(problems) {
+    const rest = {...problems};
+    for (const [name, slot] of Object.entries(this.slots)) {
+      const why = problems[name] || "";
+      delete rest[name];
+      setText(slot, why);
+      if (!why) this.inputs[name].removeAttribute("aria-invalid");
+      else this.inputs[name].setAttribute("aria-invalid", "true");
+      const folded = why && slot.closest("details");
+      if (folded) folded.open = true;
+    }
+    return Object.entries(rest).map(([name, why]) => name + ": " + why);
+  }
+}
+
+/** Rows of users, users/s and duration, for a load in stages. */
+class StageRows {
+  constructor(stages) {
+    this.rows = h("div", {class: "stages"});
+    this.box = h("div", {}, this.rows, h("button", {type: "button", class: "small", onclick: () => this.add()}, "Add a stage"));
+    for (const stage of stages) this.add(stage);
+  }
+  add(stage) {
+    const last = this.values().at(-1) || {targetUsers: 10, spawnRate: 1, durationSeconds: "1m"};
+    const values = stage ? {...stage, durationSeconds: span(stage.durationSeconds)} : last;
+    const input = (name, label) =>
+      h("input", {"data-name": name, "aria-label": label, value: values[name], autocomplete: "off", size: 6});
+    const remove = h("button", {type: "button", class: "small plain", "aria-label": "Remove the stage"}, "\u00d7");
+    const inputs = [input("targetUsers", "Users"), input("spawnRate", "Started per s"), input("durationSeconds", "Duration")];
+    const row = h("div", {class: "stage"}, inputs[0], " users at ", inputs[1], "/s for ", inputs[2], remove);
+    remove.addEventListener("click", () => row.remove());
+    this.rows.append(row);
+  }
+  values() {
+    const inputsOf = (row) => [...row.querySelectorAll("input")].map((one) => [one.dataset.name, one.value]);
+    return [...this.rows.children].map((row) => Object.fromEntries(inputsOf(row)));
+  }
+  /** The stages as JSON; throws with the stage that is wrong. */
+  read() {
+    if (!this.rows.children.length) throw new Error("at least one stage");
+    return this.values().map((texts, index) => {
+      const {load, problems} = parseLoad(texts, true);
+      for (const why of Object.values(problems)) throw new Error("stage " + (index + 1) + ": " + why);
+      return load;
+    });
+  }
+}
+
+const LIST_FIELDS = ["userClasses", "tags", "excludeTags"];
+const PAIR_FIELDS = ["metadata", "options"];
+
+/** The fields of a create, for a start and for a schedule. given: the body to begin with. */
+class TestForm extends Fields {
+  /** A form with what the server knows of clusters, scenarios and the last run. */
+  static async load(given) {
+    const asked = ["/v1/clusters", "/v1/tests?brief=true&limit=100", "/v1/scenarios"];
+    const known = await Promise.all(asked.map((path) => get(path).catch(() => [])));
+    return new TestForm(given, ...known);
+  }
+
+  constructor(given, clusters, recent, known) {
+    const last = given || recent[0] || {};
+    const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
+    const isNew = (one) => one.tenantId === last.tenantId && one.envId === last.envId;
+    if (given && !places.some(isNew)) places.push({tenantId: given.tenantId, envId: given.envId});
+    const start = given || {targetUsers: last.targetUsers || 10, spawnRate: last.spawnRate || 1, durationSeconds: 300};
+    const text = (name, more) => h("input", {autocomplete: "off", spellcheck: "false", value: start[name], ...more});
+    const list = (name, hint) => text(name, {value: (start[name] || []).join(", "), placeholder: hint});
+    const area = (value, hint) => h("textarea", {rows: 2, placeholder: hint, spellcheck: "false"}, value);
+    const choice = (pairs, chosen) =>
+      h("select", {}, pairs.map(([value, label]) => h("option", {value, selected: value === chosen}, label)));
+    const stages = new StageRows(start.stages || []);
+    super({
+      place: choice(places.map((one, index) => [index, one.tenantId + " / " + one.envId]), given && places.findIndex(isNew)),
+      scenarioId: text("scenarioId", {list: "scenarios", maxlength: 256, placeholder: "checkout"}),
+      profile: choice([["constant", "Constant users"], ["stages", "In stages"]], start.stages ? "stages" : "constant"),
+      targetUsers: text("targetUsers", {inputmode: "numeric"}),
+      spawnRate: text("spawnRate", {inputmode: "decimal"}),
+      durationSeconds: text("durationSeconds", {value: start.durationSeconds && span(start.durationSeconds), placeholder: "until stopped"}),
+      stages: stages.box,
+      thresholds: area((start.thresholds || []).map(plainText).join("\n"), "p95ResponseMs < 500\nerrorRate < 1"),
+      compareWith: choice([["", "Nothing"], ["baseline", "The baseline"], ["previous", "The run before"]], start.compareWith || ""),
+      userClasses: list("userClasses", "all"),
+      tags: list("tags", "all"),
+      excludeTags: list("excludeTags", "none"),
+      host: text("host", {type: "url", placeholder: "the cluster's own"}),
+      metadata: area(pairsText(start.metadata), "version=2.1"),
+      options: area(pairsText(start.options), "think-time=2"),
+    });
+    Object.assign(this, {given, places, known, stages, start});
+    this.scenarios = known.length ? known.map((one) => one.id) : [...new Set(recent.map((run) => run.scenarioId))];
+    this.first = Object.fromEntries(PAIR_FIELDS.map((name) => [name, this.inputs[name].value]));
+    this.hasOwnLoad = Boolean(given && (given.targetUsers || given.stages));
+    this.box = this.build();
+    this.showProfile();
+    if (given) this.fill();
+  }
+
+  build() {
+    const {scenarioId, profile} = this.inputs;
+    this.about = h("p", {class: "hint", id: "scenario-about"});
+    scenarioId.addEventListener("input", () => this.fill());
+    profile.addEventListener("change", () => this.showProfile());
+    const row = (...all) => this.row(...all);
+    const none = "There is no cluster you may use: the configuration's locustClusters names them.";
+    this.constant = h("div", {class: "three load"}, row("targetUsers", "Users"), row("spawnRate", "Users started per s"), row("durationSeconds", "Duration"));
+    this.staged = row("stages", "Stages, one after the other");
+    const folded = (title, names, ...inside) =>
+      h("details", {open: names.some((name) => this.given && this.given[name])}, h("summary", {}, title), h("div", {class: "inside"}, inside));
+    return [
+      this.places.length ? null : h("p", {class: "note warn"}, none),
+      row("place", "Tenant / environment"),
+      row("scenarioId", "Scenario"),
+      h("datalist", {id: "scenarios"}, this.scenarios.map((name) => h("option", {value: name}))),
+      this.about,
+      row("profile", "Load"),
+      this.constant,
+      this.staged,
+      folded("Thresholds and comparison", ["thresholds", "compareWith"],
+        row("thresholds", "Thresholds, one on each line", "The verdict is failed when one does not hold at the end."),
+        row("compareWith", "Compare with")),
+      folded("What is run, and against what", [...LIST_FIELDS, "host", "options"],
+        h("div", {class: "three"}, row("userClasses", "User classes"), row("tags", "Tags"), row("excludeTags", "Tags left out")),
+        row("host", "Target system"),
+        row("options", "Custom options of the locustfile, key=value on each line")),
+      folded("Metadata", ["metadata"], row("metadata", "Metadata, key=value on each line")),
+    ];
+  }
+
+  get scenario() {
+    return this.known.find((one) => one.id === this.inputs.scenarioId.value.trim());
+  }
+
+  /** Put in what the chosen scenario of the configuration gives; its stages stand for the three numbers. */
+  fill() {
+    const {inputs, scenario} = this,
+      {stages = [], thresholds = []} = scenario || {};
+    const facts = [scenario && scenario.description, stages.length ? stages.length + " stages" : ""];
+    setText(this.about, facts.filter(Boolean).join("; "));
+    for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) {
+      const value = !stages.length && scenario && scenario[name];
+      if (value && !(this.hasOwnLoad && inputs[name].value)) inputs[name].value = name === "durationSeconds" ? span(value) : value;
+    }
+    const own = [...inputs.profile.options].find((option) => option.value === "scenario");
+    if (stages.length && !own) inputs.profile.prepend(h("option", {value: "scenario"}, "The stages of the scenario"));
+    if (!stages.length && own) own.remove();
+    if (stages.length && !this.hasOwnLoad) inputs.profile.value = "scenario";
+    inputs.thresholds.placeholder = thresholds.join("\n") || "p95ResponseMs < 500\nerrorRate < 1";
+    inputs.host.placeholder = (scenario && scenario.host) || "the cluster's own";
+    this.showProfile();
+  }
+
+  showProfile() {
+    const profile = this.inputs.profile.value;
+    this.constant.hidden = profile !== "constant";
+    this.staged.hidden = profile !== "stages";
+    for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) this.inputs[name].disabled = profile !== "constant";
+    if (profile === "stages" && !this.stages.values().length) this.stages.add();
+  }
+
+  /** The body of a create as it was typed, and what is wrong with it by field. */
+  read() {
+    const {inputs} = this,
+      problems = {},
+      place = this.places[inputs.place.value] || {};
+    const body = {...this.given, tenantId: place.tenantId, envId: place.envId, scenarioId: inputs.scenarioId.value.trim()};
+    const set = (name, work) => {
+      try {
+        body[name] = work();
+      } catch (error) {
+        problems[name] = error instanceof SyntaxError ? "this line is no JSON: " + error.message : error.message;
+      }
+      if (body[name] === undefined || body[name] === "") delete body[name];
+    };
+    const listOf = (text) => (wordsOf(text).length ? wordsOf(text) : undefined);
+    for (const name of ["host", "compareWith"]) set(name, () => inputs[name].value.trim());
+    for (const name of LIST_FIELDS) set(name, () => listOf(inputs[name].value));
+    for (const name of PAIR_FIELDS) {
+      const isChanged = inputs[name].value !== this.first[name]; // else numbers and lists stay what they are
+      set(name, () => (isChanged ? parsePairs(inputs[name].value) : this.start[name]));
+    }
+    set("thresholds", () => parseThresholds(inputs.thresholds.value));
+    for (const name of ["targetUsers", "spawnRate", "durationSeconds", "stages"]) delete body[name];
+    if (inputs.profile.value === "stages") set("stages", () => this.stages.read());
+    if (inputs.profile.value === "constant") {
+      const texts = (name) => [name, inputs[name].value];
+      const {load, problems: wrong} = parseLoad(Object.fromEntries(["targetUsers", "spawnRate", "durationSeconds"].map(texts)));
+      Object.assign(body, load);
+      Object.assign(problems, wrong);
+    }
+    return {body, problems};
+  }
+}
+
+/**
+ * Send a form: what is wrong is shown at its fields, the first of them gets the focus.
+ * check() gives the problems found here, send() calls the server; true when it was taken.
+ */
+async function sendForm(dialog, forms, alertBox, problems, send) {
+  const show = (wrong, message) => {
+    const rest = forms.flatMap(([form, prefix]) => {
+      const own = Object.entries(wrong).filter(([name]) => name.startsWith(prefix) && (prefix || !name.includes(".")));
+      return form.showProblems(Object.fromEntries(own.map(([name, why]) => [name.slice(prefix.length), why])));
+    });
+    setText(alertBox, [...rest, message].filter(Boolean).join("; "));
+    const bad = dialog.querySelector("[aria-invalid]");
+    if (bad) (bad.matches("div") ? bad.querySelector("input") || bad : bad).focus();
+  };
+  show(problems, "");
+  if (Object.keys(problems).length) return null;
+  try {
+    return await send();
+  } catch (error) {
+    const body = error.body || {};
+    show(body.fields || {}, body.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+    if (body.activeRunId) {
+      const link = {href: "#/runs/" + encodeURIComponent(body.activeRunId), onclick: () => dialog.close()};
+      alertBox.append(" ", h("a", link, "Open the run that has it"));
+    }
+    return null;
+  }
 }
 
 async function startDialog() {
-  const [clusters, recent, known] = await Promise.all(
-    [get("/v1/clusters"), get("/v1/tests?brief=true&limit=100"), get("/v1/scenarios")].map((answer) => answer.catch(() => [])),
-  );
-  const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
-  const scenarios = known.length ? known.map((one) => one.id) : [...new Set(recent.map((run) => run.scenarioId))];
-  const last = recent[0] || {};
-  const fields = {
-    place: h(
-      "select",
-      {required: true},
-      places.map((one, index) => h("option", {value: index}, one.tenantId + " / " + one.envId)),
-    ),
-    scenarioId: h("input", {required: true, list: "scenarios", maxlength: 256, autocomplete: "off", placeholder: "checkout"}),
-    targetUsers: h("input", {required: true, inputmode: "numeric", value: last.targetUsers || 10, autocomplete: "off"}),
-    spawnRate: h("input", {required: true, inputmode: "decimal", value: last.spawnRate || 1, autocomplete: "off"}),
-    durationSeconds: h("input", {placeholder: "5m", value: "5m", autocomplete: "off"}),
-    host: h("input", {type: "url", placeholder: "the cluster's own", autocomplete: "off", spellcheck: "false"}),
-    metadata: h("textarea", {rows: 2, placeholder: "version=2.1", spellcheck: "false"}),
-    queue: h("input", {type: "checkbox"}),
-  };
-  const about = h("p", {class: "hint", id: "scenario-about"});
-  /** What the chosen scenario of the configuration gives; its stages stand for the three numbers. */
-  function fill() {
-    const scenario = known.find((one) => one.id === fields.scenarioId.value.trim());
-    const stages = (scenario && scenario.stages) || [];
-    setText(about, !scenario ? "" : [scenario.description, stages.length ? stages.length + " stages" : ""].filter(Boolean).join("; "));
-    for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) {
-      fields[name].disabled = stages.length > 0;
-      if (stages.length) fields[name].value = "";
-      else if (scenario && scenario[name]) fields[name].value = name === "durationSeconds" ? scenario[name] + "s" : scenario[name];
-    }
-    fields.host.placeholder = (scenario && scenario.host) || "the cluster's own";
-  }
-  fields.scenarioId.addEventListener("input", fill);
+  const form = await TestForm.load();
+  const queue = h("input", {type: "checkbox"});
   const problem = h("div", {class: "wrong", role: "alert"});
-  const field = (name, label, hint) =>
-    h(
-      "label",
-      {class: "field"},
-      h("span", {}, label),
-      fields[name],
-      hint ? h("span", {class: "hint"}, hint) : null,
-      h("span", {class: "wrong", "data-for": name}),
-    );
-
-  function showProblems(problems, message) {
-    for (const slot of dialog.querySelectorAll("[data-for]")) {
-      const name = slot.getAttribute("data-for");
-      setText(slot, problems[name] || "");
-      if (problems[name]) fields[name].setAttribute("aria-invalid", "true");
-      else fields[name].removeAttribute("aria-invalid");
-    }
-    setText(problem, message || "");
-    const bad = dialog.querySelector("[aria-invalid]");
-    if (bad) bad.focus();
-  }
-
-  function read() {
-    const problems = {},
-      place = places[fields.place.value] || {},
-      length = fields.durationSeconds.value.trim();
-    const body = {
-      tenantId: place.tenantId,
-      envId: place.envId,
-      scenarioId: fields.scenarioId.value.trim(),
-    };
-    if (fields.host.value.trim()) body.host = fields.host.value.trim();
-    if (fields.queue.checked) body.queue = true;
-    try {
-      body.metadata = parseMetadata(fields.metadata.value);
-    } catch (error) {
-      problems.metadata = error.message;
-    }
-    if (fields.targetUsers.disabled) return {body, problems}; // the scenario's stages
-    body.targetUsers = Number(fields.targetUsers.value);
-    body.spawnRate = Number(fields.spawnRate.value);
-    if (!Number.isInteger(body.targetUsers) || body.targetUsers < 1) problems.targetUsers = "a whole number from 1";
-    if (!(body.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
-    if (length) body.durationSeconds = parseSpan(length);
-    if (length && !(body.durationSeconds >= 1)) problems.durationSeconds = "like 90s, 5m or 1h30m; empty: until it is stopped";
-    return {body, problems};
-  }
-
-  async function submit(event) {
-    event.preventDefault();
-    const {body, problems} = read();
-    showProblems(problems);
-    if (Object.keys(problems).length) return;
-    start.disabled = true;
-    try {
-      const {data} = await startConfirmed("/v1/tests", body, body.envId);
-      dialog.close();
-      location.hash = "#/runs/" + encodeURIComponent(data.id);
-    } catch (error) {
-      const body_ = error.body || {};
-      const shown = Object.keys(body_.fields || {}).every((name) => fields[name]);
-      showProblems(body_.fields || {}, body_.fields && shown ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
-      if (body_.activeRunId)
-        problem.append(
-          " ",
-          h("a", {href: "#/runs/" + encodeURIComponent(body_.activeRunId), onclick: () => dialog.close()}, "Open the run that has it"),
-        );
-    }
-    start.disabled = false;
-  }
-
-  const start = h("button", {class: "primary"}, "Start test");
-  const dialog = h(
-    "dialog",
-    {"aria-labelledby": "dialog-title", id: "start-dialog"},
-    h(
-      "form",
-      {novalidate: true, onsubmit: submit},
-      h("h2", {id: "dialog-title"}, "Start a test"),
-      places.length ? null : h("p", {class: "note warn"}, "There is no cluster you may use: the configuration's locustClusters names them."),
-      field("place", "Tenant / environment"),
-      field("scenarioId", "Scenario"),
-      h(
-        "datalist",
-        {id: "scenarios"},
-        scenarios.map((name) => h("option", {value: name})),
-      ),
-      about,
-      h("div", {class: "three"}, field("targetUsers", "Users"), field("spawnRate", "Users started per s"), field("durationSeconds", "Duration")),
-      field("host", "Target system"),
-      field("metadata", "Metadata, key=value on each line"),
-      h("label", {class: "check"}, fields.queue, "Wait in the queue if the cluster is busy"),
-      problem,
-      h("div", {class: "ends"}, h("button", {type: "button", onclick: () => dialog.close()}, "Cancel"), start),
-    ),
-  );
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
-  fields.scenarioId.focus();
+  const wait = h("label", {class: "check"}, queue, "Wait in the queue if the cluster is busy");
+  const submit = async (dialog) => {
+    const {body, problems} = form.read();
+    if (queue.checked) body.queue = true;
+    const answer = await sendForm(dialog, [[form, ""]], problem, problems, () => callConfirmed("POST", "/v1/tests", body, body.envId));
+    if (!answer) return;
+    dialog.close();
+    openRun(answer.data.id);
+  };
+  openDialog("Start a test", [...form.box, wait, problem], "Start test", submit, {id: "start-dialog", checked: false});
+  form.inputs.scenarioId.focus();
 }
 
+// ---- schedules ----
+
+const POLICIES = [
+  ["Forbid", "Leave this one out"],
+  ["Queue", "Wait until the other has ended"],
+  ["Replace", "Stop the other and start"],
+];
+const CRON_EXAMPLES = ["0 2 * * *", "0 2 * * mon-fri", "0 6 * * mon", "30 * * * *", "@hourly", "@daily", "@weekly", "@monthly"];
+const schedulePath = (id, rest) => "/v1/schedules/" + encodeURIComponent(id) + (rest || "");
+const scheduleName = (one) => one.description || one.test.scenarioId + " on " + one.tenantId + " / " + one.envId;
+
+/** A time as a field of the browser wants it: local, without a zone. */
+function localInput(text) {
+  const when = new Date(at(text));
+  return isNaN(when) ? "" : new Date(when - when.getTimezoneOffset() * 60000).toISOString().slice(0, 16);
+}
+
+function scheduleFields(given) {
+  const option = (value, label, chosen) => h("option", {value, selected: value === chosen}, label);
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone || "UTC";
+  return new Fields({
+    description: h("input", {value: given.description, maxlength: 200, autocomplete: "off", placeholder: "nightly checkout"}),
+    kind: h("select", {}, option("cron", "Repeatedly, by cron", ""), option("runAt", "Once", given.runAt && "runAt")),
+    cron: h("input", {value: given.cron || "", list: "crons", autocomplete: "off", spellcheck: "false", placeholder: "0 2 * * mon-fri"}),
+    timezone: h("input", {value: given.timezone || zone, list: "zones", autocomplete: "off", spellcheck: "false"}),
+    runAt: h("input", {type: "datetime-local", value: localInput(given.runAt)}),
+    concurrencyPolicy: h("select", {}, POLICIES.map(([value, label]) => option(value, label, given.concurrencyPolicy))),
+  });
+}
+
+/** Make a schedule, or change the given one. */
+async function scheduleDialog(given, done) {
+  const form = await TestForm.load(given && given.test);
+  const fields = scheduleFields(given || {}),
+    {inputs} = fields;
+  const zones = Intl.supportedValuesOf ? ["UTC", ...Intl.supportedValuesOf("timeZone")] : ["UTC"];
+  const list = (id, values) => h("datalist", {id}, values.map((value) => h("option", {value})));
+  const again = h("div", {class: "two-columns"}, fields.row("cron", "When, as cron", "minute hour day month weekday"), fields.row("timezone", "Time zone"));
+  const once = fields.row("runAt", "At, in this browser's zone (" + ZONE + ")");
+  const showKind = () => {
+    again.hidden = inputs.kind.value !== "cron";
+    once.hidden = !again.hidden;
+  };
+  inputs.kind.addEventListener("change", showKind);
+  showKind();
+  const coming = given && given.next.length ? "Next: " + given.next.map((one) => scheduledTime(one, given.timezone)).join("; ") : "";
+  const problem = h("div", {class: "wrong", role: "alert"});
+  const body = [
+    fields.row("description", "Name"),
+    fields.row("kind", "Start"),
+    again,
+    once,
+    list("crons", CRON_EXAMPLES),
+    list("zones", zones),
+    coming ? h("p", {class: "hint"}, coming) : null,
+    fields.row("concurrencyPolicy", "If another run of it is still running"),
+    h("h3", {}, "The test"),
+    form.box,
+    problem,
+  ];
+  const submit = async (dialog) => {
+    const {body: wanted, problems} = readSchedule(inputs, form, given);
+    const forms = [[fields, ""], [form, "test."]];
+    const confirm = (one) => ({...one, test: {...one.test, confirm: one.test.envId}});
+    const [method, path] = given ? ["PATCH", schedulePath(given.id)] : ["POST", "/v1/schedules"];
+    const send = () => callConfirmed(method, path, wanted, wanted.test.envId, confirm);
+    const answer = await sendForm(dialog, forms, problem, problems, send);
+    if (!answer) return;
+    const [next] = answer.data.next;
+    toast("Saved. " + (next ? "Next: " + scheduledTime(next, answer.data.timezone) + "." : "It does not start by itself now."));
+    dialog.close();
+    done();
+  };
+  openDialog(given ? "Change the schedule" : "New schedule", body, given ? "Save" : "Create schedule", submit, {id: "schedule-dialog", checked: false});
+}
+
+/** The body of a schedule as it was typed, and what is wrong with it by field. */
+function readSchedule(inputs, form, given) {
+  const {body: test, problems: wrong} = form.read();
+  const problems = Object.fromEntries(Object.entries(wrong).map(([name, why]) => ["test." + name, why]));
+  const body = {test, concurrencyPolicy: inputs.concurrencyPolicy.value};
+  if (inputs.description.value.trim() || given) body.description = inputs.description.value.trim();
+  if (inputs.kind.value === "cron") {
+    body.cron = inputs.cron.value.trim();
+    body.timezone = inputs.timezone.value.trim();
+    if (!body.cron) problems.cron = "five fields such as 0 2 * * mon-fri, or @daily";
+  } else {
+    const when = new Date(inputs.runAt.value);
+    if (isNaN(when)) problems.runAt = "a date and a time";
+    else body.runAt = when.toISOString();
+  }
+  return {body, problems};
+}
+
+async function deleteSchedule(one, done) {
+  const text = "\u201c" + scheduleName(one) + "\u201d starts no more runs; those it started stay.";
+  if (!(await confirmed("Delete this schedule?", text, "Delete schedule", "danger"))) return;
+  if (await attempt(() => api("DELETE", schedulePath(one.id)))) toast("Deleted.");
+  done();
+}
+"""
+
+PAGE_OVERVIEW_JS = r"""
 // ---- sign-in ----
 
 function showSignIn(message) {
@@ -19871,6 +20219,7 @@ function showTop() {
       ? [
           h("span", {class: "live on", id: "live"}, "Live"),
           h("span", {class: "space"}),
+          h("a", {class: "quiet", href: "docs", title: "Reference of the API, to try it"}, "API"),
           mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
           mayAct() ? h("button", {class: "danger", id: "stop-all", onclick: stopAll}, "Stop all") : null,
           h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
@@ -19886,12 +20235,16 @@ function scrollBox(label, table) {
   return h("div", {class: "scroll panel", tabindex: 0, role: "region", "aria-label": label}, table);
 }
 
-/** A table that is made anew when it changes. heads: [text, class]; rows: lists of [text or node, class]. */
+/**
+ * A table that is built again when it changes. heads: [text, class]; rows: lists of [text or node, class].
+ * On a narrow screen each row is a card, its first cell the title.
+ */
 function plainTable(label, heads, rows) {
-  const cell = ([content, kind]) => h("td", {class: kind || null}, content instanceof Node ? content : String(content));
+  const cell = ([content, kind], index) =>
+    h("td", {class: kind || null, "data-label": heads[index][0]}, content instanceof Node ? content : String(content));
   const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
   const body = rows.map((cells) => h("tr", {}, cells.map(cell)));
-  return scrollBox(label, h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
+  return scrollBox(label, h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
 
 /** Rows of a tbody kept by key, so that an update keeps focus and selection. */
@@ -19921,46 +20274,35 @@ class Rows {
 }
 
 const RUN_COLUMNS = [
-  ["Status"],
   ["Scenario"],
-  ["Tenant / environment"],
+  ["Status"],
+  ["Verdict"],
+  ["Environment"],
   ["Cluster"],
   ["Users", "num"],
   ["RPS", "num"],
   ["Failures", "num"],
   ["95%ile (ms)", "num"],
-  ["Time"],
-  ["Started"],
-  ["", "num"],
+  ["Time", "num"],
+  ["Started (" + ZONE + ")"],
 ];
 
 function runRow(first) {
   let run = first;
   const link = h("a", {href: "#/runs/" + encodeURIComponent(run.id), class: "name two"});
-  const badge = h("span", {class: "badge"}),
-    verdict = h("span", {class: "badge", hidden: true}),
-    bar = meter("Progress");
-  const cells = Array.from({length: 6}, () => h("td", {class: "num"}));
-  const time = h("div"),
-    started = h("td");
+  const [badge, verdict, trust] = [0, 1, 2].map(() => h("span", {class: "badge"}));
+  const [place, cluster, none] = ["", " soft", " soft"].map((kind) => h("span", {class: "name two" + kind}));
+  const [users, rps, failures, p95, time, started] = Array.from({length: 6}, () => h("span"));
+  const bar = meter("Progress");
   const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
-  const stop = act("Stop", stopRun),
-    again = act("Run again", rerun),
-    remove = act("Delete", deleteRun, "plain");
-  const place = h("span", {class: "name two"}),
-    cluster = h("span", {class: "name two soft"});
-  const element = h(
-    "tr",
-    {"data-run": run.id},
-    h("td", {}, badge, " ", verdict),
-    h("td", {class: "wide"}, link),
-    h("td", {class: "wide"}, place),
-    h("td", {class: "wide"}, cluster),
-    cells.slice(0, 4),
-    h("td", {}, time, bar.box),
-    started,
-    h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []),
-  );
+  const [stop, again, remove] = [act("Stop", stopRun), act("Run again", rerun), act("Delete", deleteRun, "plain")];
+  const contents = [link, badge, [verdict, " ", trust, none], place, cluster, users, rps, failures, p95, [time, bar.box], started];
+  const kinds = {0: "wide", 3: "wide", 4: "wide"};
+  const cells = contents.map((content, index) => {
+    const [label, kind] = RUN_COLUMNS[index];
+    return h("td", {class: kind || kinds[index] || null, "data-label": label}, content);
+  });
+  const element = h("tr", {"data-run": run.id}, cells, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
   return {
     element,
     update(newRun) {
@@ -19968,18 +20310,17 @@ function runRow(first) {
       const numbers = run.lastMetrics || {};
       showStatus(badge, run);
       showVerdict(verdict, run);
+      showTrust(trust, run);
+      setText(none, verdict.hidden && trust.hidden ? NONE : "");
       setText(link, run.scenarioId);
       setText(place, run.tenantId + " / " + run.envId);
       setText(cluster, run.locustClusterId || NONE);
       for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent : "";
-      setText(
-        cells[0],
-        isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + count(run.targetUsers) : count(run.targetUsers),
-      );
-      setText(cells[1], rate(numbers.totalRps));
-      setText(cells[2], percent(numbers.errorRate));
-      setClass(cells[2], numbers.errorRate > 0 ? "num fails" : "num");
-      setText(cells[3], millis(numbers.p95ResponseMs));
+      setText(users, isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + usersText(run) : usersText(run));
+      setText(rps, rate(numbers.totalRps));
+      setText(failures, percent(numbers.errorRate));
+      setClass(cells[7], numbers.errorRate > 0 ? "num fails" : "num");
+      setText(p95, millis(numbers.p95ResponseMs));
       setText(time, timingText(run));
       const {elapsed, total} = timing(run);
       bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
@@ -19995,20 +20336,9 @@ function runRow(first) {
 
 function runTable(label) {
   const body = h("tbody");
-  const table = h(
-    "table",
-    {},
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        RUN_COLUMNS.map(([text, kind]) => h("th", {scope: "col", class: kind}, text || h("span", {class: "unseen"}, "Actions"))),
-      ),
-    ),
-    body,
-  );
+  const heads = [...RUN_COLUMNS, [h("span", {class: "unseen"}, "Actions"), "num"]];
+  const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
+  const table = h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)), body);
   return {box: scrollBox(label, table), rows: new Rows(body, runRow)};
 }
 
@@ -20063,21 +20393,21 @@ class Overview {
     this.runningEmpty = h("div", {class: "panel empty"}, h("p", {}, "Nothing is running."));
     this.recentEmpty = h("div", {class: "panel empty", hidden: true});
     this.runningCount = h("span", {class: "count"});
-    this.scheduleSection = h("section", {"aria-labelledby": "h-schedules", hidden: true});
+    this.scheduleSection = h("section", {"aria-labelledby": "h-schedules", class: "schedules", hidden: true});
     this.newer = h("button", {class: "small", onclick: () => this.turn(-1)}, "Newer");
     this.older = h("button", {class: "small", onclick: () => this.turn(1)}, "Older");
     this.pageText = h("span");
     this.pages = h("div", {class: "pages"}, this.pageText, this.newer, this.older);
     this.runningSection = h(
       "section",
-      {"aria-labelledby": "h-running"},
+      {"aria-labelledby": "h-running", class: "runs"},
       h("div", {class: "head"}, h("h2", {id: "h-running"}, "Running", this.runningCount)),
       this.running.box,
       this.runningEmpty,
     );
     this.recentSection = h(
       "section",
-      {"aria-labelledby": "h-recent"},
+      {"aria-labelledby": "h-recent", class: "runs"},
       h("div", {class: "head"}, h("h2", {id: "h-recent"}, "Recent runs")),
       this.finished.box,
       this.recentEmpty,
@@ -20116,32 +20446,56 @@ class Overview {
   }
 
   async loadSchedules() {
-    const schedules = await get("/v1/schedules").catch(() => []);
+    const schedules = await get("/v1/schedules").catch(() => null);
     const text = JSON.stringify(schedules);
-    if (this.closed || text === this.scheduleText) return;
+    if (this.closed || !schedules || text === this.scheduleText) return;
     this.scheduleText = text;
-    this.scheduleSection.hidden = !schedules.length;
-    const heads = [["Schedule"], ["When"], ["Next"], ["Scenario"], ["Tenant / environment"], ["Last"], ["", "num"]];
+    const heads = [["Schedule"], ["When"], ["Next"], ["Environment"], ["Last run"], ["", "num"]];
     const rows = schedules.map((one) => [
-      [one.description || one.id, "name"],
-      [one.cron ? one.cron + " " + one.timezone : "once", "name"],
-      [one.paused ? "paused" : one.next.length ? moment(one.next[0]) : "never again"],
-      [one.test.scenarioId, "name"],
+      [h("span", {class: "name"}, scheduleName(one)), "wide title"],
+      [this.scheduleTimes(one), "wide"],
+      [this.scheduleNext(one)],
       [one.tenantId + " / " + one.envId, "name"],
-      [one.lastRunId ? h("a", {href: "#/runs/" + encodeURIComponent(one.lastRunId)}, one.lastOutcome || "run") : one.lastOutcome || NONE],
+      [this.scheduleLast(one), "wide"],
       [h("span", {}, mayAct() ? this.scheduleActs(one) : []), "acts"],
     ]);
-    this.scheduleSection.replaceChildren(h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules")), plainTable("Schedules", heads, rows));
+    const add = h("button", {id: "new-schedule", onclick: () => scheduleDialog(null, () => this.loadSchedules())}, "New schedule");
+    const head = h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules"), h("span", {class: "space"}), mayAct() ? add : null);
+    const empty = h("div", {class: "panel empty"}, "No schedule: a schedule starts a test by itself, every night for example.");
+    this.scheduleSection.replaceChildren(head, rows.length ? plainTable("Schedules", heads, rows) : empty);
+    this.scheduleSection.hidden = false;
+  }
+
+  scheduleTimes(one) {
+    if (!one.cron) return "once";
+    return h("span", {}, h("code", {}, one.cron), " ", h("span", {class: "soft"}, one.timezone));
+  }
+
+  scheduleNext(one) {
+    if (one.paused) return h("span", {class: "badge warn"}, "Paused");
+    const [next, ...later] = one.next.map((time) => scheduledTime(time, one.timezone));
+    if (!next) return h("span", {class: "soft"}, "does not start again");
+    if (!later.length) return next;
+    return h("details", {class: "more"}, h("summary", {}, next), later.map((time) => h("div", {}, time)));
+  }
+
+  scheduleLast(one) {
+    if (!one.lastTime && !one.lastOutcome) return NONE;
+    const words = [one.lastOutcome, one.lastTime && scheduledTime(one.lastTime, one.timezone)].filter(Boolean).join(", ");
+    return one.lastRunId ? h("a", {href: "#/runs/" + encodeURIComponent(one.lastRunId)}, words) : words;
   }
 
   scheduleActs(one) {
-    const path = "/v1/schedules/" + encodeURIComponent(one.id);
-    const act = (text, work) => h("button", {class: "small", onclick: async () => (await attempt(work), this.loadSchedules())}, text);
-    const start = act("Run now", async () => {
-      const {data} = await api("POST", path + "/run");
-      location.hash = "#/runs/" + encodeURIComponent(data.id);
-    });
-    return one.readOnly ? [start] : [start, " ", act(one.paused ? "Resume" : "Pause", () => api("PATCH", path, {paused: !one.paused}))];
+    const again = () => this.loadSchedules();
+    const act = (text, work) => h("button", {class: "small", onclick: async () => (await attempt(work), again())}, text);
+    const start = act("Run now", async () => openRun((await api("POST", schedulePath(one.id, "/run"))).data.id));
+    if (one.readOnly) return [h("span", {class: "hint"}, "from the configuration "), start];
+    return [
+      start,
+      act(one.paused ? "Resume" : "Pause", () => api("PATCH", schedulePath(one.id), {paused: !one.paused})),
+      h("button", {class: "small", onclick: () => scheduleDialog(one, again)}, "Edit"),
+      h("button", {class: "small plain", onclick: () => deleteSchedule(one, again)}, "Delete"),
+    ];
   }
 
   clearFilters() {
@@ -20279,6 +20633,26 @@ class Overview {
   }
 }
 
+// What a cluster's state means for who wants to start a test: word, colour, more.
+const CLUSTER_STATES = {
+  ready: ["Idle", "good", "ready for a test"],
+  stopped: ["Idle", "good", "ready for a test"],
+  asleep: ["Asleep", "", "starts when a run needs it"],
+  spawning: ["Starting users", "busy", "a test that Load Manager did not start"],
+  running: ["Running", "busy", "a test that Load Manager did not start"],
+  stopping: ["Stopping", "warn", "a test is just ending"],
+  cleanup: ["Stopping", "warn", "a test is just ending"],
+  unreachable: ["Unreachable", "bad", ""],
+  missing: ["Missing", "bad", ""],
+};
+
+function clusterState(one) {
+  const isIdle = one.state === "ready" || one.state === "stopped";
+  if (isIdle && one.activeRunId) return ["In use", "busy", ""];
+  if (isIdle && one.workers.length && one.workers.every((worker) => worker.state === "missing")) return ["No workers", "bad", ""];
+  return CLUSTER_STATES[one.state] || [capital(one.state), "warn", ""];
+}
+
 function clusterCard(first) {
   if (!first)
     return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
@@ -20290,7 +20664,7 @@ function clusterCard(first) {
     cpu = h("span"),
     bar = meter("Highest CPU of a worker"),
     link = h("a", {class: "name", hidden: true}),
-    idle = h("span", {class: "soft"}, "idle");
+    idle = h("span", {class: "soft"});
   const problem = h("div", {class: "problem", hidden: true});
   const element = h(
     "div",
@@ -20318,11 +20692,10 @@ function clusterCard(first) {
       setText(name, one.id);
       name.title = one.id;
       setText(place, one.tenantId + " / " + one.envId);
-      setText(badge, one.state);
-      setClass(
-        badge,
-        "badge " + ({ready: "good", stopped: "good", asleep: "", running: "busy", spawning: "busy", unreachable: "bad", missing: "bad"}[one.state] || "warn"),
-      );
+      const [word, kind] = clusterState(one);
+      setText(badge, word);
+      setClass(badge, "badge " + kind);
+      badge.title = "Locust says: " + one.state;
       const alive = one.workers.filter((worker) => worker.state !== "missing");
       setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
       setText(users, count(one.userCount));
@@ -20333,7 +20706,7 @@ function clusterCard(first) {
       bar.set(hottest / 100);
       link.hidden = !one.activeRunId;
       idle.hidden = Boolean(one.activeRunId) || one.state === "unreachable";
-      setText(idle, one.state === "asleep" ? "starts when a run needs it" : "idle");
+      setText(idle, clusterState(one)[2] || "");
       if (one.activeRunId) {
         const run = view && view.active && view.active.get(one.activeRunId);
         link.href = "#/runs/" + encodeURIComponent(one.activeRunId);
@@ -20344,7 +20717,9 @@ function clusterCard(first) {
     },
   };
 }
+"""
 
+PAGE_CHARTS_JS = r"""
 // ---- charts ----
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -20761,7 +21136,9 @@ function trendLine(title, color, items, format) {
   const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, line, ...dots);
   return h("div", {class: "panel trend"}, h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
 }
+"""
 
+PAGE_RUN_JS = r"""
 // ---- the page of a run ----
 
 // Locust's own columns in Locust's order.
@@ -20778,15 +21155,29 @@ const ENDPOINT_COLUMNS = [
   ["Max (ms)", "maxResponseTime", millis],
   ["RPS", "requestsPerSec", rate],
 ];
+// What the charts draw of a sample.
+const DRAWN = ["totalRps", "failuresPerSec", "currentUsers", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs", "currentP50Ms", "currentP95Ms"];
+
 /**
- * Samples as one line through time. Polls are up to 2 s older than pushes (Locust caches its statistics), so mixing
- * both makes a zigzag: only polls are drawn, unless they are few. In a final sample rps is the whole run's average.
+ * Samples as one line for each figure. Polls are up to 2 s older than pushes (Locust caches its statistics), and both
+ * in one line make a zigzag: a figure that enough pushes have is not taken from polls. In a final sample rps is the
+ * whole run's average and the users are gone: it is drawn only where a run was too short for Locust to give a rate.
  */
 function seriesOf(samples) {
-  const numberOf = (source) => samples.reduce((sum, sample) => sum + (sample.source === source), 0);
-  const polled = 2 * numberOf("poll") >= numberOf("push");
-  const kept = samples.filter((sample) => !polled || sample.source !== "push");
-  return kept.map((sample) => (sample.source !== "final" || kept.length < 2 ? sample : {...sample, totalRps: null, currentUsers: null}));
+  const numberOf = (source, key) => samples.reduce((sum, one) => sum + (one.source === source && isNumber(one[key])), 0);
+  const dropped = (key) => (2 * numberOf("push", key) >= numberOf("poll", key) && numberOf("push", key) ? "poll" : "push");
+  const drops = DRAWN.map((key) => [key, dropped(key)]);
+  const final = samples.findLast((one) => one.source === "final");
+  const isFinal = (one) => final && at(one.timestamp) >= at(final.timestamp); // hooks push their last numbers too
+  const hasRate = samples.some((one) => !isFinal(one) && one.totalRps > 0);
+  const lastWithUsers = samples.findLastIndex((one) => !isFinal(one) && one.currentUsers > 0);
+  return samples.map((one, index) => {
+    const kept = {...one};
+    if (isFinal(one) && hasRate) kept.totalRps = null;
+    if (final && (index > lastWithUsers || isFinal(one))) kept.currentUsers = null;
+    for (const [key, source] of drops) if (one.source === source) kept[key] = null;
+    return kept;
+  });
 }
 
 /** Samples as the charts' points, by seconds since the start (epoch ms). */
@@ -20805,6 +21196,131 @@ function pointsOf(samples, start) {
       p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
     }))
     .filter((point) => point.t > -5);
+}
+
+/** What was asked of Locust, and each change of it, as pairs of words. */
+function loadFacts(run) {
+  const stage = (one) => count(one.targetUsers) + " users at " + perSecond(one.spawnRate) + " for " + span(one.durationSeconds);
+  const asked = run.stages ? run.stages.map(stage).join("; ") : count(run.targetUsers) + " users at " + perSecond(run.spawnRate);
+  const list = (name) => (run[name] || []).join(", ");
+  return [
+    ["Asked for", asked],
+    ...(run.usersChanges || []).map((change) => ["Changed to", changeText(run, change)]),
+    ["Duration", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)],
+    ["Target system", run.host],
+    ["User classes", list("userClasses")],
+    ["Tags", list("tags")],
+    ["Tags left out", list("excludeTags")],
+    ["Options", pairsText(run.options).split("\n").join(", ")],
+  ];
+}
+
+// ---- two runs compared ----
+
+// Figures of a comparison: label, format, and which way is worse (0: neither).
+const FIGURES = {
+  totalRps: ["Requests/s", rate, -1],
+  errorRate: ["Failures", percent, 1],
+  p50ResponseMs: ["Median", (value) => millis(value) + " ms", 1],
+  p95ResponseMs: ["95%ile", (value) => millis(value) + " ms", 1],
+  p99ResponseMs: ["99%ile", (value) => millis(value) + " ms", 1],
+  avgResponseMs: ["Average", (value) => millis(value) + " ms", 1],
+  totalRequests: ["Requests", count, 0],
+};
+const JUDGEMENT_CLASS = {regression: "bad", improvement: "good", "within noise": "", "cannot tell": "warn"};
+
+/** Does a sentence or an entry of the comparison's lists speak of this figure? */
+function speaksOf(entry, endpoint, metric) {
+  if (typeof entry === "string") return entry.startsWith((endpoint || "totals") + ": " + metric + " ");
+  return entry.metric === metric && (entry.endpoint || null) === endpoint;
+}
+
+/** How a figure is judged: the server's own word, or what its lists say of it. */
+function judgementOf(compared, figure) {
+  if (figure.judgement) return {word: String(figure.judgement), why: String(figure.reason || "")};
+  const found = (name) => (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint, figure.metric));
+  const words = (entry) => String(entry.message || entry);
+  const tolerance = (compared.tolerances || {})[figure.metric];
+  if (found("regressions")) return {word: "regression", why: words(found("regressions"))};
+  if (found("noise")) return {word: "within noise", why: words(found("noise"))};
+  if (found("warnings")) return {word: "cannot tell", why: words(found("warnings"))};
+  if (!isNumber(figure.change)) return {word: "cannot tell", why: "one of the two runs has no such figure"};
+  return tolerance ? {word: "within tolerance", why: "may get worse by " + tolerance} : {word: "not judged", why: ""};
+}
+
+/** The figures of a comparison in one list: the server's, or made of totals and endpoints. */
+function figuresOf(compared) {
+  if (compared.figures) return compared.figures;
+  const listed = (metrics, endpoint) =>
+    Object.keys(FIGURES).filter((name) => (metrics || {})[name]).map((metric) => ({endpoint, metric, ...metrics[metric]}));
+  const name = (one) => [one.method, one.name].filter(Boolean).join(" ");
+  return [...listed(compared.totals, null), ...(compared.endpoints || []).flatMap((one) => listed(one.metrics, name(one)))];
+}
+
+/** The change as a bar from the middle: to the right is more; `most` percent fill a half. */
+function changeBar(figure, word, most) {
+  const share = figure.changePercent;
+  if (!isNumber(share)) return h("span");
+  const bar = h("i", {class: JUDGEMENT_CLASS[word] || ""});
+  const half = Math.max(0.5, Math.min(50, (50 * Math.abs(share)) / most));
+  bar.style.width = half + "%";
+  bar.style[share < 0 ? "right" : "left"] = "50%";
+  return h("span", {class: "change-bar", "aria-hidden": true}, bar);
+}
+
+/** A change in words: of an error rate in points of percent, of the others in percent of the baseline. */
+function changeWords(figure) {
+  if (figure.metric === "errorRate" && isNumber(figure.change)) return signed(figure.change, 2) + " pp";
+  return isNumber(figure.changePercent) ? signedPercent(figure.changePercent / 100) : NONE;
+}
+
+function figureCells(compared, figure, isAgain, most) {
+  const [label, format] = FIGURES[figure.metric] || [figure.metric, rate],
+    {word, why} = judgementOf(compared, figure);
+  const badge = h("span", {class: "badge " + (JUDGEMENT_CLASS[word] || ""), title: why}, capital(word));
+  const range = Array.isArray(figure.interval) ? [format(figure.baseline + figure.interval[0]), format(figure.baseline + figure.interval[1])] : null;
+  const now = h("span", {}, format(figure.candidate));
+  if (range) now.title = "between " + range.join(" and ") + " with 95 % certainty";
+  return [
+    [figure.endpoint || "All requests", "wide name" + (figure.endpoint ? "" : " strong") + (isAgain ? " again" : "")],
+    [label],
+    [format(figure.baseline), "num"],
+    [now, "num"],
+    [changeWords(figure), "num"],
+    [changeBar(figure, word, most), "bar-cell"],
+    [h("span", {}, badge, why && word === "cannot tell" ? h("span", {class: "hint"}, " " + why) : null), "wide"],
+  ];
+}
+
+/** The head, table and notes of a comparison. isWhole: with every figure of every endpoint. */
+function comparisonParts(compared, whole, isWhole, showWhole) {
+  const runs = compared.runs || [];
+  const link = compared.baseline ? h("a", {href: "#/runs/" + encodeURIComponent(compared.baseline)}, "run " + compared.baseline.slice(0, 8)) : null;
+  const against = runs.length > 1 ? [runs.length + " runs, the newest ", link] : [compared.with ? compared.with + " " : "", link];
+  const bad = (compared.regressions || []).length;
+  const word = compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression" : "no regression");
+  const kind = JUDGEMENT_CLASS[word] === undefined ? "good" : JUDGEMENT_CLASS[word];
+  const head = h("div", {class: "head"}, h("h2", {}, "Compared with ", against), h("span", {class: "badge " + kind}, capital(word)));
+  const all = figuresOf(isWhole ? {...whole, figures: whole.endpoints ? undefined : whole.figures} : compared.figures ? compared : whole);
+  const ranks = (one) => !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared, one).word);
+  const shown = isWhole ? all : all.filter(ranks);
+  const heads = [["Endpoint"], ["Figure"], ["Baseline", "num"], ["Now", "num"], ["Change", "num"], [""], ["Judgement"]];
+  const most = Math.max(20, ...shown.map((one) => Math.abs(one.changePercent || 0)));
+  const rows = shown.map((one, index) => figureCells(compared, one, index > 0 && shown[index - 1].endpoint === one.endpoint, most));
+  const more = all.length - shown.length + (isWhole ? 0 : compared.figuresCut || 0);
+  const button = more > 0 ? h("div", {class: "pages"}, h("button", {class: "small", onclick: showWhole}, "Show all figures")) : null;
+  const unsaid = (entry) => !all.some((one) => speaksOf(entry, one.endpoint || null, one.metric));
+  const sentence = (entry) => h("li", {}, String(entry.message || entry));
+  const notes = [...(compared.differences || []), ...(compared.warnings || []).filter(unsaid)];
+  const lost = [...(compared.regressions || []), ...(compared.noise || [])].filter(unsaid); // of a baseline that is gone
+  return [
+    head,
+    compared.message ? h("p", {class: "soft lead"}, compared.message) : null,
+    lost.length ? h("ul", {class: "note bad"}, lost.map(sentence)) : null,
+    shown.length ? plainTable("Comparison", heads, rows) : null,
+    button,
+    notes.length ? h("div", {class: "note warn"}, h("ul", {}, notes.map(sentence))) : null,
+  ].filter(Boolean);
 }
 
 const FEW_ENDPOINTS = 100;
@@ -20878,6 +21394,7 @@ class RunView {
       return;
     }
     if (this.closed) return;
+    this.loaded = true;
     if (zoom) {
       if (this.group.zoom === zoom) this.detail = answer.points;
     } else {
@@ -20907,6 +21424,22 @@ class RunView {
     this.group.points = pointsOf(this.group.zoom && this.detail ? this.detail : this.whole, this.start);
     this.setEnd();
     this.group.draw();
+    this.showNumbers(run.lastMetrics || {});
+    this.showEmptiness();
+  }
+
+  /** A run without measurements says so: three empty charts and nine dashes say nothing. */
+  showEmptiness() {
+    const {parts, run} = this,
+      isEmpty = this.loaded && !this.whole.length;
+    const waits = run.status === "Pending" ? "The test has not begun; its numbers will be here." : "Waiting for the first numbers of Locust.";
+    const never = hasBegun(run) ? "Locust gave no numbers of this run." : "This run never began, so there are no measurements.";
+    parts.charts.hidden = isEmpty;
+    parts.tiles.hidden = isEmpty && !run.lastMetrics;
+    parts.empty.hidden = !isEmpty;
+    setText(parts.empty, isActive(run) ? waits : never);
+    this.tabBar.hidden = isEmpty && !isActive(run) && !run.lastMetrics;
+    if (this.tabBar.hidden && this.tab !== "details") this.choose("details");
   }
 
   setEnd() {
@@ -20961,7 +21494,7 @@ class RunView {
       return h(
         "div",
         {class: "tile"},
-        h("div", {class: "label"}, swatch, label),
+        h("div", {class: "label"}, swatch, make(name + "Label", "span", {}, label)),
         h("div", {class: "value"}, make(name, "span", {}, NONE), unit ? h("small", {}, unit) : null),
       );
     };
@@ -21016,17 +21549,13 @@ class RunView {
         h(
           "div",
           {class: "what"},
+          h("h1", {}, make("title", "span", {class: "name"})),
           h(
-            "h1",
-            {},
-            make("title", "span", {class: "name"}),
-            h(
-              "span",
-              {class: "badges"},
-              make("status", "span", {class: "badge"}),
-              make("verdict", "span", {class: "badge", hidden: true}),
-              make("trust", "span", {class: "badge", hidden: true}),
-            ),
+            "div",
+            {class: "badges"},
+            labelled("Status", make("status", "span", {class: "badge"})),
+            make("verdictBox", "span", {hidden: true}, labelled("Verdict", make("verdict", "span", {class: "badge"}))),
+            make("trustBox", "span", {hidden: true}, labelled("Data", make("trust", "span", {class: "badge"}))),
           ),
           make("facts", "div", {class: "facts"}),
         ),
@@ -21042,9 +21571,12 @@ class RunView {
       make("warnings", "div", {class: "note warn", hidden: true}),
       make("queued", "div", {class: "note", hidden: true}),
       make("time", "div", {class: "time"}, make("elapsed", "span"), this.bar.box, make("left", "span")),
-      h("div", {class: "panel tiles"}, tiles.map(tile)),
+      make("tiles", "div", {class: "panel tiles"}, tiles.map(tile)),
+      make("empty", "div", {class: "panel empty gap", hidden: true}),
       make("thresholds", "section", {hidden: true}),
-      h(
+      make("comparison", "section", {class: "comparison", hidden: true}),
+      make(
+        "charts",
         "section",
         {"aria-label": "Charts"},
         h(
@@ -21061,7 +21593,7 @@ class RunView {
           charts.map((chart) => chart.box),
         ),
       ),
-      h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values()),
+      (this.tabBar = h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values())),
       make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}),
     );
     this.buildEndpoints();
@@ -21148,9 +21680,10 @@ class RunView {
     this.showHead(run);
     this.showNumbers(run.lastMetrics || {});
     this.showThresholds(run);
+    this.showComparison(run);
     this.group.marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
-      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.targetUsers + " users, by " + one.by})),
+      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000, text: count(one.targetUsers) + " users, by " + one.by})),
       ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
     ];
     this.group.draw();
@@ -21172,19 +21705,19 @@ class RunView {
     setText(parts.title, run.scenarioId);
     showStatus(parts.status, run);
     showVerdict(parts.verdict, run);
-    const trust = typeof run.trust === "object" && run.trust ? run.trust.level || run.trust.value : run.trust;
-    parts.trust.hidden = !trust;
-    setText(parts.trust, trust === "ok" ? "Trustworthy" : trust === "doubtful" ? "Doubtful" : trust || "");
-    setClass(parts.trust, "badge " + (trust === "ok" ? "good" : "warn"));
+    showTrust(parts.trust, run, true);
+    parts.verdictBox.hidden = parts.verdict.hidden;
+    parts.trustBox.hidden = parts.trust.hidden || !hasBegun(run);
     const fact = (label, value) => h("span", {}, label + " ", h("b", {class: "name"}, value));
     const facts = [
       fact("Tenant", run.tenantId),
       fact("Environment", run.envId),
       run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
-      fact("Users", count(run.targetUsers) + " at " + rate(run.spawnRate).replace(/\.0+$/, "") + "/s"),
-      fact(run.startedAt ? "Started" : "Created", moment(run.startedAt || run.createdAt)),
+      run.stages ? fact("Stages", run.stages.map((one) => count(one.targetUsers)).join(" \u2192 ") + " users") : null,
+      run.stages ? null : fact("Users", usersText(run) + " at " + perSecond(run.spawnRate)),
+      fact(run.startedAt ? "Started" : "Created", zonedMoment(run.startedAt || run.createdAt)),
       run.createdBy ? fact("By", run.createdBy) : null,
-      run.stopReason ? fact("Stopped by", run.stopReason) : null,
+      run.stopReason ? fact("Ended by", run.stopReason) : null,
     ].filter(Boolean);
     if (JSON.stringify(facts.map((one) => one.textContent)) !== this.factText) {
       this.factText = JSON.stringify(facts.map((one) => one.textContent));
@@ -21217,7 +21750,9 @@ class RunView {
   showNumbers(numbers) {
     const parts = this.parts,
       live_ = this.run.status === "Running" || this.run.status === "Stopping";
-    setText(parts.users, live_ ? count(numbers.currentUsers) : count(this.run.targetUsers));
+    const users = live_ ? numbers.currentUsers : peakUsers(this.whole);
+    setText(parts.users, count(isNumber(users) ? users : numbers.currentUsers));
+    setText(parts.usersLabel, live_ || !isNumber(users) ? "Users" : "Users, at most");
     setText(parts.rps, rate(numbers.totalRps));
     setText(parts.errors, percent(numbers.errorRate));
     for (const [name, key] of [
@@ -21234,38 +21769,46 @@ class RunView {
   showThresholds(run) {
     const box = this.parts.thresholds,
       list = run.thresholds || [];
-    const compared = run.comparison;
-    box.hidden = !list.length && !compared;
-    const text = JSON.stringify([list, run.verdict, compared]);
+    box.hidden = !list.length;
+    const text = JSON.stringify(list);
     if (text === this.thresholdText) return;
     this.thresholdText = text;
     const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
-    const kind = (one) => ({passed: "good", ok: "good", true: "good", failed: "bad", false: "bad"})[word(one)] || "";
-    const value = (one) => (isNumber(one.value) ? rate(one.value) : one.value === null || one.value === undefined ? NONE : String(one.value));
+    const kind = (one) => ({passed: "good", failed: "bad"})[word(one)] || "";
+    const value = (one) => (isNumber(one.value) ? rate(one.value) : NONE);
     const why = (one) => String(one.message || one.reason || "");
-    const heads = [["Result"], ["Threshold"], ["Value", "num"], ["First failed"], ...(list.some(why) ? [["Why"]] : [])];
+    const heads = [["Threshold"], ["Value", "num"], ["Result"], ["First failed (" + ZONE + ")"], ...(list.some(why) ? [["Why"]] : [])];
     const rows = list.map((one) => [
-      [h("span", {class: "badge " + kind(one)}, word(one))],
-      [String(one.expr), "wide name mono"],
+      [String(one.expr) + (one.warnOnly ? " (warning only)" : ""), "wide name mono"],
       [value(one), "num"],
+      [h("span", {class: "badge " + kind(one)}, capital(word(one)))],
       [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
       ...(list.some(why) ? [[why(one), "wide soft"]] : []),
     ]);
-    const thresholds = list.length ? [h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows)] : [];
-    box.replaceChildren(...thresholds, ...(compared ? this.comparison(compared) : []));
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows));
   }
 
-  comparison(compared) {
-    const to = compared.baseline
-      ? h("a", {href: "#/runs/" + encodeURIComponent(compared.baseline)}, compared.with + " " + compared.baseline.slice(0, 8))
-      : compared.message || NONE;
-    const lines = (texts, kind) => (texts || []).map((one) => h("li", {class: kind}, one));
-    const items = [...lines(compared.regressions, "wrong"), ...lines(compared.noise, "soft"), ...lines(compared.differences, ""), ...lines(compared.warnings, "soft")];
-    const empty = compared.baseline ? "Nothing got worse." : "";
-    return [
-      h("div", {class: "head"}, h("h2", {}, "Compared with ", to)),
-      items.length ? h("ul", {class: "panel pad"}, items) : h("p", {class: "soft"}, empty),
-    ];
+  async showComparison(run) {
+    const compared = run.comparison,
+      text = JSON.stringify(compared || null);
+    this.parts.comparison.hidden = !compared;
+    if (text === this.comparisonText) return;
+    this.comparisonText = text;
+    if (!compared) return;
+    this.fillComparison(compared);
+    if (!compared.baseline || (compared.figures && !compared.figuresCut)) return;
+    const wanted = new URLSearchParams({baseline: compared.baseline, candidate: run.id});
+    const tolerance = Object.entries(compared.tolerances || {}).map(([name, limit]) => name + ":" + limit).join(",");
+    if (tolerance) wanted.set("tolerance", tolerance);
+    const whole = await get("/v1/tests/compare?" + wanted).catch(() => null); // the baseline may be deleted by now
+    if (whole && !this.closed && this.comparisonText === text) this.fillComparison({...whole, ...compared, figures: compared.figures}, whole);
+  }
+
+  fillComparison(compared, whole) {
+    this.parts.comparison.replaceChildren(...comparisonParts(compared, whole || compared, this.allFigures, () => {
+      this.allFigures = true;
+      this.fillComparison(compared, whole);
+    }));
   }
 
   showTabs() {
@@ -21334,7 +21877,7 @@ class RunView {
     const what = {
       failures: [
         this.failures,
-        ["# Failures", "Method", "Name", "Message", "First", "Last"],
+        ["# Failures", "Method", "Name", "Message", "First (" + ZONE + ")", "Last (" + ZONE + ")"],
         (one) => [
           [count(one.occurrences), "num fails"],
           [one.method],
@@ -21427,8 +21970,9 @@ class RunView {
     }
     const num = (label) => [label, "num"];
     const heads = [
-      ["Started"],
+      ["Started (" + ZONE + ")"],
       ["Status"],
+      ["Verdict"],
       num("Users"),
       num("Time"),
       num("RPS"),
@@ -21460,16 +22004,17 @@ class RunView {
 
   historyRow(run, mine) {
     const numbers = run.lastMetrics || {},
-      status = h("span"),
-      verdict = h("span"),
+      [status, verdict, trust] = [0, 1, 2].map(() => h("span")),
       shown = run.id === this.besideId;
     showStatus(status, run);
     showVerdict(verdict, run);
+    showTrust(trust, run);
     const change = (key) => (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
     return [
       [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
-      [h("span", {}, status, " ", verdict)],
-      [count(run.targetUsers), "num"],
+      [status],
+      [verdict.hidden && trust.hidden ? NONE : h("span", {}, verdict, " ", trust)],
+      [usersText(run), "num"],
       [timingText(run), "num"],
       [rate(numbers.totalRps), "num"],
       [percent(numbers.errorRate), numbers.errorRate > 0 ? "num fails" : "num"],
@@ -21495,7 +22040,6 @@ class RunView {
           .filter(([, value]) => value !== undefined && value !== "")
           .map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]),
       );
-    const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
     const metadata = Object.entries(run.metadata || {});
     const annotations = run.annotations || [];
     this.parts.panel.replaceChildren(
@@ -21509,24 +22053,24 @@ class RunView {
           pairs([
             ["Id", run.id],
             ["Source", run.source],
-            ["Created", run.createdAt],
-            ["Started", run.startedAt],
-            ["Finished", run.finishedAt],
-            ["Duration asked for", run.durationSeconds === undefined ? "until stopped" : span(run.durationSeconds)],
+            ["Created", zonedMoment(run.createdAt)],
+            ["Started", run.startedAt && zonedMoment(run.startedAt)],
+            ["Finished", run.finishedAt && zonedMoment(run.finishedAt)],
             ["Stop reason", run.stopReason],
           ]),
         ),
+        h("div", {class: "panel"}, h("h2", {}, "Load"), pairs(loadFacts(run))),
         h(
           "div",
           {class: "panel"},
           h("h2", {}, "Metadata"),
-          metadata.length ? pairs(metadata.map(([key, value]) => [key, plain(value)])) : h("p", {class: "soft"}, "None."),
+          metadata.length ? pairs(metadata.map(([key, value]) => [key, plainText(value)])) : h("p", {class: "soft"}, "None."),
         ),
         annotations.length
           ? h(
               "div",
               {class: "panel"},
-              h("h2", {}, "Marked moments"),
+              h("h2", {}, "Marked points in time"),
               pairs(annotations.map((one) => [clock((at(one.at) - this.start) / 1000), one.text])),
             )
           : null,
@@ -21617,6 +22161,29 @@ addEventListener("keydown", (event) => {
 });
 start();
 """
+
+# The parts, and the files they are with LOADMANAGER_PAGE_DIR (see tests/page.py).
+PAGE_PARTS = {
+    "PAGE_CSS": "page.css",
+    "PAGE_TOOLS_JS": "tools.js",
+    "PAGE_FORMS_JS": "forms.js",
+    "PAGE_OVERVIEW_JS": "overview.js",
+    "PAGE_CHARTS_JS": "charts.js",
+    "PAGE_RUN_JS": "run.js",
+}
+PAGE_JS = "\n".join((PAGE_TOOLS_JS, PAGE_FORMS_JS, PAGE_OVERVIEW_JS, PAGE_CHARTS_JS, PAGE_RUN_JS))
+
+
+def page_parts(folder: str | None) -> tuple[str, str]:
+    """The page's CSS and JavaScript: the constants, or what the files of a folder hold now."""
+    if not folder:
+        return PAGE_CSS, PAGE_JS
+    texts = []
+    for name in PAGE_PARTS.values():
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            texts.append(file.read())
+    return texts[0], "\n".join(texts[1:])
+
 
 DASHBOARD_PAGE = r"""<!doctype html>
 <html lang="en">

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import time
+import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from chromium import SCREENSHOTS, Chromium
+from chromium import Chromium
 from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body
 from control_plane import ControlPlane
 from locust_process import LocustCluster, find_free_port
@@ -171,7 +172,7 @@ def test_person_signs_in_starts_a_test_sees_it_grow_stops_it_and_finds_the_repor
     page.sign_in()
     page.shows("Nothing is running.")
     page.shows("No finished run yet")
-    page.shows("ready", ".cluster")
+    page.shows("Idle", ".cluster")
     browser.screenshot("no-runs")
 
     page.press("Start a test")
@@ -187,7 +188,10 @@ def test_person_signs_in_starts_a_test_sees_it_grow_stops_it_and_finds_the_repor
     for field, text in ((fields[1], "12"), (fields[3], "2m")):
         field.clear()
         field.send_keys(text)
-    page.one("#start-dialog textarea").send_keys(f"ticket=PERF-1\nnote={HOSTILE}")
+    page.driver.execute_script(
+        "document.querySelectorAll('#start-dialog details').forEach((one) => (one.open = true))"
+    )
+    page.all("#start-dialog textarea")[-1].send_keys(f"ticket=PERF-1\nnote={HOSTILE}")
     page.press("Start test")
 
     page.shows("Running", ".run-head", 20)
@@ -343,7 +347,10 @@ def test_thousand_runs_are_filtered_and_paged(page):
         "const s = document.querySelector('select[aria-label=Status]'); s.value = 'Failed'; s.dispatchEvent(new Event('change'))"
     )
     eventually(
-        lambda: {row.find_element(By.CSS_SELECTOR, ".badge").text for row in page.all(rows)} == {"Failed"}
+        lambda: (
+            {row.find_element(By.CSS_SELECTOR, "[data-label=Status]").text for row in page.all(rows)}
+            == {"Failed"}
+        )
     )
     page.one("#filter").send_keys("no such run")
     page.shows("No run matches the filters.")
@@ -362,30 +369,22 @@ def test_run_that_somebody_else_starts_appears_by_itself_and_goes_when_it_ends(b
     }
     run_id = live.call("POST", "/v1/tests", body)[1]["id"]
     page.one(f"tr[data-run='{run_id}']")
-    page.shows("running", ".cluster")
+    page.shows("Running", ".cluster")
     assert live.call("POST", f"/v1/tests/{run_id}/stop")[0] == 200
     page.shows("Nothing is running.", within_s=3)
     eventually(lambda: "Finished" in page.text(f"tr[data-run='{run_id}']"), 3)
 
 
-def test_pushed_number_is_on_the_screen_within_a_second(page):
+def test_every_pushed_number_comes_to_the_screen_by_itself(page):
     plane = page.plane
     run_id = plane.external_run(*NOBODY)
     page.open(f"#/runs/{run_id}")
     page.shows("Running", ".run-head")
-    page.driver.execute_script("""window.seen = {}; const tile = view.parts.requests;
-        new MutationObserver(() => { window.seen[tile.textContent] = Date.now() / 1000; }).observe(tile, {childList: true, characterData: true, subtree: true});""")
-    delays = []
-    for number in range(777_001, 777_021):
-        pushed_at = time.time()
-        plane.push(run_id, number)
-        shown_at = eventually(
-            lambda: page.driver.execute_script("return window.seen[arguments[0]]", f"{number:,}"),
-            every_s=0.02,
-        )
-        delays.append(shown_at - pushed_at)
-    (SCREENSHOTS / "event-delay.json").write_text(json.dumps({"seconds": delays}))
-    assert sorted(delays)[-2] < 1.0, delays
+    page.driver.execute_script("window.isSamePage = true")
+    for number in range(777_001, 777_006):
+        assert plane.push(run_id, number) == 200
+        page.shows(f"{number:,}", ".tiles")
+    assert page.driver.execute_script("return window.isSamePage"), "nothing was loaded again"
     plane.callback("test-stop", {"runId": run_id})
 
 
@@ -410,36 +409,51 @@ def test_lost_connection_is_said_and_comes_back_by_itself(browser, tmp_path):
 # ---- the page of a run ----
 
 
-def test_eight_hours_open_within_a_second_and_zoom_in_to_every_sample(page):
-    page.open(f"#/runs/{page.plane.ids['long']}")  # warm: the connection is there
-    page.shows("soak", "h1")
-    took = []
-    for _ in range(3):  # the fastest counts: other tests share the machine
-        page.driver.get("about:blank")
-        began = time.time()
-        page.driver.get(f"{page.plane.url}/#/runs/{page.plane.ids['long']}")
-        drawn = "return typeof view !== 'undefined' && view && view.group && view.group.points.length > 400 && Date.now() / 1000"
-        took.append(eventually(lambda: page.driver.execute_script(drawn), every_s=0.01) - began)
-    assert min(took) < 1.0, took
-    assert 400 < page.points() <= 1000
+def painted_pixels(page: Page, chart: int, colour: str) -> int:
+    """How many pixels of a chart have the colour of this CSS variable."""
+    return page.driver.execute_script(
+        """const canvas = document.querySelectorAll('canvas')[arguments[0]], wanted = css(arguments[1]);
+        const [r, g, b] = [1, 3, 5].map((from) => parseInt(wanted.slice(from, from + 2), 16));
+        const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+        let found = 0;
+        for (let i = 0; i < data.length; i += 4)
+            found += data[i + 3] > 200 && Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b) < 24;
+        return found;""",
+        chart,
+        colour,
+    )
+
+
+def test_chart_of_eight_hours_keeps_every_extreme_and_zooms_in_to_every_sample(page):
+    run_id = page.plane.ids["long"]
+    page.open(f"#/runs/{run_id}")
+    eventually(lambda: page.points() > 400, what="the points of eight hours")
+    assert page.points() <= 1000
+    rows = csv.DictReader(page.plane.get(f"/v1/tests/{run_id}/metrics.csv").body.decode().splitlines())
+    samples = [row for row in rows if row["source"] != "final"]
+    assert len(samples) == EIGHT_HOURS_S
+    for column, key in (("totalRps", "rps"), ("currentP95Ms", "p95"), ("currentUsers", "users")):
+        most = max(float(row[column]) for row in samples)
+        drawn = page.driver.execute_script(
+            "return Math.max(...view.group.points.map((point) => point[arguments[0]]))", key
+        )
+        assert drawn == most, f"the highest {column} of {len(samples)} samples is not drawn"
+    for chart, colour in ((0, "--rps"), (0, "--failures"), (1, "--p95"), (2, "--users")):
+        eventually(lambda c=chart, v=colour: painted_pixels(page, c, v) > 300, what=f"a line in {colour}")
+
     chart = page.all("canvas")[0]
-    ActionChains(page.driver).move_to_element_with_offset(chart, 0, 0).click_and_hold().move_by_offset(
-        8, 0
-    ).release().perform()
+    begin = ActionChains(page.driver).move_to_element_with_offset(chart, 0, 0)
+    begin.click_and_hold().move_by_offset(8, 0).release().perform()
     zoom = eventually(lambda: page.driver.execute_script("return view.group.zoom"))
     assert 60 < zoom[1] - zoom[0] < 400
+    every_second = "return view.detail && view.detail.length"
+    wanted = zoom[1] - zoom[0] - 2
     eventually(
-        lambda: (
-            page.driver.execute_script("return view.detail && view.detail.length") >= zoom[1] - zoom[0] - 2
-        ),
-        what="every second of the part",
+        lambda: (page.driver.execute_script(every_second) or 0) >= wanted, what="every second of the part"
     )
     page.browser.screenshot("zoomed")
     chart.send_keys(Keys.ESCAPE)
     eventually(lambda: page.driver.execute_script("return view.group.zoom") is None)
-    frames_ms = page.driver.execute_script("""const took = []; for (let t = 0; t < 28800; t += 300) { view.group.hover = t;
-        const from = performance.now(); view.group.charts.forEach((chart) => chart.draw()); took.push(performance.now() - from); } return took""")
-    assert sorted(frames_ms)[len(frames_ms) // 2] < 16, "all three charts within a frame of 60 a second"
 
 
 def test_pointer_and_keys_read_the_values_of_a_moment(page):
@@ -503,8 +517,8 @@ def test_verdict_thresholds_marks_failures_and_exceptions_are_shown_as_text(page
         view.showTabs();""",
         HOSTILE,
     )
-    page.shows("Failed", ".run-head .badges")
-    page.shows("Doubtful", ".run-head .badges")
+    badges = "return [...document.querySelectorAll('.badges .labelled')].map((one) => one.textContent)"
+    assert page.driver.execute_script(badges) == ["Status Failed", "Verdict Failed", "Data Unreliable"]
     page.shows("612.4", "section table")
     page.shows(HOSTILE, "section table")
     assert page.driver.execute_script("return view.group.marks.length") == 2
@@ -597,6 +611,20 @@ def test_every_control_is_reached_by_tab_and_has_a_name(page):
 # ---- scenarios, schedules, judgement ----
 
 
+def fill(page: Page, dialog: str, **texts: str) -> None:
+    """Put texts into the fields of a dialog, as typing does; folded parts are opened."""
+    for name, text in texts.items():
+        field = page.one(f"{dialog} [name={name}]")
+        page.driver.execute_script(
+            """const [field, text] = arguments, folded = field.closest('details');
+            if (folded) folded.open = true;
+            field.value = text;
+            for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true}));""",
+            field,
+            text,
+        )
+
+
 def leave_the_page_before(browser):
     """A page whose server is gone goes on complaining; that is not ours."""
     browser.driver.get("about:blank")
@@ -631,7 +659,7 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     page.sign_in()
     page.shows(HOSTILE[:60], "[aria-labelledby=h-schedules]")
     page.press("Pause", "[aria-labelledby=h-schedules]")
-    page.shows("paused", "[aria-labelledby=h-schedules]")
+    page.shows("Paused", "[aria-labelledby=h-schedules]")
     assert lm.get(f"/v1/schedules/{made['id']}").json["paused"] is True
     browser.screenshot("schedules")
 
@@ -639,14 +667,14 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     scenario = page.one("#start-dialog input[list]")
     scenario.send_keys("waves")
     page.shows("2 stages", "#start-dialog")
-    assert not page.all("#start-dialog .three input:enabled"), "stages stand for the numbers"
+    assert not page.all("#start-dialog .load input:enabled"), "stages stand for the numbers"
     scenario.clear()
     scenario.send_keys("checkout")
     page.shows("buyers only", "#start-dialog")
-    assert [field.get_attribute("value") for field in page.all("#start-dialog .three input")] == [
+    assert [field.get_attribute("value") for field in page.all("#start-dialog .load input")] == [
         "7",
         "3.5",
-        "90s",
+        "1m30s",
     ]
     page.press("Start test", "#start-dialog")
     page.shows("Running", ".run-head", 20)
@@ -663,27 +691,226 @@ def test_a_scenario_fills_the_form_users_are_changed_and_schedules_paused(browse
     )
 
 
-def test_a_regression_is_shown_beside_the_thresholds(browser, tmp_path):
+def table_rows(page: Page, css: str) -> list[list[str]]:
+    """The texts of a table's cells, row by row."""
+    return page.driver.execute_script(
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+        ".map((row) => [...row.cells].map((cell) => cell.innerText.trim()))",
+        css,
+    )
+
+
+def test_comparison_is_a_table_of_figures_with_baseline_change_bar_and_judgement(browser, tmp_path):
     with SeededRuns(tmp_path / "lm.db") as runs:
         earlier = runs.finished()
-        told = ["totals: p95ResponseMs went from 200 to 400 (+100.0%), allowed is 10%", HOSTILE]
+        gone = str(uuid.uuid4())
+        regressions = ["totals: p95ResponseMs went from 80 to 90 (+12.5%), allowed is 10%", HOSTILE]
         comparison = {
             "with": "previous",
             "baseline": earlier,
-            "tolerances": {},
+            "tolerances": {"p95ResponseMs": "10%", "p50ResponseMs": "10%"},
             "differences": ["users differs: 5 and 6"],
-            "warnings": [],
+            "warnings": ["totals: p50ResponseMs not judged: 3 requests, 20 are needed"],
             "noise": [],
-            "regressions": told,
+            "regressions": regressions,
         }
         slower = runs.finished(comparison=comparison, verdict="failed")
+        orphan = runs.finished(comparison={**comparison, "baseline": gone}, verdict="failed")
     with ControlPlane(tmp_path) as plane:
         leave_the_page_before(browser)
         page = Page(browser, plane)
         page.sign_in()
         page.shows("Recent runs")
         page.open(f"#/runs/{slower}")
-        page.shows("Compared with previous " + earlier[:8])
-        for text in (*told, "users differs: 5 and 6"):
-            page.shows(text)
+        page.shows("Compared with previous run " + earlier[:8])
+        rows = eventually(lambda: table_rows(page, ".comparison"), what="the table of figures")
+        figures = {row[1]: row for row in rows}
+        assert figures["95%ile"][0] == "All requests" and figures["95%ile"][6] == "Regression"
+        assert figures["95%ile"][2].endswith(" ms") and figures["95%ile"][4].endswith("%")
+        assert (
+            figures["Median"][6].startswith("Cannot tell")
+            and "3 requests, 20 are needed" in figures["Median"][6]
+        )
+        assert figures["99%ile"][6] == "Not judged"
+        bar = page.driver.execute_script(
+            "return document.querySelector('.comparison .change-bar i').getBoundingClientRect().width"
+        )
+        assert bar > 0
+        for text in (HOSTILE, "users differs: 5 and 6"):
+            page.shows(text, ".comparison")
+        page.press("Show all figures", ".comparison")
+        eventually(lambda: len(table_rows(page, ".comparison")) > len(rows), what="the endpoints' figures")
         assert not browser.complaints()
+
+        page.open(f"#/runs/{orphan}")
+        page.shows(regressions[0], ".comparison")  # the baseline is gone: its sentences are all there is
+        browser.complaints()  # the 404 of it
+
+
+def test_comparison_shows_the_servers_own_judgement_interval_and_message(page):
+    page.open(f"#/runs/{page.plane.ids['failed']}")
+    eventually(page.points)
+    page.driver.execute_script(
+        """const figure = {endpoint: 'GET /x', metric: 'p95ResponseMs', baseline: 100, candidate: 130, change: 30,
+            changePercent: 30, judgement: 'improvement', reason: 'beyond 90 to 110', interval: [20, 40], later: {}};
+        const told = {endpoint: null, metric: 'p99ResponseMs', baseline: 1, candidate: 2, change: 1, changePercent: 100,
+            judgement: 'cannot tell', reason: 'not enough runs to tell: 2 of 5'};
+        view.show({...view.run, comparison: {with: 'history', baseline: 'b'.repeat(36), runs: ['a', 'b'], figures: [told, figure],
+            figuresCut: 0, judgement: 'no regression', message: 'none of 9 figures got worse', regressions: [], unknown: 1}});"""
+    )
+    page.shows("Compared with 2 runs, the newest run bbbbbbbb", ".comparison")
+    page.shows("none of 9 figures got worse", ".comparison")
+    rows = table_rows(page, ".comparison")
+    assert [row[6] for row in rows] == ["Cannot tell not enough runs to tell: 2 of 5", "Improvement"]
+    assert "between 120 ms and 140 ms" in page.driver.execute_script(
+        "return document.querySelector('.comparison tr:nth-child(2) td:nth-child(4) span').title"
+    )
+
+
+def test_idle_cluster_is_called_idle_whatever_locust_calls_it(page):
+    words = page.driver.execute_script(
+        """const idle = {activeRunId: null, workers: [], problem: null};
+        const states = ['ready', 'stopped', 'running', 'unreachable', 'asleep', 'new words'];
+        return states.map((state) => clusterState({...idle, state})[0]);"""
+    )
+    assert words == ["Idle", "Idle", "Running", "Unreachable", "Asleep", "New words"]
+
+
+def test_run_that_never_began_says_so_and_has_no_charts(browser, load_manager):
+    lm = load_manager(cluster_config("http://127.0.0.1:9"))
+    leave_the_page_before(browser)
+    run_id = lm.create().json["runId"]
+    page = Page(browser, lm)
+    page.sign_in()
+    page.shows("Recent runs")
+    page.open(f"#/runs/{run_id}")
+    page.shows("This run never began, so there are no measurements.")
+    assert not [canvas for canvas in page.all("canvas") if canvas.is_displayed()]
+    assert not page.one(".tiles").is_displayed()
+    page.shows("Load", ".details")
+    browser.screenshot("never-began")
+
+
+def test_schedule_is_made_changed_and_deleted_on_the_page(browser, load_manager, fake):
+    lm = load_manager(cluster_config(fake.url))
+    leave_the_page_before(browser)
+    page = Page(browser, lm)
+    page.sign_in()
+    page.shows("No schedule", ".schedules")
+    page.press("New schedule")
+    fill(page, "#schedule-dialog", cron="61 2 * * *", timezone="Europe/Berlin", scenarioId="browse")
+    fill(page, "#schedule-dialog", targetUsers="many", thresholds="p95ResponseMs << 5", tags="read, write")
+    page.press("Create schedule")
+    page.shows("a whole number from 1", "#schedule-dialog")
+    fill(page, "#schedule-dialog", targetUsers="7")
+    page.press("Create schedule")
+    page.shows("0 to 59", "#schedule-dialog")  # the server's words, at the field
+    assert page.one("#schedule-dialog [name=thresholds]").get_attribute("aria-invalid") == "true"
+    assert lm.get("/v1/schedules").json == []
+    browser.screenshot("schedule-refused")
+    fill(page, "#schedule-dialog", cron="30 2 * * mon-fri", thresholds="p95ResponseMs < 500")
+    page.press("Create schedule")
+    page.shows("browse on acme / dev", ".schedules")
+    (made,) = lm.get("/v1/schedules").json
+    assert (made["cron"], made["timezone"], made["test"]["targetUsers"]) == (
+        "30 2 * * mon-fri",
+        "Europe/Berlin",
+        7,
+    )
+    assert (made["test"]["thresholds"], made["test"]["tags"]) == (["p95ResponseMs < 500"], ["read", "write"])
+    page.shows("02:30", ".schedules")  # in the schedule's own zone, with its date
+    page.shows(str(time.gmtime().tm_year)[:2], ".schedules details summary")
+    assert len(page.all(".schedules details div")) == 4, "the other four of the next five times"
+
+    page.press("Edit", ".schedules")
+    fill(page, "#schedule-dialog", description="nightly", targetUsers="9")
+    page.press("Save")
+    page.shows("nightly", ".schedules")
+    (changed,) = lm.get("/v1/schedules").json
+    assert (changed["id"], changed["test"]) == (made["id"], {**made["test"], "targetUsers": 9})
+
+    page.press("Delete", ".schedules")
+    page.press("Delete schedule", "dialog")
+    page.shows("No schedule", ".schedules")
+    assert lm.get("/v1/schedules").json == []
+
+
+def test_start_form_gives_thresholds_stages_tags_and_user_classes(browser, load_manager, fake):
+    lm = load_manager(cluster_config(fake.url))
+    leave_the_page_before(browser)
+    page = Page(browser, lm)
+    page.sign_in()
+    page.press("Start a test")
+    fill(
+        page,
+        "#start-dialog",
+        scenarioId="waves",
+        profile="stages",
+        thresholds="p95ResponseMs < 500\nerrorRate < 1",
+    )
+    fill(page, "#start-dialog", metadata="version=2.1", compareWith="previous")
+    page.press("Add a stage", "#start-dialog")
+    inputs = page.all("#start-dialog .stage input")
+    for field, text in zip(inputs, ("2", "2", "30s", "4", "1", "soon")):
+        field.clear()
+        field.send_keys(text)
+    page.press("Start test", "#start-dialog")
+    page.shows("stage 2: like 90s, 5m or 1h30m", "#start-dialog")
+    inputs[5].clear()
+    inputs[5].send_keys("1m")
+    browser.screenshot("start-stages")
+    page.press("Start test", "#start-dialog")
+    page.shows("Status", ".run-head", 20)
+    run = lm.run(page.driver.current_url.rsplit("/", 1)[1])
+    stages = [(one["targetUsers"], one["spawnRate"], one["durationSeconds"]) for one in run["stages"]]
+    assert stages == [(2, 2, 30), (4, 1, 60)]
+    assert [one["expr"] for one in run["thresholds"]] == ["p95ResponseMs < 500", "errorRate < 1"]
+    assert (run["metadata"], run["compareWith"]) == ({"version": "2.1"}, "previous")
+    lm.post(f"/v1/tests/{run['id']}/stop")
+
+
+def test_changed_users_are_shown_and_a_finished_run_shows_the_users_it_had(page):
+    page.open(f"#/runs/{page.plane.ids['failed']}")
+    eventually(page.points)
+    page.shows("Users, at most\n200", ".tiles")
+    page.driver.execute_script(
+        """const at = new Date(view.start + 8000).toISOString();
+        view.show({...view.run, usersChanges: [{at, targetUsers: 300, spawnRate: 10, by: 'kim'}]}); view.choose('details');"""
+    )
+    page.shows("Users 200 \u2192 300", ".run-head")
+    page.shows("300 users at 10/s after 0:08, by kim", ".details")
+
+
+def test_run_of_some_seconds_has_points_in_every_chart(page):
+    drawn = page.driver.execute_script(
+        """const start = Date.parse('2026-11-25T03:11:34Z');
+        const sample = (seconds, source, users, rps, p50) => ({timestamp: new Date(start + seconds * 1000).toISOString(), source,
+            currentUsers: users, totalRps: rps, p50ResponseMs: p50, failuresPerSec: source === 'poll' ? 0 : null});
+        const points = pointsOf([sample(1, 'poll', 10, 0, null), sample(1.5, 'push', 10, 0, 24), sample(2, 'poll', 10, 0, null),
+            sample(2.5, 'push', 20, 0, 24), sample(3.5, 'push', 0, 28.7, 24), sample(3.5, 'final', 20, 28.7, 24)], start);
+        const of = (key) => points.filter((point) => isNumber(point[key])).map((point) => [point.t, point[key]]);
+        return {users: of('users'), rps: of('rps'), p50: of('p50')};"""
+    )
+    assert drawn["users"] == [[1.5, 10], [2.5, 20]], (
+        "cached polls say less than pushes; the end is not 0 users"
+    )
+    assert drawn["rps"][-1] == [3.5, 28.7], "too short for a current rate: the whole run's is drawn"
+    assert drawn["p50"][0] == [1.5, 24]
+
+
+def test_narrow_screen_shows_runs_as_cards_with_every_figure(page):
+    page.browser.size(390, 900)
+    try:
+        page.open()
+        row = page.one("section[aria-labelledby=h-recent] tbody tr")
+        labels = ("Status", "Users", "RPS", "Failures", "95%ile (ms)", "Time")
+        for label in labels:
+            cell = row.find_element(By.CSS_SELECTOR, f"[data-label='{label}']")
+            assert cell.is_displayed() and cell.rect["x"] + cell.rect["width"] <= 390, label
+        assert not page.is_wider_than_the_window()
+    finally:
+        page.browser.size(1400, 1000)
+
+
+def test_page_links_to_the_reference_of_the_api(page):
+    assert page.one("#top a[href=docs]").is_displayed()
