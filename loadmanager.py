@@ -21237,7 +21237,7 @@ function speaksOf(entry, endpoint, metric) {
 
 /** How a figure is judged: the server's own word, or what its lists say of it. */
 function judgementOf(compared, figure) {
-  if (figure.judgement) return {word: String(figure.judgement), why: String(figure.reason || "")};
+  if (compared.judgement && figure.judgement) return {word: String(figure.judgement), why: String(figure.reason || "")};
   const found = (name) => (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint, figure.metric));
   const words = (entry) => String(entry.message || entry);
   const tolerance = (compared.tolerances || {})[figure.metric];
@@ -21301,7 +21301,9 @@ function comparisonParts(compared, whole, isWhole, showWhole) {
   const word = compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression" : "no regression");
   const kind = JUDGEMENT_CLASS[word] === undefined ? "good" : JUDGEMENT_CLASS[word];
   const head = h("div", {class: "head"}, h("h2", {}, "Compared with ", against), h("span", {class: "badge " + kind}, capital(word)));
-  const all = figuresOf(isWhole ? {...whole, figures: whole.endpoints ? undefined : whole.figures} : compared.figures ? compared : whole);
+  const keyOf = (one) => (one.endpoint || "") + " " + one.metric;
+  const kept = new Map((compared.figures || []).map((one) => [keyOf(one), one]));
+  const all = (isWhole || !compared.figures ? figuresOf(whole) : compared.figures).map((one) => kept.get(keyOf(one)) || one);
   const ranks = (one) => !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared, one).word);
   const shown = isWhole ? all : all.filter(ranks);
   const heads = [["Endpoint"], ["Figure"], ["Baseline", "num"], ["Now", "num"], ["Change", "num"], [""], ["Judgement"]];
@@ -21801,7 +21803,10 @@ class RunView {
     const tolerance = Object.entries(compared.tolerances || {}).map(([name, limit]) => name + ":" + limit).join(",");
     if (tolerance) wanted.set("tolerance", tolerance);
     const whole = await get("/v1/tests/compare?" + wanted).catch(() => null); // the baseline may be deleted by now
-    if (whole && !this.closed && this.comparisonText === text) this.fillComparison({...whole, ...compared, figures: compared.figures}, whole);
+    if (!whole || this.closed || this.comparisonText !== text) return;
+    // What was judged when the run ended stays; the server's answer of now adds the figures that were not kept.
+    const {figures, judgement, message} = compared;
+    this.fillComparison({...whole, ...compared, figures, judgement, message}, whole);
   }
 
   fillComparison(compared, whole) {
