@@ -11815,11 +11815,49 @@ svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 11px;
 """
 
 
+# ---- the load, as asked for and as changed -----------------------------------
+
+
+def load_words(run: dict[str, Any]) -> str:
+    """`10 users at 2/s, changed to 20 users at 2/s after 8s by api`: the load of a run as JSON."""
+    if run.get("stages"):
+        words = ", then ".join(_users_words(stage) for stage in run["stages"])
+    else:
+        words = _users_words(run)
+    return words + "".join(
+        f", changed to {_users_words(change)} after {_after_words(run, change)} by {change['by']}"
+        for change in run.get("usersChanges") or ()
+    )
+
+
+def _users_words(load: dict[str, Any]) -> str:
+    return f"{_figure(load['targetUsers'])} users at {load['spawnRate']:g}/s"
+
+
+def _after_words(run: dict[str, Any], change: dict[str, Any]) -> str:
+    return duration_text(parse_utc(change["at"]) - parse_utc(run.get("startedAt") or run["createdAt"]))
+
+
+def users_words(run: dict[str, Any]) -> str:
+    """`10→20`: the users asked for, and those they were changed to last."""
+    changes = run.get("usersChanges")
+    return f"{run['targetUsers']:,}" + (f"→{changes[-1]['targetUsers']:,}" if changes else "")
+
+
+def peak_users(samples: list[Sample]) -> int | None:
+    """The most users of the samples: after the end Locust says 0."""
+    return max((sample.users for sample in samples if sample.users is not None), default=None)
+
+
+# ---- the page of a report ----------------------------------------------------
+
+
 def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, Any]) -> str:
     """The run as one self-contained page."""
     sections = [
         _report_head(run),
-        _report_facts(run),
+        _report_facts(run, samples),
+        _report_load_changes(run),
         _report_verdict(run),
         _report_warnings(run),
         _report_charts(run, samples),
@@ -11877,7 +11915,7 @@ def _figure(value: Any, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def _report_facts(run: dict[str, Any]) -> str:
+def _report_facts(run: dict[str, Any], samples: list[Sample]) -> str:
     metrics = run.get("lastMetrics") or {}
     facts = [
         ("requests", _figure(metrics.get("totalRequests"))),
@@ -11888,6 +11926,7 @@ def _report_facts(run: dict[str, Any]) -> str:
         ("95 %", f"{_figure(metrics.get('p95ResponseMs'))} ms"),
         ("99 %", f"{_figure(metrics.get('p99ResponseMs'))} ms"),
         ("users asked for", f"{_figure(run['targetUsers'])} at {run['spawnRate']:g}/s"),
+        ("users, at most", _figure(peak_users(samples))),
     ]
     return (
         '<div class="facts">'
@@ -11920,6 +11959,14 @@ def _threshold_value(threshold: dict[str, Any]) -> str:
 def _report_warnings(run: dict[str, Any]) -> str:
     rows = [[one["at"], one["code"], one["message"]] for one in run.get("warnings", [])]
     return _report_table("Warnings", ["When", "Code", "What"], rows, text_columns=3) if rows else ""
+
+
+def _report_load_changes(run: dict[str, Any]) -> str:
+    rows = [
+        [change["at"], _users_words(change), change["by"], _after_words(run, change)]
+        for change in run.get("usersChanges") or ()
+    ]
+    return _report_table("Changes of the load", ["When", "Changed to", "By", "After"], rows, text_columns=4)
 
 
 def _report_annotations(run: dict[str, Any]) -> str:
@@ -12036,24 +12083,41 @@ class Line(NamedTuple):
     points: list[tuple[float, float | None]]
 
 
+def line_points(samples: list[Sample], name: str) -> list[tuple[float, float]]:
+    """A figure's points (epoch seconds, value) as one line, as the dashboard draws it.
+
+    Polls are up to 2 s older than pushes, and both in one line make a zigzag: a figure that enough
+    pushes have is not taken from polls. A final sample's rps is the whole run's and its users are
+    gone: it is drawn only where a run was too short for Locust to give a rate."""
+    known = [sample for sample in samples if getattr(sample, name) is not None]
+    ends_at = next((sample.at for sample in samples if sample.source == "final"), math.inf)
+    live = [sample for sample in known if sample.at < ends_at]
+    pushed = sum(sample.source == "push" for sample in live)
+    dropped = "poll" if pushed and 3 * pushed >= len(live) else "push"
+    points = [(sample.at, getattr(sample, name)) for sample in live if sample.source != dropped]
+    if name == "users":
+        while points and points[-1][1] == 0 and ends_at < math.inf:
+            points.pop()
+    elif name != "rps" or not any(sample.rps for sample in live):
+        points += [(sample.at, getattr(sample, name)) for sample in known if sample.at >= ends_at][-1:]
+    return points
+
+
 def _report_charts(run: dict[str, Any], samples: list[Sample]) -> str:
-    live = [sample for sample in samples if sample.source != "final"]
-    if len(live) < 2:
-        return ""
-    start = parse_utc(run["startedAt"]) if run.get("startedAt") else live[0].at
+    if not samples:
+        return "" if run.get("startedAt") else "<p>This run never began, so there are no measurements.</p>"
+    start = parse_utc(run["startedAt"]) if run.get("startedAt") else samples[0].at
 
     def line(label: str, colour: str, *names: str) -> Line:
-        chosen = next(
-            (name for name in names if any(getattr(sample, name) is not None for sample in live)), names[-1]
-        )
-        points = [
-            (sample.at - start, getattr(sample, chosen))
-            for sample in live
-            if getattr(sample, chosen) is not None
-        ]
-        return Line(label, SERIES_COLOURS[colour], points)
+        found = (line_points(samples, name) for name in names)
+        points = next((one for one in found if one), [])
+        return Line(label, SERIES_COLOURS[colour], [(at - start, value) for at, value in points])
 
     marks = [(parse_utc(one["at"]) - start, one["text"]) for one in run.get("annotations", [])]
+    marks += [
+        (parse_utc(one["at"]) - start, f"{_users_words(one)}, by {one['by']}")
+        for one in run.get("usersChanges") or ()
+    ]
     return "".join(
         [
             _chart(
@@ -12206,7 +12270,7 @@ def summary_md(run: dict[str, Any]) -> str:
     words = run.get("verdict") or run["status"]
     lines = [f"## Load test {_md(run['scenarioId'])}: {words}", ""]
     lines.append(
-        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`"
+        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`"
     )
     if run.get("failureReason"):
         lines += ["", f"> {_md(run['failureReason'])}"]
@@ -12274,11 +12338,12 @@ def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, An
         f"## Load test {_md(run['scenarioId'])}: {words}"
         + (f", verdict {run['verdict']}" if run.get("verdict") else ""),
         "",
-        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_figure(run['targetUsers'])} users, {_period(run)}, run `{run['id']}`",
+        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`",
         "",
         f"**{_figure(metrics.get('totalRequests'))} requests**, {_figure(metrics.get('errorRate'), 2)} % failed, "
         f"{_figure(metrics.get('totalRps'), 1)} req/s, median {_figure(metrics.get('p50ResponseMs'))} ms, "
-        f"p95 {_figure(metrics.get('p95ResponseMs'))} ms, p99 {_figure(metrics.get('p99ResponseMs'))} ms",
+        f"p95 {_figure(metrics.get('p95ResponseMs'))} ms, p99 {_figure(metrics.get('p99ResponseMs'))} ms, "
+        f"at most {_figure(peak_users(samples))} users",
     ]
     if run.get("failureReason"):
         lines += ["", f"> {_md(run['failureReason'])}"]
@@ -17437,8 +17502,21 @@ def command_show(options: Any) -> int:
         print_json(answer.body)
     else:
         screen = open_screen(options)
-        screen.print(*run_lines(answer.json(*RUN_KEYS), screen, time.time() + client.clock_offset_s))
+        run = with_peak_users(client, answer.json(*RUN_KEYS))
+        screen.print(*run_lines(run, screen, time.time() + client.clock_offset_s))
     return EXIT_DONE
+
+
+def with_peak_users(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
+    """A final run with `peakUsers`, the most users of its samples; as it is where they cannot be read."""
+    if run["status"] not in FINAL_WORDS:
+        return run
+    try:
+        points = client.get(run_path(run["id"], "/metrics"), maxPoints=500).json("points")["points"]
+    except CommandError:
+        return run
+    known = [point["currentUsers"] for point in points if point.get("currentUsers") is not None]
+    return {**run, "peakUsers": max(known, default=None)}
 
 
 def command_clusters(options: Any) -> int:
@@ -18120,7 +18198,8 @@ def tell_end(
     elif options.quiet:
         screen.print(end_line(run))
     else:
-        screen.print(*run_lines(run, screen, time.time() + client.clock_offset_s))
+        shown = with_peak_users(client, run)
+        screen.print(*run_lines(shown, screen, time.time() + client.clock_offset_s))
     exit_status, why = judge(run, options.require_trusted)
     if why:
         say(why)
@@ -18219,7 +18298,7 @@ def list_row(run: dict[str, Any], now: float) -> list[str]:
         printable(run["scenarioId"]),
         printable(f"{run['tenantId']}/{run['envId']}"),
         printable(run["locustClusterId"] or "-"),
-        count_text(run["targetUsers"]),
+        users_words(run),
         decimal_text(metrics.get("totalRps")),
         count_text(metrics.get("totalFailures")),
         count_text(metrics.get("p95ResponseMs")),
@@ -18322,15 +18401,22 @@ def elapsed_s(run: dict[str, Any], now: float) -> float:
     return max(0.0, end - parse_utc(run["startedAt"]))
 
 
+def latest_users(run: dict[str, Any]) -> int:
+    """The users wanted now: those asked for, or those they were changed to last."""
+    return ((run.get("usersChanges") or [run])[-1])["targetUsers"]
+
+
 def figure_facts(run: dict[str, Any], screen: Screen) -> list[str]:
     """The newest figures in the colours of Locust's own page."""
     metrics = run.get("lastMetrics") or {}
-    users = metrics.get("currentUsers")
+    users = f"users {count_text(metrics.get('currentUsers'))}/{count_text(latest_users(run))}"
+    if run["status"] in FINAL_WORDS:  # they are gone: those it had
+        users = f"users {count_text(run.get('peakUsers'))} at most, of {users_words(run)}"
     failures = (
         f"failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
     )
     return [
-        screen.paint(f"users {count_text(users)}/{count_text(run['targetUsers'])}", "blue"),
+        screen.paint(users, "blue"),
         f"requests {count_text(metrics.get('totalRequests'))}",
         screen.paint(f"{decimal_text(metrics.get('totalRps'))} req/s", "green"),
         screen.paint(failures, "red" if metrics.get("totalFailures") else ""),
@@ -18382,7 +18468,7 @@ def plain_line(run: dict[str, Any], now: float) -> str:
     if not metrics:
         return start
     return (
-        f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(run['targetUsers'])} requests {count_text(metrics.get('totalRequests'))}"
+        f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(latest_users(run))} requests {count_text(metrics.get('totalRequests'))}"
         f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
         f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 {count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} ms"
     )
@@ -18410,8 +18496,8 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
         "run": run["id"],
         "scenario": f"{run['scenarioId']}, {run['tenantId']}/{run['envId']}"
         + (f" on {run['locustClusterId']}" if run["locustClusterId"] else ""),
-        "load": f"{count_text(run['targetUsers'])} users at {run['spawnRate']:g}/s"
-        + (f" for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
+        "load": load_words(run)
+        + (f"; for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
         "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name))
         or "not started",
         "metadata": ", ".join(

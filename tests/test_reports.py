@@ -6,9 +6,12 @@ import csv
 import html.parser
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import LoadManager, base_config, cluster_config
+from conftest import API_TOKEN, LoadManager, base_config, cluster_config
 from locust_process import LocustCluster, find_free_port
 from target import Target
 from waiting import eventually
@@ -61,6 +64,8 @@ def finished(tmp_path_factory):
             durationSeconds=7, scenarioId="<b>browse</b>", metadata={"note": "</pre><script>x</script>"}
         ).json
         assert manager.post(f"/v1/tests/{run['id']}/annotations", {"text": "deploy <i>now</i>"}).status == 201
+        manager.wait_for(run["id"], "Running")
+        assert manager.post(f"/v1/tests/{run['id']}/users", {"targetUsers": 8}).status == 200
         final = manager.wait_for(run["id"], "Finished")
         yield manager, final, locust
     manager.end()
@@ -99,6 +104,62 @@ def test_report_page_is_inert_and_complete(finished):
     ):
         assert words in text, f"{words} is missing in the report"
     assert page.seen.count("svg") == 3 and page.seen.count("polyline") == 5
+
+
+def test_changed_users_are_in_every_report_and_on_the_terminal(finished):
+    manager, run, _ = finished
+    words = "5 users at 5/s, changed to 8 users at 5/s after "
+    text = {
+        name: manager.get(f"/v1/tests/{run['id']}/{name}").body.decode()
+        for name in ("report.html", "report.md", "summary.md")
+    }
+    assert "Changes of the load" in text["report.html"] and "8 users at 5/s, by api" in text["report.html"]
+    assert words in text["report.md"] and words in text["summary.md"]
+    shown = command(manager, "show", run["id"])
+    assert words in shown and "users 8 at most, of 5→8" in shown
+    assert "5→8" in command(manager, "list")
+
+
+def command(manager: LoadManager, *arguments: str) -> str:
+    """What the command line prints."""
+    server = ("--url", manager.url)
+    environment = {**os.environ, "LOADMANAGER_TOKEN": API_TOKEN, "PYTHONIOENCODING": "utf-8"}
+    program = [sys.executable, loadmanager.__file__, *arguments, *server]
+    done = subprocess.run(program, capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+def test_finished_run_shows_the_users_it_had(finished):
+    manager, run, _ = finished
+    samples = manager.get(f"/v1/tests/{run['id']}/metrics").json["points"]
+    peak = max(point["currentUsers"] for point in samples if point["currentUsers"] is not None)
+    assert peak == 8
+    assert "at most 8 users" in manager.get(f"/v1/tests/{run['id']}/report.md").body.decode()
+    assert "<b>8</b>users, at most" in manager.get(f"/v1/tests/{run['id']}/report.html").body.decode()
+
+
+def sample(at: float, source: str, users: int | None, rps: float | None) -> loadmanager.Sample:
+    fields = dict.fromkeys(loadmanager.Sample._fields)
+    return loadmanager.Sample(
+        **{**fields, "run_id": "r", "at": at, "source": source, "users": users, "rps": rps}
+    )
+
+
+def test_line_of_a_chart_takes_each_figure_from_one_source_and_ends_with_users():
+    samples = [
+        sample(1.0, "poll", 10, 0.0),  # up to 2 s old: Locust's cache
+        sample(1.2, "push", 20, 5.0),
+        sample(2.0, "poll", 10, 0.0),
+        sample(2.2, "push", 20, 6.0),
+        sample(3.2, "push", 0, 6.0),
+        sample(3.5, "final", 20, 28.0),
+    ]
+    assert loadmanager.line_points(samples, "users") == [(1.2, 20), (2.2, 20)]
+    assert loadmanager.line_points(samples, "rps") == [(1.2, 5.0), (2.2, 6.0), (3.2, 6.0)]
+    polled = [one for one in samples if one.source != "push"]
+    assert loadmanager.line_points(polled, "users") == [(1.0, 10), (2.0, 10)]
+    assert loadmanager.line_points(polled, "rps")[-1] == (3.5, 28.0), "too short for a rate: the whole run's"
 
 
 def test_failures_and_exceptions_are_locust_s(finished):
