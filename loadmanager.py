@@ -59,6 +59,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import secrets
 import selectors
@@ -13065,13 +13066,23 @@ REASONS = {
 }  # fmt: skip
 
 MAX_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slowly
+MAX_UNSENT_OF_CALLER = 128 * 1024 * 1024  # answers that one caller has not read yet; beyond, no more big ones
+MAX_UNSENT_IN_ALL = 256 * 1024 * 1024  # beyond, the slowest reader is let go
+SMALL_ANSWER_BYTES = 64 * 1024  # is always sent, whatever the caller has not read
+BIG_BODY_BYTES = 64 * 1024  # from here on a body is parsed by a thread, not in the loop's
+MAX_BIG_CALLBACKS = 64 * 1024 * 1024  # bytes of big bodies that are being received or parsed: callbacks,
+MAX_BIG_REQUESTS = 128 * 1024 * 1024  # and all others (two of the largest imports)
 IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
-WRITE_STALL_S = 30.0
+WRITE_WINDOW_S = 30.0  # a reader that takes less than LEAST_READ_BYTES in it is let go
+LEAST_READ_BYTES = 128 * 1024
+STREAM_SEND_BUFFER = 128 * 1024  # of the kernel, for each event stream; its default grows to 4 MiB
 HANDSHAKE_DEADLINE_S = 10.0
 LINGER_S = 2.0  # reading on after an answer that closes the connection
-MAX_WAITING_REQUESTS = 256  # threads for requests that wait; stops have a reserve
+MAX_EMPTY_LINES = 16  # before a request; RFC 9112 asks for one to be skipped
+MAX_REQUESTS_A_TURN = 16  # of one connection that pipelines, before others have theirs
+SEND_PIECES, SEND_BYTES = 512, 256 * 1024  # of one write
 
 
 class BadRequest(LoadManagerError):
@@ -13095,6 +13106,7 @@ class RequestHead:
         "headers",
         "content_length",
         "keep_alive",
+        "takes_chunks",
         "wants_continue",
         "matched",
     )
@@ -13106,12 +13118,14 @@ class RequestHead:
         self.content_length = _content_length(headers)
         connection = headers.get("connection", "").lower()
         self.keep_alive = "close" not in connection and (version == "1.1" or "keep-alive" in connection)
+        self.takes_chunks = version == "1.1"
         self.wants_continue = headers.get("expect", "").lower() == "100-continue"
         self.matched: Any = None
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 ONLY_ONCE = frozenset(
     {
         "host",
@@ -13176,8 +13190,10 @@ def _content_length(headers: dict[str, str]) -> int:
     text = headers.get("content-length")
     if text is None:
         return 0
-    if not re.fullmatch(r"[0-9]{1,15}", text):
+    if not re.fullmatch(r"[0-9]+", text):
         raise BadRequest("Content-Length must be digits only")
+    if len(text) > 15:
+        raise BadRequest("Content-Length is larger than any body that is taken", 413)
     return int(text)
 
 
@@ -13228,15 +13244,26 @@ class Response:
         self.headers = headers
         self.opens = opens
 
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.body)) if isinstance(self.body, list) else len(self.body)
+
+    def to_pieces(self, keep_alive: bool, with_body: bool = True) -> list[bytes]:
+        """Head and body in one piece: two writes would stall a client 40 ms. A long body in pieces
+        (30 MB of a list) is never copied: its pieces are the store's own, shared by all answers."""
+        if not isinstance(self.body, list):
+            return [self.to_bytes(keep_alive, with_body)]
+        head = self.to_bytes(keep_alive, with_body=False)
+        return [head, *self.body] if with_body else [head]
+
     def to_bytes(self, keep_alive: bool, with_body: bool = True) -> bytes:
-        """Head and body in one piece: two writes would stall a client 40 ms. A body in pieces
-        (30 MB of a long list) is copied only here."""
+        """Head and body joined."""
         body = self.body if isinstance(self.body, list) else [self.body]
         parts = [_head_start(self.http_status, self.content_type, keep_alive), _date_line(int(time.time()))]
         for name, value in (self.headers or {}).items():
             parts.append(f"{name}: {_header_value(value)}\r\n".encode("latin-1"))
         if self.http_status != 204 and self.opens is None:
-            parts.append(b"Content-Length: %d\r\n" % sum(map(len, body)))
+            parts.append(b"Content-Length: %d\r\n" % self.size())
         parts.append(b"\r\n")
         if with_body:
             parts += body
@@ -13381,6 +13408,12 @@ class TlsSocket:
         except self._waits:
             raise BlockingIOError from None
 
+    def sendmsg(self, pieces: list[Any]) -> int:
+        return self.send(b"".join(pieces))
+
+    def setsockopt(self, *option: int) -> None:
+        self._tls.setsockopt(*option)
+
     def send_plain(self, raw: bytes) -> None:
         """Say something without TLS to a client that does not speak it."""
         try:
@@ -13406,8 +13439,9 @@ class Connection:
     """One client's connection, owned by the loop's thread."""
 
     __slots__ = (
-        "loop", "sock", "address", "buffer", "request", "parts", "missing", "busy", "out", "closing", "deadline", "mask",
-        "waiting_since", "streams", "on_close", "shakes_hands",
+        "loop", "sock", "address", "buffer", "scanned", "empty_lines", "request", "body", "missing", "reserved", "reserved_waits", "busy", "owner",
+        "out", "unsent", "counted", "window_sent", "closing", "deadline", "mask", "waiting_since", "streams", "chunked", "on_close",
+        "shakes_hands",
     )  # fmt: skip
 
     def __init__(self, loop: ConnectionLoop, sock: socket.socket | TlsSocket, address: str):
@@ -13416,16 +13450,25 @@ class Connection:
         self.shakes_hands = isinstance(sock, TlsSocket)
         self.address = address
         self.buffer = b""
+        self.scanned = 0  # so many bytes of the buffer hold no end of a head
+        self.empty_lines = 0  # since the last request
         self.request: Request | None = None  # its body is being read
-        self.parts: list[bytes] = []
+        self.body: bytearray | None = None
         self.missing = 0  # bytes of the body still to come
+        self.reserved = 0  # bytes of a big body, as the loop counts them
+        self.reserved_waits = False  # the body is of a route that waits
         self.busy = False  # a thread works on its request
-        self.out: Any = b""  # still to be sent: a memoryview, so that 30 MB are not copied for each write
+        self.owner = ""  # who asked for what is still to be sent
+        self.out: deque[Any] = deque()  # pieces still to be sent, which other connections may share
+        self.unsent = 0  # bytes in `out`
+        self.counted = 0  # bytes of them that the loop has counted
+        self.window_sent = 0  # bytes sent since the reader's speed was last judged
         self.closing = False  # close when `out` is sent
         self.deadline = monotonic_s() + (HANDSHAKE_DEADLINE_S if self.shakes_hands else IDLE_CONNECTION_S)
         self.mask = 0
         self.waiting_since = monotonic_s()  # idle or half-sent since then
         self.streams = False  # an event stream: nothing more is read, its end is the connection's
+        self.chunked = False  # an event stream for an HTTP/1.1 client
         self.on_close: Callable[[], None] = _nothing
 
     # ---- reading -----------------------------------------------------------
@@ -13478,50 +13521,74 @@ class Connection:
             self.advance()
 
     def advance(self) -> None:
-        """Handle every whole request that has arrived, in order."""
-        while (
-            not self.busy and not self.closing and not self.streams and self.sock is not None and not self.out
-        ):
+        """Handle the whole requests that have arrived, in order; after some of them others have a turn."""
+        for _ in range(MAX_REQUESTS_A_TURN):
+            if self.busy or self.closing or self.streams or self.sock is None or self.out:
+                return
             if self.request is None and not self._begin_request():
                 return
             if self.request is not None:
                 if self.missing:
                     return
                 self._handle()
+        if self.buffer:
+            self.loop.call(self.advance)
 
     def _begin_request(self) -> bool:
-        """Take one head off the buffer; False when none is complete."""
+        """Take one head off the buffer; False when none is complete. Each byte is looked at once,
+        however slowly they come."""
+        if self.buffer[:2] == b"\r\n" and not self._skip_empty_lines():
+            return False
         buffer = self.buffer
-        while buffer[:2] == b"\r\n":
-            buffer = self.buffer = buffer[2:]
-        end = buffer.find(b"\r\n\r\n")
+        end = buffer.find(b"\r\n\r\n", self.scanned)
         if end < 0:
             self._check_unfinished_head()
             return False
         end += 4
+        self.scanned = self.empty_lines = 0
         raw, self.buffer = (buffer, b"") if end == len(buffer) else (buffer[:end], buffer[end:])
         try:
             head = parse_head(raw) if end <= MAX_HEAD_BYTES else self._refuse_long_head()
         except LoadManagerError as error:
-            self.send(error_response(error).to_bytes(False), close=True)
+            self.refuse(error)
             return False
         self._admit(head)
         return True
+
+    def _skip_empty_lines(self) -> bool:
+        """Take the empty lines before a request off the buffer; False when they were too many."""
+        size = EMPTY_LINES.match(self.buffer).end()  # type: ignore[union-attr]
+        self.empty_lines += size // 2
+        if self.empty_lines > MAX_EMPTY_LINES:
+            self.buffer = b""
+            self.refuse(BadRequest(f"more than {MAX_EMPTY_LINES} empty lines before a request"))
+            return False
+        self.buffer = self.buffer[size:]
+        self.scanned = 0
+        return True
+
+    def refuse(self, error: LoadManagerError) -> None:
+        """Answer an error after which nothing that comes is taken for a request."""
+        self.send([error_response(error).to_bytes(False)], close=True)
 
     def _refuse_long_head(self) -> RequestHead:
         raise BadRequest(f"the request head is over {MAX_HEAD_BYTES} bytes", 431)
 
     def _check_unfinished_head(self) -> None:
+        """Refuse what cannot become a request; its first line is looked at once it is whole."""
         if not self.buffer:
             return
-        line, newline, _ = self.buffer.partition(b"\r\n")
+        knows_line, self.scanned = self.scanned > 0, max(0, len(self.buffer) - 3)
         try:
             if len(self.buffer) > MAX_HEAD_BYTES:
                 self._refuse_long_head()
-            if newline and not REQUEST_LINE.fullmatch(line) or not self.buffer[:1].isalpha():
+            line_end = self.buffer.find(b"\r\n", 0, MAX_HEAD_BYTES) if not knows_line else -1
+            if not self.buffer[:1].isalpha() or (
+                line_end >= 0 and not REQUEST_LINE.fullmatch(self.buffer, 0, line_end)
+            ):
                 raise BadRequest("this is not an HTTP/1.1 request")
         except BadRequest as error:
-            self.send(error_response(error).to_bytes(False), close=True)
+            self.refuse(error)
             return
         if self.deadline > monotonic_s() + HEAD_DEADLINE_S:
             self.deadline = self.waiting_since = monotonic_s()
@@ -13532,24 +13599,42 @@ class Connection:
         is never taken for a request, as the connection is closed."""
         try:
             request = self.loop.api.admit(head, self.address)
+            self._reserve_body(request)
         except KeysNeeded as needed:
             self._admit_later(head, needed)
             return
-        except LoadManagerError as error:
+        except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop goes on
+            failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error)
             unread = head.content_length > 0
             keep = head.keep_alive and not unread
-            self.send(error_response(error).to_bytes(keep, head.method != "HEAD"), close=not keep)
+            self.send([error_response(failure).to_bytes(keep, head.method != "HEAD")], close=not keep)
             return
         self.request = request
         self.missing = head.content_length
-        self.parts = []
+        self.body = bytearray()
         if self.missing:
             self.deadline = monotonic_s() + BODY_DEADLINE_S
             if head.wants_continue and not self.buffer:
-                self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._write([b"HTTP/1.1 100 Continue\r\n\r\n"])
             received, self.buffer = self.buffer, b""
             if received:
                 self._take_body(received)
+
+    def _unforeseen(self, error: Exception) -> LoadManagerError:
+        log_unforeseen("connections", error)
+        return LoadManagerError("an error of Load Manager itself; its log has the details")
+
+    def _reserve_body(self, request: Request) -> None:
+        """Count a big body that will be received; NotReady when all of them would be too much."""
+        size = request.head.content_length
+        if size > BIG_BODY_BYTES:
+            self.loop.reserve_body(request.route.waits, size)
+            self.reserved, self.reserved_waits = size, request.route.waits
+
+    def release_body(self) -> None:
+        """The big body is parsed, or will not be."""
+        self.loop.big_bodies[self.reserved_waits] -= self.reserved
+        self.reserved = 0
 
     def _admit_later(self, head: RequestHead, needed: KeysNeeded) -> None:
         """Admit once keys were read, which others need not wait for; the body stays unread."""
@@ -13569,7 +13654,7 @@ class Connection:
 
     def _take_body(self, received: bytes) -> None:
         part = received[: self.missing]
-        self.parts.append(part)
+        self.body += part
         self.missing -= len(part)
         if len(received) > len(part):
             self.buffer = received[len(part) :]
@@ -13577,8 +13662,9 @@ class Connection:
     def _handle(self) -> None:
         request, self.request = self.request, None
         assert request is not None
-        request.body = b"".join(self.parts) if self.parts else b""
-        if not request.route.waits:
+        body, self.body = self.body, None
+        request.body = bytes(body or b"") if not self.reserved else body  # type: ignore[assignment]
+        if not request.route.waits and not self.reserved:
             self.answer(request, self.loop.api.respond(request))
             return
         self.busy = True
@@ -13591,64 +13677,103 @@ class Connection:
     def answer(self, request: Request, response: Response) -> None:
         """Send the response to the request in hand."""
         self.busy = False
+        if self.reserved:
+            self.release_body()
         if response.opens is not None and request.head.method != "HEAD":
-            self._open_stream(response)
+            self._open_stream(request, response)
             return
+        if response.size() > SMALL_ANSWER_BYTES:
+            self.owner = request.principal.name or request.address
+            response = self.loop.affordable(self.owner, response)
         keep = request.head.keep_alive and not self.loop.draining
-        self.send(response.to_bytes(keep, request.head.method != "HEAD"), close=not keep)
+        self.send(response.to_pieces(keep, request.head.method != "HEAD"), close=not keep)
 
-    def _open_stream(self, response: Response) -> None:
+    def _open_stream(self, request: Request, response: Response) -> None:
         assert response.opens is not None
         self.streams = True
         self.buffer = b""
-        self._write(response.to_bytes(False))
+        self.chunked = request.head.takes_chunks
+        if self.chunked:
+            response.headers = {**(response.headers or {}), "Transfer-Encoding": "chunked"}
+        self._limit_send_buffer()
+        self._write([response.to_bytes(False)])
         if self.sock is not None:
             response.opens(self)
 
+    def _limit_send_buffer(self) -> None:
+        """Have the kernel keep little of what a stream's client does not read."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)  # type: ignore[union-attr]
+        except OSError:
+            pass
+
     def push(self, raw: bytes) -> None:
-        """Append to a stream. A client that leaves too much unread is dropped: it can come
-        back and resume, whereas its backlog would grow for ever."""
-        if self.out and len(self.out) + len(raw) > MAX_UNSENT_BYTES:
-            log("slow event stream dropped", address=self.address, unsent=len(self.out))
-            self.close()
+        """Append to a stream; the bytes are shared with other streams, not copied. A client that leaves
+        too much unread is dropped: it can come back and resume, whereas its backlog would grow for ever."""
+        if self.out and self.unsent + len(raw) > MAX_UNSENT_BYTES:
+            self.let_go()
             return
-        self._write(raw)
+        self._write([b"%x\r\n" % len(raw), raw, b"\r\n"] if self.chunked else [raw])
 
-    def send(self, raw: bytes, close: bool = False) -> None:
+    def end_stream(self) -> None:
+        """End a stream in such a way that its client sees that nothing is missing."""
+        if self.chunked:
+            self.send([b"0\r\n\r\n"], close=True)
+        else:
+            self.close()
+
+    def let_go(self) -> None:
+        """Close a connection whose client does not read what it asked for."""
+        log("slow reader let go", address=self.address, unsent=self.unsent, stream=self.streams)
+        self.close()
+
+    def send(self, pieces: list[bytes], close: bool = False) -> None:
         self.closing = self.closing or close
-        self._write(raw)
+        self._write(pieces)
 
-    def _write(self, raw: bytes) -> None:
+    def _write(self, pieces: list[bytes]) -> None:
+        """Send what the client takes now, and keep the pieces of the rest."""
         if self.sock is None:
             return
-        if self.out:
-            self.out = memoryview(bytes(self.out) + raw)
-            return
+        waits = bool(self.out)
+        self.out.extend(pieces)
+        self.unsent += sum(map(len, pieces))
+        if waits:
+            self.loop.count_unsent(self)
+        elif self._send_some():
+            self._sent()
+        elif self.sock is not None:
+            self.deadline, self.window_sent = monotonic_s() + WRITE_WINDOW_S, 0
+            self.loop.watch(self, selectors.EVENT_WRITE)
+            self.loop.count_unsent(self)
+
+    def _send_some(self) -> bool:
+        """One write of the first pieces; whether nothing is left. Closes the connection when it is broken."""
+        pieces, size = [], 0
+        for piece in itertools.islice(self.out, SEND_PIECES):
+            pieces.append(piece if len(piece) <= SEND_BYTES else memoryview(piece)[:SEND_BYTES])
+            size += len(pieces[-1])
+            if size >= SEND_BYTES:
+                break
         try:
-            sent = self.sock.send(raw)
+            sent = self.sock.send(pieces[0]) if len(pieces) == 1 else self.sock.sendmsg(pieces)  # type: ignore[union-attr]
         except (BlockingIOError, InterruptedError):
-            sent = 0
+            return False
         except OSError:
             self.close()
-            return
-        if sent < len(raw):
-            self.out = memoryview(raw)[sent:]
-            self.deadline = monotonic_s() + WRITE_STALL_S
-            self.loop.watch(self, selectors.EVENT_WRITE)
-        else:
-            self._sent()
+            return False
+        self.unsent -= sent
+        self.window_sent += sent
+        while self.out and sent >= len(self.out[0]):
+            sent -= len(self.out.popleft())
+        if sent:
+            self.out[0] = memoryview(self.out[0])[sent:]
+        return not self.out
 
     def _flush(self) -> None:
-        try:
-            sent = self.sock.send(self.out[: 1 << 18])  # type: ignore[union-attr]
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.close()
-            return
-        self.out = self.out[sent:]
-        self.deadline = monotonic_s() + WRITE_STALL_S
-        if not self.out:
+        is_all_sent = self._send_some()
+        self.loop.count_unsent(self)
+        if is_all_sent:
             self._sent()
             self.advance()
 
@@ -13660,6 +13785,15 @@ class Connection:
             self.waiting_since = monotonic_s()
             self.deadline = math.inf if self.streams else self.waiting_since + IDLE_CONNECTION_S
         self.loop.watch(self, selectors.EVENT_READ)
+
+    def expire(self) -> None:
+        """The deadline is over: close, unless it is a reader that is fast enough."""
+        if not self.out:
+            self.close()
+        elif self.window_sent < LEAST_READ_BYTES:
+            self.let_go()
+        else:
+            self.deadline, self.window_sent = monotonic_s() + WRITE_WINDOW_S, 0
 
     def _close_gently(self) -> None:
         """Say that no more comes, and read on for a moment: a close with unread bytes would
@@ -13676,18 +13810,110 @@ class Connection:
     def close(self) -> None:
         sock, self.sock = self.sock, None
         if sock is not None:
+            self.out.clear()
+            self.unsent = 0
+            self.body = None
+            self.loop.count_unsent(self)
+            if not self.busy:
+                self.release_body()
             self.loop.forget(self, sock)
             sock.close()
             self.on_close()
 
 
+class WorkerPool:
+    """Threads that do what waits or takes long. Some exist from the start, so that there are threads
+    also when the system gives no more; others come when they are needed, and end when they are not."""
+
+    IDLE_S = 30.0
+
+    def __init__(self, name: str, ready: int, most: int, most_waiting: int = 0):
+        self._name = name
+        self._ready, self._most, self._most_waiting = ready, most, most_waiting
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the two counts
+        self._threads = 0
+        self._free = 0  # threads without a job; below 0: jobs without a thread
+
+    def start(self) -> None:
+        """Have the threads that are always there; NotReady when they cannot be had."""
+        with self._lock:
+            for _ in range(self._ready):
+                self._add_thread()
+
+    def submit(self, work: Callable[[], None]) -> bool:
+        """Have a thread do it; False when none is free, none more can be had, and too many jobs wait."""
+        with self._lock:
+            if self._free <= 0 and self._threads < self._most:
+                try:
+                    self._add_thread()
+                except NotReady:
+                    pass  # a job that may wait waits for one of those there are
+            if self._free <= 0 and -self._free >= self._most_waiting:
+                return False
+            self._free -= 1
+        self._jobs.put(work)
+        return True
+
+    def _add_thread(self) -> None:
+        start_thread(f"{self._name} {self._threads + 1}", self._work)
+        self._threads += 1
+        self._free += 1
+
+    def _work(self) -> None:
+        while True:
+            try:
+                work = self._jobs.get(timeout=self.IDLE_S)
+            except queue.Empty:
+                if self._may_end():
+                    return
+                continue
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - the edge: the thread is needed again
+                log_unforeseen(self._name, error)
+            del work  # what it holds, the body of a request, is not needed while waiting
+            with self._lock:
+                self._free += 1
+
+    def _may_end(self) -> bool:
+        with self._lock:
+            if self._threads <= self._ready or self._free <= 0:
+                return False
+            self._threads -= 1
+            self._free -= 1
+            return True
+
+
+class Workers:
+    """The threads of requests: for those that wait, for those that must be served whatever else waits
+    (a stop above all), and for big bodies, of which few are parsed at the same time."""
+
+    def __init__(self) -> None:
+        self.waiting = WorkerPool("request", 8, 256)
+        self.reserved = WorkerPool("stop", 8, 256, most_waiting=1000)
+        self.big = WorkerPool("big body", 2, 2, most_waiting=32)
+
+    def start(self) -> None:
+        for pool in (self.waiting, self.reserved, self.big):
+            pool.start()
+
+    def pool_for(self, route: Any) -> WorkerPool:
+        if route.reserved:
+            return self.reserved
+        return self.waiting if route.waits else self.big
+
+
 class ConnectionLoop(threading.Thread):
     """The one thread that reads and writes all connections."""
 
-    def __init__(self, api: Any, most_connections: int, tls: TlsFiles | None = None):
+    MAX_ADOPTED = 4  # accepted connections that the loop has not seen yet: they hold descriptors, too
+
+    def __init__(self, api: Any, most_connections: int, tls: TlsFiles | None, workers: Workers):
         super().__init__(name="connections", daemon=True)
         self.api = api
         self._tls = tls
+        self._workers = workers
         self._told_of_handshake_at = -math.inf
         self.draining = False
         self._most_connections = most_connections
@@ -13698,8 +13924,11 @@ class ConnectionLoop(threading.Thread):
         self._wake_reader.setblocking(False)
         self._wake_writer.setblocking(False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
-        self._waiting = 0  # requests that threads work on
+        self._adopting = threading.BoundedSemaphore(self.MAX_ADOPTED)
         self._closed = False
+        self.big_bodies = {False: 0, True: 0}  # bytes received or parsed: of callbacks, of routes that wait
+        self._unsent = 0  # bytes that clients have not read yet
+        self._unsent_of: dict[str, int] = {}  # the same by caller
 
     # ---- from any thread ---------------------------------------------------
 
@@ -13714,6 +13943,8 @@ class ConnectionLoop(threading.Thread):
             pass  # the loop has ended
 
     def adopt(self, sock: socket.socket, address: str) -> None:
+        """Have the loop serve a connection; waits while it has not yet seen the ones before."""
+        self._adopting.acquire(timeout=5.0)
         self.call(functools.partial(self._add, sock, address))
 
     def drain(self, wait_s: float) -> None:
@@ -13733,49 +13964,104 @@ class ConnectionLoop(threading.Thread):
     def run(self) -> None:
         sweep_at = monotonic_s() + 1
         while not self._closed:
-            for event, mask in self._selector.select(1.0):
-                if event.data is None:
-                    self._make_calls()
-                    continue
-                try:
-                    event.data.on_event(mask)
-                except Exception as error:  # noqa: BLE001 - the edge: one connection must not end all
-                    import traceback
+            try:
+                self._turn()
+                if monotonic_s() >= sweep_at:
+                    sweep_at = monotonic_s() + 1
+                    self._sweep()
+            except Exception as error:  # noqa: BLE001 - the edge: nobody is served without this thread
+                log_unforeseen("connections", error)
+                time.sleep(0.02)  # should it come at each turn
 
-                    log("connection failed", error=repr(error), trace=traceback.format_exc())
-                    event.data.close()
-            if monotonic_s() >= sweep_at:
-                self._sweep()
-                sweep_at = monotonic_s() + 1
+    def _turn(self) -> None:
+        for event, mask in self._selector.select(1.0):
+            if event.data is None:
+                self._make_calls()
+                continue
+            try:
+                event.data.on_event(mask)
+            except Exception as error:  # noqa: BLE001 - the edge: one connection must not end all
+                log_unforeseen("connections", error)
+                event.data.close()
 
     def _make_calls(self) -> None:
+        """Make the calls that are there; those that they make themselves wait for the next turn."""
         try:
             while len(self._wake_reader.recv(4096)) == 4096:
                 pass
         except BlockingIOError:
             pass
-        while self._calls:
+        for _ in range(len(self._calls)):
             try:
                 self._calls.popleft()()
             except Exception as error:  # noqa: BLE001 - the edge
-                log("connection loop call failed", error=repr(error))
+                log_unforeseen("connections", error)
 
     def _add(self, sock: socket.socket, address: str) -> None:
-        if len(self._connections) >= self._most_connections:
-            self._make_room()
         try:
+            if len(self._connections) >= self._most_connections and not self._make_room():
+                sock.close()
+                return
             connection = Connection(self, self._tls.wrap(sock) if self._tls else sock, address)
         except (OSError, ValueError):  # it went away before its handshake
             sock.close()
             return
+        finally:
+            self._has_added()
         self._connections.add(connection)
         self.watch(connection, selectors.EVENT_READ)
 
-    def _make_room(self) -> None:
-        """Close the connection that has waited longest for its client; the newest is served."""
+    def _has_added(self) -> None:
+        try:
+            self._adopting.release()
+        except ValueError:
+            pass  # adopt() did not wait as long as the loop was busy
+
+    def _make_room(self) -> bool:
+        """Close connections that have waited longest for their clients, or else the one that reads
+        slowest; the newest is served. Whether there is room."""
         waiting = [item for item in self._connections if not item.busy and not item.out and not item.streams]
-        if waiting:
-            min(waiting, key=lambda connection: connection.waiting_since).close()
+        for connection in heapq.nsmallest(1 + len(waiting) // 32, waiting, key=_waiting_since):
+            connection.close()
+        return bool(waiting) or self._let_slowest_go()
+
+    # ---- budgets -----------------------------------------------------------
+
+    def reserve_body(self, waits: bool, size: int) -> None:
+        """Count a big body; NotReady when there are too many of them."""
+        if self.big_bodies[waits] + size > (MAX_BIG_REQUESTS if waits else MAX_BIG_CALLBACKS):
+            raise NotReady("too many big bodies are being received", retry_after_s=1)
+        self.big_bodies[waits] += size
+
+    def affordable(self, owner: str, response: Response) -> Response:
+        """The response, or a refusal when its caller has not read what was sent before."""
+        unread = self._unsent_of.get(owner, 0)
+        if not unread or unread + response.size() <= MAX_UNSENT_OF_CALLER:
+            return response
+        why = f"{unread >> 20} MiB of answers to this caller are not read yet; read them first"
+        return error_response(TooManyRequests(why, retry_after_s=1))
+
+    def count_unsent(self, connection: Connection) -> None:
+        """Bring the counts of unsent bytes up to date; beyond the limit the slowest reader is let go."""
+        more = connection.unsent - connection.counted
+        if not more:
+            return
+        connection.counted = connection.unsent
+        self._unsent += more
+        left = self._unsent_of.get(connection.owner, 0) + more
+        if left:
+            self._unsent_of[connection.owner] = left
+        else:
+            self._unsent_of.pop(connection.owner, None)
+        if self._unsent > MAX_UNSENT_IN_ALL and more > 0:
+            self._let_slowest_go()
+
+    def _let_slowest_go(self) -> bool:
+        """Close the connection whose client reads slowest; who was answered just now goes last."""
+        reading = [item for item in self._connections if item.out and not item.busy]
+        if reading:
+            min(reading, key=_reading_speed).let_go()
+        return bool(reading)
 
     def watch(self, connection: Connection, mask: int) -> None:
         """Wait for what `mask` says; 0: for nothing, while a thread works on its request."""
@@ -13796,30 +14082,21 @@ class ConnectionLoop(threading.Thread):
         self._connections.discard(connection)
 
     def work_on(self, connection: Connection, request: Request) -> None:
-        """Have a thread make the response to a request that waits for Locust or the disk."""
-        if self._waiting >= MAX_WAITING_REQUESTS and not request.route.reserved:
-            self._answered(
-                connection,
-                request,
-                error_response(NotReady("too many requests are waiting", retry_after_s=1)),
-            )
-            return
-        self._waiting += 1
+        """Have a thread make the response to a request that waits for Locust or the disk, or is big."""
 
         def work() -> None:
             response = self.api.respond(request)
-            self.call(functools.partial(self._worked, connection, request, response))
+            request.body = b""
+            self.call(functools.partial(self._answered, connection, request, response))
 
-        try:
-            threading.Thread(target=work, name="request", daemon=True).start()
-        except RuntimeError:
-            self._worked(connection, request, error_response(NotReady("no thread is free", retry_after_s=1)))
-
-    def _worked(self, connection: Connection, request: Request, response: Response) -> None:
-        self._waiting -= 1
-        self._answered(connection, request, response)
+        if not self._workers.pool_for(request.route).submit(work):
+            refusal = NotReady("too many requests are waiting", retry_after_s=1)
+            self._answered(connection, request, error_response(refusal))
 
     def _answered(self, connection: Connection, request: Request, response: Response) -> None:
+        if connection.sock is None:
+            connection.release_body()
+            return
         connection.answer(request, response)
         connection.advance()
 
@@ -13838,12 +14115,25 @@ class ConnectionLoop(threading.Thread):
         if self._tls:
             self._tls.refresh()
         for connection in [item for item in self._connections if item.deadline < now]:
-            connection.close()
+            connection.expire()
 
     def _close_idle(self) -> None:
         for connection in list(self._connections):
-            if not connection.busy and not connection.out:
+            if connection.streams:
+                connection.end_stream()
+            elif not connection.busy and not connection.out:
                 connection.close()
+
+
+def _waiting_since(connection: Connection) -> float:
+    return connection.waiting_since
+
+
+def _reading_speed(connection: Connection) -> tuple[bool, float, float]:
+    """Orders connections that are being read from the slowest on, those of the last second at the end."""
+    age_s = monotonic_s() - (connection.deadline - WRITE_WINDOW_S)
+    is_young = age_s < 1.0
+    return is_young, 0.0 if is_young else connection.window_sent / age_s, connection.deadline
 
 
 class ApiServer(ThreadingHTTPServer):
@@ -13856,8 +14146,22 @@ class ApiServer(ThreadingHTTPServer):
         if ":" in host:
             self.address_family = socket.AF_INET6
         self.loop = loop
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
+        self._ends = False
         super().__init__((host, port), BaseHTTPRequestHandler)
+
+    def accept(self) -> None:
+        """Accept connections until shutdown(), whatever an exception says."""
+        while not self._ends:
+            try:
+                self.serve_forever(0.1)
+            except Exception as error:  # noqa: BLE001 - the edge: nobody could connect any more
+                log_unforeseen("accept", error)
+                time.sleep(0.05)
+
+    def shutdown(self) -> None:
+        self._ends = True
+        super().shutdown()
 
     def server_bind(self) -> None:
         """As in TCPServer: HTTPServer's own asks DNS for our name, which may take forever."""
@@ -13877,12 +14181,14 @@ class ApiServer(ThreadingHTTPServer):
     def _drop_one(self) -> None:
         """Out of file descriptors: take the connection with a spare one and close it, or the
         accept loop would spin on it."""
-        os.close(self._spare)
+        spare, self._spare = self._spare, None
         try:
-            super().get_request()[0].close()
+            if spare is not None:
+                os.close(spare)
+                super().get_request()[0].close()
+            self._spare = os.open(os.devnull, os.O_RDONLY)
         except OSError:
             time.sleep(0.05)
-        self._spare = os.open(os.devnull, os.O_RDONLY)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         request.setblocking(False)
@@ -13968,6 +14274,7 @@ class EventFeed:
         self._forgotten_seq = 0  # changes up to this one are no longer in _changes
         self._streams: dict[str | None, set[Stream]] = {}  # by run, None: of all runs
         self._sampled_at: dict[str, float] = {}  # of runs with a stream of their own
+        self._newest: dict[str, bytes] = {}  # their newest `run` event: the same bytes for all their streams
         self._beating = False
         store.listeners.append(self.note)
 
@@ -14013,7 +14320,8 @@ class EventFeed:
         if not self._beating:
             self._beating = True
             self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
-        stream.push(b"retry: 1000\n\n" + self._welcome(stream))
+        for raw in self._welcome(stream):
+            stream.push(raw)
 
     def _leave(self, stream: Stream) -> None:
         streams = self._streams.get(stream.run_id, set())
@@ -14021,25 +14329,34 @@ class EventFeed:
         if not streams:
             self._streams.pop(stream.run_id, None)
             self._sampled_at.pop(stream.run_id or "", None)
+            self._newest.pop(stream.run_id or "", None)
 
     def close_refused(self) -> None:
         """End the streams whose sign-in has ended."""
         for stream in self._all_streams():
             if not stream.is_allowed() and stream.connection is not None:
-                stream.connection.close()
+                stream.connection.end_stream()
 
     def _all_streams(self) -> list[Stream]:
         return [stream for streams in self._streams.values() for stream in streams]
 
-    def _welcome(self, stream: Stream) -> bytes:
+    def _welcome(self, stream: Stream) -> list[bytes]:
         """What a new stream gets first: what it missed, or that it must read all anew; the
         stream of one run gets the run."""
+        retry = b"retry: 1000\n\n"
         missed = None if stream.resume_id is None else self._missed(stream)
         if missed is not None:
-            return b"".join(missed)
+            return [retry + b"".join(missed)]
         start = b"ready" if stream.resume_id is None else b"reset"
-        first = self._event(start, b"{}", self._seq)
-        return first + self._run_event(stream.run_id, self._seq) if stream.run_id else first
+        first = retry + self._event(start, b"{}", self._seq)
+        return [first, self._shared_event(stream.run_id)] if stream.run_id else [first]
+
+    def _shared_event(self, run_id: str) -> bytes:
+        """The `run` event of the newest round, or of now for the first stream of a run."""
+        known = self._newest.get(run_id)
+        if known is None:
+            known = self._newest[run_id] = self._run_event(run_id, self._seq)
+        return known
 
     def _missed(self, stream: Stream) -> list[bytes] | None:
         """Events since the stream's Last-Event-ID; None when that is too long ago, or
@@ -14071,9 +14388,22 @@ class EventFeed:
         self._tell_followers_of_all(changed)
         for run_id, change in changed:
             if run_id in self._streams:
-                raw = self._sample_event(run_id) + self._run_event(run_id, change.seq)
-                for stream in list(self._streams[run_id]):
-                    stream.push(raw)
+                self._one_by_one(self._tell_followers, run_id, change.seq)
+
+    def _one_by_one(self, tell: Callable[..., Any], *about: Any) -> Any:
+        """The edge around the telling of one run: an exception nobody foresaw keeps it from nobody else."""
+        try:
+            return tell(*about)
+        except Exception as error:  # noqa: BLE001 - the edge
+            log_unforeseen("events", error)
+            return None
+
+    def _tell_followers(self, run_id: str, seq: int) -> None:
+        self._newest[run_id] = event = self._run_event(run_id, seq)
+        sample = self._sample_event(run_id)
+        for stream in list(self._streams[run_id]):
+            stream.push(sample)
+            stream.push(event)
 
     def _remember(self, run_id: str, place: tuple[str, str]) -> Change:
         self._seq += 1
@@ -14088,7 +14418,8 @@ class EventFeed:
         if not streams:
             return
         events = [
-            (change.place, self._run_event(run_id, change.seq, brief=True)) for run_id, change in changed
+            (change.place, self._one_by_one(self._run_event, run_id, change.seq, True) or b"")
+            for run_id, change in changed
         ]
         told: dict[Scope, bytes] = {}  # the same bytes for all who see the same
         for stream in list(streams):
@@ -14098,13 +14429,14 @@ class EventFeed:
 
     def _beat(self) -> None:
         """A comment to every stream: proxies keep it open, and a dead client is noticed."""
-        self._beating = False
-        self.close_refused()
-        for stream in self._all_streams():
-            self._beating = True
-            stream.push(b": heartbeat\n\n")
-        if self._beating:
-            self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
+        try:
+            self.close_refused()
+            for stream in self._all_streams():
+                stream.push(b": heartbeat\n\n")
+        finally:
+            self._beating = bool(self._streams)
+            if self._beating:
+                self._timer.after(self.HEARTBEAT_S, functools.partial(self._loop.call, self._beat))
 
     # ---- one event's bytes -------------------------------------------------
 
@@ -15013,6 +15345,8 @@ HEALTHY = Response(b'{"status":"healthy"}')
 def get_health(api: Api, request: Request) -> Response:
     problem = api.store.problem
     if problem is None:
+        if UNFORESEEN:
+            return json_response({"status": "healthy", "unforeseenErrors": sum(UNFORESEEN.values())})
         return HEALTHY
     return json_response(
         {"status": "unhealthy", "message": f"the database cannot be written: {problem}"}, 503
@@ -15871,7 +16205,7 @@ SCHEMAS: dict[str, Any] = {
     "AuditEntry": _object("at action status outcome", at=_MOMENT, **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
     "Audit": _array("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
-    "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT),
+    "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT, unforeseenErrors=_WHOLE),
     "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
@@ -16598,7 +16932,9 @@ class Service:
 
     def __init__(self, config: Config):
         tls = TlsFiles(config.server.tls, config.folder) if config.server.tls else None
-        self._loop = ConnectionLoop(None, config.server.max_connections, tls)
+        workers = self._workers = Workers()
+        most_connections = connections_that_fit(config.server.max_connections)
+        self._loop = ConnectionLoop(None, most_connections, tls, workers)
         try:
             self._server = ApiServer(config.server.host, config.server.port, self._loop)
         except OSError as error:
@@ -16617,7 +16953,7 @@ class Service:
             self._store,
             self._loop,
             self._timer,
-            config.server.max_connections // 2,
+            most_connections // 2,
             config.limits.event_streams,
         )
         self._notifier = Notifier(config, self._store)
@@ -16627,7 +16963,9 @@ class Service:
             f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
         )
         self._callbacks = (
-            LocalCallbacks(self._loop.api) if tls and any(item.launcher for item in config.clusters) else None
+            LocalCallbacks(self._loop.api, workers)
+            if tls and any(item.launcher for item in config.clusters)
+            else None
         )
 
     def start(self) -> None:
@@ -16638,8 +16976,9 @@ class Service:
         self._engine.reconcile()
         self._notifier.start()
         self._scheduler.start()
+        self._workers.start()
         self._loop.start()
-        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        start_thread("accept", self._server.accept)
         log(f"Load Manager {VERSION} listening", url=self.url)
 
     def stop(self) -> None:
@@ -16663,17 +17002,15 @@ class LocalCallbacks:
     """Plain HTTP on a loopback port of its own, for callbacks of launched clusters alone: our
     certificate need not name this machine's loopback address, nor be one they trust."""
 
-    def __init__(self, api: Api):
+    def __init__(self, api: Api, workers: Workers):
         self._api = api
-        self._loop = ConnectionLoop(self, 256)
+        self._loop = ConnectionLoop(self, connections_that_fit(1024) // 4, None, workers)
         self._server = ApiServer("127.0.0.1", 0, self._loop)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def start(self) -> None:
         self._loop.start()
-        threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="accept-callbacks", daemon=True
-        ).start()
+        start_thread("accept-callbacks", self._server.accept)
 
     def admit(self, head: RequestHead, address: str) -> Request:
         request = self._api.admit(head, address)
@@ -16716,6 +17053,19 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (ImportError, ValueError, OSError):
         pass
+
+
+def connections_that_fit(wanted: int) -> int:
+    """So many connections, or fewer: databases, Locust and children need file descriptors as well."""
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except (ImportError, OSError):
+        return wanted
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(8, min(wanted, soft - min(256, max(40, soft // 8))))
 
 
 def check_config(config_path: str) -> int:

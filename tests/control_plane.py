@@ -105,6 +105,9 @@ class EventStream:
         )
         self.comments: list[str] = []
         self._rest = b""
+        self.is_chunked = False
+        self.has_ended = False  # by the last chunk
+        self._chunks = b""  # what came of chunks that are not whole
 
     def __enter__(self) -> EventStream:
         return self
@@ -118,7 +121,23 @@ class EventStream:
             assert received, "the connection was closed before the head"
             self._rest += received
         head, self._rest = self._rest.split(b"\r\n\r\n", 1)
+        self.is_chunked = b"Transfer-Encoding: chunked" in head
+        if self.is_chunked:
+            self._chunks, self._rest = self._rest, b""
+            self._take_chunks()
         return head.decode("latin-1")
+
+    def _take_chunks(self) -> None:
+        """Move the content of the whole chunks that came to the rest."""
+        while b"\r\n" in self._chunks:
+            size, _, content = self._chunks.partition(b"\r\n")
+            length = int(size, 16)
+            if len(content) < length + 2:
+                return
+            assert content[length : length + 2] == b"\r\n", content[length : length + 20]
+            self._rest += content[:length]
+            self._chunks = content[length + 2 :]
+            self.has_ended = self.has_ended or length == 0
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Each event as {"id", "event", "data", "at"}, until the server ends the stream."""
@@ -141,7 +160,11 @@ class EventStream:
             received = self.sock.recv(1 << 20)
             if not received:
                 return
-            self._rest += received
+            if self.is_chunked:
+                self._chunks += received
+                self._take_chunks()
+            else:
+                self._rest += received
 
     def next(self, kind: str | None = None) -> dict[str, Any]:
         """The next event (of that kind); AssertionError when the stream ends before it."""
