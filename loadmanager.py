@@ -65,6 +65,7 @@ import secrets
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -74,7 +75,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
@@ -12438,7 +12439,7 @@ class ImportedRun(NamedTuple):
     snapshot: Snapshot | None
     samples: list[Sample]
     histograms: list[tuple[float, int, str]]  # epoch seconds, whether it is whole, its record
-    failures: dict[str, Any] | None
+    failures: bytes | None  # JSON
 
 
 def export_parts(
@@ -12685,6 +12686,176 @@ def _check_sizes(found: ImportedRun) -> None:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
 
 
+# ---- big files, in a child process ----
+
+IMPORT_COMMAND = "read-import"
+SMALL_IMPORT_BYTES = 256 * 1024  # is read by the thread of the request: some ms
+IMPORT_MEMORY_BYTES = 1536 * 1024 * 1024  # of the child
+IMPORT_CPU_S, IMPORT_WALL_S = 60, 120
+IMPORT_WAIT_S = 20.0  # for an import before this one
+MAX_IMPORTS_WAITING = 4
+MAX_IMPORT_RECORD_BYTES = 2 * 1024 * 1024  # a run without its history, one histogram
+MAX_IMPORTED_ENDPOINTS = 10_000
+FRAME = struct.Struct(">cI")  # kind and length of a piece of what the child found: one of
+FRAME_RUN, FRAME_ENDPOINTS, FRAME_SAMPLES = b"R", b"E", b"S"  # the run and its snapshot; rows of JSON,
+FRAME_HISTOGRAM, FRAME_FAILURES, FRAME_REFUSAL, FRAME_BUG, FRAME_END = b"H", b"F", b"X", b"!", b"."
+
+
+class ImportReader:
+    """Reads and checks imports. A big one is read by a child process with limits of its own: 60 MB of JSON
+    are a second in which no thread of this process could run, and a gigabyte that would never be given
+    back. What the child found comes in pieces that each take some ms."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()  # held while a child works: one at a time
+        self._places = threading.BoundedSemaphore(1 + MAX_IMPORTS_WAITING)
+
+    def read(self, body: bytes | bytearray, now: float) -> ImportedRun:
+        """The run in the body of an import. InvalidInput names what is wrong in it, NotReady when other
+        imports take too long, TooLarge when it takes more memory or time than an import may have."""
+        if len(body) <= SMALL_IMPORT_BYTES:
+            return read_import(parse_json(body), now)
+        busy = NotReady("another import is being read", retry_after_s=5)
+        if not self._places.acquire(blocking=False):
+            raise busy
+        try:
+            if not self._turn.acquire(timeout=IMPORT_WAIT_S):
+                raise busy
+            try:
+                return self._read_in_child(body, now)
+            finally:
+                self._turn.release()
+        finally:
+            self._places.release()
+
+    def _read_in_child(self, body: bytes | bytearray, now: float) -> ImportedRun:
+        import subprocess
+
+        command = [sys.executable, os.path.abspath(__file__), IMPORT_COMMAND, repr(now)]
+        try:
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise NotReady(f"no process can be started: {error.strerror}", retry_after_s=5) from None
+        assert child.stdin and child.stdout
+        try:
+            with contextlib.suppress(OSError):  # it ended early; what it said is read
+                child.stdin.write(body)
+                child.stdin.close()
+            return _imported_from_frames(child.stdout)
+        finally:
+            child.kill()
+            child.stdout.close()
+            child.wait()
+
+
+def _frames(source: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    while True:
+        head = source.read(FRAME.size)
+        if len(head) < FRAME.size:  # it was ended by one of its limits
+            gib = IMPORT_MEMORY_BYTES / 2**30
+            raise TooLarge(f"reading this import takes more than {gib:g} GiB or {IMPORT_CPU_S} s")
+        kind, length = FRAME.unpack(head)
+        yield kind, source.read(length)
+
+
+def _imported_from_frames(source: IO[bytes]) -> ImportedRun:
+    """What the child found; InvalidInput with its words when it refused."""
+    run = snapshot = failures = None
+    samples: list[Sample] = []
+    histograms: list[tuple[float, int, str]] = []
+    endpoints: list[EndpointStats] = []
+    for kind, content in _frames(source):
+        if kind == FRAME_REFUSAL:
+            refusal = json.loads(content)
+            raise InvalidInput(refusal["message"], refusal["fields"])
+        if kind == FRAME_BUG:
+            raise RuntimeError(content.decode())
+        if kind == FRAME_RUN:
+            record, numbers = json.loads(content)
+            run = run_from_record(record)
+            snapshot = None if numbers is None else Snapshot(*numbers)
+        elif kind == FRAME_ENDPOINTS:
+            endpoints += [EndpointStats(*row) for row in json.loads(content)]
+        elif kind == FRAME_SAMPLES:
+            samples += [Sample(*row) for row in json.loads(content)]
+        elif kind == FRAME_HISTOGRAM:
+            head, _, text = content.partition(b"\n")
+            at, is_whole = json.loads(head)
+            histograms.append((at, is_whole, text.decode()))
+        elif kind == FRAME_FAILURES:
+            failures = content
+        elif kind == FRAME_END:
+            break
+    assert run is not None
+    if snapshot is not None and snapshot.endpoints is not None:
+        snapshot = snapshot._replace(endpoints=tuple(endpoints))
+    return ImportedRun(run, snapshot, samples, histograms, failures)
+
+
+def _frames_of(found: ImportedRun) -> Iterator[tuple[bytes, bytes]]:
+    """What the child hands back, in pieces of at most some 100 KB but for single histograms and failures."""
+    snapshot = found.snapshot
+    rows: tuple[EndpointStats, ...] = ()
+    if snapshot is not None:
+        rows = snapshot.endpoints or ()
+        snapshot = snapshot._replace(times=None, endpoints=None if snapshot.endpoints is None else ())
+    record = dump_json([dump_json(run_to_fields(found.run)), snapshot]).encode()
+    if len(record) > MAX_IMPORT_RECORD_BYTES:
+        raise _bad("run", f"must have at most {MAX_IMPORT_RECORD_BYTES >> 20} MiB without its history")
+    if len(rows) > MAX_IMPORTED_ENDPOINTS:
+        raise _bad("run.lastMetrics.requestStats", f"must have at most {MAX_IMPORTED_ENDPOINTS} endpoints")
+    yield FRAME_RUN, record
+    for start in range(0, len(rows), 500):
+        yield (
+            FRAME_ENDPOINTS,
+            dump_json([row._replace(times=None) for row in rows[start : start + 500]]).encode(),
+        )
+    for start in range(0, len(found.samples), 500):
+        yield FRAME_SAMPLES, dump_json(found.samples[start : start + 500]).encode()
+    for at, is_whole, text in found.histograms:
+        if len(text) > MAX_IMPORT_RECORD_BYTES:
+            raise _bad("histograms", f"must have at most {MAX_IMPORT_RECORD_BYTES >> 20} MiB each")
+        yield FRAME_HISTOGRAM, dump_json([at, is_whole]).encode() + b"\n" + text.encode()
+    if found.failures:
+        yield FRAME_FAILURES, found.failures
+    yield FRAME_END, b""
+
+
+def read_import_for_parent(now: float) -> int:
+    """The child's main: read an import from standard input, write what it holds to standard output."""
+    _limit_import()
+    out = sys.stdout.buffer
+    try:
+        found = read_import(parse_json(sys.stdin.buffer.read()), now)
+        for kind, content in _frames_of(found):
+            out.write(FRAME.pack(kind, len(content)))
+            out.write(content)
+    except InvalidInput as error:
+        refusal = {"message": error.message, "fields": error.extra.get("fields")}
+        content = json.dumps(refusal).encode()
+        out.write(FRAME.pack(FRAME_REFUSAL, len(content)) + content)
+    except (MemoryError, BrokenPipeError):
+        return 1  # the parent says it
+    except Exception as error:  # noqa: BLE001 - the edge: the parent logs and counts it
+        content = repr(error).encode("utf-8", "replace")[:1000]
+        out.write(FRAME.pack(FRAME_BUG, len(content)) + content)
+    out.flush()
+    return 0
+
+
+def _limit_import() -> None:
+    """Have the system end this process when it takes too much; where there are no such limits, none are set."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (IMPORT_MEMORY_BYTES, IMPORT_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (IMPORT_CPU_S, IMPORT_CPU_S))
+        signal.alarm(IMPORT_WALL_S)
+        os.nice(10)
+    except (ImportError, OSError, ValueError, AttributeError):
+        pass
+
+
 # ---- our own export ----
 
 
@@ -12705,13 +12876,15 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     values["status"] = RunStatus(values["status"])
     run = Run(plan=plan_of(values), **values, imported_at=now)
     snapshot = check_metrics(document, "lastMetrics", math.inf)
+    if snapshot is not None and snapshot.taken_at == math.inf:  # it does not say when
+        snapshot = snapshot._replace(taken_at=run.finished_at)
     samples = _read_samples(body.get("samples"), run.id)
     return ImportedRun(
         run,
         snapshot,
         samples,
         list(_read_histograms(body.get("histograms"))),
-        _read_failures(body.get("failures")),
+        _failures_record(_read_failures(body.get("failures"))),
     )
 
 
@@ -12804,6 +12977,10 @@ def _read_failures(document: Any) -> dict[str, Any] | None:
         return None
     values = check_body(document, FAILURES_KEYS)
     return failures_to_json(values.get("failures", ()), values.get("exceptions", ()))
+
+
+def _failures_record(document: dict[str, Any] | None) -> bytes | None:
+    return dump_json(document).encode() if document else None
 
 
 def _bad(place: str, why: str) -> InvalidInput:
@@ -13023,7 +13200,7 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
         )
         for row in _csv_rows(values.get("exceptions", ""), "exceptions")
     )
-    return ImportedRun(run, snapshot, samples, [], failures_to_json(failures, exceptions))
+    return ImportedRun(run, snapshot, samples, [], _failures_record(failures_to_json(failures, exceptions)))
 
 
 def _csv_rows(text: str, place: str) -> list[dict[str, Any]]:
@@ -15509,11 +15686,11 @@ def get_export(api: Api, request: Request) -> Response:
 
 
 def post_import(api: Api, request: Request) -> Response:
-    found = read_import(parse_json(request.body), time.time())
+    found = api.imports.read(request.body, time.time())
+    request.body = b""  # its memory is needed for what is kept
     api.check_place(request, found.run.tenant_id, found.run.env_id)
     request.run_id = found.run.id
-    failures = dump_json(found.failures).encode() if found.failures else None
-    api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, failures)
+    api.store.add_imported(found.run, found.snapshot, found.samples, found.histograms, found.failures)
     log("run imported", run=found.run.id, by=request.principal.name)
     return api.run_response(found.run.id, 201)
 
@@ -16049,7 +16226,9 @@ BASELINE_KEYS = {"runId": BodyKey("run_id", ID_TEXT, required=True)}
 BASELINE_PATH = "/v1/baselines/{tenantId}/{envId}/{scenarioId}"
 XML_TYPE = "application/xml; charset=utf-8"
 DOWNLOAD_QUERY = {"download": one_of("0", "1")}
-CALLBACK_BYTES = 4 * 1024 * 1024  # statistics of thousands of endpoints: the hooks send 1 MB of 500, 3 MB of 5,000
+CALLBACK_BYTES = (
+    4 * 1024 * 1024
+)  # statistics of thousands of endpoints: the hooks send 1 MB of 500, 3 MB of 5,000
 
 SIGN_IN_KEYS = {"token": BodyKey("token", text_value("an API token"), required=True)}
 SIGN_IN_BYTES = 16 * 1024
@@ -16462,6 +16641,7 @@ class Api:
         self._sessions = Sessions()
         self._router = Router(ROUTES)
         self._failed = FailedAttempts()
+        self.imports = ImportReader()
         self._refusals = RefusalBudget()
         self._tokens = ApiTokens(config.security)
         self._callback_tokens = CallbackTokens(config)
@@ -19388,6 +19568,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [GUARD_COMMAND]:
         return guard_cluster()
+    if arguments[:1] == [IMPORT_COMMAND]:
+        return read_import_for_parent(float(arguments[1]))
     config_path = plain_start(arguments)
     if config_path is not None:
         return serve(config_path)
