@@ -70,7 +70,7 @@ import sys
 import threading
 import time
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -8913,7 +8913,9 @@ class RunMonitor:
             may_be_older = reading.uncertainty_s > 0 and reading.made_after <= self.pushed_at
             if may_be_older and reading.requests < self.last_requests:
                 return
-            self.last_requests = reading.requests if snapshot.taken_at >= self.pushed_at else self.last_requests
+            self.last_requests = (
+                reading.requests if snapshot.taken_at >= self.pushed_at else self.last_requests
+            )
         self._store.add_snapshot(run.id, snapshot, "poll")
         self._judge(snapshot)
 
@@ -14729,23 +14731,41 @@ class FailedAttempts:
 
     MOST = 30
     WINDOW_S = 60.0
+    MAX_ADDRESSES = 10_000
 
     def __init__(self) -> None:
-        self._counts: dict[str, tuple[int, float]] = {}
+        self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()  # the oldest window first
 
     def note(self, address: str) -> int | None:
         """Count one; the seconds to wait when there were too many."""
-        now = monotonic_s()
-        who = (
-            ":".join(address.split(":")[:4]) if ":" in address else address
-        )  # IPv6: who has one address has its /64
+        now, who = monotonic_s(), _address_group(address)
         count, since = self._counts.get(who, (0, now))
         if now - since > self.WINDOW_S:
             count, since = 0, now
-        if len(self._counts) > 10_000:
-            self._counts.clear()
+        if count == 0:
+            self._make_room(who)
         self._counts[who] = (count + 1, since)
         return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
+
+    def _make_room(self, who: str) -> None:
+        """Forget, among the oldest, who failed least: a flood of addresses frees no one who guesses."""
+        self._counts.pop(who, None)
+        if len(self._counts) >= self.MAX_ADDRESSES:
+            oldest = itertools.islice(self._counts.items(), 64)
+            now = monotonic_s()
+            least = min(oldest, key=lambda item: (now - item[1][1] <= self.WINDOW_S, item[1][0]))[0]
+            del self._counts[least]
+
+
+@functools.lru_cache(maxsize=1024)
+def _address_group(address: str) -> str:
+    """Whose address it is: in IPv6, who has one address has its /64."""
+    try:
+        known = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    known = getattr(known, "ipv4_mapped", None) or known
+    return str(known) if known.version == 4 else str(ipaddress.ip_network((int(known) >> 64 << 64, 64)))
 
 
 class RateCounter:
@@ -15364,7 +15384,8 @@ class Session:
 class Sessions:
     """The sign-ins of this process, by the hash of their secret; a restart ends them."""
 
-    MOST = 1000
+    MOST = 10_000
+    MOST_OF_ONE = 50
     KEEP_S = 12 * 3600.0
 
     def __init__(self) -> None:
@@ -15372,15 +15393,24 @@ class Sessions:
         self._by_digest: OrderedDict[bytes, Session] = OrderedDict()  # the oldest first
 
     def begin(self, principal: Principal) -> tuple[Session, str]:
-        """A new session and the secret for its cookie; beyond MOST the oldest ends."""
+        """A new session and the secret for its cookie; beyond MOST_OF_ONE their oldest ends, beyond MOST
+        the oldest of who has most: a flood of sign-ins ends no one else's."""
         secret = secrets.token_urlsafe(32)
         keep_s = min(self.KEEP_S, principal.ends_at - time.time())
         session = Session(principal, secrets.token_urlsafe(32), monotonic_s() + keep_s)
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
-            while len(self._by_digest) > self.MOST:
-                self._by_digest.popitem(last=False)
+            self._end_oldest(principal.name, self.MOST_OF_ONE)
+            if len(self._by_digest) > self.MOST:
+                names = Counter(kept.principal.name for kept in self._by_digest.values())
+                [(name, count)] = names.most_common(1)
+                self._end_oldest(name, count - 1)
         return session, secret
+
+    def _end_oldest(self, name: str, most: int) -> None:
+        own = [digest for digest, kept in self._by_digest.items() if kept.principal.name == name]
+        for digest in own[: max(0, len(own) - most)]:
+            del self._by_digest[digest]
 
     def find(self, secret: str | None) -> Session | None:
         if secret is None:
@@ -16130,6 +16160,7 @@ def locust_register(api: Api, request: Request) -> Response:
         values.get("scenario_id") or "ui-started-test",
         values.get("target_users", 0),
         values.get("spawn_rate", 0),
+        metadata={"source": "locust-ui", "registeredAt": utc_text(time.time())[:19] + "Z"},
     )
     run_id, is_new = api.orchestrator.register_external(
         run_request, values.get("cluster_id"), functools.partial(api.reaches, request)
@@ -16618,6 +16649,12 @@ def _path_text(segment: str) -> str:
     return text
 
 
+def _carries_token(head: RequestHead) -> bool:
+    """Whether the request has a header that no page of another site can make a browser send: then its body
+    is JSON whatever its Content-Type says (`curl -d` says it is a form). A cookie alone stays strict."""
+    return "authorization" in head.headers or "x-locust-token" in head.headers
+
+
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
@@ -16688,7 +16725,7 @@ class Api:
         most = self._body_limits.get(route.most_body_bytes, route.most_body_bytes)
         if head.content_length > most:
             raise TooLarge(f"the body has {head.content_length} bytes; allowed are {most}")
-        if route.body is not None:
+        if route.body is not None and not _carries_token(head):
             content_type = head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
             if content_type != JSON_TYPE and not content_type.endswith("+json"):
                 raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE}")
