@@ -5790,7 +5790,8 @@ class _RowWriter:
             rows = [(*place, content) for place, content in batch.artefacts.items()]
             many(insert_into("artefacts", later), rows)
         if batch.samples:
-            many(insert_into("samples"), [_finite_sample(sample) for sample in batch.samples])
+            rows = [one if one.source == "push" else _finite_sample(one) for one in batch.samples]
+            many(insert_into("samples"), rows)
         if batch.keys:
             later = (
                 "ON CONFLICT (key) DO UPDATE SET body_hash = excluded.body_hash,"
@@ -5840,10 +5841,6 @@ class _RowWriter:
 
 def _finite_sample(sample: Sample) -> Sample:
     """Without NaN and infinity, which JSON has not; what is pushed was checked when it came."""
-    if sample.source == "push" or all(
-        math.isfinite(value) for value in sample[2:-1] if isinstance(value, float)
-    ):
-        return sample
     odd = [
         name
         for name, value in zip(sample._fields, sample, strict=True)
@@ -5864,8 +5861,14 @@ class DatabaseWriter(threading.Thread):
     WAIT_S = 8.0
     LIMITS = {"samples": 500_000, "histograms": 5_000, "audit": 100_000}  # kept while the disk is full
 
-    def __init__(self, database: Database, audit_file: str | None = None):
+    def __init__(
+        self,
+        database: Database,
+        audit_file: str | None = None,
+        each_second: Callable[[], None] = lambda: None,
+    ):
         super().__init__(name="journal", daemon=True)
+        self._each_second = each_second
         self._database = database
         self._rows = _RowWriter(database)
         self._audit_file = audit_file
@@ -5943,13 +5946,20 @@ class DatabaseWriter(threading.Thread):
             self._next().forget(run_id)
             self._batch.gone[run_id] = None
 
-    def add_sample(self, sample: Sample) -> None:
+    def add_sample(
+        self, sample: Sample, state: RunState | None, point: HistogramPoint | None, is_last: bool
+    ) -> None:
+        """A sample, the run's state where the sample is its newest, and its histograms where it has
+        any. Called 20,000 times a second: the lock is taken once."""
         with self._changed:
-            self._next().samples.append(sample)
-
-    def add_histograms(self, run_id: str, point: HistogramPoint, are_last: bool) -> None:
-        with self._changed:
-            self._next().histograms.append((run_id, point, are_last))
+            batch = self._batch
+            if batch.since == math.inf:
+                batch.since = monotonic_s()
+            batch.samples.append(sample)
+            if state is not None:
+                batch.runs[sample.run_id] = state
+            if point is not None:
+                batch.histograms.append((sample.run_id, point, is_last))
 
     # ---- waiting -----------------------------------------------------------
 
@@ -6032,6 +6042,7 @@ class DatabaseWriter(threading.Thread):
         batch = self._in_hand
         assert batch is not None
         is_due = monotonic_s() - self._checked_at >= self.CHECK_S
+        self._each_second()
         if self.lost is not None:
             self._settle(batch, self.lost)
         elif batch or is_due or self._failure is not None:
@@ -6366,7 +6377,7 @@ class Store:
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
         open_tables(database, self._load)
         self._database = database
-        self._writer = DatabaseWriter(database, audit_file)
+        self._writer = DatabaseWriter(database, audit_file, each_second=self._note_clock)
         self._writer.start()
 
     def _load(self, database: Database) -> None:
@@ -6700,11 +6711,17 @@ class Store:
             self._save(record, replace(record.run, annotations=annotations))
         self._writer.wait_durable()
 
-    def _keep_sample(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = True) -> None:
-        self._writer.add_sample(sample_of(run_id, snapshot, source))
+    def _keep_sample(
+        self,
+        run_id: str,
+        snapshot: Snapshot,
+        source: str,
+        is_last: bool = True,
+        state: RunState | None = None,
+    ) -> None:
         histograms = histograms_of(snapshot)
-        if histograms is not None:
-            self._writer.add_histograms(run_id, HistogramPoint(snapshot.taken_at, histograms), is_last)
+        point = None if histograms is None else HistogramPoint(snapshot.taken_at, histograms)
+        self._writer.add_sample(sample_of(run_id, snapshot, source), state, point, is_last)
 
     def add_snapshot(self, run_id: str, snapshot: Snapshot, source: str, is_last: bool = False) -> bool:
         """Keep a sample of a run that is not final; shown as its newest unless it is older
@@ -6713,13 +6730,15 @@ class Store:
             record = self._records.get(run_id)
             if record is None or record.run.is_final:
                 return False
-            snapshot = self._in_run_time(record, snapshot)
-            self._keep_sample(run_id, snapshot, source, is_last)
-            if snapshot.taken_at >= record.numbers_at:
-                record.numbers = Numbers(snapshot, source)
-                record.numbers_at = snapshot.taken_at
-                self._writer.save(record.state())
-                self._tell(record.run)
+            if record.clock_shift_s or not record.numbers_at <= snapshot.taken_at < MAX_EPOCH_S:
+                snapshot = self._in_run_time(record, snapshot)
+            if snapshot.taken_at < record.numbers_at:
+                self._keep_sample(run_id, snapshot, source, is_last)
+                return True
+            numbers = record.numbers = Numbers(snapshot, source)
+            record.numbers_at = snapshot.taken_at
+            self._keep_sample(run_id, snapshot, source, is_last, RunState(record.run, numbers))
+            self._tell(record.run)
             return True
 
     # ---- time within a run ----
@@ -6727,14 +6746,19 @@ class Store:
     def _clock_shift_s(self, record: StoredRun) -> float:
         """Seconds by which the wall clock was set back since the run began: added to its times,
         they go on from where they were, and a run's history is in the order in which it came."""
+        self._note_clock()
+        return record.clock_shift_s
+
+    def _note_clock(self) -> None:
+        """Notice a clock that was set; called about once a second, as clocks also drift."""
         offset_s = time.time() - monotonic_s()
         step_s, self._clock_offset_s = self._clock_offset_s - offset_s, offset_s
         if abs(step_s) > CLOCK_STEP_S:
             log("clock was set", by_seconds=round(-step_s, 1))
-            for one in self._records.values():
-                if not one.run.is_final:
-                    one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
-        return record.clock_shift_s
+            with self._lock:
+                for one in self._records.values():
+                    if not one.run.is_final:
+                        one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
 
     def _in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
         shift_s, taken_at = self._clock_shift_s(record), snapshot.taken_at
