@@ -76,6 +76,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, Any, NamedTuple
+from operator import attrgetter
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
@@ -2297,8 +2298,12 @@ SAMPLE_KEYS = {
 
 
 def sample_of(run_id: str, snapshot: Snapshot, source: str) -> Sample:
-    shared = {name: getattr(snapshot, name) for name in Sample._fields if name in Snapshot._fields}
-    return Sample(run_id, snapshot.taken_at, source=source, **shared)
+    return Sample(run_id, snapshot.taken_at, *_BEFORE_SOURCE(snapshot), source, *_AFTER_SOURCE(snapshot))
+
+
+# Made once: a sample is made 20,000 times a second.
+_BEFORE_SOURCE = attrgetter(*Sample._fields[2 : Sample._fields.index("source")])
+_AFTER_SOURCE = attrgetter(*Sample._fields[Sample._fields.index("source") + 1 :])
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
@@ -6431,12 +6436,18 @@ class Store:
     def wire(self, run_id: str) -> bytes:
         """The run's answer as JSON bytes, or NotFound."""
         with self._lock:
-            return self._shown_record(run_id).wire()
+            record = self._records.get(run_id)
+            if record is None or record.shown is None:
+                raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+            return record.wire()
 
     def brief(self, run_id: str) -> bytes:
         """As wire(), without the endpoints' rows."""
         with self._lock:
-            return self._shown_record(run_id).brief()
+            record = self._records.get(run_id)
+            if record is None or record.shown is None:
+                raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+            return record.brief()
 
     def newest_sample(self, run_id: str) -> Sample | None:
         """The newest numbers of a run that is going on; None when there are none."""
@@ -6751,14 +6762,15 @@ class Store:
 
     def _note_clock(self) -> None:
         """Notice a clock that was set; called about once a second, as clocks also drift."""
-        offset_s = time.time() - monotonic_s()
-        step_s, self._clock_offset_s = self._clock_offset_s - offset_s, offset_s
-        if abs(step_s) > CLOCK_STEP_S:
-            log("clock was set", by_seconds=round(-step_s, 1))
-            with self._lock:
-                for one in self._records.values():
-                    if not one.run.is_final:
-                        one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
+        with self._lock:
+            offset_s = time.time() - monotonic_s()
+            step_s, self._clock_offset_s = self._clock_offset_s - offset_s, offset_s
+            if abs(step_s) <= CLOCK_STEP_S:
+                return
+            for one in self._records.values():
+                if not one.run.is_final:
+                    one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
+        log("clock was set", by_seconds=round(-step_s, 1))
 
     def _in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
         shift_s, taken_at = self._clock_shift_s(record), snapshot.taken_at
@@ -6968,12 +6980,6 @@ class Store:
     def _record(self, run_id: str) -> StoredRun:
         record = self._records.get(run_id)
         if record is None:
-            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-        return record
-
-    def _shown_record(self, run_id: str) -> StoredRun:
-        record = self._record(run_id)
-        if record.shown is None:
             raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
         return record
 
