@@ -11812,13 +11812,33 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 # from users and from Locust: each is escaped for where it goes. The page has no script and
 # needs nothing from anywhere, so that it opens from a mail attachment and prints.
 
-# The colours of Locust's own page, which its users know by heart.
-SERIES_COLOURS = {
-    "rps": "#00ca5a",
-    "fails": "#ff6d6d",
-    "p50": "#eeb457",
-    "p95": "#9966cc",
-    "users": "#4a90d9",
+class Series(NamedTuple):
+    """A figure over time, as the page and the report chart it: colours on light and on dark ground,
+    and the keys of a sample's JSON, of which the first that a run has is drawn."""
+
+    name: str
+    label: str
+    light: str
+    dark: str
+    keys: tuple[str, ...]
+
+    @property
+    def fields(self) -> list[str]:
+        return [SAMPLE_KEYS[key] for key in self.keys]
+
+
+# In the colours of Locust's own page, which its users know by heart. Locust charts the
+# percentiles of the last seconds; where only those of the whole run are known, those.
+SERIES = {
+    one.name: one
+    for one in (
+        Series("rps", "RPS", "#00ca5a", "#00ca5a", ("totalRps",)),
+        Series("failures", "Failures/s", "#ff6d6d", "#ff6d6d", ("failuresPerSec",)),
+        Series("p50", "50th percentile", "#ff9f00", "#ff9f00", ("currentP50Ms", "p50ResponseMs")),
+        Series("p95", "95th percentile", "#9966cc", "#b085e0", ("currentP95Ms", "p95ResponseMs")),
+        Series("p99", "99th, whole run", "#c2185b", "#f06292", ("p99ResponseMs",)),
+        Series("users", "Users", "#0099ff", "#0099ff", ("currentUsers",)),
+    )
 }
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 CHART_WIDTH, CHART_HEIGHT = 860, 230
@@ -12142,34 +12162,23 @@ def _report_charts(run: dict[str, Any], samples: list[Sample]) -> str:
         return "" if run.get("startedAt") else "<p>This run never began, so there are no measurements.</p>"
     start = parse_utc(run["startedAt"]) if run.get("startedAt") else samples[0].at
 
-    def line(label: str, colour: str, *names: str) -> Line:
-        found = (line_points(samples, name) for name in names)
+    def line(name: str) -> Line:
+        series = SERIES[name]
+        found = (line_points(samples, field) for field in series.fields)
         points = next((one for one in found if one), [])
-        return Line(label, SERIES_COLOURS[colour], [(at - start, value) for at, value in points])
+        return Line(series.label, series.light, [(at - start, value) for at, value in points])
 
     marks = [(parse_utc(one["at"]) - start, one["text"]) for one in run.get("annotations", [])]
     marks += [
         (parse_utc(one["at"]) - start, f"{_users_words(one)}, by {one['by']}")
         for one in run.get("usersChanges") or ()
     ]
-    return "".join(
-        [
-            _chart(
-                "Requests per second",
-                [line("requests/s", "rps", "rps"), line("failures/s", "fails", "fails_per_s")],
-                marks,
-            ),
-            _chart(
-                "Response times (ms)",
-                [
-                    line("median", "p50", "window_p50_ms", "p50_ms"),
-                    line("95 %", "p95", "window_p95_ms", "p95_ms"),
-                ],
-                marks,
-            ),
-            _chart("Users", [line("users", "users", "users")], marks),
-        ]
-    )
+    charts = {
+        "Requests per second": ("rps", "failures"),
+        "Response times (ms)": ("p50", "p95"),
+        "Users": ("users",),
+    }
+    return "".join(_chart(title, [line(name) for name in names], marks) for title, names in charts.items())
 
 
 def _chart(title: str, lines: list[Line], marks: list[tuple[float, str]]) -> str:
@@ -19679,7 +19688,7 @@ PAGE_CSS = r"""
   --text: #18202b; --soft: #5b6778; --accent: #0b62d0; --on-accent: #ffffff; --accent-wash: #e8f0fc;
   --good: #0a7a3d; --good-wash: #e2f5ea; --bad: #c0262d; --bad-wash: #fdeaea; --warn: #8a5a00; --warn-wash: #fdf2dc;
   --calm: #4a5a70; --calm-wash: #e9edf2; --shadow: 0 1px 2px rgba(20, 30, 45, .05); --shade: rgba(16, 24, 36, .45);
-  --rps: #00ca5a; --failures: #ff6d6d; --p50: #ff9f00; --p95: #9966cc; --p99: #c2185b; --users: #0099ff;
+  /*series-light*/
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -19687,7 +19696,7 @@ PAGE_CSS = r"""
     --text: #e3e8ef; --soft: #93a0b2; --accent: #62a8ff; --on-accent: #08131f; --accent-wash: #17293f;
     --good: #4ade88; --good-wash: #10301f; --bad: #ff8585; --bad-wash: #3a1b1f; --warn: #f2b84b; --warn-wash: #33270f;
     --calm: #a9b6c8; --calm-wash: #222c39; --shadow: none; --shade: rgba(0, 0, 0, .6);
-    --p95: #b085e0; --p99: #f06292;
+    /*series-dark*/
   }
 }
 
@@ -20291,6 +20300,9 @@ function showTrust(badge, run, alsoGood) {
 
 /** A badge beside the word that says what it is about. */
 const labelled = (label, badge) => h("span", {class: "labelled"}, h("span", {class: "soft"}, label + " "), badge);
+
+// The figures that charts draw by name: label and the keys of a sample. The server puts its table here.
+const SERIES = /*series*/{};
 
 // ---- the load of a run: what was asked for, and what it was changed to ----
 
@@ -21496,9 +21508,10 @@ class ChartGroup {
 }
 
 class Chart {
-  /** series: [{key, label, color (a CSS variable), dash}]; format: of one value. */
-  constructor(group, title, unit, series, format) {
-    Object.assign(this, {group, title, unit, series: series.map((one) => ({...one, on: true})), format});
+  /** names: of SERIES, p99 is dashed as it is the whole run's; format: of one value. */
+  constructor(group, title, unit, names, format) {
+    const series = names.map((key) => ({key, label: SERIES[key].label, color: "--" + key, dash: key === "p99" ? [4, 3] : null, on: true}));
+    Object.assign(this, {group, title, unit, series, format});
     this.canvas = h("canvas", {
       tabindex: 0,
       role: "img",
@@ -21841,7 +21854,7 @@ const ENDPOINT_COLUMNS = [
   ["RPS", "requestsPerSec", rate],
 ];
 // What the charts draw of a sample.
-const DRAWN = ["totalRps", "failuresPerSec", "currentUsers", "p50ResponseMs", "p95ResponseMs", "p99ResponseMs", "currentP50Ms", "currentP95Ms"];
+const DRAWN = Object.values(SERIES).flatMap((one) => one.keys);
 
 /**
  * Samples as one line for each figure. Polls are up to 2 s older than pushes (Locust caches its statistics), and both
@@ -21868,18 +21881,11 @@ function seriesOf(samples) {
 /** Samples as the charts' points, by seconds since the start (epoch ms). */
 function pointsOf(samples, start) {
   const kept = seriesOf(samples);
-  // Locust's page charts the last seconds' percentiles; where only whole-run ones are known, those.
-  const windowed = kept.some((sample) => isNumber(sample.currentP95Ms));
+  const known = (key) => kept.some((sample) => isNumber(sample[key]));
+  const keys = Object.entries(SERIES).map(([name, one]) => [name, one.keys.find(known) || one.keys[0]]);
+  const pointOf = (sample) => Object.fromEntries(keys.map(([name, key]) => [name, sample[key]]));
   return kept
-    .map((sample) => ({
-      t: (at(sample.timestamp) - start) / 1000,
-      rps: sample.totalRps,
-      failures: sample.failuresPerSec,
-      users: sample.currentUsers,
-      p99: sample.p99ResponseMs,
-      p50: windowed ? sample.currentP50Ms : sample.p50ResponseMs,
-      p95: windowed ? sample.currentP95Ms : sample.p95ResponseMs,
-    }))
+    .map((sample) => ({t: (at(sample.timestamp) - start) / 1000, ...pointOf(sample)}))
     .filter((point) => point.t > -5);
 }
 
@@ -22186,28 +22192,9 @@ class RunView {
       );
     };
     const charts = [
-      new Chart(
-        this.group,
-        "Total Requests per Second",
-        "",
-        [
-          {key: "rps", label: "RPS", color: "--rps"},
-          {key: "failures", label: "Failures/s", color: "--failures"},
-        ],
-        rate,
-      ),
-      new Chart(
-        this.group,
-        "Response Times (ms)",
-        " ms",
-        [
-          {key: "p50", label: "50th percentile", color: "--p50"},
-          {key: "p95", label: "95th percentile", color: "--p95"},
-          {key: "p99", label: "99th, whole run", color: "--p99", dash: [4, 3]},
-        ],
-        millis,
-      ),
-      new Chart(this.group, "Number of Users", "", [{key: "users", label: "Users", color: "--users"}], count),
+      new Chart(this.group, "Total Requests per Second", "", ["rps", "failures"], rate),
+      new Chart(this.group, "Response Times (ms)", " ms", ["p50", "p95", "p99"], millis),
+      new Chart(this.group, "Number of Users", "", ["users"], count),
     ];
     const tabs = [
       ["endpoints", "Endpoints"],
@@ -22866,13 +22853,23 @@ PAGE_JS = "\n".join((PAGE_TOOLS_JS, PAGE_FORMS_JS, PAGE_OVERVIEW_JS, PAGE_CHARTS
 
 def page_parts(folder: str | None) -> tuple[str, str]:
     """The page's CSS and JavaScript: the constants, or what the files of a folder hold now."""
-    if not folder:
-        return PAGE_CSS, PAGE_JS
-    texts = []
-    for name in PAGE_PARTS.values():
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            texts.append(file.read())
-    return texts[0], "\n".join(texts[1:])
+    css, js = PAGE_CSS, PAGE_JS
+    if folder:
+        texts = []
+        for name in PAGE_PARTS.values():
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                texts.append(file.read())
+        css, js = texts[0], "\n".join(texts[1:])
+    return _with_series(css, js)
+
+
+def _with_series(css: str, js: str) -> tuple[str, str]:
+    """Put the table of series into the page: its colours into the CSS, the rest into the script."""
+    for ground in ("light", "dark"):
+        colours = " ".join(f"--{one.name}: {getattr(one, ground)};" for one in SERIES.values())
+        css = css.replace(f"/*series-{ground}*/", colours)
+    series = {one.name: {"label": one.label, "keys": one.keys} for one in SERIES.values()}
+    return css, js.replace("/*series*/{}", json.dumps(series), 1)
 
 
 DASHBOARD_PAGE = r"""<!doctype html>

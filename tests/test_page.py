@@ -25,7 +25,8 @@ needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 def evaluate(expression: str) -> object:
     """What an expression gives beside the page's tools and forms, through node."""
     parts = (STAND_INS, loadmanager.PAGE_TOOLS_JS, loadmanager.PAGE_FORMS_JS, CHART_DATA_JS)
-    program = "\n".join(parts) + f"\nconsole.log(JSON.stringify({expression}));"
+    script = loadmanager._with_series("", "\n".join(parts))[1]
+    program = script + f"\nconsole.log(JSON.stringify({expression}));"
     done = subprocess.run([NODE, "-"], input=program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -67,7 +68,17 @@ def test_every_function_and_class_of_the_css_and_the_script_is_used():
 @needs_node
 def test_durations_are_read_and_written_as_people_do():
     texts = ["90", "90s", "5m", "1h30m", "1 h 30 m", "", "soon", "1h30x", "-5"]
-    assert evaluate(f"{json.dumps(texts)}.map(parseSpan)") == [90, 90, 300, 5400, 5400, None, None, None, None]
+    assert evaluate(f"{json.dumps(texts)}.map(parseSpan)") == [
+        90,
+        90,
+        300,
+        5400,
+        5400,
+        None,
+        None,
+        None,
+        None,
+    ]
     assert evaluate("[0, 59, 61, 5400, 90000].map(span)") == ["0s", "59s", "1m1s", "1h30m", "1d1h"]
     assert evaluate("[0, 61, 3723].map(clock)") == ["0:00", "1:01", "1:02:03"]
 
@@ -79,6 +90,14 @@ def test_numbers_that_locust_did_not_give_are_a_dash_and_few_failures_are_not_no
     assert evaluate("[0.5, -0.031].map(signedPercent)") == ["+50.0%", "\u22123.1%"]
 
 
+def test_page_and_report_draw_the_same_table_of_series():
+    css, js = loadmanager.page_parts(None)
+    assert "/*series" not in css + js
+    for one in loadmanager.SERIES.values():
+        assert f"--{one.name}: {one.light};" in css and f"--{one.name}: {one.dark};" in css
+        assert json.dumps(one.label) in js and set(one.keys) <= set(loadmanager.SAMPLE_KEYS)
+
+
 @needs_node
 def test_users_of_a_run_show_their_changes():
     run = {"targetUsers": 10, "startedAt": "2026-11-25T03:00:00Z", "usersChanges": []}
@@ -86,7 +105,10 @@ def test_users_of_a_run_show_their_changes():
     assert evaluate(f"usersText({json.dumps(run)})") == "10"
     run["usersChanges"] = [change]
     assert evaluate(f"usersText({json.dumps(run)})") == "10 \u2192 20"
-    assert evaluate(f"changeText({json.dumps(run)}, {json.dumps(change)})") == "20 users at 2/s after 0:08, by kim"
+    assert (
+        evaluate(f"changeText({json.dumps(run)}, {json.dumps(change)})")
+        == "20 users at 2/s after 0:08, by kim"
+    )
     run["usersChanges"] = [change] * 9
     assert evaluate(f"usersText({json.dumps(run)})") == "10 \u2192 \u2026 \u2192 20"
 
@@ -127,7 +149,9 @@ def test_parts_taken_out_and_put_back_leave_the_program_as_it_was(tmp_path, monk
     shutil.copy(ROOT / "loadmanager.py", copy)
     monkeypatch.setattr(page, "MODULE", copy)
     page.take_out(tmp_path / "page")
-    assert sorted(file.name for file in (tmp_path / "page").iterdir()) == sorted(loadmanager.PAGE_PARTS.values())
+    assert sorted(file.name for file in (tmp_path / "page").iterdir()) == sorted(
+        loadmanager.PAGE_PARTS.values()
+    )
     page.put_back(tmp_path / "page")
     assert copy.read_bytes() == (ROOT / "loadmanager.py").read_bytes()
     charts = tmp_path / "page" / "charts.js"
@@ -155,4 +179,8 @@ def test_parts_are_served_from_a_folder_as_they_are_now(load_manager, tmp_path):
 
 def test_tool_says_how_it_is_used(capsys):
     done = subprocess.run([sys.executable, page.__file__], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "python tests/page.py out DIR" in done.stderr and API_TOKEN not in done.stderr
+    assert (
+        done.returncode == 1
+        and "python tests/page.py out DIR" in done.stderr
+        and API_TOKEN not in done.stderr
+    )
