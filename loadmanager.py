@@ -203,6 +203,22 @@ def utc_text(epoch_s: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
+def utc_second_text(epoch_s: float) -> str:
+    """As utc_text(), in whole seconds: `2026-11-23T12:00:00Z`, as clients of the original read it."""
+    return utc_text(epoch_s)[:19] + "Z"
+
+
+def epoch_ms(epoch_s: float) -> int:
+    """The same milliseconds that utc_text() shows."""
+    return math.floor(epoch_s * 1000 + 0.01)
+
+
+def time_of(document: dict[str, Any], name: str) -> float:
+    """Epoch seconds of a time of a run's JSON: to the ms where the document has them."""
+    exact_ms = document.get(name + "Ms")
+    return parse_utc(document[name]) if exact_ms is None else exact_ms / 1000
+
+
 RFC3339 = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
 )
@@ -2017,8 +2033,10 @@ def run_to_json(run: Run) -> dict[str, Any]:
     }
     optional = {
         "durationSeconds": run.duration_s,
-        "startedAt": run.started_at and utc_text(run.started_at),
-        "finishedAt": run.finished_at and utc_text(run.finished_at),
+        "startedAt": run.started_at and utc_second_text(run.started_at),
+        "finishedAt": run.finished_at and utc_second_text(run.finished_at),
+        "startedAtMs": run.started_at and epoch_ms(run.started_at),
+        "finishedAtMs": run.finished_at and epoch_ms(run.finished_at),
         "stopReason": run.stop_reason,
         "failureReason": run.failure_reason,
         "queuePosition": run.queue_position,
@@ -2134,7 +2152,10 @@ SNAPSHOT_KEYS = {
 
 
 def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
-    wire: dict[str, Any] = {"timestamp": utc_text(snapshot.taken_at)}
+    wire: dict[str, Any] = {
+        "timestamp": utc_second_text(snapshot.taken_at),
+        "timestampMs": epoch_ms(snapshot.taken_at),
+    }
     for name, attribute in SNAPSHOT_KEYS.items():
         wire[name] = getattr(snapshot, attribute)
     if snapshot.endpoints is not None:
@@ -3479,7 +3500,7 @@ def _in_words(value: Any) -> str:
 def _lasted_s(run: dict[str, Any]) -> float | None:
     if not run.get("startedAt") or not run.get("finishedAt"):
         return None
-    return parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
+    return time_of(run, "finishedAt") - time_of(run, "startedAt")
 
 
 def _unreliable_data(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -11889,7 +11910,9 @@ def _users_words(load: dict[str, Any]) -> str:
 
 
 def _after_words(run: dict[str, Any], change: dict[str, Any]) -> str:
-    return duration_text(parse_utc(change["at"]) - parse_utc(run.get("startedAt") or run["createdAt"]))
+    return duration_text(
+        parse_utc(change["at"]) - time_of(run, "startedAt" if run.get("startedAt") else "createdAt")
+    )
 
 
 def users_words(run: dict[str, Any]) -> str:
@@ -11954,7 +11977,9 @@ def _period(run: dict[str, Any]) -> str:
         return f"created {run['createdAt']}"
     if not finished:
         return f"since {started}"
-    return f"{started} to {finished} ({duration_text(parse_utc(finished) - parse_utc(started))})"
+    return (
+        f"{started} to {finished} ({duration_text(time_of(run, 'finishedAt') - time_of(run, 'startedAt'))})"
+    )
 
 
 def duration_text(seconds: float) -> str:
@@ -12160,7 +12185,7 @@ def line_points(samples: list[Sample], name: str) -> list[tuple[float, float]]:
 def _report_charts(run: dict[str, Any], samples: list[Sample]) -> str:
     if not samples:
         return "" if run.get("startedAt") else "<p>This run never began, so there are no measurements.</p>"
-    start = parse_utc(run["startedAt"]) if run.get("startedAt") else samples[0].at
+    start = time_of(run, "startedAt") if run.get("startedAt") else samples[0].at
 
     def line(name: str) -> Line:
         series = SERIES[name]
@@ -12260,7 +12285,7 @@ def junit_xml(run: dict[str, Any]) -> str:
     if comparison and comparison["baseline"]:
         cases += _junit_comparison(run, comparison)
     lasted_s = (
-        parse_utc(run["finishedAt"]) - parse_utc(run["startedAt"])
+        time_of(run, "finishedAt") - time_of(run, "startedAt")
         if run.get("startedAt") and run.get("finishedAt")
         else 0.0
     )
@@ -12565,6 +12590,7 @@ TEXTS = _only(
     ),
 )
 RUN_ID = Check("a UUID", _accept_run_id)
+EPOCH_MS = number_value(0, 1000 * LATEST_MOMENT_S, whole=True)
 USERS_OR_NONE = number_value(0, MAX_USERS, whole=True)
 WARNING_KEYS = {
     "code": BodyKey("code", ID_TEXT, required=True),
@@ -12641,6 +12667,8 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
     "startedAt": BodyKey("started_at", MOMENT),
     "finishedAt": BodyKey("finished_at", MOMENT, required=True),
+    "startedAtMs": BodyKey("started_ms", EPOCH_MS),
+    "finishedAtMs": BodyKey("finished_ms", EPOCH_MS),
     "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
     "failureReason": BodyKey("failure_reason", LONG_TEXT),
     "metadata": BodyKey("metadata", METADATA),
@@ -12915,8 +12943,17 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
         raise InvalidInput("run: " + error.message, fields) from None
     values.pop("", None)
     values["status"] = RunStatus(values["status"])
+    for name in ("started", "finished"):  # to the ms, where the file has them
+        exact_ms = values.pop(f"{name}_ms", None)
+        if exact_ms is not None:
+            values[f"{name}_at"] = exact_ms / 1000
     run = Run(plan=plan_of(values), **values, imported_at=now)
     snapshot = check_metrics(document, "lastMetrics", math.inf)
+    exact_ms = document["lastMetrics"].get("timestampMs") if snapshot is not None else None
+    if snapshot is not None and exact_ms is not None:
+        if not _is_count(exact_ms) or exact_ms > 1000 * LATEST_MOMENT_S:
+            raise _bad("run.lastMetrics.timestampMs", "must be whole milliseconds since 1970")
+        snapshot = snapshot._replace(taken_at=exact_ms / 1000)
     if snapshot is not None and snapshot.taken_at == math.inf:  # it does not say when
         snapshot = snapshot._replace(taken_at=run.finished_at)
     samples = _read_samples(body.get("samples"), run.id)
@@ -16460,6 +16497,7 @@ SCHEMAS: dict[str, Any] = {
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
         timestamp=_MOMENT,
+        timestampMs=_WHOLE,
         **{name: _COUNT if name in COUNTS else _MEASURE for name in SNAPSHOT_KEYS},
         requestStats={"type": "object", "additionalProperties": {"$ref": "#/components/schemas/EndpointStats"}},
     ),
@@ -16470,7 +16508,7 @@ SCHEMAS: dict[str, Any] = {
         "id tenantId envId locustClusterId scenarioId targetUsers spawnRate status createdAt createdBy source",
         id=_TEXT, tenantId=_TEXT, envId=_TEXT, locustClusterId=_TEXT, scenarioId=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"},
         durationSeconds=_WHOLE, status={"enum": [status.value for status in RunStatus]}, createdAt=_MOMENT, createdBy=_TEXT, source={"enum": list(SOURCES)},
-        startedAt=_MOMENT, finishedAt=_MOMENT, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
+        startedAt=_MOMENT, finishedAt=_MOMENT, startedAtMs=_WHOLE, finishedAtMs=_WHOLE, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": list(COMPARE_WITH)},
         comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
@@ -17167,6 +17205,7 @@ def serve(config_path: str) -> int:
     except ConfigError as error:
         return _print_problems(error)
     _raise_file_limit()
+    sys.setswitchinterval(0.001)  # s; a thread that computes lets the connections' thread run more often
     ending = _EndSignal()
     try:
         service = Service(config)
@@ -19003,8 +19042,8 @@ def elapsed_s(run: dict[str, Any], now: float) -> float:
     """Seconds since the run's start, of a final run its whole time."""
     if not run.get("startedAt"):
         return 0.0
-    end = parse_utc(run["finishedAt"]) if run.get("finishedAt") else now
-    return max(0.0, end - parse_utc(run["startedAt"]))
+    end = time_of(run, "finishedAt") if run.get("finishedAt") else now
+    return max(0.0, end - time_of(run, "startedAt"))
 
 
 def latest_users(run: dict[str, Any]) -> int:
@@ -20080,6 +20119,8 @@ function parseSpan(text) {
 let clockSkew = 0; // ms that the server's clock is ahead of ours
 const now = () => Date.now() + clockSkew;
 const at = (text) => (text ? Date.parse(text) : NaN); // epoch ms
+const startOf = (run) => run.startedAtMs ?? at(run.startedAt || run.createdAt); // startedAt has whole seconds
+const endOf = (run) => run.finishedAtMs ?? at(run.finishedAt);
 
 const timeParts = {day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit"};
 const timeFormat = new Intl.DateTimeFormat("en-GB", timeParts);
@@ -20316,7 +20357,7 @@ const perSecond = (value) => rate(value).replace(/\.0+$/, "") + "/s";
 
 /** A change of the users: 40 users at 10/s after 0:08, by api. */
 function changeText(run, change) {
-  const after = clock((at(change.at) - at(run.startedAt || run.createdAt)) / 1000);
+  const after = clock((at(change.at) - startOf(run)) / 1000);
   return count(change.targetUsers) + " users at " + perSecond(change.spawnRate) + " after " + after + ", by " + change.by;
 }
 
@@ -20331,8 +20372,8 @@ const hasBegun = (run) => Boolean(run.startedAt || run.lastMetrics);
 
 /** Seconds since the start (until the end), of how many; NaN when unknown. */
 function timing(run) {
-  const started = at(run.startedAt),
-    ended = run.finishedAt ? at(run.finishedAt) : now();
+  const started = run.startedAt ? startOf(run) : NaN,
+    ended = run.finishedAt ? endOf(run) : now();
   return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN : run.durationSeconds};
 }
 
@@ -22137,7 +22178,7 @@ class RunView {
 
   setEnd() {
     const last = this.group.points.at(-1),
-      ended = at(this.run.finishedAt);
+      ended = endOf(this.run);
     const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
     const others = this.group.other.at(-1);
     this.group.end = Math.max(1, until, last ? last.t : 0, others ? others.t : 0);
@@ -22160,7 +22201,7 @@ class RunView {
   // ---- building ----
 
   build(run) {
-    this.start = at(run.startedAt || run.createdAt);
+    this.start = startOf(run);
     const parts = (this.parts = {});
     const make = (name, tag, attributes, ...children) => (parts[name] = h(tag, attributes, ...children));
     const act = (name, label, work, kind) => make(name, "button", {class: kind || "", onclick: () => work(this.run)}, label);
@@ -22348,7 +22389,7 @@ class RunView {
     if (before && before.status !== run.status) say(run.scenarioId + " is now " + run.status);
     this.run = run;
     if (!this.parts) this.build(run);
-    const started = at(run.startedAt || run.createdAt);
+    const started = startOf(run);
     const ended = before && isActive(before) && !isActive(run);
     document.title = run.scenarioId + " \u2013 " + run.status + " \u2013 Load Manager";
     this.showHead(run);
@@ -22620,7 +22661,7 @@ class RunView {
     this.besideId = run && run.id;
     const answer = run && (await attempt(() => get(runPath(run.id, "/metrics?maxPoints=1000"))));
     if (this.closed || this.besideId !== (run && run.id)) return;
-    this.group.other = answer ? pointsOf(answer.points, at(run.startedAt || run.createdAt)) : [];
+    this.group.other = answer ? pointsOf(answer.points, startOf(run)) : [];
     const beside = this.parts.beside;
     beside.hidden = !answer;
     if (run) {

@@ -101,3 +101,21 @@ def test_number_of_400_digits_is_an_invalid_one(lm):
         body = json.dumps(create_body()).replace('"targetUsers": 5', f'"targetUsers": {text}').encode()
         answer = lm.post("/v1/tests", body)
         assert answer.status == 400 and "targetUsers" in answer.json["fields"], answer.body[:300]
+
+
+def test_times_of_a_run_are_whole_seconds_and_exact_beside_them(lm):
+    run = lm.create().json
+    pushed_at = "2026-11-23T12:00:00.123Z"
+    lm.callback("metrics", {"runId": run["id"], "metrics": {"timestamp": pushed_at, "totalRequests": 5}})
+    lm.post(f"/v1/tests/{run['id']}/stop")
+    run = lm.wait_for(run["id"], "Finished")
+    for document, name in ((run, "startedAt"), (run, "finishedAt"), (run["lastMetrics"], "timestamp")):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", document[name]), document[name]
+        assert int(loadmanager.parse_utc(document[name])) == document[name + "Ms"] // 1000
+    assert loadmanager.time_of(run, "finishedAt") == run["finishedAtMs"] / 1000
+    assert re.search(r"\.\d{3}Z$", run["createdAt"]), "other times stay exact"
+    exported = lm.get(f"/v1/tests/{run['id']}/export").body
+    lm.request("DELETE", f"/v1/tests/{run['id']}")
+    again = lm.post("/v1/tests/import", exported).json
+    assert (again["startedAtMs"], again["finishedAtMs"]) == (run["startedAtMs"], run["finishedAtMs"])
+    assert again["lastMetrics"] == run["lastMetrics"]
