@@ -299,14 +299,7 @@ def auto_stop_figures(hanging: int) -> None:
         late = []
         for port in wanted:
             if port in fakes.stopped_at:
-                started = runs[port]["startedAt"]
-                whole, _, rest = started.partition(".")
-                deadline = (
-                    time.mktime(time.strptime(whole, "%Y-%m-%dT%H:%M:%S"))
-                    - time.timezone
-                    + float("0." + rest.rstrip("Z"))
-                    + 6
-                )
+                deadline = runs[port]["startedAtMs"] / 1000 + 6
                 late.append((fakes.stopped_at[port] + offset - deadline) * 1000)
         missing = len(wanted) - len(late)
         row(

@@ -85,7 +85,7 @@ def old_python(pytestconfig) -> str:
 
 
 def started_at(run) -> float:
-    return loadmanager.parse_utc(run["startedAt"])
+    return loadmanager.time_of(run, "startedAt")
 
 
 def test_target_gets_its_last_request_at_the_deadline(pair, target):

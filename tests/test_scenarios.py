@@ -166,7 +166,7 @@ def test_stages_come_on_time_and_users_can_be_changed_by_hand_over_a_restart(lm)
     )
     users = lambda: lm.locust.stats()["user_count"]  # noqa: E731
     eventually(lambda: users() == 2, 8, what="the users of the first stage")
-    assert time.time() - loadmanager.parse_utc(run["startedAt"]) < 4.5
+    assert time.time() - loadmanager.time_of(run, "startedAt") < 4.5
     eventually(lambda: users() == 6, 12, what="the users of the second stage")
 
     changed = lm.post(f"/v1/tests/{run['id']}/users", {"targetUsers": 9, "spawnRate": 20})
@@ -195,7 +195,7 @@ def test_a_stage_that_began_while_load_manager_was_away_is_applied_at_its_return
     run = create(lm, "waves", stages=stages).json
     eventually(lambda: lm.locust.stats()["user_count"] == 2, 8)
     lm.kill9()
-    eventually(lambda: time.time() > loadmanager.parse_utc(run["startedAt"]) + 3.5, 10)
+    eventually(lambda: time.time() > loadmanager.time_of(run, "startedAt") + 3.5, 10)
     lm.restart()
     eventually(lambda: lm.locust.stats()["user_count"] == 5, 10, what="the stage that began meanwhile")
     assert lm.post(f"/v1/tests/{run['id']}/stop").status == 200
