@@ -7902,7 +7902,9 @@ def _json_in_page(page: str, name: str) -> Any:
 # Each launched cluster has a guard: a small process of ours that starts the master and
 # workers as its children and restarts what dies. Load Manager holds the guard's standard
 # input; when that closes, be it by kill -9, the guard ends its children and itself. The
-# children in turn die with the guard (Linux), so no orphan is left by any death.
+# children in turn die with the guard (Linux), so no orphan is left by any death. A guard that
+# dies is started again, on the same ports. What the children write goes through the guard
+# into their logs, so that a full disk is its concern and not theirs.
 
 GUARD_COMMAND = "guard-cluster"
 GUARD_WORDS = "guard: "  # begins what the guard writes into a log
@@ -7919,7 +7921,10 @@ class LaunchedCluster:
         self._launcher = config.launcher
         self._folder = folder
         self._callback_token = callback_token
+        self._lock = threading.Lock()  # guards the guard: who starts it, stops it, and starts it again
         self._guard: Any = None
+        self._guard_died_at = -math.inf  # by itself, the last time; monotonic seconds
+        self._guard_status = 0  # with which it ended then
         self.base_url = ""
         self.locustfile = ""  # the one it runs
         self.workers = self._launcher.workers  # how many it should have
@@ -7928,7 +7933,14 @@ class LaunchedCluster:
 
     @property
     def is_running(self) -> bool:
+        """It was started and not stopped; a guard that died is just being started again."""
         return self._guard is not None
+
+    def why_restarted(self, since: float) -> str | None:
+        """Why all its processes ended since a time (monotonic seconds), as a clause, or None."""
+        if self._guard_died_at < since:
+            return None
+        return f"the guard of its processes ended with status {self._guard_status}, and they with it"
 
     @property
     def is_starting(self) -> bool:
@@ -7937,8 +7949,6 @@ class LaunchedCluster:
     def start(self, control_plane_url: str, locustfile: str | None = None) -> None:
         """Start the guard, for the cluster's locustfile or another; `problem` says why when
         that is not possible."""
-        import subprocess
-
         self.locustfile = locustfile or self._launcher.locustfile or ""
         self.problem = self._missing()
         if self.problem:
@@ -7949,16 +7959,12 @@ class LaunchedCluster:
         self.workers = self._launcher.workers
         os.makedirs(self._log_folder, exist_ok=True)
         plan = {**self._commands(web_port, master_port), "logs": self._log_start, "workers": self.workers}
-        self._guard = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), GUARD_COMMAND],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            cwd=self._folder,
-            env=self._environment(control_plane_url),
-            start_new_session=True,  # Ctrl-C in our terminal is ours to handle
-        )
-        self._tell_guard(plan)
+        environment = self._environment(control_plane_url)
+        with self._lock:
+            guard = self._guard = self._start_guard(plan, environment)
         self.started_at = monotonic_s()
+        mind = functools.partial(self._mind_guard, guard, plan, environment)
+        start_thread(f"guard {self.config.id}", mind)
         log(
             "cluster launched",
             cluster=self.config.id,
@@ -7967,14 +7973,49 @@ class LaunchedCluster:
             logs=self._log_folder,
         )
 
+    def _start_guard(self, plan: dict[str, Any], environment: dict[str, str]) -> Any:
+        import subprocess
+
+        guard = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), GUARD_COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            cwd=self._folder,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in our terminal is ours to handle
+        )
+        _tell_guard(guard, {**plan, "workers": self.workers})
+        return guard
+
+    def _mind_guard(self, guard: Any, plan: dict[str, Any], environment: dict[str, str]) -> None:
+        """The thread of a guard: start it again, on the same ports, when it ended by itself."""
+        deaths = 0
+        while True:
+            _wait_unreaped(guard.pid)
+            with self._lock:
+                if self._guard is not guard:
+                    return  # it was stopped
+                _end_group(guard.pid)
+                self._guard_status, self._guard_died_at = guard.wait(), monotonic_s()
+            pause_s = GUARD_BACKOFF_S[min(deaths, len(GUARD_BACKOFF_S) - 1)]
+            deaths = deaths + 1 if monotonic_s() - self.started_at < 60 else 1
+            facts = {"status": self._guard_status, "again_in_s": pause_s}
+            log("guard of a launched cluster ended", cluster=self.config.id, **facts)
+            time.sleep(pause_s)
+            with self._lock:
+                if self._guard is not guard:
+                    return
+                try:
+                    guard = self._guard = self._start_guard(plan, environment)
+                    self.started_at = monotonic_s()
+                except OSError as error:
+                    log("guard not started", cluster=self.config.id, why=str(error))
+
     def scale(self, workers: int) -> None:
         """Have so many workers from now on; OSError when the guard is gone."""
-        self._tell_guard({"workers": workers})
-        self.workers = workers
-
-    def _tell_guard(self, document: dict[str, Any]) -> None:
-        self._guard.stdin.write(json.dumps(document).encode() + b"\n")
-        self._guard.stdin.flush()
+        with self._lock:
+            _tell_guard(self._guard, {"workers": workers})
+            self.workers = workers
 
     def read_logs(self, lines: int) -> list[dict[str, Any]]:
         """The last lines of each process, the master's first."""
@@ -7998,15 +8039,16 @@ class LaunchedCluster:
         """End all its processes."""
         import subprocess
 
-        if self._guard is None:
+        with self._lock:
+            guard, self._guard = self._guard, None
+        if guard is None:
             return
         try:
-            self._guard.stdin.close()
-            self._guard.wait(wait_s)
+            guard.stdin.close()
+            guard.wait(wait_s)
         except (OSError, subprocess.TimeoutExpired):
-            self._guard.kill()  # its children die with it
-            self._guard.wait(1)
-        self._guard = None
+            guard.kill()  # its children die with it
+            guard.wait(1)
 
     def _missing(self) -> str | None:
         locustfile = os.path.join(self._folder, self.locustfile)
@@ -8069,6 +8111,30 @@ class LaunchedCluster:
         return {**kept, "METRICS_PUSH_INTERVAL": "2", **ours}
 
 
+def _tell_guard(guard: Any, document: dict[str, Any]) -> None:
+    """OSError when it is gone."""
+    if guard is None:
+        raise BrokenPipeError("the cluster is not running")
+    guard.stdin.write(json.dumps(document).encode() + b"\n")
+    guard.stdin.flush()
+
+
+def _wait_unreaped(pid: int) -> None:
+    """Return when our child has ended, and leave its id taken: nobody else gets it meanwhile."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        pass  # stop() has reaped it
+
+
+def _end_group(pid: int) -> None:
+    """End what is left of a guard's processes; on Linux they died with it."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass  # nothing is left
+
+
 def _locust_is_installed() -> bool:
     """A folder named locust/ beside us looks like a package too, but has no origin."""
     import importlib.util
@@ -8081,7 +8147,7 @@ def _last_lines(path: str, count: int) -> list[str]:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 400 * count))
-            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+            return file.read(400 * count).decode("utf-8", "replace").splitlines()[-count:]
     except FileNotFoundError:
         return []
 
@@ -8125,8 +8191,6 @@ def _free_port() -> int:
 def guard_cluster() -> int:
     """The guard's main: start the commands of the plan on standard input, restart what
     dies, and end all of it when standard input closes."""
-    import select
-
     stdin = sys.stdin.fileno()
     pending = b""
     while b"\n" not in pending:
@@ -8141,9 +8205,10 @@ def guard_cluster() -> int:
     try:
         while True:
             guarded.keep_running()
-            ready, _, _ = select.select([stdin], [], [], 0.25)
-            received = os.read(stdin, 4096) if ready else b""
-            if ready and not received:
+            if not guarded.pass_on_output(stdin, 0.25):
+                continue
+            received = os.read(stdin, 4096)
+            if not received:
                 return 0
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
@@ -8157,17 +8222,19 @@ class _GuardedCluster:
 
     def __init__(self, plan: dict[str, Any]):
         self._plan = plan
-        self._master = _GuardedProcess(plan["master"], f"{plan['logs']}-master.log")
+        self._outputs = selectors.DefaultSelector()
+        self._master = self._process(plan["master"], "master")
         self._workers: list[_GuardedProcess] = []
         self.scale(plan["workers"])
+
+    def _process(self, command: list[str], name: str) -> _GuardedProcess:
+        return _GuardedProcess(command, _GuardedLog(f"{self._plan['logs']}-{name}.log"), self._outputs)
 
     def scale(self, workers: int) -> None:
         while len(self._workers) > workers:
             self._workers.pop().end()
         for number in range(len(self._workers), workers):
-            self._workers.append(
-                _GuardedProcess(self._plan["worker"], f"{self._plan['logs']}-worker-{number + 1}.log")
-            )
+            self._workers.append(self._process(self._plan["worker"], f"worker-{number + 1}"))
 
     def keep_running(self) -> None:
         restarted = self._master.keep_running()
@@ -8176,6 +8243,18 @@ class _GuardedCluster:
                 worker.end()  # Locust workers do not register with a new master
             worker.keep_running()
 
+    def pass_on_output(self, stdin: int, within_s: float) -> bool:
+        """Write what the children say into their logs; True as soon as standard input can be read."""
+        if stdin not in self._outputs.get_map():
+            self._outputs.register(stdin, selectors.EVENT_READ)
+        is_asked = False
+        for key, _ in self._outputs.select(within_s):
+            if key.fd == stdin:
+                is_asked = True
+            else:
+                key.data.pass_on_output()
+        return is_asked
+
     def end(self) -> None:
         for child in (self._master, *self._workers):
             child.terminate()
@@ -8183,15 +8262,54 @@ class _GuardedCluster:
             child.end()
 
 
+class _GuardedLog:
+    """The log of one process. What cannot be written, as on a full disk, is dropped and counted:
+    neither the process nor its guard may end because of its log."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._dropped = 0  # bytes
+
+    def write(self, text: bytes) -> None:
+        try:
+            self._shorten()
+            with open(self._path, "ab", buffering=0) as file:
+                if self._dropped:
+                    note = f"{GUARD_WORDS}{self._dropped} bytes of this log could not be written\n"
+                    _write_whole(file, note.encode())
+                    self._dropped = 0
+                _write_whole(file, text)
+        except OSError:
+            self._dropped += len(text)
+
+    def _shorten(self) -> None:
+        """Keep the last twentieth of a log that became too long."""
+        if not os.path.exists(self._path) or os.path.getsize(self._path) <= LOG_BYTES:
+            return
+        with open(self._path, "rb+") as file:
+            file.seek(-LOG_BYTES // 20, os.SEEK_END)
+            end = file.read(LOG_BYTES // 20)
+            file.seek(0)
+            file.truncate(0)
+            file.write(end)
+
+
+def _write_whole(file: Any, text: bytes) -> None:
+    """OSError when not all of it could be written."""
+    if file.write(text) != len(text):
+        raise OSError("the disk is full")
+
+
 class _GuardedProcess:
     """One child of the guard, restarted with a growing pause when it dies."""
 
-    def __init__(self, command: list[str], log_file: str):
+    def __init__(self, command: list[str], log_file: _GuardedLog, outputs: selectors.BaseSelector):
         self._command = command
-        self._log_file = log_file
+        self._log = log_file
+        self._outputs = outputs
+        self._output: int | None = None  # the end of its pipe that we read
         self._process: Any = None
         self._deaths = 0
-        self._look_at_log_at = 0.0
         self._start_at = 0.0
         self._started_at = 0.0
 
@@ -8200,52 +8318,72 @@ class _GuardedProcess:
         now = monotonic_s()
         if self._process is not None:
             if self._process.poll() is None:
-                self._shorten_log(now)
                 return False
             self._deaths = 0 if now - self._started_at > 60 else self._deaths
             pause_s = GUARD_BACKOFF_S[min(self._deaths, len(GUARD_BACKOFF_S) - 1)]
             self._start_at = now + pause_s
             self._deaths += 1
-            with open(self._log_file, "a") as output:
-                output.write(
-                    f"{GUARD_ENDED} with status {self._process.returncode}, starting it again in {pause_s:g} s\n"
-                )
+            self._close_output()
+            status = self._process.returncode
+            self._log.write(
+                f"{GUARD_ENDED} with status {status}, starting it again in {pause_s:g} s\n".encode()
+            )
             self._process = None
         if now < self._start_at:
             return False
-        self._start()
-        return self._deaths > 0
-
-    def _shorten_log(self, now: float) -> None:
-        """Keep the last twentieth of a log that became too long; its writer appends."""
-        if now < self._look_at_log_at:
-            return
-        self._look_at_log_at = now + 10
         try:
-            if os.path.getsize(self._log_file) > LOG_BYTES:
-                with open(self._log_file, "rb+") as file:
-                    file.seek(-LOG_BYTES // 20, os.SEEK_END)
-                    end = file.read()
-                    file.truncate(0)
-                with open(self._log_file, "ab") as file:
-                    file.write(end)
-        except OSError:
-            pass  # a full disk must not end the guard
+            self._start()
+        except OSError as error:  # no process or descriptor to be had, for now
+            self._log.write(f"{GUARD_WORDS}cannot start it: {error}\n".encode())
+            self._start_at = now + GUARD_BACKOFF_S[-1] / 6
+            return False
+        return self._deaths > 0
 
     def _start(self) -> None:
         import subprocess
 
         self._started_at = monotonic_s()
-        with open(self._log_file, "ab") as output:
-            output.write(f"{GUARD_WORDS}started at {utc_text(time.time())}\n".encode())
-            output.flush()
+        self._log.write(f"{GUARD_WORDS}started at {utc_text(time.time())}\n".encode())
+        output, its_end = os.pipe()
+        try:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=its_end,
+                stderr=its_end,
                 preexec_fn=_die_with_parent,
             )
+        except OSError:
+            os.close(output)
+            raise
+        finally:
+            os.close(its_end)
+        os.set_blocking(output, False)
+        self._output = output
+        self._outputs.register(output, selectors.EVENT_READ, self)
+
+    def pass_on_output(self) -> bool:
+        """Write what it said into its log; False when there is nothing more for now."""
+        try:
+            text = os.read(self._output, 65536) if self._output is not None else b""
+        except BlockingIOError:
+            return False
+        if text:
+            self._log.write(text)
+        elif self._output is not None:
+            self._outputs.unregister(self._output)
+            os.close(self._output)
+            self._output = None
+        return bool(text)
+
+    def _close_output(self) -> None:
+        """Take what it said last; a child of its own may hold the pipe open."""
+        while self.pass_on_output():
+            pass
+        if self._output is not None:
+            self._outputs.unregister(self._output)
+            os.close(self._output)
+            self._output = None
 
     def terminate(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -8263,6 +8401,7 @@ class _GuardedProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._close_output()
         self._process = None
 
 
@@ -8985,6 +9124,10 @@ class RunMonitor:
         if cluster.problem is None:
             log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
         cluster.problem = error.message
+        why = cluster.launched.why_restarted(self.started) if cluster.launched else None
+        if why:  # nothing of the test is left
+            self._end.fail(run.id, f"cluster {cluster.id} ended: {why}", stop_reason="lost")
+            return
         silent_s = cluster.silent_s(self._unheard_since)
         if silent_s >= self._rules.lost_after_s:
             reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
@@ -9018,6 +9161,8 @@ class RunMonitor:
         is_another = bool(self.boot_id and reading.boot_id and self.boot_id != reading.boot_id)
         if is_another or reading.state == "ready" or reading.requests < self.last_requests:
             reason = f"Locust of cluster {self.cluster.id} was restarted under the run; the numbers are those before"
+            why = self.cluster.launched.why_restarted(self.started) if self.cluster.launched else None
+            reason += f": {why}" if why else ""
             if reading.distributed and not reading.live_workers:
                 reason += ". Workers of the old master may load the target for another minute"
             self._end.fail(run.id, reason, stop_reason="lost")

@@ -272,7 +272,7 @@ def load_manager(tmp_path: Path) -> Iterator[Callable[..., LoadManager]]:
         **sections: Any,
     ) -> LoadManager:
         folder = tmp_path / f"lm{len(started)}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # a test may have put something into it
         manager = LoadManager(folder, base_config(*clusters, **sections), environment)
         started.append(manager)
         return manager.start(preexec)
