@@ -7923,6 +7923,7 @@ class LaunchedCluster:
         self._callback_token = callback_token
         self._lock = threading.Lock()  # guards the guard: who starts it, stops it, and starts it again
         self._guard: Any = None
+        self._unwanted: Any = None  # the guard that is being stopped
         self._guard_died_at = -math.inf  # by itself, the last time; monotonic seconds
         self._guard_status = 0  # with which it ended then
         self.base_url = ""
@@ -7993,7 +7994,7 @@ class LaunchedCluster:
         while True:
             _wait_unreaped(guard.pid)
             with self._lock:
-                if self._guard is not guard:
+                if self._guard is not guard or self._unwanted is guard:
                     return  # it was stopped
                 _end_group(guard.pid)
                 self._guard_status, self._guard_died_at = guard.wait(), monotonic_s()
@@ -8003,7 +8004,7 @@ class LaunchedCluster:
             log("guard of a launched cluster ended", cluster=self.config.id, **facts)
             time.sleep(pause_s)
             with self._lock:
-                if self._guard is not guard:
+                if self._guard is not guard or self._unwanted is guard:
                     return
                 try:
                     guard = self._guard = self._start_guard(plan, environment)
@@ -8040,7 +8041,7 @@ class LaunchedCluster:
         import subprocess
 
         with self._lock:
-            guard, self._guard = self._guard, None
+            guard = self._unwanted = self._guard
         if guard is None:
             return
         try:
@@ -8049,6 +8050,8 @@ class LaunchedCluster:
         except (OSError, subprocess.TimeoutExpired):
             guard.kill()  # its children die with it
             guard.wait(1)
+        finally:
+            self._guard = None
 
     def _missing(self) -> str | None:
         locustfile = os.path.join(self._folder, self.locustfile)
@@ -8205,10 +8208,9 @@ def guard_cluster() -> int:
     try:
         while True:
             guarded.keep_running()
-            if not guarded.pass_on_output(stdin, 0.25):
-                continue
-            received = os.read(stdin, 4096)
-            if not received:
+            is_asked = guarded.pass_on_output(stdin, 0.25)
+            received = os.read(stdin, 4096) if is_asked else b""
+            if is_asked and not received:
                 return 0
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
@@ -8855,6 +8857,7 @@ class RunMonitor:
         self.target = load_target(run, time.time())
         self.last: Reading | None = None
         self.last_requests = 0
+        self.was_repeat = False  # the last reading was one of Locust's cache that was read before
         self.pushed_at = -math.inf  # when the newest push was made, epoch seconds
         self.boot_id = ""
         self.rebalanced_at = -math.inf
@@ -9032,7 +9035,7 @@ class RunMonitor:
         interval = self._rules.poll_interval_s
         if self.age_s < FIRST_LOOKS_S:
             interval = min(interval, FIRST_LOOK_INTERVAL_S if self.users_seen else 1.0)
-        if self.last is not None and self.last.is_cached_repeat:
+        if self.was_repeat:
             interval = min(interval, REPEAT_LOOK_S)  # Locust's cache is about to be over
         return min(interval, ABORT_LOOK_S) if self.judge.may_abort else interval
 
@@ -9082,6 +9085,9 @@ class RunMonitor:
             self._ended_by_locust(second)
 
     def _note_reading(self, run: Run, reading: Reading) -> None:
+        self.was_repeat = reading.is_cached_repeat
+        if self.was_repeat:
+            return  # nothing new: what is the same in two readings of one cache is not stable for that
         with self._lock:
             workers_before, before = self.max_workers, self.last
             self.max_workers = max(self.max_workers, len(reading.live_workers))
@@ -9090,7 +9096,7 @@ class RunMonitor:
             self.target, before, reading, self.max_workers, self.wanted_for_s
         ):
             self._end.warn(run.id, code, sentence)
-        if reading.snapshot and reading.snapshot.requests is not None and not reading.is_cached_repeat:
+        if reading.snapshot and reading.snapshot.requests is not None:
             self._note_numbers(run, reading, reading.snapshot)
         if before is not None:
             self._mind_users(run, before, reading, workers_before)
