@@ -22580,7 +22580,7 @@ class RunView {
       fact("Environment", run.envId),
       run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
       run.stages ? fact("Stages", run.stages.map((one) => count(one.targetUsers)).join(" \u2192 ") + " users") : null,
-      run.stages ? null : fact("Users", usersText(run) + " at " + perSecond(run.spawnRate)),
+      run.stages ? null : fact("Users", usersText(run) + (run.usersChanges ? "" : " at " + perSecond(run.spawnRate))),
       fact(run.startedAt ? "Started" : "Created", zonedMoment(run.startedAt || run.createdAt)),
       run.createdBy ? fact("By", run.createdBy) : null,
       run.stopReason ? fact("Ended by", run.stopReason) : null,
