@@ -743,10 +743,11 @@ STORAGE_URL = text_value(
 )
 
 
-def setting(name: str, default: Any, check: Any, about: str, secret: bool = False) -> Any:
+def setting(name: str, default: Any, check: Any, about: str, secret: bool = False, live: bool = False) -> Any:
     """Declare a configuration key: its name in the file, default (REQUIRED: none), check
-    (a Check, a section class, or [section class] for a list of them) and meaning."""
-    meta = {"name": name, "check": check, "about": about, "secret": secret, "default": default}
+    (a Check, a section class, or [section class] for a list of them) and meaning. live: a section
+    that a running server takes from a changed file; all others need a restart."""
+    meta = {"name": name, "check": check, "about": about, "secret": secret, "default": default, "live": live}
     if isinstance(check, list):
         return field(default=(), metadata=meta)
     if default is REQUIRED:
@@ -877,6 +878,12 @@ class LauncherConfig:
         text_value("a file name"),
         "the Python that has Locust; default: the one running Load Manager",
     )
+    environment: tuple[str, ...] = setting(
+        "environment",
+        (),
+        WORDS,
+        "process: variables of Load Manager's environment that Locust gets beside PATH, LANG and the like; NAME or START*",
+    )
 
 
 @dataclass(frozen=True)
@@ -893,7 +900,7 @@ class ClusterConfig:
         "authToken",
         "",
         text_value("a string", empty=True),
-        "sent to Locust as a Bearer token, for a proxy",
+        "sent to Locust as a Bearer token, for a proxy; with a launcher of type process the password of its page, default: a random one",
         secret=True,
     )
     username: str = setting(
@@ -907,12 +914,22 @@ class ClusterConfig:
         "callbackToken",
         "",
         text_value("a string", empty=True),
-        "secret of this cluster's callbacks, instead of locustCallbackToken",
+        "secret of this cluster's callbacks, instead of locustCallbackToken; default with a launcher of type process: a random one",
         secret=True,
     )
     launcher: LauncherConfig | None = setting(
         "launcher", None, LauncherConfig, "start the cluster on this machine"
     )
+
+    @property
+    def is_launched(self) -> bool:
+        """Its master and workers are processes of ours."""
+        return self.launcher is not None and self.launcher.type == "process"
+
+    @property
+    def has_own_token(self) -> bool:
+        """Its callbacks have a secret of their own: a launched one without gets a random one."""
+        return bool(self.callback_token) or self.is_launched
 
 
 @dataclass(frozen=True)
@@ -1107,6 +1124,9 @@ class SecurityConfig:
     jwt: JwtConfig | None = setting("jwt", None, JwtConfig, "accept the tokens of a single sign-on")
     oidc: OidcConfig | None = setting("oidc", None, OidcConfig, "sign in to the dashboard by OpenID Connect")
     allow_anonymous: bool = setting("allowAnonymous", False, BOOLEAN, "serve without tokens (a risk)")
+    audit_days: float = setting(
+        "auditDays", 365.0, number_value(0, 36500), "days after which an entry of the audit goes; 0: never"
+    )
 
     @property
     def is_open(self) -> bool:
@@ -1284,39 +1304,76 @@ class Config:
 
     server: ServerConfig = setting("server", {}, ServerConfig, "where Load Manager listens")
     clusters: tuple[ClusterConfig, ...] = setting(
-        "locustClusters", (), [ClusterConfig], "the Locust clusters"
+        "locustClusters", (), [ClusterConfig], "the Locust clusters", live=True
     )
     schedules: tuple[ScheduleConfig, ...] = setting(
-        "schedules", (), [ScheduleConfig], "runs that start by themselves"
+        "schedules", (), [ScheduleConfig], "runs that start by themselves", live=True
     )
     notifications: tuple[NotificationConfig, ...] = setting(
-        "notifications", (), [NotificationConfig], "who is told of what"
+        "notifications", (), [NotificationConfig], "who is told of what", live=True
     )
     scenarios: tuple[ScenarioConfig, ...] = setting(
-        "scenarios", (), [ScenarioConfig], "what scenarioIds mean"
+        "scenarios", (), [ScenarioConfig], "what scenarioIds mean", live=True
     )
-    security: SecurityConfig = setting("security", {}, SecurityConfig, "who may call")
+    security: SecurityConfig = setting("security", {}, SecurityConfig, "who may call", live=True)
     orchestrator: OrchestratorConfig = setting("orchestrator", {}, OrchestratorConfig, "how runs are watched")
     storage: StorageConfig = setting("storage", {}, StorageConfig, "where runs are kept")
-    tenants: tuple[TenantConfig, ...] = setting("tenants", (), [TenantConfig], "limits of tenants")
+    tenants: tuple[TenantConfig, ...] = setting("tenants", (), [TenantConfig], "limits of tenants", live=True)
     environments: tuple[EnvironmentConfig, ...] = setting(
-        "environments", (), [EnvironmentConfig], "protected environments"
+        "environments", (), [EnvironmentConfig], "protected environments", live=True
     )
     audit: AuditConfig = setting("audit", {}, AuditConfig, "who did what")
     limits: LimitsConfig = setting("limits", {}, LimitsConfig, "how much one caller may ask")
     folder: str = "."
 
 
-def config_keys(section: type = Config, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every leaf key as (path, declaration): the README's table and the checks' source."""
+def config_keys(
+    section: type = Config, path: str = "", within: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every leaf key as (path, declaration): the README's table and the checks' source. within: of
+    the declaration too, the section that may be absent as a whole, with what is required in it."""
     for entry in _declared(section):
         check, name = entry["check"], f"{path}{entry['name']}"
         if isinstance(check, list):
             yield from config_keys(check[0], f"{name}[].")
         elif isinstance(check, type):
-            yield from config_keys(check, f"{name}.")
+            yield from config_keys(check, f"{name}.", within if entry["default"] is not None else name)
         else:
-            yield name, entry
+            yield name, {**entry, "within": within}
+
+
+def live_config(running: Config, new: Config) -> tuple[Config, list[str]]:
+    """What a running server takes of a changed file: the new configuration with the old sections
+    that need a restart, and the keys that differ there."""
+    kept: dict[str, Any] = {}
+    differing: list[str] = []
+    for entry in _declared(Config):
+        name = entry["field"]
+        if not entry["live"]:
+            kept[name] = getattr(running, name)
+            differing += _differing_keys(entry["check"], kept[name], getattr(new, name), f"{entry['name']}.")
+    return replace(new, **kept), differing
+
+
+def _differing_keys(section: type, one: Any, other: Any, path: str) -> Iterator[str]:
+    for entry in _declared(section):
+        before, after = getattr(one, entry["field"]), getattr(other, entry["field"])
+        if before == after:
+            continue
+        if isinstance(entry["check"], type) and before is not None and after is not None:
+            yield from _differing_keys(entry["check"], before, after, f"{path}{entry['name']}.")
+        else:
+            yield path + entry["name"]
+
+
+def config_warnings(config: Config) -> Iterator[str]:
+    """What of a good configuration is a risk."""
+    tenants = sorted({item.tenant_id for item in config.clusters if not item.has_own_token})
+    if len(tenants) > 1 and config.security.callback_token:
+        yield (
+            f"security.locustCallbackToken: is shared by the tenants {', '.join(tenants)}: who has the Locust of one"
+            " can end and forge runs of another; give each cluster a callbackToken of its own"
+        )
 
 
 def _declared(section: type) -> list[dict[str, Any]]:
@@ -1590,7 +1647,7 @@ def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
 def _token_problems(config: Config) -> Iterator[str]:
     """No missing, shipped, doubled or half-declared token."""
     security = config.security
-    all_guarded = bool(config.clusters) and all(cluster.callback_token for cluster in config.clusters)
+    all_guarded = bool(config.clusters) and all(cluster.has_own_token for cluster in config.clusters)
     needed = {
         "apiToken": security.is_open,
         "locustCallbackToken": not security.callback_token and not all_guarded,
@@ -6985,6 +7042,30 @@ class Store:
         )
         return [(row[0], AuditEntry(*row[1:])) for row in rows]
 
+    AUDIT_ROWS_AT_ONCE = 5000
+
+    def forget_audit(self, before_at: float) -> int:
+        """Remove the entries of the audit before a time; how many. NotReady when they cannot be."""
+        gone = 0
+        while rows := self._writer.read(functools.partial(self._forget_some_audit, before_at)):
+            gone += rows
+        return gone
+
+    def _forget_some_audit(self, before_at: float, database: Database) -> int:
+        """Remove the oldest of them: not so many that other writes wait."""
+        oldest = database.query(f"SELECT seq, at FROM audit ORDER BY seq LIMIT {self.AUDIT_ROWS_AT_ONCE}")
+        old = [(seq,) for seq, at in oldest if at < before_at]
+        if not old:
+            return 0
+        database.execute("BEGIN")
+        try:
+            database.execute_many("DELETE FROM audit WHERE seq = ?", old)
+            database.execute("COMMIT")
+        except BaseException:
+            database.rollback()
+            raise
+        return len(old)
+
     def wait_durable(self) -> None:
         """Return when all that was kept before is on disk; NotReady when it cannot be."""
         self._writer.wait_durable()
@@ -7173,7 +7254,7 @@ class LocustClient:
 
     def __init__(self, config: ClusterConfig, callback_token: str, folder: str, timer: Timer):
         self.config = config
-        self._callback_token = callback_token
+        self.callback_token = callback_token
         self._folder = folder
         self._timer = timer
         self._lock = threading.Lock()  # guards what follows
@@ -7476,8 +7557,8 @@ class LocustClient:
 
     def _headers(self, path: str, body: str | None) -> dict[str, str]:
         headers = {"Accept": "application/json", "Connection": "keep-alive"}
-        if path == HOOKS_PATH and self._callback_token:
-            headers["X-Locust-Token"] = self._callback_token  # renews the lease of the test
+        if path == HOOKS_PATH and self.callback_token:
+            headers["X-Locust-Token"] = self.callback_token  # renews the lease of the test
         if body is not None:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         if self.config.auth_token:
@@ -7906,6 +7987,41 @@ def _json_in_page(page: str, name: str) -> Any:
 # dies is started again, on the same ports. What the children write goes through the guard
 # into their logs, so that a full disk is its concern and not theirs.
 
+INHERITED_VARIABLES = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "PYTHONPATH", "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SYSTEMROOT",
+)  # fmt: skip
+WEB_TOKEN_VARIABLE = "LOADMANAGER_WEB_TOKEN"
+
+# What a launched Locust is started with, by any Python and with any locustfile: its web page asks
+# for a token before every request, own routes of the locustfile included. Locust's --web-login
+# would leave these open, and needs the locustfile's help.
+START_LOCUST = """
+import base64, hmac, os, sys
+sys.argv[0] = "locust"
+token = os.environ.pop("LOADMANAGER_WEB_TOKEN", "")
+from locust import events
+
+def ask_for_token(environment, **kwargs):
+    if not environment.web_ui or not token:
+        return
+    import flask
+    good = ["Bearer " + token, "Basic " + base64.b64encode(("locust:" + token).encode()).decode()]
+
+    @environment.web_ui.app.before_request
+    def is_signed_in():
+        given = flask.request.headers.get("Authorization", "").encode("utf-8", "replace")
+        if any([hmac.compare_digest(given, one.encode()) for one in good]):
+            return None
+        ask = {"WWW-Authenticate": 'Basic realm="Locust, launched by Load Manager", charset="UTF-8"'}
+        words = "Load Manager launched this Locust: user locust, password its locustClusters[].authToken"
+        return flask.Response(words, 401, ask)
+
+events.init.add_listener(ask_for_token)
+from locust.main import main
+main()
+"""
+
 GUARD_COMMAND = "guard-cluster"
 GUARD_WORDS = "guard: "  # begins what the guard writes into a log
 GUARD_ENDED = GUARD_WORDS + "ended"
@@ -7958,7 +8074,8 @@ class LaunchedCluster:
         web_port, master_port = _free_port(), _free_port()
         self.base_url = f"http://127.0.0.1:{web_port}"
         self.workers = self._launcher.workers
-        os.makedirs(self._log_folder, exist_ok=True)
+        os.makedirs(self._log_folder, mode=0o700, exist_ok=True)
+        os.chmod(self._log_folder, 0o700)  # one of an earlier version was open to all
         plan = {**self._commands(web_port, master_port), "logs": self._log_start, "workers": self.workers}
         environment = self._environment(control_plane_url)
         with self._lock:
@@ -8072,7 +8189,7 @@ class LaunchedCluster:
 
     def _commands(self, web_port: int, master_port: int) -> dict[str, list[str]]:
         python = self._launcher.python or sys.executable
-        locust = [python, "-m", "locust", "-f", os.path.join(self._folder, self.locustfile)]
+        locust = [python, "-c", START_LOCUST, "-f", os.path.join(self._folder, self.locustfile)]
         host = ["--host", self._launcher.host] if self._launcher.host else []
         master = [
             *locust,
@@ -8105,13 +8222,16 @@ class LaunchedCluster:
             "ENV_ID": self.config.env_id,
             "CLUSTER_ID": self.config.id,
         }
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("LOADMANAGER_", "LOCUST_"))
-        }
-        kept.pop("RUN_ID", None)
-        return {**kept, "METRICS_PUSH_INTERVAL": "2", **ours}
+        wanted = (*INHERITED_VARIABLES, *self._launcher.environment)
+        kept = {name: value for name, value in os.environ.items() if _is_named(name, wanted)}
+        return {**kept, "METRICS_PUSH_INTERVAL": "2", WEB_TOKEN_VARIABLE: self.config.auth_token, **ours}
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of these, or begins as one with * at its end."""
+    return any(
+        name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1])) for pattern in patterns
+    )
 
 
 def _tell_guard(guard: Any, document: dict[str, Any]) -> None:
@@ -8204,6 +8324,7 @@ def guard_cluster() -> int:
         return 0
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)  # our end is the end of standard input
+    os.umask(0o077)  # of our files and of Locust's
     guarded = _GuardedCluster(plan)
     try:
         while True:
@@ -8275,7 +8396,8 @@ class _GuardedLog:
     def write(self, text: bytes) -> None:
         try:
             self._shorten()
-            with open(self._path, "ab", buffering=0) as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(open_private(self._path, flags), "ab", buffering=0) as file:
                 if self._dropped:
                     note = f"{GUARD_WORDS}{self._dropped} bytes of this log could not be written\n"
                     _write_whole(file, note.encode())
@@ -8454,6 +8576,11 @@ class Cluster:
         self.scaled_at = -math.inf
 
     @property
+    def place(self) -> tuple[str, str]:
+        """The tenant and environment that it serves."""
+        return self.config.tenant_id, self.config.env_id
+
+    @property
     def is_asleep(self) -> bool:
         """A launched cluster that was stopped as nobody needed it."""
         return self.launched is not None and not self.launched.is_running and self.launched.problem is None
@@ -8559,17 +8686,96 @@ class ClusterPool:
         self._queue: list[str] = []  # ids of waiting runs, the next first
         self._cleanups: dict[str, CleanUp] = {}  # by run
         self._limits = {tenant.id: tenant for tenant in config.tenants}
+        self._retired: dict[str, Cluster] = {}  # gone from the configuration, and still in use
+        self._successors: dict[str, ClusterConfig] = {}  # what clusters in use are to become, by id
         self.users_of: Callable[[str], int] = lambda run_id: 0  # users an active run has now
-        self.clusters = {item.id: self._cluster(item) for item in config.clusters}
+        self.on_replaced: Callable[[Cluster | None, Cluster | None], None] = lambda old, new: None
+        self.clusters = {item.id: self._cluster(item) for item in config.clusters}  # replaced, never changed
 
     def _cluster(self, item: ClusterConfig) -> Cluster:
-        token, folder = item.callback_token or self._config.security.callback_token, self._config.folder
-        is_process = item.launcher is not None and item.launcher.type == "process"
-        launched = LaunchedCluster(item, folder, token) if is_process else None
-        return Cluster(item, LocustClient(item, token, folder, self._timer), launched, self._timer)
+        folder, token = self._config.folder, self._callback_token(item)
+        if not item.is_launched:
+            return Cluster(item, LocustClient(item, token, folder, self._timer), None, self._timer)
+        signed_in = replace(item, auth_token=item.auth_token or secrets.token_urlsafe(32))
+        launched = LaunchedCluster(signed_in, folder, token)
+        return Cluster(item, LocustClient(signed_in, token, folder, self._timer), launched, self._timer)
+
+    def _callback_token(self, item: ClusterConfig) -> str:
+        """The secret of a cluster's callbacks: its own, for one that we launch a random one, else
+        the common one."""
+        if item.callback_token or not item.is_launched:
+            return item.callback_token or self._config.security.callback_token
+        return secrets.token_urlsafe(32)
 
     def find(self, cluster_id: str) -> Cluster | None:
-        return self.clusters.get(cluster_id)
+        """The cluster of this id, also one that is gone from the configuration and still in use."""
+        return self.clusters.get(cluster_id) or self._retired.get(cluster_id)
+
+    def all(self) -> list[Cluster]:
+        """Every cluster, those too that are gone from the configuration and still in use."""
+        with self._changed:
+            return [*self.clusters.values(), *self._retired.values()]
+
+    def own_callback_tokens(self) -> list[tuple[str, str]]:
+        """The clusters whose callbacks have a secret of their own, with it."""
+        return [
+            (cluster.id, cluster.client.callback_token)
+            for cluster in self.all()
+            if cluster.config.has_own_token
+        ]
+
+    # ---- another configuration
+
+    def reconfigure(self, config: Config) -> None:
+        """Have the clusters and limits of another configuration. One that is in use and is gone, or
+        becomes another, stays as it is until nothing uses it; no new run starts on one that is gone."""
+        with self._changed:
+            before = {**self._retired, **self.clusters}
+            self._config = config
+            self._limits = {tenant.id: tenant for tenant in config.tenants}
+            self._successors, added = {}, []
+            clusters: dict[str, Cluster] = {}
+            for item in config.clusters:
+                cluster = before.pop(item.id, None)
+                if cluster is None:
+                    cluster = self._cluster(item)
+                    added.append(cluster)
+                else:
+                    self._become(cluster, item)
+                clusters[item.id] = cluster
+            self.clusters, self._retired = clusters, before
+            for cluster_id in [*before, *self._successors]:
+                self._let_go(cluster_id)
+            self._changed.notify_all()
+        for cluster in added:
+            self.on_replaced(None, cluster)
+
+    def _become(self, cluster: Cluster, item: ClusterConfig) -> None:
+        """Have a cluster configured so: credentials at once, another address, place or launcher
+        once nothing uses it."""
+        names = ("auth_token", "username", "password", "tls", "callback_token")
+        same_place = replace(cluster.config, **{name: getattr(item, name) for name in names}) == item
+        if cluster.launched or not same_place:
+            if cluster.config != item:
+                self._successors[item.id] = item
+            return
+        token = self._callback_token(item)
+        if cluster.config != item or cluster.client.callback_token != token:
+            cluster.config = item
+            cluster.client = LocustClient(item, token, self._config.folder, self._timer)
+
+    def _let_go(self, cluster_id: str) -> None:
+        """Replace or drop a cluster that another configuration has changed, once nothing uses it."""
+        old = self.find(cluster_id)
+        if old is None or cluster_id in self._reserved or self.cleanups_on(old):
+            return
+        if cluster_id in self._successors:
+            new = self._cluster(self._successors.pop(cluster_id))
+            self.clusters = {**self.clusters, cluster_id: new}
+            self.on_replaced(old, new)
+        elif cluster_id in self._retired:
+            del self._retired[cluster_id]
+            self.on_replaced(old, None)
 
     def serving(self, tenant_id: str, env_id: str) -> list[Cluster]:
         """The clusters of a tenant and environment; InvalidInput when there is none."""
@@ -8596,7 +8802,7 @@ class ClusterPool:
             while True:
                 if self._has_one(run.id):
                     return None
-                free = [cluster for cluster in candidates if self._may_take(cluster, run)]
+                free = [cluster for cluster in self._present(candidates) if self._may_take(cluster, run)]
                 if free and self.over_limit(run) is None:
                     self._reserved[free[0].id] = Reservation(run.id, run.tenant_id, run.target_users)
                     return free[0]
@@ -8608,11 +8814,19 @@ class ClusterPool:
     def reserve_as_is(self, run: Run, candidates: list[Cluster]) -> Cluster | None:
         """The first cluster that no run has, for a test that runs there already."""
         with self._changed:
-            for cluster in candidates:
+            for cluster in self._present(candidates):
                 if cluster.id not in self._reserved:
                     self._reserved[cluster.id] = Reservation(run.id, run.tenant_id, run.target_users)
                     return cluster
         return None
+
+    def _present(self, clusters: list[Cluster]) -> Iterator[Cluster]:
+        """Those of the clusters that the configuration, which may have changed since they were asked
+        for, still has; what one has become, where it serves the same tenant and environment."""
+        for cluster in clusters:
+            now = self.clusters.get(cluster.id)
+            if now is not None and now.place == cluster.place:
+                yield now
 
     def reserve_again(self, run: Run, cluster: Cluster) -> None:
         """Give a run that an earlier process left the cluster that it has."""
@@ -8637,10 +8851,11 @@ class ClusterPool:
             if reservation is not None and reservation.run_id == run_id:
                 del self._reserved[cluster.id]
                 cluster.idle_since = monotonic_s()
+                self._let_go(cluster.id)
                 self._changed.notify_all()
 
     def release_all_of(self, run_id: str) -> None:
-        for cluster in self.clusters.values():
+        for cluster in self.all():
             self.release(cluster, run_id)
 
     def active_run_id(self, cluster: Cluster) -> str | None:
@@ -8791,7 +9006,9 @@ class ClusterPool:
 
     def drop_cleanup(self, run_id: str) -> None:
         with self._changed:
-            self._cleanups.pop(run_id, None)
+            dropped = self._cleanups.pop(run_id, None)
+            if dropped is not None:
+                self._let_go(dropped.cluster_id)
 
     def cleanups_on(self, cluster: Cluster) -> list[CleanUp]:
         with self._changed:
@@ -9867,22 +10084,43 @@ class ClusterScaling:
     def __init__(self, pool: ClusterPool, timer: Timer):
         self._pool = pool
         self._timer = timer
-        self._control_plane_url = ""
+        self.control_plane_url = ""
         self.is_closing = False
+        pool.on_replaced = self._replaced
 
     def launch_all(self, control_plane_url: str) -> None:
         """Launch the clusters that are always there; the others start when a run needs them."""
-        self._control_plane_url = control_plane_url
+        self.control_plane_url = control_plane_url
         for cluster in self._pool.clusters.values():
             launcher = cluster.config.launcher
             if cluster.launched and not (launcher and launcher.idle_s):
                 self.launch(cluster, None)
         self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
 
+    def _replaced(self, old: Cluster | None, new: Cluster | None) -> None:
+        """Another configuration has other clusters; called under the pool's lock."""
+        gone = old.id if old and not new else ""
+        log(
+            "cluster changed" if old and new else "cluster gone" if gone else "cluster added",
+            cluster=(old or new).id,
+        )  # type: ignore[union-attr]
+        self._timer.in_thread(0.0, "cluster-change", functools.partial(self._replace, old, new))
+
+    def _replace(self, old: Cluster | None, new: Cluster | None) -> None:
+        if old is not None and old.launched:
+            with old.operation:
+                old.launched.stop()
+        launcher = new.config.launcher if new else None
+        if new is None or new.launched is None or (launcher and launcher.idle_s) or self.is_closing:
+            return
+        with new.operation:
+            if not new.launched.is_running:  # a run may have needed it meanwhile
+                self.launch(new, None)
+
     def launch(self, cluster: Cluster, locustfile: str | None) -> None:
         launched = cluster.launched
         assert launched is not None
-        launched.start(self._control_plane_url, locustfile)
+        launched.start(self.control_plane_url, locustfile)
         cluster.client.moved_to(launched.base_url)
         cluster.problem = launched.problem
         cluster.workers_wanted = launched.workers
@@ -10165,6 +10403,10 @@ class Orchestrator:
     def launch_clusters(self, control_plane_url: str) -> None:
         self._scaling.launch_all(control_plane_url)
 
+    def call_back_at(self, control_plane_url: str) -> None:
+        """Have clusters that are launched from now on call back at another address."""
+        self._scaling.control_plane_url = control_plane_url
+
     def reconcile(self) -> None:
         """Settle what an earlier process left: waits (bounded) for overdue stops only."""
         for run_id, cluster_id in self.store.cleanups().items():
@@ -10260,16 +10502,33 @@ class Orchestrator:
         for run in ending:
             monitor = self._monitors.get(run.id)
             is_final = monitor is None or monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
-            if not is_final and self.clusters[run.cluster_id].launched:
+            cluster = self.pool.find(run.cluster_id)
+            if not is_final and cluster and cluster.launched:
                 words = "Load Manager was stopped, and its launched cluster with it"
                 self._stopper.fail(run.id, words, stop_reason="shutdown")
-        for cluster in self.clusters.values():
+        for cluster in self.pool.all():
             if cluster.launched:
                 cluster.launched.stop(2.0)
 
     def _ends_with_us(self, run: Run) -> bool:
         cluster = self.pool.find(run.cluster_id)
         return cluster is not None and (self.rules.on_shutdown == "stop" or cluster.launched is not None)
+
+    def reconfigure(self, config: Config) -> None:
+        """Have the clusters, tenants and environments of another configuration. Runs go on; one
+        that waits for a cluster and that none serves any more fails."""
+        self.config = config
+        self._tenants = {tenant.id: tenant for tenant in config.tenants}
+        self._environments = {(item.tenant_id, item.id): item for item in config.environments}
+        self.pool.reconfigure(config)
+        for run in self.store.active_runs():
+            try:
+                self.pool.serving(run.tenant_id, run.env_id)
+            except InvalidInput:
+                if run.queued and self.pool.leave_queue(run.id):
+                    words = "the clusters it waited for are gone from the configuration"
+                    self._stopper.fail(run.id, words)
+        self._dispatch_queue()
 
     def _forget_old(self) -> None:
         """Remove what storage.retentionDays says, now and every hour."""
@@ -10301,7 +10560,7 @@ class Orchestrator:
         refusal: LoadManagerError | None = None
         left, wait_s = list(candidates), 0.0 if request.queue else IDLE_WAIT_S
         while cluster := self.pool.reserve(run, left, wait_s):
-            left.remove(cluster)
+            left = [one for one in left if one.id != cluster.id]
             wait_s = 0.0
             try:
                 return self._start_reserved(cluster, run, idempotency)
@@ -10561,11 +10820,16 @@ class Orchestrator:
         self._stopper.claim_end(monitor, "locust")  # or our own stop is going on
 
     def register_external(
-        self, request: RunRequest, cluster_id: str | None, reaches: Callable[[str], bool]
+        self,
+        request: RunRequest,
+        cluster_id: str | None,
+        reaches: Callable[[str], bool],
+        may_know_active: bool = True,
     ) -> tuple[str, bool]:
         """The id of the run for a test started in Locust's own page, and whether it is new.
-        Conflict when the cluster is just being started or stopped, Forbidden when the caller's
-        token `reaches` none of the clusters that it may be on."""
+        Conflict when the cluster is just being started or stopped, or has an active run that the
+        caller may not know; Forbidden when the caller's token `reaches` none of the clusters that
+        it may be on."""
         candidates = self._reached(request, cluster_id, reaches)
         if self._is_closing:
             raise NotReady("Load Manager is shutting down", retry_after_s=5)
@@ -10573,6 +10837,12 @@ class Orchestrator:
         if len(candidates) > 1:
             candidates = sorted(candidates, key=self._runs_unreserved_test, reverse=True)
         cluster = self.pool.reserve_as_is(run, candidates)
+        if cluster is None and not may_know_active:
+            words = (
+                "there is an active run; its id is told only to a callback token of the cluster's own"
+                " (locustClusters[].callbackToken), as several tenants share this one"
+            )
+            raise Conflict(words)
         if cluster is None:
             return self._active_there(candidates[0]), False
         try:
@@ -11186,6 +11456,20 @@ class Scheduler:
         self._closed = True
         self._look_now.set()
 
+    def reconfigure(self, config: Config) -> None:
+        """Have the schedules and scenarios of another configuration."""
+        configured = {item.id: _configured_schedule(item, config.scenarios) for item in config.schedules}
+        with self._lock:
+            self._config = config
+            for known in list(self._schedules.values()):
+                if known.read_only and known.id not in configured:
+                    del self._schedules[known.id]
+                    self._upcoming.pop(known.id, None)
+            for id_, schedule in configured.items():
+                before = self._schedules.get(id_)
+                self._put(schedule if before is None else _with_memory_of(before, schedule))
+        self._look_now.set()
+
     # ---- what there is -----------------------------------------------------
 
     def list(self) -> list[Schedule]:
@@ -11238,7 +11522,7 @@ class Scheduler:
             schedule = read_schedule(body, self._config.scenarios, before)
             if before.paused and not schedule.paused and schedule.cron:
                 schedule = replace(schedule, taken_at=time.time(), not_before=None)
-            return schedule  # what was missed while it was paused is not made up for
+            return _from_now_on(before, schedule)  # what was missed while it was paused is not made up for
 
         schedule = self._update(schedule_id, changed)
         if schedule is None:
@@ -11454,7 +11738,14 @@ class Scheduler:
 def _with_memory_of(known: Schedule, schedule: Schedule) -> Schedule:
     """A schedule of the configuration with what became of it so far."""
     names = ("created_at", "taken_at", "not_before", "clock_era", "last_run_id", "last_outcome")
-    return replace(schedule, **{name: getattr(known, name) for name in names})
+    return _from_now_on(known, replace(schedule, **{name: getattr(known, name) for name in names}))
+
+
+def _from_now_on(before: Schedule, schedule: Schedule) -> Schedule:
+    """A schedule whose times were changed: those of the new ones that are over were never due."""
+    if (before.cron, before.timezone) == (schedule.cron, schedule.timezone) or schedule.cron is None:
+        return schedule
+    return replace(schedule, not_before=time.time())
 
 
 def latest_due(schedule: Schedule, now: float) -> float | None:
@@ -11739,23 +12030,36 @@ class Notifier:
         self.channels = {item.id: Channel(item, config.folder) for item in config.notifications}
         self._changed = threading.Condition()
         self._closed = False
-        self._names_secrets = [
-            value
-            for item in config.notifications
-            for value in (item.secret, item.smtp.password, urlsplit(item.url).path)
-            if len(value) > 3
-        ]
+        self._names_secrets = _channel_secrets(config)
         self._picking = threading.Lock()  # guards _in_hand; the store's lock may be taken within
         self._in_hand: dict[str, Delivery] = {}
-        if self.channels:
-            store.deliveries_for = self._of_transition
-            store.deliveries_ready = self._wake
+        store.deliveries_for = self._of_transition
+        store.deliveries_ready = self._wake
 
     def start(self) -> None:
         self._end_unreachable()
         for channel in self.channels.values():
-            for _ in range(SENDERS):
-                start_thread(f"notify-{channel.config.id}", functools.partial(self._deliver_all, channel))
+            self._start_channel(channel)
+
+    def _start_channel(self, channel: Channel) -> None:
+        for _ in range(SENDERS):
+            start_thread(f"notify-{channel.config.id}", functools.partial(self._deliver_all, channel))
+
+    def reconfigure(self, config: Config) -> None:
+        """Have the channels of another configuration; one that is the same goes on."""
+        before = self.channels
+        self.channels = {
+            item.id: before[item.id]
+            if item.id in before and before[item.id].config == item
+            else Channel(item, config.folder)
+            for item in config.notifications
+        }
+        self._names_secrets = [*self._names_secrets, *_channel_secrets(config)]
+        self._end_unreachable()
+        for id_, channel in self.channels.items():
+            if before.get(id_) is not channel:
+                self._start_channel(channel)
+        self._wake()
 
     def _end_unreachable(self) -> None:
         """End what waits for a channel that the configuration has no more: it would wait for ever."""
@@ -11834,7 +12138,7 @@ class Notifier:
 
     def _deliver_all(self, channel: Channel) -> None:
         """One thread of a channel: what is due is sent, each thing by one of them."""
-        while not self._closed:
+        while not self._closed and self.channels.get(channel.config.id) is channel:
             delivery, wait_s = self._pick(channel)
             if delivery is None:
                 with self._changed:
@@ -11927,6 +12231,15 @@ def _is_sooner(one: Delivery, other: Delivery) -> bool:
     )
 
 
+def _channel_secrets(config: Config) -> list[str]:
+    return [
+        value
+        for item in config.notifications
+        for value in (item.secret, item.smtp.password, urlsplit(item.url).path)
+        if len(value) > 3
+    ]
+
+
 def _new_delivery(
     channel: Channel, event: str, title: str, facts: dict[str, Any], run_id: str, tenant_id: str
 ) -> Delivery:
@@ -11983,6 +12296,7 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
 # needs nothing from anywhere, so that it opens from a mail attachment and prints.
+
 
 class Series(NamedTuple):
     """A figure over time, as the page and the report chart it: colours on light and on dark ground,
@@ -14743,6 +15057,10 @@ class EventFeed:
             if not stream.is_allowed() and stream.connection is not None:
                 stream.connection.end_stream()
 
+    def close_refused_soon(self) -> None:
+        """As close_refused(), from any thread."""
+        self._loop.call(self.close_refused)
+
     def _all_streams(self) -> list[Stream]:
         return [stream for streams in self._streams.values() for stream in streams]
 
@@ -14876,13 +15194,17 @@ class EventFeed:
 @dataclass(frozen=True)
 class Principal:
     """Who calls. ends_at: epoch seconds after which it counts no more. clusters: those whose
-    runs a callback may touch; None: those without a callbackToken of their own."""
+    runs a callback may touch; None: those without a callbackToken of their own. proof: what
+    showed it, by which it is seen whether another configuration still takes it."""
 
     name: str
     role: str
     scope: Scope = EVERYTHING
     ends_at: float = math.inf
     clusters: frozenset[str] | None = None
+    proof: Any = field(
+        default=None, compare=False, repr=False
+    )  # a token's digest, or the sign-on's configuration
 
     def may_touch(self, tenant_id: str, env_id: str) -> bool:
         return self.scope.covers(tenant_id, env_id)
@@ -14906,16 +15228,20 @@ class ApiTokens:
     def __init__(self, security: SecurityConfig):
         self._owners: list[tuple[bytes, Principal]] = []
         if security.api_token:
-            self._owners.append((token_digest(security.api_token), Principal("api", "admin")))
+            digest = token_digest(security.api_token)
+            self._owners.append((digest, Principal("api", "admin", proof=digest)))
         for item in security.api_tokens:
             digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
             scope = scope_of(item.tenants or ("*",), item.environments)
             ends_at = math.inf if item.expires_at is None else item.expires_at
-            self._owners.append((digest, Principal(item.name, item.role, scope, ends_at)))
+            self._owners.append((digest, Principal(item.name, item.role, scope, ends_at, proof=digest)))
 
     def owner(self, token: str) -> Principal | None:
         """Whose token it is; None for a wrong one, and for one that has expired."""
-        given, found = token_digest(token), None
+        return self.owner_by_digest(token_digest(token))
+
+    def owner_by_digest(self, given: bytes) -> Principal | None:
+        found = None
         for digest, principal in self._owners:
             if hmac.compare_digest(given, digest):
                 found = principal
@@ -14923,12 +15249,13 @@ class ApiTokens:
 
 
 class CallbackTokens:
-    """The secrets of Locust's callbacks: one for all clusters, or a cluster's own."""
+    """The secrets of Locust's callbacks: one for all clusters, or a cluster's own.
 
-    def __init__(self, config: Config):
-        own = [
-            (token_digest(item.callback_token), item.id) for item in config.clusters if item.callback_token
-        ]
+    own_tokens: the clusters that have one of their own, with it."""
+
+    def __init__(self, config: Config, own_tokens: Iterable[tuple[str, str]]):
+        own = [(token_digest(token), cluster_id) for cluster_id, token in own_tokens]
+        self._tenants = {item.tenant_id for item in config.clusters if not item.has_own_token}
         self.guarded = frozenset(
             cluster_id for _, cluster_id in own
         )  # clusters that the common token does not reach
@@ -14945,6 +15272,10 @@ class CallbackTokens:
             if hmac.compare_digest(given, digest):
                 found = Principal("locust", "locust", clusters=clusters)
         return found
+
+    def may_know_active(self, principal: Principal) -> bool:
+        """Whether the id of a cluster's active run is told: not to a token that several tenants share."""
+        return principal.clusters is not None or len(self._tenants) < 2
 
     def may_touch(self, principal: Principal, cluster_id: str) -> bool:
         return (
@@ -15026,22 +15357,44 @@ class Caller(NamedTuple):
 
 
 class RefusalBudget:
-    """How many refusals are written to the audit: a flood must not fill the disk."""
+    """How many entries of the audit those may cause who have proven nothing, each address and all
+    together: a flood must not fill the disk. What is beyond is counted."""
 
-    BURST, PER_S = 1000.0, 20.0
+    BURST, PER_S = 300.0, 1.0  # of all together
+    BURST_OF_ONE, PER_S_OF_ONE = 30.0, 0.1
+    MAX_ADDRESSES = 10_000
 
     def __init__(self) -> None:
-        self._left, self._at = self.BURST, monotonic_s()
-        self.skipped = 0  # since the last one written
+        self._lock = threading.Lock()  # guards what follows
+        self._all = (self.BURST, monotonic_s())  # entries that are left, and since when
+        self._of_one: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._skipped = 0
+        self._skipped_of: set[str] = set()
 
-    def takes(self) -> bool:
-        now = monotonic_s()
-        self._left, self._at = min(self.BURST, self._left + (now - self._at) * self.PER_S), now
-        if self._left < 1:
-            self.skipped += 1
-            return False
-        self._left -= 1
-        return True
+    def takes(self, address: str) -> bool:
+        """Whether an entry about this address may be written; counts it otherwise."""
+        who, now = _address_group(address), monotonic_s()
+        with self._lock:
+            left, at = self._of_one.pop(who, (self.BURST_OF_ONE, now))
+            left = min(self.BURST_OF_ONE, left + (now - at) * self.PER_S_OF_ONE)
+            left_of_all = min(self.BURST, self._all[0] + (now - self._all[1]) * self.PER_S)
+            is_taken = left >= 1 and left_of_all >= 1
+            self._of_one[who] = (left - is_taken, now)
+            self._all = (left_of_all - is_taken, now)
+            if len(self._of_one) > self.MAX_ADDRESSES:
+                self._of_one.popitem(last=False)
+            if not is_taken:
+                self._skipped += 1
+                if len(self._skipped_of) < self.MAX_ADDRESSES:
+                    self._skipped_of.add(who)
+            return is_taken
+
+    def take_skipped(self) -> tuple[int, int]:
+        """How many entries were not written since this was asked last, and of how many addresses."""
+        with self._lock:
+            found = self._skipped, len(self._skipped_of)
+            self._skipped, self._skipped_of = 0, set()
+            return found
 
 
 def client_address(peer: str, forwarded_for: str | None, proxies: tuple[Any, ...]) -> str:
@@ -15601,11 +15954,14 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True)
 class Session:
-    """One sign-in. ends_at: steady seconds."""
+    """One sign-in. ends_at: steady seconds; id: its name for administrators, which proves nothing."""
 
     principal: Principal
     csrf_token: str
     ends_at: float
+    id: str = ""
+    began_at: float = 0.0  # epoch seconds
+    address: str = ""
 
 
 class Sessions:
@@ -15619,12 +15975,19 @@ class Sessions:
         self._lock = threading.Lock()  # guards _by_digest
         self._by_digest: OrderedDict[bytes, Session] = OrderedDict()  # the oldest first
 
-    def begin(self, principal: Principal) -> tuple[Session, str]:
+    def begin(self, principal: Principal, address: str = "") -> tuple[Session, str]:
         """A new session and the secret for its cookie; beyond MOST_OF_ONE their oldest ends, beyond MOST
         the oldest of who has most: a flood of sign-ins ends no one else's."""
         secret = secrets.token_urlsafe(32)
         keep_s = min(self.KEEP_S, principal.ends_at - time.time())
-        session = Session(principal, secrets.token_urlsafe(32), monotonic_s() + keep_s)
+        session = Session(
+            principal,
+            secrets.token_urlsafe(32),
+            monotonic_s() + keep_s,
+            secrets.token_hex(6),
+            time.time(),
+            address,
+        )
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
             self._end_oldest(principal.name, self.MOST_OF_ONE)
@@ -15651,6 +16014,34 @@ class Sessions:
     def end(self, secret: str | None) -> None:
         with self._lock:
             self._by_digest.pop(hashlib.sha256((secret or "").encode("latin-1")).digest(), None)
+
+    def alive(self) -> list[Session]:
+        """The sign-ins that have not ended, the newest first."""
+        with self._lock:
+            sessions = list(self._by_digest.values())
+        return [session for session in reversed(sessions) if session.ends_at > monotonic_s()]
+
+    def end_where(self, is_meant: Callable[[Session], bool]) -> int:
+        """End sign-ins; how many there were."""
+        with self._lock:
+            ended = [digest for digest, session in self._by_digest.items() if is_meant(session)]
+            for digest in ended:
+                del self._by_digest[digest]
+        return len(ended)
+
+
+def sign_in_to_json(session: Session) -> dict[str, Any]:
+    """A sign-in as administrators see it: nothing that could be used in its place."""
+    tenants = session.principal.scope.tenants
+    return {
+        "id": session.id,
+        "name": session.principal.name,
+        "role": session.principal.role,
+        "tenants": None if tenants is None else sorted(tenants),
+        "address": session.address,
+        "beganAt": utc_text(session.began_at),
+        "expiresInSeconds": max(0, math.floor(session.ends_at - monotonic_s())),
+    }
 
 
 def session_to_json(session: Session) -> dict[str, Any]:
@@ -16290,6 +16681,27 @@ def post_session(api: Api, request: Request) -> Response:
     )
 
 
+def get_sessions(api: Api, request: Request) -> Response:
+    return json_response([sign_in_to_json(session) for session in api.sign_ins(request.principal)])
+
+
+def delete_session(api: Api, request: Request) -> Response:
+    api.end_sign_in(request)
+    return Response(http_status=204)
+
+
+def post_reload(api: Api, request: Request) -> Response:
+    if request.principal.scope != EVERYTHING:
+        raise Forbidden("this needs an administrator of all tenants: the configuration is of all")
+    try:
+        needs_restart = api.reload()
+    except ConfigError as error:
+        fields = dict(problem.partition(": ")[::2] for problem in error.problems)
+        raise InvalidInput("the configuration in use is kept: " + "; ".join(error.problems), fields) from None
+    request.note = "configuration read again"
+    return json_response({"success": True, "needsRestart": needs_restart})
+
+
 def get_oidc(api: Api, request: Request) -> Response:
     if api.sign_on is None:
         raise NotFound("security.oidc is not configured")
@@ -16305,7 +16717,7 @@ def get_oidc_callback(api: Api, request: Request) -> Response:
     if api.sign_on is None:
         raise NotFound("security.oidc is not configured")
     request.principal = api.sign_on.finish(request.query, sign_on_state(request.head, api.config.server))
-    secret = api.begin_session(request.principal)
+    secret = api.begin_session(request.principal, request.address)
     log("signed in", name=request.principal.name, address=request.address)
     home = urlsplit(api.config.security.oidc.redirect_url).path.removesuffix("session/oidc/callback")
     return Response(
@@ -16390,7 +16802,10 @@ def locust_register(api: Api, request: Request) -> Response:
         metadata={"source": "locust-ui", "registeredAt": utc_text(time.time())[:19] + "Z"},
     )
     run_id, is_new = api.orchestrator.register_external(
-        run_request, values.get("cluster_id"), functools.partial(api.reaches, request)
+        run_request,
+        values.get("cluster_id"),
+        functools.partial(api.reaches, request),
+        api.may_know_active(request),
     )
     request.run_id = run_id
     message = "External test registered" if is_new else "The cluster's active run is this test"
@@ -16517,6 +16932,9 @@ ROUTES = (
     ),
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
+    Route("GET", "/v1/sessions", get_sessions, "admin", "Who is signed in to the dashboard", waits=False, answer="Sessions"),
+    Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in", waits=False, success=204),
+    Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again", answer="Reloaded"),
     Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False, answer="Health", errors=(503,)),
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs"),
@@ -16644,6 +17062,12 @@ SCHEMAS: dict[str, Any] = {
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT, unforeseenErrors=_WHOLE),
     "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "SignIn": _object(
+        "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT, role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
+        address=_TEXT, beganAt=_MOMENT, expiresInSeconds=_WHOLE,
+    ),
+    "Sessions": _array("SignIn"),
+    "Reloaded": _object("success needsRestart", success=_FLAG, needsRestart=_TEXTS),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
     "Metrics": _object(
@@ -16883,10 +17307,70 @@ def _carries_token(head: RequestHead) -> bool:
     return "authorization" in head.headers or "x-locust-token" in head.headers
 
 
+class Credentials:
+    """What one configuration takes as proof of who calls. before: those of the configuration
+    until now; what is the same there keeps its keys and its sign-ins that were begun."""
+
+    MAX_CALLERS = 10_000  # headers that are remembered
+
+    def __init__(
+        self, config: Config, own_tokens: Iterable[tuple[str, str]], before: Credentials | None = None
+    ):
+        security = config.security
+        self.tokens = ApiTokens(security)
+        self.callback_tokens = CallbackTokens(config, own_tokens)
+        self.is_open = security.is_open  # anybody may call
+        self._sso = (security.jwt, security.oidc)
+        same = before if before is not None and before._sso == self._sso else None
+        self._jwt: JwtTokens | None = None
+        self.sign_on: OpenIdSignOn | None = None
+        if same:
+            self._jwt, self.sign_on = same._jwt, same.sign_on
+        else:
+            self._jwt = JwtTokens(security.jwt, config.folder) if security.jwt else None
+            self.sign_on = OpenIdSignOn(security.oidc, security.jwt) if security.oidc else None
+        self.callers: dict[str, Caller] = {}  # by a good header Authorization
+        self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
+
+    def remember(self, header: str, caller: Caller) -> None:
+        if len(self.callers) >= self.MAX_CALLERS:
+            self.callers.clear()
+        self.callers[header] = caller
+
+    def callback_owner(self, token: str) -> Principal | None:
+        principal = self._callback_callers.get(token) or self.callback_tokens.owner(token)
+        if principal is not None and len(self._callback_callers) < self.MAX_CALLERS:
+            self._callback_callers[token] = principal  # with allowAnonymous any token is good
+        return principal
+
+    def owner(self, token: str) -> Principal:
+        """Whose token it is, one of ours or one that the identity provider signed; TokenRefused,
+        Forbidden or KeysNeeded otherwise."""
+        principal = self.tokens.owner(token)
+        if principal is not None:
+            return principal
+        if self._jwt is None or token.count(".") != 2:
+            raise TokenRefused("this is not a valid API token")
+        return self.signed_on(self._jwt.owner(token))
+
+    def signed_on(self, principal: Principal) -> Principal:
+        """A caller whom the sign-on has proven."""
+        return replace(principal, proof=self._sso)
+
+    def still_hold(self, principal: Principal) -> bool:
+        """Whether a caller of before is still one, and the same: a token that is gone, or has
+        another role now, ends what was begun with it."""
+        if principal.ends_at <= time.time():
+            return False
+        if isinstance(principal.proof, bytes):
+            return self.tokens.owner_by_digest(principal.proof) == principal
+        return self.is_open if principal.proof is None else principal.proof == self._sso
+
+
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
-    MAX_CALLERS = 10_000  # headers that are remembered
+    MAX_CALLERS = 10_000  # whose requests are counted
 
     def __init__(
         self,
@@ -16908,22 +17392,37 @@ class Api:
         self._failed = FailedAttempts()
         self.imports = ImportReader()
         self._refusals = RefusalBudget()
-        self._tokens = ApiTokens(config.security)
-        self._callback_tokens = CallbackTokens(config)
-        security = config.security
-        self._jwt = JwtTokens(security.jwt, config.folder) if security.jwt else None
-        self.sign_on = OpenIdSignOn(security.oidc, security.jwt) if security.oidc else None
-        self._callers: dict[str, Caller] = {}  # by a good header Authorization
-        self._callback_callers: dict[str, Principal] = {}  # by a good header X-Locust-Token
+        self._tells_refusals = False  # that some were not written will be told
+        self._credentials = Credentials(config, orchestrator.pool.own_callback_tokens())
+        self.reload: Callable[[], list[str]] = lambda: []  # reads the configuration again
         self._usages: dict[str, RateCounter] = {}  # by the caller's name
         self._proxies = tuple(ipaddress.ip_network(text) for text in config.server.trusted_proxies)
         self._body_limits = {
             MAX_BODY_BYTES: config.limits.body_bytes,
             CALLBACK_BYTES: config.limits.callback_bytes,
         }
-        self.is_open = config.security.is_open  # anybody may call
         self._creating: dict[str, list[Any]] = {}  # Idempotency-Keys in work: their lock, how many wait
         self._creating_lock = threading.Lock()
+
+    @property
+    def is_open(self) -> bool:
+        """Anybody may call."""
+        return self._credentials.is_open
+
+    @property
+    def sign_on(self) -> OpenIdSignOn | None:
+        return self._credentials.sign_on
+
+    def reconfigure(self, config: Config) -> None:
+        """Take the tokens of another configuration. Sign-ins and event streams end whose proof
+        it has no more."""
+        own_tokens = self.orchestrator.pool.own_callback_tokens()
+        self._credentials = Credentials(config, own_tokens, before=self._credentials)
+        self.config = config
+        ended = self._sessions.end_where(lambda session: not self._credentials.still_hold(session.principal))
+        if ended:
+            log("sign-ins ended", sessions=ended, why="their token is not in the configuration any more")
+        self._feed.close_refused_soon()
 
     # ---- before the body ---------------------------------------------------
 
@@ -16968,39 +17467,33 @@ class Api:
             raise Forbidden(f"this needs the role {route.access}; the token has {principal.role}")
 
     def _locust(self, head: RequestHead, address: str) -> Principal:
-        given = head.headers.get("x-locust-token", "")
-        principal = self._callback_callers.get(given)
-        if principal is not None:
-            return principal
-        principal = self._callback_tokens.owner(given)
+        principal = self._credentials.callback_owner(head.headers.get("x-locust-token", ""))
         if principal is None:
             raise self._refused(address, "the header X-Locust-Token is missing or wrong")
-        if len(self._callback_callers) < self.MAX_CALLERS:  # with allowAnonymous any token is good
-            self._callback_callers[given] = principal
         return principal
 
     def _caller(self, head: RequestHead, address: str) -> Principal:
         """By Bearer token or by the cookie of a sign-in; a token in the request goes first."""
         given, limit = head.headers.get("authorization"), self.config.limits.requests_per_s
-        known = self._callers.get(given) if given else None
+        credentials = self._credentials
+        known = credentials.callers.get(given) if given else None
         if known is not None and known.until > time.time():
             known.usage.note(limit)
             return known.principal
-        principal = self._new_caller(head, given, address)
+        principal = self._new_caller(head, given, address, credentials)
         if len(self._usages) >= self.MAX_CALLERS:
             self._usages.clear()
         usage = self._usages.setdefault(principal.name, RateCounter())
-        if given and not self.is_open:
-            if len(self._callers) >= self.MAX_CALLERS:
-                self._callers.clear()
-            self._callers[given] = Caller(
-                principal, usage, min(principal.ends_at, time.time() + Caller.KEEP_S)
-            )
+        if given and not credentials.is_open:
+            until = min(principal.ends_at, time.time() + Caller.KEEP_S)
+            credentials.remember(given, Caller(principal, usage, until))
         usage.note(limit)
         return principal
 
-    def _new_caller(self, head: RequestHead, given: str | None, address: str) -> Principal:
-        if self.is_open:
+    def _new_caller(
+        self, head: RequestHead, given: str | None, address: str, credentials: Credentials
+    ) -> Principal:
+        if credentials.is_open:
             if head.method not in SAFE_METHODS:
                 check_same_origin(head, self.config.server, required=False)
             return ANONYMOUS
@@ -17009,18 +17502,12 @@ class Api:
         scheme, _, token = (given or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise self._refused(address, "send the header Authorization: Bearer <token> with a valid token")
-        return self._owner_of(token.strip(), address)
+        return self._owner_of(token.strip(), address, credentials)
 
-    def _owner_of(self, token: str, address: str) -> Principal:
-        """Whose token it is, one of ours or one that the identity provider signed; Unauthorized,
-        TooManyRequests, Forbidden or KeysNeeded otherwise."""
-        principal = self._tokens.owner(token)
-        if principal is not None:
-            return principal
-        if self._jwt is None or token.count(".") != 2:
-            raise self._refused(address, "this is not a valid API token")
+    def _owner_of(self, token: str, address: str, credentials: Credentials) -> Principal:
+        """Whose token it is; Unauthorized, TooManyRequests, Forbidden or KeysNeeded otherwise."""
         try:
-            return self._jwt.owner(token)
+            return credentials.owner(token)
         except TokenRefused as error:
             raise self._refused(address, str(error)) from None
 
@@ -17046,14 +17533,37 @@ class Api:
     def sign_in(self, token: str, address: str) -> tuple[Session, str]:
         """A new session and its secret for the owner of an API token, or Unauthorized."""
         try:
-            return self._sessions.begin(ANONYMOUS if self.is_open else self._owner_of(token, address))
+            credentials = self._credentials
+            principal = ANONYMOUS if credentials.is_open else self._owner_of(token, address, credentials)
+            return self._sessions.begin(principal, address)
         except KeysNeeded as needed:  # the loop does not wait: who signs in tries again
             needed.read_soon(_nothing)
             raise
 
-    def begin_session(self, principal: Principal) -> str:
-        """The secret of a new session of somebody who has proven who they are."""
-        return self._sessions.begin(principal)[1]
+    def begin_session(self, principal: Principal, address: str) -> str:
+        """The secret of a new session of someone whom the sign-on has proven."""
+        return self._sessions.begin(self._credentials.signed_on(principal), address)[1]
+
+    def sign_ins(self, seen_by: Principal) -> list[Session]:
+        """The sign-ins that an administrator may see: those of no tenant that is not theirs."""
+        mine = seen_by.scope.tenants
+
+        def is_mine(session: Session) -> bool:
+            tenants = session.principal.scope.tenants
+            return mine is None or (tenants is not None and tenants <= mine)
+
+        return [session for session in self._sessions.alive() if is_mine(session)]
+
+    def end_sign_in(self, request: Request) -> None:
+        """End the sign-in of the path, and its event streams; NotFound also for one that the caller
+        may not see."""
+        session_id = request.params["id"]
+        found = [one for one in self.sign_ins(request.principal) if one.id == session_id]
+        if not found:
+            raise NotFound(f"there is no sign-in {session_id[:MAX_TEXT]}")
+        request.note = f"sign-in of {found[0].principal.name}"
+        self._sessions.end_where(lambda session: session.id == session_id)
+        self._feed.close_refused()
 
     def sign_out(self, head: RequestHead) -> None:
         self._sessions.end(session_secret(head, self.config.server))
@@ -17070,7 +17580,7 @@ class Api:
         principal = request.principal
 
         def is_allowed() -> bool:
-            return self._sessions.is_alive(secret) if secret else principal.ends_at > time.time()
+            return self._sessions.is_alive(secret) if secret else self._credentials.still_hold(principal)
 
         return self._feed.response(
             Stream(run_id, principal.scope, headers.get("last-event-id"), is_allowed, principal.name)
@@ -17098,7 +17608,8 @@ class Api:
             failure = LoadManagerError("an error of Load Manager itself; its log has the details")
         if failure is not None:
             response = error_response(failure)
-            if isinstance(failure, (Unauthorized, Forbidden, NotYours)):
+            has_proven_nothing = request.principal is NOBODY and request.route.is_audited
+            if has_proven_nothing or isinstance(failure, (Unauthorized, Forbidden, NotYours)):
                 self._note_refusal(request, failure)
                 return response
         if request.route.is_audited:
@@ -17131,13 +17642,22 @@ class Api:
             return NotReady(words, retry_after_s=5, **extra)
         return None
 
+    REFUSALS_TOLD_S = 60.0  # how long those that were not written are counted before that is told
+
     def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
-        if not self._refusals.takes():
-            return
         request.principal = failure.caller or request.principal
-        skipped, self._refusals.skipped = self._refusals.skipped, 0
-        more = f" ({skipped} refusals before this one were too many to write)" if skipped else ""
-        self.store.audit(self._entry(request, failure.http_status, failure.message + more))
+        if self._refusals.takes(request.address):
+            self.store.audit(self._entry(request, failure.http_status, failure.message))
+        elif not self._tells_refusals:
+            self._tells_refusals = True
+            self.orchestrator.timer.after(self.REFUSALS_TOLD_S, self._tell_refusals)
+
+    def _tell_refusals(self) -> None:
+        """One entry for all refusals that were too many to write."""
+        self._tells_refusals = False
+        count, addresses = self._refusals.take_skipped()
+        words = f"{count} more refusals, of {addresses} address{'es' if addresses > 1 else ''}, were too many to write"
+        self.store.audit(AuditEntry(time.time(), "", "", "", "refusals", "", "", "", 429, words))
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
         """An entry with what of the request may be known: never a header, a query or a body."""
@@ -17199,7 +17719,7 @@ class Api:
 
     def visible_cluster(self, request: Request) -> Cluster:
         """The cluster of the path, NotFound also for another tenant's."""
-        cluster = self.orchestrator.clusters.get(request.params["id"])
+        cluster = self.orchestrator.pool.find(request.params["id"])
         none = f"there is no cluster {request.params['id'][:MAX_TEXT]}"
         if cluster is None:
             raise NotFound(none)
@@ -17214,7 +17734,11 @@ class Api:
 
     def reaches(self, request: Request, cluster_id: str) -> bool:
         """Whether a callback's token is one of this cluster."""
-        return self._callback_tokens.may_touch(request.principal, cluster_id)
+        return self._credentials.callback_tokens.may_touch(request.principal, cluster_id)
+
+    def may_know_active(self, request: Request) -> bool:
+        """Whether a callback's token may be told the id of an active run."""
+        return self._credentials.callback_tokens.may_know_active(request.principal)
 
     def report_parts(self, request: Request) -> tuple[dict[str, Any], list[Sample], dict[str, Any]]:
         """What a report is made of: the run as on the wire, its history, its failures."""
@@ -17357,15 +17881,16 @@ def serve(config_path: str) -> int:
         return _print_problems(error)
     _raise_file_limit()
     sys.setswitchinterval(0.001)  # s; a thread that computes lets the connections' thread run more often
-    ending = _EndSignal()
+    os.umask(0o077)  # what we write, and what programs of ours write, is for us alone
+    signals = _Signals()
     try:
-        service = Service(config)
+        service = Service(config, config_path)
     except StartupError as error:
         print(f"loadmanager: {error}", file=sys.stderr)
         return 1
     service.start()
-    ending.wait()
-    log("ending", signal=ending.name)
+    signals.wait(service.reload_by_signal)
+    log("ending", signal=signals.ending)
     service.stop()
     log("ended")
     os._exit(0)  # everything is written; threads may still wait for a hung Locust
@@ -17376,7 +17901,11 @@ class Service:
 
     STOP_S = 4.8
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, config_path: str):
+        self._config = config
+        self._config_path = config_path
+        self._reloading = threading.Lock()
+        self._mark = ServerMark(config_path)
         tls = TlsFiles(config.server.tls, config.folder) if config.server.tls else None
         workers = self._workers = Workers()
         most_connections = connections_that_fit(config.server.max_connections)
@@ -17404,15 +17933,14 @@ class Service:
         )
         self._notifier = Notifier(config, self._store)
         self._scheduler = Scheduler(config, self._store, self._engine, self._notifier.schedule_missed)
-        self._loop.api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
+        self._api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
+        self._api.reload = self.reload
+        self._loop.api = self._api
         self.url = (
             f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
         )
-        self._callbacks = (
-            LocalCallbacks(self._loop.api, workers)
-            if tls and any(item.launcher for item in config.clusters)
-            else None
-        )
+        needs_callbacks = tls is not None and any(item.is_launched for item in config.clusters)
+        self._callbacks = LocalCallbacks(self._api, workers) if needs_callbacks else None
 
     def start(self) -> None:
         self._timer.start()
@@ -17425,7 +17953,78 @@ class Service:
         self._workers.start()
         self._loop.start()
         start_thread("accept", self._server.accept)
+        for warning in config_warnings(self._config):
+            log("warning", why=warning)
         log(f"Load Manager {VERSION} listening", url=self.url)
+        self._mark.take(self.url)
+        self._timer.in_thread(0.0, "audit", self._forget_audit)
+
+    def _forget_audit(self) -> None:
+        """Remove what security.auditDays says, now and every hour."""
+        self._timer.in_thread(3600.0, "audit", self._forget_audit)
+        days = self._config.security.audit_days
+        if not days:
+            return
+        try:
+            gone = self._store.forget_audit(time.time() - days * 86400)
+        except NotReady as error:
+            log("old entries of the audit not removed", why=error.message)
+            return
+        if gone:
+            log("old entries of the audit removed", entries=gone)
+
+    # ---- another configuration
+
+    def reload(self) -> list[str]:
+        """Read the configuration again and have it from now on; the keys that differ and need a
+        restart. ConfigError lists every problem, and all stays as it is."""
+        with self._reloading:
+            new = checked_config(self._config_path)
+            config, needs_restart = live_config(self._config, new)
+            problems = list(start_problems(config))
+            add_problems(problems, _whole_config_problems(config))
+            if problems:
+                raise ConfigError(problems)
+            self._config = config
+            self._have_callbacks(config)
+            self._engine.reconfigure(config)
+            self._api.reconfigure(config)
+            self._scheduler.reconfigure(config)
+            self._notifier.reconfigure(config)
+        log("configuration read again", needs_restart=", ".join(needs_restart) or "nothing")
+        for warning in config_warnings(config):
+            log("warning", why=warning)
+        return needs_restart
+
+    def _have_callbacks(self, config: Config) -> None:
+        """Clusters that are launched now need an address for their callbacks, with https one of its own."""
+        if (
+            config.server.tls
+            and self._callbacks is None
+            and any(item.is_launched for item in config.clusters)
+        ):
+            self._callbacks = LocalCallbacks(self._api, self._workers)
+            self._callbacks.start()
+            self._engine.call_back_at(self._callbacks.url)
+
+    def reload_by_signal(self) -> None:
+        """As reload(), with all that there is to say in the log, the audit and our mark."""
+        problems: list[str] = []
+        needs_restart: list[str] = []
+        try:
+            needs_restart = self.reload()
+        except ConfigError as error:
+            problems = error.problems
+            for problem in problems:
+                log("configuration not read again; the one in use is kept", problem=problem)
+        except Exception as error:  # noqa: BLE001 - the edge: the server must go on
+            import traceback
+
+            problems = ["an error of Load Manager itself; its log has the details"]
+            log("configuration not read again", error=repr(error), trace=traceback.format_exc())
+        status, detail = (400, audit_text("; ".join(problems))) if problems else (200, "")
+        self._store.audit(AuditEntry(time.time(), "SIGHUP", "", "", "reload", "", "", "", status, detail))
+        self._mark.note_reload(problems, needs_restart)
 
     def stop(self) -> None:
         """Finish the requests in hand, write everything, and be gone within 5 s."""
@@ -17442,6 +18041,94 @@ class Service:
         self._loop.close()
         self._timer.close()
         self._store.close()
+        self._mark.drop()
+
+
+class ServerMark:
+    """A file beside the configuration by which commands find the server that has it: locked as
+    long as the server lives, so that a number of a process that is gone fools no one."""
+
+    def __init__(self, config_path: str):
+        self.path = f"{os.path.abspath(config_path)}.pid"
+        self._file: int | None = None
+        self._document: dict[str, Any] = {}
+
+    def take(self, url: str) -> None:
+        """Mark this process as the server; where that cannot be, it is logged."""
+        if not _can_lock_files():
+            return
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            if not _lock_file(self._file):
+                raise OSError("another server has this configuration")
+        except OSError as error:
+            self._close()
+            log("no mark for `reload`: use SIGHUP or the API", file=self.path, why=error.strerror or error)
+            return
+        self._document = {"pid": os.getpid(), "url": url, "reloads": 0, "problems": [], "needsRestart": []}
+        self._write()
+
+    def note_reload(self, problems: list[str], needs_restart: list[str]) -> None:
+        if self._file is not None:
+            reloads = self._document["reloads"] + 1
+            self._document.update(reloads=reloads, problems=problems, needsRestart=needs_restart)
+            self._write()
+
+    def drop(self) -> None:
+        if self._file is not None:
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass
+        self._close()
+
+    def read(self) -> dict[str, Any] | None:
+        """What the running server wrote; None when none runs that has this configuration."""
+        if not _can_lock_files():
+            return None
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if _lock_file(file):
+                return None  # whoever wrote it is gone
+            return json.loads(os.pread(file, 1024 * 1024, 0))
+        except ValueError:
+            return {}  # it is just being written
+        finally:
+            os.close(file)
+
+    def _write(self) -> None:
+        assert self._file is not None
+        try:
+            raw = dump_json(self._document).encode()
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, raw, 0)
+        except OSError as error:
+            log("mark not written", file=self.path, why=error.strerror or error)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _can_lock_files() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("fcntl") is not None
+
+
+def _lock_file(file: int) -> bool:
+    """Lock an open file for as long as it stays open; False when another process has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
 
 class LocalCallbacks:
@@ -17468,24 +18155,37 @@ class LocalCallbacks:
         return self._api.respond(request)
 
 
-class _EndSignal:
-    """Waits for a signal that ends the program; the second one ends it at once."""
+class _Signals:
+    """Waits for a signal that ends the program, the second of which ends it at once; SIGHUP has
+    the configuration read again."""
 
     def __init__(self) -> None:
         self._came = threading.Event()
-        self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            signal.signal(number, self._handle)
+        self._is_reload_wanted = False
+        self.ending = ""  # the name of the signal that ends us
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self._want_reload)
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._came.is_set():
+    def _end(self, number: int, frame: Any) -> None:
+        if self.ending:
             os._exit(128 + number)
-        self.name = signal.Signals(number).name
+        self.ending = signal.Signals(number).name
         self._came.set()
 
-    def wait(self) -> None:
-        while not self._came.wait(3600):
-            pass
+    def _want_reload(self, number: int, frame: Any) -> None:
+        self._is_reload_wanted = True
+        self._came.set()
+
+    def wait(self, reload: Callable[[], None]) -> None:
+        """Return once a signal ends the program; call `reload` for each that asks for it."""
+        while not self.ending:
+            self._came.wait(3600)
+            self._came.clear()
+            if self._is_reload_wanted and not self.ending:
+                self._is_reload_wanted = False
+                reload()
 
 
 def _raise_file_limit() -> None:
@@ -17526,6 +18226,8 @@ def check_config(config_path: str) -> int:
     print(
         f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}"
     )
+    for warning in config_warnings(config):
+        print(f"{config_path}: warning: {warning}")
     for cluster in config.clusters:
         if (
             cluster.launcher
@@ -18131,6 +18833,7 @@ RUN_KEYS = (
 FINAL_WORDS = tuple(status.value for status in FINAL)
 FOLLOW_S = 0.5  # between two looks at a run
 MAX_ENDPOINTS = 100  # rows of a summary; --json and reports have all
+RELOAD_PATIENCE_S = 20.0  # how long a server is waited for that reads its configuration
 STOP_PATIENCE_S = 90.0  # how long a starting run is asked to stop
 
 
@@ -18217,6 +18920,50 @@ def command_serve(options: Any) -> int:
 
 def command_check(options: Any) -> int:
     return check_config(options.config or DEFAULT_CONFIG)
+
+
+def command_reload(options: Any) -> int:
+    """Have a server on this machine read its file again by a signal, which needs no token: that may
+    be the one that leaked. One elsewhere, or one that left no mark, by the API."""
+    path = options.config or DEFAULT_CONFIG
+    mark = ServerMark(path)
+    found = None if options.url or os.environ.get("LOADMANAGER_URL") else mark.read()
+    if found is None:
+        answer = open_client(options).request("POST", "/v1/admin/reload")
+        found = {"problems": [], **answer.json("needsRestart")}
+    else:
+        found = reloaded_by_signal(mark, found)
+    if options.json:
+        print_json(dump_json({name: found[name] for name in ("problems", "needsRestart")}).encode())
+    for problem in found["problems"]:
+        say(problem)
+    if found["problems"]:
+        say("the configuration in use is kept")
+        return EXIT_USAGE
+    if not options.json:
+        print(f"{path}: read again")
+    for key in found["needsRestart"]:
+        say(f"{key}: has changed, and needs a restart")
+    return EXIT_DONE
+
+
+def reloaded_by_signal(mark: ServerMark, before: dict[str, Any]) -> dict[str, Any]:
+    """What came of a SIGHUP to the server; CommandError when it does not say."""
+    give_up_at = monotonic_s() + RELOAD_PATIENCE_S
+    is_sent = False
+    while monotonic_s() < give_up_at:
+        if before and not is_sent:
+            os.kill(before["pid"], signal.SIGHUP)
+            is_sent = True
+        time.sleep(0.05)
+        found = mark.read()
+        if found is None:
+            raise CommandError("the server ended", EXIT_UNREACHABLE)
+        if found and is_sent and found["reloads"] > before["reloads"]:
+            return found
+        before = before or found
+    words = f"the server did not read its configuration within {RELOAD_PATIENCE_S:g} s; its log may say why"
+    raise CommandError(words, EXIT_UNREACHABLE)
 
 
 def command_completion(options: Any) -> int:
@@ -18331,6 +19078,50 @@ def command_clusters(options: Any) -> int:
             ),
         )
     )
+    return EXIT_DONE
+
+
+SIGN_IN_COLUMNS = (
+    Column("SIGN-IN"), Column("NAME"), Column("ROLE"), Column("TENANTS", drop=2), Column("FROM", drop=1), Column("SINCE", drop=1),
+)  # fmt: skip
+
+
+def command_sessions(options: Any) -> int:
+    client = open_client(options)
+    answer = client.get("/v1/sessions")
+    sign_ins = answer.json_list("id", "name", "role", "tenants", "address", "beganAt")
+    if options.action == "end":
+        return end_sign_ins(options, client, sign_ins)
+    if options.json:
+        print_json(answer.body)
+        return EXIT_DONE
+    rows = [
+        [
+            *(one_line(one[name]) for name in ("id", "name", "role")),
+            one_line("all" if one["tenants"] is None else ", ".join(one["tenants"])),
+            one_line(one["address"]),
+            local_moment(one["beganAt"]),
+        ]
+        for one in sign_ins
+    ]
+    screen = open_screen(options)
+    screen.print(*paint_head(screen, table(SIGN_IN_COLUMNS, rows, screen.columns)))
+    return EXIT_DONE
+
+
+def end_sign_ins(options: Any, client: ApiClient, sign_ins: list[dict[str, Any]]) -> int:
+    """End the sign-in of an id, those of a name, or all of them."""
+    if not options.who and not options.all:
+        raise CommandError("say which sign-in to end: its id, a name, or --all", EXIT_USAGE)
+    ended = [one for one in sign_ins if options.all or options.who in (one["id"], one["name"])]
+    if not ended and not options.all:
+        raise CommandError(f"there is no sign-in of {one_line(options.who)}", EXIT_USAGE)
+    for one in ended:
+        client.request("DELETE", f"/v1/sessions/{quote(one['id'], safe='')}")
+    if options.json:
+        print_json(dump_json({"ended": [one["id"] for one in ended]}).encode())
+    else:
+        open_screen(options).print(f"{len(ended)} sign-in(s) ended")
     return EXIT_DONE
 
 
@@ -19521,6 +20312,7 @@ START_ARGUMENTS = (
 COMMANDS = (
     Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml", calls_server=False),
     Command("check", command_check, "say every problem of a configuration", "check -config config.yaml", calls_server=False),
+    Command("reload", command_reload, "have a running server read its configuration again", "reload -config config.yaml"),
     Command(
         "run", command_run, "start a run and follow it; Ctrl-C stops it",
         "run --tenant tenant-1 --env dev --scenario browse --users 1k --spawn-rate 50 -d 5m --threshold 'p95ResponseMs < 500'",
@@ -19644,6 +20436,14 @@ COMMANDS = (
             argument("--lines", metavar="N", value=count_value, default=50, help="of each process; default: 50"),
         ),
     ),
+    Command(
+        "sessions", command_sessions, "who is signed in to the dashboard; end a sign-in", "sessions end 3f2a9c01b7de",
+        (
+            argument("action", nargs="?", default="list", choices=["list", "end"], help="default: list"),
+            argument("who", nargs="?", metavar="WHO", help="end: the sign-in's id, or the name of those who signed in"),
+            argument("--all", action="store_true", help="end: every sign-in that the token may see"),
+        ),
+    ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
     Command(
         "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
@@ -19721,9 +20521,38 @@ def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> N
     parser.add_argument(*entry.names, **options)
 
 
+def check_spelling(arguments: list[str]) -> None:
+    """CommandError for a command or an option that there is not, with the nearest that there is:
+    argparse would first name what is missing because of it."""
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    index = 0
+    while index < len(words) and words[index].startswith("-"):
+        index += 1 + (words[index] in CONFIG_ARGUMENT.names)
+    name = words[index] if index < len(words) else "serve"
+    commands = {command.name: command for command in COMMANDS}
+    if name not in commands:
+        hint = _did_you_mean(name, commands) or f"commands are {', '.join(commands)}"
+        raise CommandError(f"there is no command {one_line(name)}; {hint}", EXIT_USAGE)
+    known = {"--help", "--version"}
+    known |= {word for entry in commands[name].all_arguments for word in entry.names if word.startswith("-")}
+    for word in words[index + 1 :]:
+        option = word.partition("=")[0]
+        if re.fullmatch("--[A-Za-z][A-Za-z-]*", option) and option not in known:
+            hint = _did_you_mean(option, known) or f"see {PROGRAM} {name} --help"
+            raise CommandError(f"{name} has no option {one_line(option)}; {hint}", EXIT_USAGE)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def help_epilog() -> str:
     lines = ["exit status:", *(f"  {number:<4}{about}" for number, about in EXITS.items())]
-    lines += ["", "environment:", *(f"  {name:<20}{about}" for name, about in VARIABLES.items())]
+    width = max(map(len, VARIABLES)) + 2
+    lines += ["", "environment:", *(f"  {name:<{width}}{about}" for name, about in VARIABLES.items())]
     return "\n".join([*lines, "", f"Each command has a help of its own: {PROGRAM} run --help"])
 
 
@@ -19839,8 +20668,9 @@ def main(arguments: list[str] | None = None) -> int:
     config_path = plain_start(arguments)
     if config_path is not None:
         return serve(config_path)
-    options = command_parser().parse_args(arguments)
     try:
+        check_spelling(arguments)
+        options = command_parser().parse_args(arguments)
         return options.function(options)
     except ConfigError as error:
         return _print_problems(error)

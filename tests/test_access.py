@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, LoadManager, base_config, create_body
+from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, LoadManager, base_config, cluster_config, create_body
 from control_plane import EventStream
 from fake_locust import FakeLocust
 from waiting import eventually
@@ -149,6 +152,13 @@ def of_schedule(rest: str = "", body: Any = None, own: tuple[int, ...] = (200,))
     return Rule(ask, frozenset(own))
 
 
+def a_sign_in(place: Place, whose: str) -> tuple[str, Any]:
+    """A sign-in of theirs, the newest there is."""
+    signed_in = place.lm.post("/session", {"token": TOKENS["viewer", whose]}, token=None)
+    assert signed_in.status == 200, signed_in.body
+    return f"/v1/sessions/{place.lm.get('/v1/sessions').json[0]['id']}", None
+
+
 BASELINE = "/v1/baselines/WHOSE/dev/browse"
 RULES = {
     "POST /v1/tests": plain("/v1/tests", lambda place, whose: create_body(tenantId=whose), (201,), (403,)),
@@ -185,6 +195,9 @@ RULES = {
     "GET /v1/clusters": plain("/v1/clusters"),
     "POST /v1/stop-all": plain("/v1/stop-all", lambda place, whose: {"tenantId": whose}),
     "GET /v1/audit": plain("/v1/audit?tenantId=WHOSE"),
+    "GET /v1/sessions": plain("/v1/sessions"),
+    "DELETE /v1/sessions/{id}": Rule(a_sign_in, frozenset({204})),
+    "POST /v1/admin/reload": plain("/v1/admin/reload", None, (403,)),  # the file is of all tenants
     "DELETE /session": plain("/session", None, (204,)),
     "POST /session/end": plain("/session/end", None, (204,)),
     # of anyone: they tell nothing of any tenant
@@ -830,7 +843,90 @@ def test_audit_tells_who_did_what_from_where_with_what_result(load_manager, fake
     assert [*page.json, *rest.json] == entries(lm, "?limit=6")
 
 
-def test_flood_of_refusals_does_not_fill_the_audit(load_manager, fake):
+def test_refusals_have_a_budget_for_each_address_and_in_all():
     budget = loadmanager.RefusalBudget()
-    taken = sum(budget.takes() for _ in range(5000))
-    assert 1000 <= taken < 1100 and budget.skipped == 5000 - taken
+    of_one = sum(budget.takes("10.0.0.1") for _ in range(1000))
+    assert 30 <= of_one < 40
+    assert budget.takes("10.0.0.2"), "another address has its own"
+    of_a_network = sum(budget.takes(f"2001:db8::{number:x}") for number in range(1, 1000))
+    assert 30 <= of_a_network < 40, "who has one address of IPv6 has its /64"
+    in_all = 1 + of_one + of_a_network
+    in_all += sum(budget.takes(f"10.{number // 250}.1.{number % 250}") for number in range(5000))
+    assert 300 <= in_all < 350
+    assert budget.take_skipped()[0] == 1 + 1000 + 999 + 5000 - in_all and budget.take_skipped() == (0, 0)
+
+
+def test_flood_without_credentials_does_not_fill_the_audit(load_manager, fake, monkeypatch):
+    """Sign-ins with bad bodies and wrong tokens, a provider's callback: some are written, the rest is counted."""
+    lm = load_manager(cluster_config(fake.url))
+    for _ in range(40):
+        assert lm.post("/session", {"token": 1}, token=None).status == 400
+        assert lm.post("/session", {"token": "wrong"}, token=None).status in (401, 429)
+        assert lm.get("/session/oidc/callback?code=x", token=None).status in (400, 401, 404)
+        assert lm.get("/v1/tests", token="wrong").status in (401, 429)
+    written = lm.get("/v1/audit?limit=1000").json
+    assert 25 <= len(written) <= 45, len(written)
+    assert lm.create().status == 201, "who has a token is written as ever"
+    assert lm.get("/v1/audit?limit=1").json[0]["action"] == "POST /v1/tests"
+
+
+def test_refusals_that_were_too_many_are_one_entry(tmp_path, monkeypatch):
+    """In the process itself: a minute is too long to wait."""
+    monkeypatch.setattr(loadmanager.Api, "REFUSALS_TOLD_S", 0.2)
+    config = loadmanager.Config(
+        security=loadmanager.SecurityConfig(api_token="a", callback_token="b"),
+        server=loadmanager.ServerConfig(port=0),
+        storage=loadmanager.StorageConfig(url="memory:"),
+        folder=str(tmp_path),
+    )
+    service = loadmanager.Service(config, str(tmp_path / "config.json"))
+    service.start()
+    try:
+        for _ in range(50):
+            request = urllib.request.Request(
+                service.url + "/session", b"{}", {"Content-Type": "application/json"}
+            )
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(request, timeout=10)
+        filter_ = loadmanager.AuditFilter(action="refusals")
+
+        def told():
+            return service._store.audit_entries(filter_, loadmanager.EVERYTHING, 10)
+
+        [(_, entry)] = eventually(told, 10)
+        assert entry.detail == "20 more refusals, of 1 address, were too many to write"
+    finally:
+        service._timer.close()
+        service._loop.close()
+        service._server.shutdown()
+        service._server.server_close()
+        service._store.close()
+
+
+def test_old_entries_of_the_audit_go(load_manager, fake, monkeypatch):
+    lm = load_manager(cluster_config(fake.url))
+    for _ in range(3):
+        lm.post("/v1/stop-all", {})
+    lm.terminate()
+    database = sqlite3.connect(lm.folder / "runs.db")
+    day_s = 86400
+    database.execute("UPDATE audit SET at = ? WHERE seq = 1", (time.time() - 366 * day_s,))
+    database.execute("UPDATE audit SET at = ? WHERE seq = 2", (time.time() - 364 * day_s,))
+    database.commit()
+    database.close()
+    lm.start()
+    eventually(lambda: len(lm.get("/v1/audit").json) == 2, 10, what="an entry of more than a year is gone")
+    lm.config["security"]["auditDays"] = 7
+    lm.restart()
+    eventually(lambda: len(lm.get("/v1/audit").json) == 1, 10)
+
+
+def test_audit_is_aged_in_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(loadmanager.Store, "AUDIT_ROWS_AT_ONCE", 3)
+    store = loadmanager.Store(loadmanager.open_database("sqlite:///a.db", str(tmp_path)))
+    for number in range(10):
+        store.audit(loadmanager.AuditEntry(float(number), "", "", "", "x", "", "", "", 200, ""))
+    assert (store.forget_audit(8.0), store.forget_audit(8.0)) == (8, 0)
+    left = store.audit_entries(loadmanager.AuditFilter(), loadmanager.EVERYTHING, 100)
+    assert [entry.at for _, entry in left] == [9.0, 8.0]
+    store.close()

@@ -207,13 +207,18 @@ def test_help_tells_exit_statuses_and_variables():
     text = cli("", "--help").stdout
     for number in (0, 1, 2, 3, 99, 130):
         assert re.search(rf"^  {number}\s", text, re.M), f"{number} is not in --help"
+    for name, about in loadmanager.VARIABLES.items():
+        assert re.search(rf"^  {name}  +{re.escape(about)}$", text, re.M), f"{name} and its text run together"
     assert "LOADMANAGER_URL" in text and "LOADMANAGER_TOKEN" in text and "NO_COLOR" in text
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["lst"], "invalid choice: 'lst'"),
+        (["lst"], "there is no command lst; did you mean list?"),
+        (["rnu", "--tenant", "x"], "there is no command rnu; did you mean run?"),
+        (["zzz"], "there is no command zzz; commands are serve, check,"),
+        (["run", "--tennant", "x"], "run has no option --tennant; did you mean --tenant?"),
         (["run"], "the following arguments are required: --tenant"),
         (
             ["run", *CREATE, "--users", "many"],
@@ -233,7 +238,7 @@ def test_help_tells_exit_statuses_and_variables():
         (["run", *CREATE, "--idempotency-key", "two\nlines"], "1 to 255 printable ASCII characters"),
         (["list", "--search", "\udcff"], "not UTF-8 text"),
         (["show", "\udcff" * 40], "not UTF-8 text"),
-        (["run", *CREATE, "--unknown"], "unrecognized arguments: --unknown"),
+        (["run", *CREATE, "--unknown"], "run has no option --unknown"),
         (["show"], "required: RUN"),
         (["show", "1b4e"], "at least its first 6 characters"),
         (["compare", "latest"], "required: CANDIDATE"),

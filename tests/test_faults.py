@@ -361,7 +361,7 @@ def test_cluster_gone_from_the_configuration_fails_its_run(lm, fake):
     assert "gone from the configuration" in run["failureReason"] and "by hand" in run["failureReason"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_it_cleanly_and_leaves_loads_running(lm, fake, number):
     run_id = lm.create().json["id"]
     idle = lm.connect()

@@ -190,7 +190,28 @@ def test_table_of_routes_is_the_route_table():
     assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
 
 
+def default_words(declared):
+    """A key's default as the table shows it: as it is written in the file."""
+    default = declared["default"]
+    if default is loadmanager.REQUIRED:
+        return f"required in `{declared['within']}`" if declared["within"] else "required"
+    if default in (None, "", (), {}):
+        return ""
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, tuple):
+        return f"`[{', '.join(default)}]`"
+    return f"`{int(default) if isinstance(default, float) and default == int(default) else default}`"
+
+
+def config_rows():
+    for path, declared in loadmanager.config_keys():
+        meaning = f"{declared['about']}; {declared['check'].allowed}"
+        yield f"| `{path}` | {default_words(declared)} | {meaning} |"
+
+
 def test_table_of_configuration_keys_is_the_program_s():
-    shown = set(re.findall(r"^\| `([a-zA-Z0-9\[\].]+)` \| (?:`[^`]*`|required|) ?\| ", README, re.M))
-    real = {path for path, _ in loadmanager.config_keys()}
-    assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
+    """Each row as its declaration has it: to be copied from this failure into README.md."""
+    head = "| Key | Default | Meaning |\n| --- | --- | --- |\n"
+    table = README.partition(head)[2].partition("\n\n")[0]
+    assert table == "\n".join(config_rows())
