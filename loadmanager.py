@@ -18157,10 +18157,12 @@ class LocalCallbacks:
 
 class _Signals:
     """Waits for a signal that ends the program, the second of which ends it at once; SIGHUP has
-    the configuration read again."""
+    the configuration read again. A pipe wakes who waits: a handler runs between any two steps of
+    the main thread, and would wait for ever for a lock that this holds."""
 
     def __init__(self) -> None:
-        self._came = threading.Event()
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
         self._is_reload_wanted = False
         self.ending = ""  # the name of the signal that ends us
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -18172,17 +18174,22 @@ class _Signals:
         if self.ending:
             os._exit(128 + number)
         self.ending = signal.Signals(number).name
-        self._came.set()
+        self._wake()
 
     def _want_reload(self, number: int, frame: Any) -> None:
         self._is_reload_wanted = True
-        self._came.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._write_end, b"!")
+        except BlockingIOError:
+            pass  # it is full of calls that are still to be seen
 
     def wait(self, reload: Callable[[], None]) -> None:
         """Return once a signal ends the program; call `reload` for each that asks for it."""
         while not self.ending:
-            self._came.wait(3600)
-            self._came.clear()
+            os.read(self._read_end, 4096)
             if self._is_reload_wanted and not self.ending:
                 self._is_reload_wanted = False
                 reload()

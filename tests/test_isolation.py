@@ -140,8 +140,9 @@ def test_common_callback_token_does_not_reach_a_launched_cluster(launched, targe
     [token] = {environment["CONTROL_PLANE_TOKEN"] for environment in locusts_of(lm).values()}
     assert token not in ("", CALLBACK_TOKEN)
     assert lm.callback("metrics", {"runId": run_id, "metrics": {"totalRequests": 1}}, token).status == 200
+    eventually(lambda: target.total > 0, 20, what="the load that Load Manager started")
     lm.post(f"/v1/tests/{run_id}/stop")
-    assert lm.wait_for(run_id, "Finished")["lastMetrics"]["totalRequests"] > 0 and target.total > 0
+    assert lm.wait_for(run_id, "Finished")["stopReason"] == "user"
 
 
 def test_launched_locust_gets_only_the_named_variables(launched):
