@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench chaos check page packages clean
+.PHONY: help run demo test bench gate chaos check page packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -20,6 +20,9 @@ test: $(VENV)/test.stamp packages  ## all tests
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
 	$(PY) tests/bench.py
+
+gate: $(VENV)/test.stamp  ## the comparison on real Locust: false alarms, and slower runs found: make gate PAIRS=40
+	$(PY) tests/gate_campaign.py --pairs $(or $(PAIRS),40) $(if $(SEED),--seed $(SEED))
 
 chaos: $(VENV)/test.stamp  ## episodes of faults and kills, then the invariants: make chaos MINUTES=10 SEED=1
 	$(PY) tests/chaos.py --minutes $(or $(MINUTES),2) $(if $(SEED),--seed $(SEED))

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import gate_simulation
+from locust_process import LocustCluster
 from target import Target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -526,9 +528,95 @@ def pushed_delays(browser: Any, plane: Any) -> list[float]:
     return delays
 
 
+LOAD = """
+import loadmanager_hooks
+from locust import FastHttpUser, events, task
+
+class Caller(FastHttpUser):
+    @task
+    def call(self):
+        self.client.get("/api/items")
+
+if WITHOUT:
+    @events.init.add_listener
+    def without(environment, **_):
+        if loadmanager_hooks._worker_hooks:
+            environment.events.request.remove_listener(loadmanager_hooks._worker_hooks.exact.on_request)
+"""
+TIMED = """
+import time, types
+from locust import User
+import loadmanager_hooks as hooks
+Stats = types.SimpleNamespace(total=types.SimpleNamespace(response_times={}))
+exact = hooks.ExactTimes(types.SimpleNamespace(stats=Stats))
+times = [20 + number % 300 for number in range(1000)]
+best = 1e9
+for _ in range(20):
+    began = time.perf_counter()
+    for ms in times:
+        exact.on_request("GET", "/api/items", ms + 0.25, response_length=1, exception=None, context={}, start_time=0.0, url="")
+    best = min(best, (time.perf_counter() - began) / 1000)
+print(best * 1e6)
+"""
+
+
+def hooks_figures() -> None:
+    """What exact response times cost a worker that is busy all the time: processor time per request."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "locust")}
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True, timeout=60
+    )
+    alone_us = float(done.stdout)
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    costs: dict[bool, list[float]] = {True: [], False: []}
+    command = [sys.executable, str(ROOT / "tests" / "target.py")]
+    target = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url = target.stdout.readline().strip()
+        for without in (True, False) * 4:
+            rate, cost = _worker_cost(LOAD.replace("WITHOUT", str(without)), url)
+            rates[without].append(rate)
+            costs[without].append(cost)
+    finally:
+        target.terminate()
+        target.wait(10)
+    before, after = min(costs[True]), min(costs[False])
+    row("exact times: one request's, by itself", f"{alone_us:.2f} us")
+    row(
+        "  a busy worker's processor time per request, without and with",
+        f"{1e6 * before:.0f}; {1e6 * after:.0f} us ({100 * (after / before - 1):+.1f} %)", "< 2 %",
+    )  # fmt: skip
+    row(
+        "  its requests/s, the best of four, without and with",
+        f"{max(rates[True]):.0f}; {max(rates[False]):.0f} /s",
+    )
+
+
+def _worker_cost(locustfile: str, url: str) -> tuple[float, float]:
+    """Requests/s and processor seconds per request of the one worker of a real Locust."""
+    hosts = ["--host", url]
+    environment = {"PYTHONPATH": str(ROOT / "locust")}
+    with LocustCluster(locustfile, 1, environment, hosts, worker_args=hosts) as locust:
+        locust.swarm(10, 100)
+        time.sleep(2)
+        pid, counts = locust.workers[0].pid, []
+        for _ in range(2):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            processor_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            counts.append((int(locust.csv_rows()[-1]["Request Count"]), processor_s, time.monotonic()))
+            time.sleep(6 if len(counts) == 1 else 0)
+        locust.post("/stop")
+    requests, processor_s, seconds = (after - before for before, after in zip(*counts))
+    return requests / seconds, processor_s / max(1, requests)
+
+
 def main() -> int:
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     try:
+        if sys.argv[1:] == ["gate"]:  # only these
+            hooks_figures()
+            gate_simulation.figures(250)
+            return 0
         start_figures()
         cold_start_figures()
         http_figures()
@@ -538,6 +626,9 @@ def main() -> int:
         polling_figures()
         ten_thousand_figures()
         page_figures()
+
+        hooks_figures()
+        gate_simulation.figures(250)
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
     return 0

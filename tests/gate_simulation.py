@@ -11,7 +11,10 @@ import math
 import random
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import loadmanager
 
