@@ -170,6 +170,7 @@ MAX_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
 LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
+MAX_REPEAT = 50  # runs of one create
 MAX_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
 NOISE_BLOCKS = 20  # time blocks of a run by which it is judged how much it scatters
 
@@ -1867,6 +1868,8 @@ class RunRequest:
     compare_with: str | None = None  # one of COMPARE_WITH
     plan: LoadProfile = LoadProfile()
     confirm: str | None = None  # the id of a protected environment
+    repeat: int = 1  # runs to make of it, one after another
+    repeat_of: str | None = None  # the id of the first of them
 
 
 class Warning_(NamedTuple):
@@ -2017,6 +2020,8 @@ class Run:
     thresholds: tuple[Threshold, ...] = ()
     compare_with: str | None = None  # one of COMPARE_WITH
     comparison: dict[str, Any] | None = None  # what came of it
+    repeat: int = 1  # runs to make, with this one
+    repeat_of: str | None = None  # the first of them, for all but that
     locustfile_sha256: str | None = None  # known from the hooks
     verdict: str | None = None  # passed or failed, once final and if there was something to judge
     imported_at: float | None = None  # it came from a file
@@ -2098,6 +2103,8 @@ def run_to_json(run: Run) -> dict[str, Any]:
         "failureReason": run.failure_reason,
         "queuePosition": run.queue_position,
         "metadata": run.metadata,
+        "repeat": run.repeat if run.repeat > 1 else None,
+        "repeatOf": run.repeat_of,
         "locustfileSha256": run.locustfile_sha256,
         "importedAt": run.imported_at and utc_text(run.imported_at),
     }
@@ -3614,6 +3621,104 @@ def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# ---- trends: what is normal, and after which run it changed -----------------
+# Change points as in E-divisive (Matteson and James 2014): the split of a series whose sides differ
+# most in energy distance; kept when Welch's t-test says so, then both sides are split again. It is
+# the method of Apache Otava and of MongoDB's performance tests.
+
+CHANGE_P_VALUE = 0.001  # as in Otava
+LEAST_LEVEL = 3  # runs at a level
+MAX_TREND = 300  # the newest runs of a series that are looked at
+
+
+def change_points(metric: str, values: list[float]) -> list[tuple[int, float]]:
+    """Where a series changes: the index of the first run at the new level, and the p-value."""
+    places = [_scaled(metric, value) for value in values]
+    found: list[tuple[int, float]] = []
+    open_parts = [(0, len(places))]
+    while open_parts:
+        begin, end = open_parts.pop()
+        if end - begin < 2 * LEAST_LEVEL:
+            continue
+        split = begin + _best_split(places[begin:end])
+        p_value = _welch_p_value(metric, values, places[begin:split], places[split:end])
+        if p_value <= CHANGE_P_VALUE:
+            found.append((split, p_value))
+            open_parts += [(begin, split), (split, end)]
+    return sorted(found)
+
+
+def _best_split(places: list[float]) -> int:
+    """The index at which both sides differ most in energy distance."""
+    count = len(places)
+    right = [math.fsum(abs(one - other) for other in places) for one in places]  # to all, as all are right
+    within_left, within_right, cross = 0.0, math.fsum(right) / 2, 0.0
+    best, split = -math.inf, LEAST_LEVEL
+    for index in range(count - LEAST_LEVEL):
+        to_left = math.fsum(abs(places[index] - other) for other in places[:index])
+        to_right = right[index] - to_left
+        within_left += to_left
+        within_right -= to_right
+        cross += to_right - to_left
+        left = index + 1
+        if left < LEAST_LEVEL:
+            continue
+        rest = count - left
+        between = 2 * cross / (left * rest)
+        within = 2 * within_left / (left * (left - 1)) + 2 * within_right / (rest * (rest - 1))
+        energy = left * rest / count * (between - within)
+        if energy > best:
+            best, split = energy, left
+    return split
+
+
+def _welch_p_value(metric: str, values: list[float], before: list[float], after: list[float]) -> float:
+    """Two-sided. No side is taken to scatter less than runs do at least, or than the figures' rounding."""
+    least = LEAST_SCATTER**2
+    if metric.endswith("Ms"):
+        middle = sorted(values)[len(values) // 2]
+        least += _grain(middle, locust_step_ms(middle))
+    parts = [max(_variance(side), least) / len(side) for side in (before, after)]
+    degrees = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (before, after)))
+    return 2 * t_tail(abs(_mean(after) - _mean(before)) / math.sqrt(sum(parts)), degrees)
+
+
+def normal_range(metric: str, before: list[float]) -> list[float] | None:
+    """Where the next run of a level is expected with 95 % certainty; None while too few are known."""
+    known = before[-HISTORY_RUNS:]
+    if len(known) < ENOUGH_RUNS:
+        return None
+    places = [_scaled(metric, value) for value in known]
+    deviation = math.sqrt(max(_variance(places), LEAST_SCATTER**2) * (1 + 1 / len(known)))
+    half = t_quantile((1 - CERTAINTY) / 2, len(known) - 1) * deviation
+    return [_unscaled(metric, _mean(places) + sign * half) for sign in (-1, 1)]
+
+
+def trend_of(metric: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds `normal` to the points of one series, oldest first, and returns its change points."""
+    known = [point for point in points if point["value"] is not None][-MAX_TREND:]
+    values = [float(point["value"]) for point in known]
+    found = change_points(metric, values)
+    begin, starts = 0, {index for index, _ in found}
+    for index, point in enumerate(known):
+        begin = index if index in starts else begin
+        point["normal"] = normal_range(metric, values[begin:index])
+    edges = [0, *(index for index, _ in found), len(values)]
+    changes = []
+    for (index, p_value), first, last in zip(found, edges, edges[2:]):
+        before, after = _mean(values[first:index]), _mean(values[index:last])
+        changes.append(
+            {
+                "runId": known[index]["runId"],
+                "afterRunId": known[index - 1]["runId"],
+                "pValue": p_value,
+                **{name: one for name, one in zip(("before", "after"), (before, after))},
+                "changePercent": 100 * (after - before) / before if before else None,
+            }
+        )
+    return changes
+
+
 # ---- thresholds: whether they hold ------------------------------------------
 
 
@@ -4089,6 +4194,7 @@ CREATE_KEYS = {
     "queue": BodyKey("queue", BOOLEAN),
     "thresholds": BodyKey("thresholds", THRESHOLDS),
     "compareWith": BodyKey("compare_with", one_of(*COMPARE_WITH)),
+    "repeat": BodyKey("repeat", number_value(1, MAX_REPEAT, whole=True)),
     "confirm": BodyKey("confirm", ID_TEXT),
     **PLAN_KEYS,
 }
@@ -10955,6 +11061,8 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         metadata=request.metadata,
         thresholds=request.thresholds,
         compare_with=request.compare_with,
+        repeat=request.repeat,
+        repeat_of=request.repeat_of,
         plan=request.plan,
         created_by=created_by,
         source=source,
@@ -11786,6 +11894,58 @@ def after_set_back(schedule: Schedule, now: float, set_back_s: float | None) -> 
         taken_at = now if set_back_s is None else min(now, schedule.taken_at - set_back_s)
         not_before = taken_at + interval_s / 2
     return replace(schedule, not_before=not_before, clock_era=schedule.clock_era + 1)
+
+
+# ---- runs that are repeated ------------------------------------------------
+
+
+class Repeater:
+    """Makes the other runs of a create with `repeat`, each when the one before has finished.
+
+    A run that failed, or that a user stopped, is the last one. After a restart the newest is looked at again."""
+
+    LOOK_BACK_S = 3600.0  # an end longer ago, before a restart, is not gone on with
+
+    def __init__(self, store: Store, orchestrator: Orchestrator):
+        self._store = store
+        self._orchestrator = orchestrator
+        self._ended: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        store.listeners.append(self._note)
+
+    def start(self) -> None:
+        since_ = time.time() - self.LOOK_BACK_S
+        for run in reversed(self._store.list_runs()):
+            if (run.finished_at or 0.0) > since_:
+                self._note(run)
+        start_thread("repeat", self._work)
+
+    def close(self) -> None:
+        self._ended.put(None)
+
+    def _note(self, run: Run) -> None:
+        """Called under the store's lock."""
+        if run.repeat > 1 and run.is_final:
+            self._ended.put(run.id)
+
+    def _work(self) -> None:
+        while (run_id := self._ended.get()) is not None:
+            try:
+                self._go_on(run_id)
+            except LoadManagerError as error:
+                log("run not repeated", run=run_id, why=error.message)
+            except Exception as error:  # noqa: BLE001 - the edge: one run must not end the thread
+                log_unforeseen("repeat", error)
+
+    def _go_on(self, run_id: str) -> None:
+        run = self._store.find(run_id)
+        if run is None or run.status is not RunStatus.FINISHED or run.stop_reason in ("user", "shutdown"):
+            return
+        first, left = run.repeat_of or run.id, run.repeat - 1
+        if any(other.repeat_of == first and other.repeat == left for other in self._store.list_runs()):
+            return  # it was noted before
+        changes = {"queue": True, "repeat": left, "repeat_of": first, "confirm": run.env_id}
+        again = self._orchestrator.rerun(run.id, changes, run.created_by)
+        log("run repeated", run=again.id, first=first, left=left)
 
 
 # ============================================================================
@@ -12933,6 +13093,35 @@ def requests_csv(run: dict[str, Any]) -> str:
     return _csv_text(list(ENDPOINT_KEYS), rows)
 
 
+MAX_SCENARIO_RUNS = 1000  # of a scenario's CSV, the newest
+MAX_SCENARIO_ENDPOINTS = 50  # of the newest run
+
+
+def scenario_csv(runs: list[dict[str, Any]]) -> str:
+    """Runs of one scenario, oldest first, a row each: what Apache Otava reads as a series of metrics."""
+    newest = ((runs[-1].get("lastMetrics") or {}).get("requestStats") or {}) if runs else {}
+    names = list(newest)[:MAX_SCENARIO_ENDPOINTS]
+    figures = {
+        "avgResponseTime": "avgResponseMs",
+        "medianResponseTime": "p50ResponseMs",
+        "p95ResponseTime": "p95ResponseMs",
+    }
+    titles = ["time", "run", "users", *TOLERABLE]
+    titles += [
+        f"{newest[name]['method']} {newest[name]['name']} {title}".strip()
+        for name in names
+        for title in figures.values()
+    ]
+    rows = []
+    for run in runs:
+        metrics = run.get("lastMetrics") or {}
+        stats = metrics.get("requestStats") or {}
+        row = [run.get("startedAt") or run["createdAt"], run["id"], run["targetUsers"]]
+        row += [metrics.get(name) for name in TOLERABLE]
+        rows.append(row + [(stats.get(name) or {}).get(figure) for name in names for figure in figures])
+    return _csv_text(titles, rows)
+
+
 def _csv_text(titles: list[str], rows: Iterable[Iterable[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
@@ -13146,6 +13335,8 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "comparison": BodyKey("comparison", COMPARISON),
     **PLAN_KEYS,
     "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
+    "repeatOf": BodyKey("repeat_of", RUN_ID),
+    "repeat": BodyKey("", ANY_JSON),
     "importedAt": BodyKey("", MOMENT),
     "trust": BodyKey("", ANY_JSON),
     "trustReasons": BodyKey("", ANY_JSON),
@@ -16333,6 +16524,18 @@ def get_export(api: Api, request: Request) -> Response:
     return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
 
 
+def get_scenario_csv(api: Api, request: Request) -> Response:
+    run = api.visible_run(request)
+    place = (run.tenant_id, run.env_id, run.scenario_id)
+    runs = [
+        json.loads(api.store.wire(other.id))
+        for other in api.store.list_runs()
+        if (other.tenant_id, other.env_id, other.scenario_id) == place and other.status is RunStatus.FINISHED
+    ]
+    text = scenario_csv(runs[MAX_SCENARIO_RUNS - 1 :: -1])
+    return api.file_response(request, "scenario.csv", "text/csv; charset=utf-8", text)
+
+
 def post_import(api: Api, request: Request) -> Response:
     found = api.imports.read(request.body, time.time())
     request.body = b""  # its memory is needed for what is kept
@@ -16506,26 +16709,18 @@ def get_trends(api: Api, request: Request) -> Response:
     wanted = RunFilter(
         query.get("tenantId"), query.get("envId"), frozenset({"Finished"}), request.principal.scope
     )
-    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)][
-        : query.get("limit", 100)
-    ]
-    points = []
+    runs = [run for run in api.store.list_runs(wanted) if query.get("scenarioId") in (None, run.scenario_id)]
+    runs = runs[: query.get("limit", 100)]
+    names = ("scenarioId", "createdAt", "startedAt", "finishedAt", "targetUsers", "verdict", "trust")
+    points: list[dict[str, Any]] = []
     for run in reversed(runs):
         document = json.loads(api.store.brief(run.id)) if api.store.find(run.id) else {}
-        facts = {
-            name: document.get(name)
-            for name in (
-                "scenarioId",
-                "createdAt",
-                "startedAt",
-                "finishedAt",
-                "targetUsers",
-                "verdict",
-                "trust",
-            )
-        }
-        points.append({"runId": run.id, **facts, "value": (document.get("lastMetrics") or {}).get(metric)})
-    return json_response({"metric": metric, "points": points})
+        facts = {name: document.get(name) for name in names}
+        value = (document.get("lastMetrics") or {}).get(metric)
+        points.append({"runId": run.id, **facts, "value": value, "normal": None})
+    is_one_series = len({(run.tenant_id, run.env_id, run.scenario_id) for run in runs}) == 1
+    changes = trend_of(metric, points) if is_one_series else []
+    return json_response({"metric": metric, "points": points, "changePoints": changes})
 
 
 def get_openapi(api: Api, request: Request) -> Response:
@@ -16975,6 +17170,7 @@ ROUTES = (
     Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
     Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204, errors=(503,)),
     Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer", "The Finished runs of the run's scenario, a row each, as Apache Otava reads them", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route(
         "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report",
@@ -17086,7 +17282,7 @@ SCHEMAS: dict[str, Any] = {
         startedAt=_MOMENT, finishedAt=_MOMENT, startedAtMs=_WHOLE, finishedAtMs=_WHOLE, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
         metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
         thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": list(COMPARE_WITH)},
-        comparison={"type": "object"}, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        comparison={"type": "object"}, repeat={"type": "integer", "description": "runs to make, with this one"}, repeatOf=_TEXT, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
     ),
     "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
     "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE),
@@ -17126,7 +17322,9 @@ SCHEMAS: dict[str, Any] = {
         differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT}, figures=_array("Figure"),
         noiseJudged={"type": "boolean", "description": "enough comparable runs are known"}, noise={"type": "array", "items": _TEXT}, regressions=_array("Figure"),
     ),
-    "Trend": _object("metric points", metric=_TEXT, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
+    "Trend": _object("metric points changePoints", metric=_TEXT,
+        changePoints={"type": "array", "description": "runId: the first run at the new level, afterRunId: the last one before", "items": _object(
+            "runId afterRunId before after changePercent pValue", runId=_TEXT, afterRunId=_TEXT, before=_MEASURE, after=_MEASURE, changePercent=_MEASURE, pValue=_MEASURE)}, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, normal={"anyOf": [_RANGE, {"type": "null"}], "description": "where 95 of 100 runs of this level lie"}, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
     "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
     "Histogram": _object(
@@ -17936,6 +18134,7 @@ class Service:
         self._api = Api(config, self._store, self._engine, feed, self._scheduler, self._notifier)
         self._api.reload = self.reload
         self._loop.api = self._api
+        self._repeater = Repeater(self._store, self._engine)
         self.url = (
             f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
         )
@@ -17951,6 +18150,7 @@ class Service:
         self._notifier.start()
         self._scheduler.start()
         self._workers.start()
+        self._repeater.start()
         self._loop.start()
         start_thread("accept", self._server.accept)
         for warning in config_warnings(self._config):
@@ -18033,6 +18233,7 @@ class Service:
         last_resort.start()
         self._loop.draining = True
         self._scheduler.close()
+        self._repeater.close()
         self._notifier.close()
         self._server.shutdown()
         self._server.server_close()
@@ -18912,6 +19113,12 @@ def key_value(text: str) -> str:
     return text
 
 
+def repeat_value(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_REPEAT:
+        raise ValueError(f"a number from 1 to {MAX_REPEAT}")
+    return int(text)
+
+
 def run_value(text: str) -> str:
     if text != LATEST and len(text) < MIN_PREFIX:
         raise ValueError(f"a run's id, at least its first {MIN_PREFIX} characters, or {LATEST}")
@@ -19638,8 +19845,54 @@ def command_run(options: Any) -> int:
     client = open_client(options)
     body = create_body(options)
     key = options.idempotency_key or secrets.token_hex(16)
+    if options.detach:
+        body.update({"repeat": options.repeat} if options.repeat > 1 else {})
+        return start_and_follow(options, client, lambda: create_once_for_all(client, body, key))[0]
+    exit_status, run = EXIT_DONE, None
+    for number in range(options.repeat):
+        one_key = f"{key}-{number + 1}" if number else key
+        exit_status, run = start_and_follow(
+            options, client, lambda one_key=one_key: create_once_for_all(client, body, one_key)
+        )
+        if exit_status != EXIT_DONE:
+            break
+    if options.confirm_regression and run is not None and only_regressed(run):
+        return confirm_regression(options, client, body, f"{key}-again", run)
+    return exit_status
 
-    return start_and_follow(options, client, lambda: create_once_for_all(client, body, key))
+
+def only_regressed(run: dict[str, Any]) -> bool:
+    """Whether a run failed by its comparison alone."""
+    failed = any(threshold_failed(entry) for entry in run.get("thresholds") or ())
+    return run.get("verdict") == "failed" and not failed and bool(regressed_figures(run))
+
+
+def regressed_figures(run: dict[str, Any]) -> set[tuple[Any, Any]]:
+    figures = (run.get("comparison") or {}).get("figures") or ()
+    return {(one["endpoint"], one["metric"]) for one in figures if one["judgement"] == REGRESSION}
+
+
+def confirm_regression(
+    options: Any, client: ApiClient, body: dict[str, Any], key: str, first: dict[str, Any]
+) -> int:
+    """Run once more what looks like a regression: it fails only if a figure of the first got worse again."""
+    say("looks like a regression; running once more to confirm it")
+    status, run = start_and_follow(options, client, lambda: create_once_for_all(client, body, key))
+    if run is None or status not in (EXIT_DONE, EXIT_THRESHOLDS):
+        return status
+    judgement = (run.get("comparison") or {}).get("judgement")
+    again = regressed_figures(first) & regressed_figures(run)
+    if again or judgement == CANNOT_TELL:
+        say(
+            f"confirmed: {len(again)} figures got worse again"
+            if again
+            else "the second run cannot tell: not refuted"
+        )
+        return EXIT_THRESHOLDS
+    if status == EXIT_THRESHOLDS and not only_regressed(run):
+        return status
+    say("not confirmed: no figure got worse in both runs")
+    return EXIT_DONE
 
 
 def create_once_for_all(client: ApiClient, body: dict[str, Any], key: str) -> ApiAnswer:
@@ -19692,6 +19945,10 @@ def check_start(options: Any) -> None:
             "--detach does not wait for the end; give --junit, --summary and --require-trusted to `wait`",
             EXIT_USAGE,
         )
+    if options.detach and getattr(options, "confirm_regression", False):
+        raise CommandError(
+            "--detach does not wait for the end, which --confirm-regression looks at", EXIT_USAGE
+        )
     check_can_write(options.junit, options.summary)
 
 
@@ -19703,11 +19960,14 @@ def command_rerun(options: Any) -> int:
         **({"queue": True} if options.queue else {}),
         **({"confirm": options.confirm} if options.confirm else {}),
     }
-    return start_and_follow(options, client, lambda: client.request("POST", run_path(run_id, "/rerun"), body))
+    start = functools.partial(client.request, "POST", run_path(run_id, "/rerun"), body)
+    return start_and_follow(options, client, start)[0]
 
 
-def start_and_follow(options: Any, client: ApiClient, start: Callable[[], ApiAnswer]) -> int:
-    """Start a run, follow it unless --detach, and tell how it ended; the exit status."""
+def start_and_follow(
+    options: Any, client: ApiClient, start: Callable[[], ApiAnswer]
+) -> tuple[int, dict[str, Any] | None]:
+    """Start a run, follow it unless --detach, and tell how it ended; the exit status, and the run that ended."""
     screen = open_screen(options)
     with CtrlC() as ctrl_c:
         try:
@@ -19716,19 +19976,20 @@ def start_and_follow(options: Any, client: ApiClient, start: Callable[[], ApiAns
             raise refused_start(error) from None
         except KeyboardInterrupt:
             say(f"left while the run was starting: it may run; see `{PROGRAM} list`")
-            return EXIT_INTERRUPTED
+            return EXIT_INTERRUPTED, None
         run = answer.json(*RUN_KEYS)
         follower = Follower(client, run["id"], screen, options)
         follower.status = run["status"]
         try:
             ctrl_c.release()
             if options.detach:
-                return tell_done(options, answer, started_line(run))
+                return tell_done(options, answer, started_line(run)), None
             if not options.quiet:
                 screen.print(started_line(run))
-            return tell_end(options, client, screen, follower.until_final(), follower.answer)
+            run = follower.until_final()
+            return tell_end(options, client, screen, run, follower.answer), run
         except KeyboardInterrupt:
-            return stop_and_wait(options, client, screen, follower, run["id"])
+            return stop_and_wait(options, client, screen, follower, run["id"]), None
 
 
 def refused_start(error: ServerRefused) -> CommandError:
@@ -19818,6 +20079,10 @@ def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
         words = ["thresholds failed: " + "; ".join(failed)] if failed else []
         words += ["got worse: " + "; ".join(map(one_line, worse))] if worse else []
         return EXIT_THRESHOLDS, "; ".join(words) or "the verdict is failed"
+    comparison = run.get("comparison") or {}
+    if comparison.get("judgement") == CANNOT_TELL and comparison.get("baseline"):
+        words = f"the comparison cannot tell: {one_line(comparison.get('message') or '')}"
+        return (EXIT_THRESHOLDS if require_trusted else EXIT_DONE), words
     if require_trusted and "trust" not in run:
         return (
             EXIT_USAGE,
@@ -20338,6 +20603,8 @@ COMMANDS = (
             argument("--exclude-tag", action="append", default=[], metavar="TAG", help="run no tasks with this tag; repeatable"),
             argument("--option", action="append", default=[], metavar="K=V", value=metadata_value, help="a custom argument of the locustfile; repeatable"),
             argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
+            argument("--repeat", metavar="N", default=1, value=repeat_value, help="make N runs, one after another, so that a history is known; the first that fails is the last"),
+            argument("--confirm-regression", action="store_true", help="run once more what looks like a regression; exit 99 only if a figure got worse in both"),
             argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
             argument("--compare-with", choices=COMPARE_WITH, help="what to compare with; default with --fail-on-regression: baseline"),
             CONFIRM_ARGUMENT,

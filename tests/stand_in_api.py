@@ -22,12 +22,13 @@ def run_document(**changes: Any) -> dict[str, Any]:
 
 
 class StandInApi:
-    """`answers`: (method, path) -> (status, body); a dict or list is sent as JSON. `asked` has what came.
+    """`answers`: (method, path) -> (status, body), or a list of them, one for each call; a dict or list
+    is sent as JSON. `asked` has what came.
 
     `delays`: seconds before the answer of (method, path)."""
 
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
+        self.answers: dict[tuple[str, str], Any] = {}
         self.delays: dict[tuple[str, str], float] = {}
         self.asked: list[tuple[str, str, dict[str, str], Any]] = []
         api = self
@@ -40,9 +41,10 @@ class StandInApi:
                 asked = (self.command, urlsplit(self.path).path)
                 api.asked.append((*asked, dict(self.headers), json.loads(body) if body else None))
                 time.sleep(api.delays.get(asked, 0))
-                status, document = api.answers.get(
+                found = api.answers.get(
                     asked, (404, {"error": "not found", "message": "there is no such path"})
                 )
+                status, document = found.pop(0) if isinstance(found, list) else found
                 data = document if isinstance(document, bytes) else json.dumps(document).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
