@@ -23105,9 +23105,12 @@ class Chart {
 }
 
 /** A small line of one figure over runs, the newest at the right; items: [{value, label, isThis}]. */
+const TREND_METRICS = ["p95ResponseMs", "totalRps", "errorRate"];
+
+/** One figure over runs. An item: value, label, isThis; normal: where equal runs lie; change: the change point it begins. */
 function trendLine(title, color, items, format) {
   const known = items.filter((item) => isNumber(item.value));
-  const most = Math.max(...known.map((item) => item.value), 0) || 1;
+  const most = Math.max(...known.flatMap((item) => [item.value, item.normal ? Math.min(item.normal[1], 2 * item.value) : 0]), 0) || 1;
   const svg = (tag, attributes, ...children) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
@@ -23115,7 +23118,7 @@ function trendLine(title, color, items, format) {
     return element;
   };
   const x = (index) => (known.length > 1 ? 2 + (96 * index) / (known.length - 1) : 50),
-    y = (value) => 38 - (34 * value) / most;
+    y = (value) => Math.max(1, 38 - (34 * value) / most);
   const drawn = {fill: "none", stroke: "var(" + color + ")", "vector-effect": "non-scaling-stroke", "stroke-linecap": "round"};
   const line = svg("polyline", {...drawn, "stroke-width": 1.75, points: known.map((item, index) => x(index) + "," + y(item.value)).join(" ")});
   const dots = known.map((item, index) =>
@@ -23125,9 +23128,24 @@ function trendLine(title, color, items, format) {
       svg("title", {}, item.label + ": " + format(item.value)),
     ),
   );
+  const normal = known.map((item, index) => {
+    if (!item.normal) return null;
+    const [low, high] = item.normal.map(y);
+    const drawn = {fill: "none", stroke: "var(--soft)", "stroke-opacity": 0.3, "stroke-width": 7, "vector-effect": "non-scaling-stroke"};
+    return svg("path", {...drawn, class: "normal", d: "M" + x(index) + " " + high + "V" + low});
+  });
+  const changes = known.map((item, index) => {
+    if (!item.change || !index) return null;
+    const percent = isNumber(item.change.changePercent) ? " by " + signedPercent(item.change.changePercent / 100) : "";
+    const words = title + " changed" + percent + " after the run of " + known[index - 1].label;
+    const middle = (x(index) + x(index - 1)) / 2;
+    const drawn = {class: "change", stroke: "var(--bad)", "stroke-dasharray": "3 2", "stroke-width": 1.5, "vector-effect": "non-scaling-stroke"};
+    return svg("path", {...drawn, d: "M" + middle + " 0V40"}, svg("title", {}, words));
+  });
+  const told = known.filter((item, index) => item.change && index > 0).length;
   const mine = known.find((item) => item.isThis);
-  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE);
-  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, line, ...dots);
+  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE) + (told ? "; changed " + told + " times" : "");
+  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, ...[...normal, ...changes].filter(Boolean), line, ...dots);
   return h("div", {class: "panel trend"}, h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
 }
 """
@@ -23901,12 +23919,23 @@ class RunView {
 
   // ---- earlier runs of the same scenario ----
 
+  /** What the trend says of a run: where equal ones lie, and the change that it begins. */
+  trendOf(metric, id) {
+    const trend = (this.trends || {})[metric];
+    if (!trend) return {};
+    const point = trend.points.find((one) => one.runId === id);
+    return {normal: point && point.normal, change: (trend.changePoints || []).find((one) => one.runId === id)};
+  }
+
   async loadHistory() {
     this.historyAsked = now();
     const {tenantId, envId, scenarioId} = this.run;
     const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId, search: scenarioId});
     const runs = await get("/v1/tests?" + wanted).catch(() => null);
+    const one = (metric) => get("/v1/trends?" + new URLSearchParams({tenantId, envId, scenarioId, metric})).catch(() => null);
+    const trends = await Promise.all(TREND_METRICS.map(one));
     if (this.closed || !runs) return;
+    this.trends = Object.fromEntries(TREND_METRICS.map((metric, index) => [metric, trends[index]]));
     this.history = runs.filter((run) => run.scenarioId === scenarioId && run.id !== this.id).slice(0, 25);
     this.showTabs();
   }
@@ -23960,7 +23989,7 @@ class RunView {
       trendLine(
         title,
         color,
-        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt), isThis: run === this.run})),
+        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt), isThis: run === this.run, ...this.trendOf(key, run.id)})),
         format,
       );
     const trends = [
@@ -23971,7 +24000,7 @@ class RunView {
     this.parts.panel.replaceChildren(
       h("div", {class: "trends"}, trends),
       plainTable("Earlier runs", [...heads, num("\u0394 95%ile"), num("\u0394 RPS"), num("Charts")], rows),
-      h("p", {class: "hint"}, "\u0394: this run against that one."),
+      h("p", {class: "hint"}, "\u0394: this run against that one. Grey: where equal runs lie; dashed: after this run the figure changed."),
     );
   }
 

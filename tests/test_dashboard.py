@@ -538,7 +538,13 @@ def test_history_shows_earlier_runs_of_the_scenario_and_overlays_one(page):
     eventually(page.points)
     page.one("#tab-history").click()
     eventually(lambda: len(page.all(".tabpanel tbody tr")) == 25, what="the newest 25 of 334 runs")
-    assert len(page.all(".trend svg path")) == 3 * 26, "they and this one, for each figure"
+    dots = ".trend svg path:not(.normal):not(.change)"
+    assert len(page.all(dots)) == 3 * 26, "they and this one, for each figure"
+    assert len(page.all(".trend svg path.normal")) >= 25, "where equal runs lie"
+    page.driver.execute_script("""view.trends.totalRps.changePoints = [
+        {runId: view.history[3].id, afterRunId: view.history[4].id, before: 10, after: 12, changePercent: 20}]; view.simpleText = ''; view.showHistory()""")
+    change = page.one(".trend svg path.change title").get_attribute("textContent")
+    assert change.startswith("RPS changed by +20") and "after the run of" in change
     page.press("Overlay", ".tabpanel")
     page.shows("dotted: the run of")
     assert eventually(lambda: page.driver.execute_script("return view.group.other.length")) > 1
