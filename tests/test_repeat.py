@@ -78,7 +78,21 @@ def ended(run_id, judgement=None, **more):
     )
 
 
-ARGUMENTS = ("run", "--tenant", "t", "--env", "e", "--scenario", "s", "-u", "1", "-r", "1", "--compare-with", "history")
+ARGUMENTS = (
+    "run",
+    "--tenant",
+    "t",
+    "--env",
+    "e",
+    "--scenario",
+    "s",
+    "-u",
+    "1",
+    "-r",
+    "1",
+    "--compare-with",
+    "history",
+)
 
 
 @pytest.fixture

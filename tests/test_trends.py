@@ -127,7 +127,7 @@ def test_runs_of_a_scenario_are_one_csv_that_otava_reads(lm, runs, tmp_path):
     rows = list(csv.DictReader(io.StringIO(answer.body.decode())))
     assert [row["run"] for row in rows] == runs
     assert float(rows[0]["avgResponseMs"]) == pytest.approx(series(5, (50, 1))[0])
-    assert rows[0]["GET /a p95ResponseMs"] and rows[0]["time"] == "2026-01-01T00:00:00.000Z"
+    assert rows[0]["GET /a p95ResponseMs"] and rows[0]["time"].startswith("2026-01-01T00:00:00")
     otava = shutil.which("otava")
     if otava is None:
         pytest.skip("apache-otava is not installed; the CSV itself is good")
