@@ -2027,7 +2027,6 @@ class Run:
     imported_at: float | None = None  # it came from a file
     plan: LoadProfile = LoadProfile()
     load_changes: tuple[LoadChange, ...] = ()
-    cleanup: bool = False  # not on the wire: its load may still run, stop it when the cluster is back
     seq: int = 0  # order of creation, the list's cursor
 
     @property
@@ -6860,11 +6859,10 @@ class Store:
         self._writer.when_durable(functools.partial(self._settle_deliveries, ids))
 
     def update(self, run_id: str, **changes: Any) -> Run | None:
-        """Change facts other than the status. A final run keeps every byte of its answer:
-        only `cleanup`, which is not in it, may still change."""
+        """Change facts other than the status, unless the run is final: that keeps every byte."""
         with self._lock:
             record = self._records.get(run_id)
-            if record is None or (record.run.is_final and set(changes) != {"cleanup"}):
+            if record is None or (record.run.is_final):
                 return record and record.run
             return self._save(record, replace(record.run, **changes))
 
@@ -7192,10 +7190,6 @@ class Store:
         return record
 
     def _save(self, record: StoredRun, run: Run) -> Run:
-        if run.cleanup and not record.run.cleanup:
-            self.keep_cleanup(run.id, run.cluster_id)
-        elif record.run.cleanup and not run.cleanup:
-            self.drop_cleanup(run.id)
         with self._writer.one_commit():
             record.change(run)
             self._writer.save(record.state())
@@ -9559,6 +9553,8 @@ class RunMonitor:
         remaining = self.remaining_s()
         if remaining is not None and remaining < 2:
             return False
+        if not self._store.is_leading:
+            raise LocustUnreachable("no load is changed without the database: another Load Manager may lead")
         with cluster.operation:
             current = self._store.find(run.id)
             if current is None or current.status is not RunStatus.RUNNING:
@@ -9824,6 +9820,8 @@ class RunStopper:
         """Stop the test on the cluster, for this run, and see that its users are gone; LoadGoesOn
         when they are not, another LocustError when Locust does not answer."""
         with cluster.operation:
+            if not self.store.is_leading and self._is_anothers(cluster, run_id):
+                return
             cluster.client.stop()
             cluster.seen()
             cluster.stopped_at = monotonic_s()
@@ -9837,6 +9835,13 @@ class RunStopper:
                 cluster.client.stop()
                 self._wait_until_quiet(cluster)
             cluster.stopped_at = monotonic_s()
+
+    def _is_anothers(self, cluster: Cluster, run_id: str) -> bool:
+        """Whether the test there is another one. Asked while this process is without its database:
+        another Load Manager may lead by now, and have ended this run and started the next. Without
+        hooks no one can tell, and a load that no one stops would be worse."""
+        reading = cluster.read_state(5.0)
+        return reading.hooks and reading.is_loaded and reading.run_id not in ("", run_id)
 
     def _wait_until_quiet(self, cluster: Cluster) -> None:
         give_up_at = monotonic_s() + self.QUIET_WAIT_S
@@ -10102,7 +10107,7 @@ class RunStopper:
         """Clean up when no run has the cluster; a start that has it cleans up first, too."""
         if self.is_closing or not self.pool.cleanups_on(cluster):
             return
-        if not self.pool.reserve_for_cleanup(cluster):
+        if not self.store.is_leading or not self.pool.reserve_for_cleanup(cluster):
             self.clean_up_soon(cluster, self.CLEANUP_EVERY_S)
             return
         cleaned_for = self.pool.cleanups_on(cluster)[0].run_id
