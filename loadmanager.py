@@ -29,15 +29,16 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 15. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
 16. HTTP SERVER     connections, strict parsing, one loop for what is in memory
 17. EVENTS          changes of runs, told to event streams
-18. ACCESS          who a token says the caller is, and how much they may ask
-19. SIGN ON         tokens and sign-ins of an identity provider
-20. SESSIONS        browsers that signed in, and what they must prove
-21. HTTP API        routes, authentication, handlers
-22. SERVICE         the whole program put together, and its configuration checked
-23. TERMINAL        text, tables and a live view that any terminal can show
-24. API CLIENT      which server a command talks to, and requests to it
-25. COMMAND LINE    commands, what they take, and what they print
-26. DASHBOARD PAGE  what a browser gets at / and at /docs
+18. METRICS         figures for Prometheus, and the dashboards and alerts made of them
+19. ACCESS          who a token says the caller is, and how much they may ask
+20. SIGN ON         tokens and sign-ins of an identity provider
+21. SESSIONS        browsers that signed in, and what they must prove
+22. HTTP API        routes, authentication, handlers
+23. SERVICE         the whole program put together, and its configuration checked
+24. TERMINAL        text, tables and a live view that any terminal can show
+25. API CLIENT      which server a command talks to, and requests to it
+26. COMMAND LINE    commands, what they take, and what they print
+27. DASHBOARD PAGE  what a browser gets at / and at /docs
 """
 
 from __future__ import annotations
@@ -1300,6 +1301,25 @@ class NotificationConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """What Prometheus gets from GET /metrics."""
+
+    anonymous: bool = setting("anonymous", False, BOOLEAN, "answer GET /metrics without a token, too")
+    exporter_names: bool = setting(
+        "locustExporterNames",
+        False,
+        BOOLEAN,
+        "also the names of locust_exporter, for Grafana's dashboards 11985 and 19321",
+    )
+    max_endpoints: int = setting(
+        "maxEndpoints",
+        50,
+        number_value(0, MAX_LOCUST_ROWS, whole=True),
+        "series of so many endpoints of each run, those with the most requests",
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
@@ -1325,6 +1345,7 @@ class Config:
     )
     audit: AuditConfig = setting("audit", {}, AuditConfig, "who did what")
     limits: LimitsConfig = setting("limits", {}, LimitsConfig, "how much one caller may ask")
+    metrics: MetricsConfig = setting("metrics", {}, MetricsConfig, "what Prometheus gets")
     folder: str = "."
 
 
@@ -2159,6 +2180,8 @@ class EndpointStats(NamedTuple):
     p95_ms: float | None
     p99_ms: float | None
     times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
+    fails_per_s: float | None = None  # current; polled only
+    content_bytes: float | None = None  # of the average answer; polled only
 
 
 class Snapshot(NamedTuple):
@@ -5010,6 +5033,22 @@ def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
     log("unforeseen error", where=where, error=repr(error)[:500], **facts, trace=trace[-4000:])
 
 
+class DurationCounter:
+    """Counts durations by upper bounds in seconds, as a Prometheus histogram has them. Its owner
+    sees to it that one thread at a time calls note()."""
+
+    __slots__ = ("bounds", "counts", "total_s")
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # of each bucket; the last one is beyond all bounds
+        self.total_s = 0.0
+
+    def note(self, seconds: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, seconds)] += times
+        self.total_s += seconds * times
+
+
 # ============================================================================
 # 8. STORE - every run in memory, written through to SQLite or PostgreSQL
 # ============================================================================
@@ -5388,6 +5427,12 @@ class SqliteDatabase:
     def query(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self._connection.execute(sql, values).fetchall()
 
+    def size_bytes(self) -> int | None:
+        """What it takes on disk; None in memory. Asked by any thread."""
+        if self.path == ":memory:":
+            return None
+        return sum(os.path.getsize(path) for path in (self.path, self.path + "-wal") if os.path.exists(path))
+
     def rollback(self) -> None:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
@@ -5631,6 +5676,10 @@ class PostgresDatabase:
         seconds = self.ANSWER_S if " FROM meta " in sql else self.READ_S
         with self._deadline.within(self._patience_s(seconds)):
             return self._connection.execute(sql.replace("?", "%s"), values).fetchall()
+
+    def size_bytes(self) -> int | None:
+        """What it takes on disk. Asked by the writer's thread."""
+        return int(self.query("SELECT pg_database_size(current_database())")[0][0])
 
     def rollback(self) -> None:
         self._connection.rollback()
@@ -6189,11 +6238,16 @@ class DatabaseWriter(threading.Thread):
         now, busy = monotonic_s(), self._busy_since
         if busy is not None and now - busy > self.LATE_S:
             return f"it has not answered for {now - busy:.0f} s"
+        if self.lag_s > self.LATE_S:
+            return f"a change has waited for {self.lag_s:.0f} s to be written"
+        return None
+
+    @property
+    def lag_s(self) -> float:
+        """Seconds that the oldest change which is not on disk has waited to be written."""
         in_hand = self._in_hand
         oldest = min(self._batch.since, in_hand.since if in_hand is not None else math.inf)
-        if now - oldest > self.LATE_S:
-            return f"a change has waited for {now - oldest:.0f} s to be written"
-        return None
+        return max(0.0, monotonic_s() - oldest)
 
     def close(self) -> None:
         """Write what is left and close the database."""
@@ -6678,6 +6732,30 @@ class Store:
     def active_runs(self) -> list[Run]:
         with self._lock:
             return [record.run for record in self._records.values() if not record.run.is_final]
+
+    def active_numbers(self) -> list[tuple[Run, Snapshot | None]]:
+        """The runs that are not final, as they are shown, each with its newest numbers."""
+        with self._lock:
+            shown = [(record.shown, record.numbers) for record in self._records.values()]
+        return [
+            (run, numbers.snapshot if numbers else None)
+            for run, numbers in shown
+            if run is not None and not run.is_final
+        ]
+
+    @property
+    def writer_lag_s(self) -> float:
+        """Seconds that the oldest change which is not on disk waits to be written."""
+        return self._writer.lag_s
+
+    def database_bytes(self) -> int | None:
+        """What the database takes on disk; None in memory, or when it does not say so at once."""
+        try:
+            if isinstance(self._database, SqliteDatabase):
+                return self._database.size_bytes()
+            return self._writer.read(lambda database: database.size_bytes(), timeout_s=1.0)
+        except (NotReady, OSError):
+            return None
 
     def samples(self, run_id: str, from_at: float = 0.0, to_at: float = 1e12) -> list[Sample]:
         """The run's history between two moments, oldest first; NotReady when it cannot be read."""
@@ -7969,6 +8047,8 @@ def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
         p95_ms=_percentile(row, "0.95") if requests else None,
         p99_ms=_percentile(row, "0.99") if requests else None,
         per_s=per_s,
+        fails_per_s=measure_or_none(row.get("current_fail_per_sec")),
+        content_bytes=measure_or_none(row.get("avg_content_length")),
     )
 
 
@@ -8669,6 +8749,7 @@ class Cluster:
         self._seen_awake_s = timer.awake_s()  # when it answered last
         self.stopped_at = -math.inf  # our last stop there
         self.problem: str | None = None
+        self.failed_polls = 0  # of active runs, since the start of this process
         self.had_workers = False
         self.workers_wanted = 1  # for the run that is starting
         self.patient_until = -math.inf  # until then workers may be missing
@@ -9157,6 +9238,9 @@ class RunMonitor:
         self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
         self._due = math.inf  # the next look, monotonic seconds
         self._unheard_since = math.inf  # the first of the looks in vain, by Timer.awake_s()
+        self._polled_at = monotonic_s()  # the last look that was answered
+        self.is_quiet = False  # its load has stopped; the final numbers are being read
+        self.pushed: Snapshot | None = None  # the newest numbers of the hooks
         self._end_work: Callable[[], None] | None = None
         self._end_wanted = threading.Event()
         self.started = monotonic_s()
@@ -9197,6 +9281,23 @@ class RunMonitor:
 
     def remaining_s(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
+
+    @property
+    def poll_age_s(self) -> float:
+        """Seconds since Locust answered a look last."""
+        return monotonic_s() - self._polled_at
+
+    @property
+    def unanswered_s(self) -> float:
+        """For how long all looks have been in vain, in seconds; 0 when the last one was answered."""
+        return max(0.0, self._timer.awake_s() - self._unheard_since)
+
+    @property
+    def overdue_s(self) -> float:
+        """Seconds for which the load has been running beyond its deadline."""
+        if self.deadline is None or self.is_quiet:
+            return 0.0
+        return max(0.0, monotonic_s() - self.deadline)
 
     # ---- threads
 
@@ -9322,6 +9423,7 @@ class RunMonitor:
                 self.last_requests = snapshot.requests or self.last_requests
                 self.pushed_at = snapshot.taken_at
             self.last_users = snapshot.users or self.last_users
+            self.pushed = snapshot
         self.cluster.seen()
         self._judge(snapshot)
 
@@ -9342,8 +9444,10 @@ class RunMonitor:
         try:
             self._look(run)
             self._unheard_since = math.inf
+            self._polled_at = monotonic_s()
         except LocustError as error:
             self._unheard_since = min(self._unheard_since, asked_at)
+            self.cluster.failed_polls += 1
             self._not_heard(run, error)
         self._due = max(self._due + self._interval_s(), monotonic_s())
 
@@ -9705,6 +9809,33 @@ class RunJudge:
 # ---- ending runs -------------------------------------------------------------
 
 
+class RunCounts:
+    """What became of runs since the start of this process."""
+
+    LATENESS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards what follows
+        self.ended: dict[tuple[str, str, str], int] = {}  # by tenant, environment and reason
+        self.lateness = DurationCounter(self.LATENESS_S)  # of stops whose time was the duration's end
+
+    def note_end(self, run: Run, reason: str | None) -> None:
+        """A run is final; without a stop reason it failed before it was stopped."""
+        key = (run.tenant_id, run.env_id, reason or "error")
+        with self._lock:
+            self.ended[key] = self.ended.get(key, 0) + 1
+
+    def note_quiet(self, run: Run | None, monitor: RunMonitor) -> None:
+        """The load of a run has stopped; how late that is, where its duration was to end it."""
+        monitor.is_quiet = True
+        if run is None or run.stop_reason != "duration" or run.deadline_at is None:
+            return
+        by_clock_s = time.time() - run.deadline_at  # of one that was overdue when this process began
+        late_s = by_clock_s if monitor.deadline is None else monotonic_s() - monitor.deadline
+        with self._lock:
+            self.lateness.note(max(0.0, late_s))
+
+
 class RunStopper:
     """Ends runs: stops their load with retries until its users are gone, reads the final numbers,
     concludes, keeps the details; and cleans up load whose run has ended without that."""
@@ -9722,6 +9853,7 @@ class RunStopper:
         self.pool = pool
         self._judge = judge
         self.monitors: dict[str, RunMonitor] = {}  # of active runs
+        self.counts = RunCounts()
         self.is_closing = False
         self.on_free: Callable[[], None] = lambda: None  # a cluster is free again
 
@@ -9859,6 +9991,7 @@ class RunStopper:
     def _finish(self, monitor: RunMonitor, quiet_at: float, failure: str | None = None) -> None:
         """Read the final numbers and end the run; its details are kept after that, as nothing that
         is kept about a run may stand before its end. The cluster is free when they are read."""
+        self.counts.note_quiet(self.store.find(monitor.run_id), monitor)
         final = self._final_numbers(monitor, quiet_at)
         if final is not None:
             self._doubt_if_reset(monitor.run_id, final)
@@ -9976,6 +10109,7 @@ class RunStopper:
         except Conflict:
             return
         log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
+        self.counts.note_end(run, run.stop_reason)
 
     def _note_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
         last, target = monitor.last, monitor.target
@@ -10031,6 +10165,7 @@ class RunStopper:
         except (Conflict, NotFound):
             return False
         log("run failed", run=run_id, cluster=run.cluster_id, why=reason)
+        self.counts.note_end(run, changes.get("stop_reason") or run.stop_reason)
         return True
 
     def _let_go(self, run_id: str) -> None:
@@ -10494,6 +10629,7 @@ class Orchestrator:
         self._scaling = ClusterScaling(self.pool, timer)
         self._starter = RunStarter(self._stopper, self._scaling)
         self._monitors = self._stopper.monitors
+        self.counts = self._stopper.counts
         self._stopper.on_free = self._dispatch_queue
         self.pool.users_of = self._users_of
         self._queue_retry: ScheduledCall | None = None
@@ -10504,6 +10640,10 @@ class Orchestrator:
     @property
     def clusters(self) -> dict[str, Cluster]:
         return self.pool.clusters
+
+    def monitor_of(self, run_id: str) -> RunMonitor | None:
+        """What is known of an active run; None for one that waits or is over."""
+        return self._monitors.get(run_id)
 
     def _users_of(self, run_id: str) -> int:
         monitor = self._monitors.get(run_id)
@@ -14113,6 +14253,42 @@ def _content_length(headers: dict[str, str]) -> int:
     return int(text)
 
 
+class RouteTraffic:
+    """Requests of one route that were answered, by status, and how long that took."""
+
+    __slots__ = ("route", "answered", "durations")
+
+    BOUNDS_S = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
+
+    def __init__(self, route: Any):
+        self.route = route
+        self.answered: dict[int, int] = {}
+        self.durations = DurationCounter(self.BOUNDS_S)  # from the whole request to its answer
+
+
+class HttpTraffic:
+    """Requests that were answered. Written by one loop's thread alone; costs each request 1 us."""
+
+    def __init__(self) -> None:
+        self.routes: dict[int, RouteTraffic] = {}  # by the route's id()
+        self.refused: dict[tuple[str, str, int], int] = {}  # by their head: method, path of the route, status
+
+    def note(self, request: Request, http_status: int) -> None:
+        route = request.route
+        traffic = self.routes.get(id(route))
+        if traffic is None:
+            traffic = self.routes[id(route)] = RouteTraffic(route)
+        answered = traffic.answered
+        answered[http_status] = answered.get(http_status, 0) + 1
+        traffic.durations.note(time.perf_counter() - request.whole_at)
+
+    def note_refusal(self, head: RequestHead | None, error: LoadManagerError) -> None:
+        """A request was refused by its head; without one it was none that can be read."""
+        route = head.matched[0] if head is not None and head.matched else None
+        key = (route.method if route else "", route.path if route else "none", error.http_status)
+        self.refused[key] = self.refused.get(key, 0) + 1
+
+
 class Request:
     """A whole request as a handler gets it. tenant_id, env_id, run_id and note: what it turned
     out to be about, for the audit."""
@@ -14129,6 +14305,7 @@ class Request:
         "env_id",
         "run_id",
         "note",
+        "whole_at",
     )
 
     def __init__(self, head: RequestHead, route: Any, params: dict[str, str], principal: Any, address: str):
@@ -14140,6 +14317,7 @@ class Request:
         self.body = b""
         self.query: dict[str, Any] = {}
         self.tenant_id = self.env_id = self.run_id = self.note = ""
+        self.whole_at = 0.0  # of time.perf_counter(): its last byte was there
 
 
 class Response:
@@ -14485,6 +14663,7 @@ class Connection:
 
     def refuse(self, error: LoadManagerError) -> None:
         """Answer an error after which nothing that comes is taken for a request."""
+        self.loop.traffic.note_refusal(None, error)
         self.send([error_response(error).to_bytes(False)], close=True)
 
     def _refuse_long_head(self) -> RequestHead:
@@ -14521,6 +14700,7 @@ class Connection:
             return
         except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop goes on
             failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error)
+            self.loop.traffic.note_refusal(head, failure)
             unread = head.content_length > 0
             keep = head.keep_alive and not unread
             self.send([error_response(failure).to_bytes(keep, head.method != "HEAD")], close=not keep)
@@ -14578,6 +14758,7 @@ class Connection:
     def _handle(self) -> None:
         request, self.request = self.request, None
         assert request is not None
+        request.whole_at = time.perf_counter()
         body, self.body = self.body, None
         request.body = bytes(body or b"") if not self.reserved else body  # type: ignore[assignment]
         if not request.route.waits and not self.reserved:
@@ -14596,11 +14777,13 @@ class Connection:
         if self.reserved:
             self.release_body()
         if response.opens is not None and request.head.method != "HEAD":
+            self.loop.traffic.note(request, response.http_status)
             self._open_stream(request, response)
             return
         if response.size() > SMALL_ANSWER_BYTES:
             self.owner = request.principal.name or request.address
             response = self.loop.affordable(self.owner, response)
+        self.loop.traffic.note(request, response.http_status)
         keep = request.head.keep_alive and not self.loop.draining
         self.send(response.to_pieces(keep, request.head.method != "HEAD"), close=not keep)
 
@@ -14757,6 +14940,11 @@ class WorkerPool:
             for _ in range(self._ready):
                 self._add_thread()
 
+    @property
+    def jobs(self) -> int:
+        """Jobs that a thread does, or that wait for one."""
+        return self._threads - self._free
+
     def submit(self, work: Callable[[], None]) -> bool:
         """Have a thread do it; False when none is free, none more can be had, and too many jobs wait."""
         with self._lock:
@@ -14814,6 +15002,11 @@ class Workers:
         for pool in (self.waiting, self.reserved, self.big):
             pool.start()
 
+    @property
+    def jobs(self) -> int:
+        """Requests that threads work on, or that wait for one."""
+        return sum(pool.jobs for pool in (self.waiting, self.reserved, self.big))
+
     def pool_for(self, route: Any) -> WorkerPool:
         if route.reserved:
             return self.reserved
@@ -14828,6 +15021,7 @@ class ConnectionLoop(threading.Thread):
     def __init__(self, api: Any, most_connections: int, tls: TlsFiles | None, workers: Workers):
         super().__init__(name="connections", daemon=True)
         self.api = api
+        self.traffic = HttpTraffic()
         self._tls = tls
         self._workers = workers
         self._told_of_handshake_at = -math.inf
@@ -14847,6 +15041,15 @@ class ConnectionLoop(threading.Thread):
         self._unsent_of: dict[str, int] = {}  # the same by caller
 
     # ---- from any thread ---------------------------------------------------
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._connections)
+
+    @property
+    def requests_in_threads(self) -> int:
+        """Requests that threads work on or will, of all loops that share them."""
+        return self._workers.jobs
 
     def call(self, work: Callable[[], None]) -> None:
         """Run `work` in the loop's thread."""
@@ -15176,7 +15379,7 @@ class EventFeed:
         self, store: Store, loop: ConnectionLoop, timer: Timer, most_streams: int, most_of_one: int = 1000
     ):
         self._store = store
-        self._loop = loop
+        self.loop = self._loop = loop
         self._timer = timer
         self._most_streams = most_streams
         self._most_of_one = most_of_one
@@ -15256,6 +15459,11 @@ class EventFeed:
     def close_refused_soon(self) -> None:
         """As close_refused(), from any thread."""
         self._loop.call(self.close_refused)
+
+    @property
+    def open_streams(self) -> int:
+        """Asked by any thread."""
+        return sum(map(len, list(self._streams.values())))
 
     def _all_streams(self) -> list[Stream]:
         return [stream for streams in self._streams.values() for stream in streams]
@@ -15380,7 +15588,1161 @@ class EventFeed:
 
 
 # ============================================================================
-# 18. ACCESS - who a token says the caller is, and how much they may ask
+# 18. METRICS - figures for Prometheus, and the dashboards and alerts made of them
+# ============================================================================
+# One table, METRICS: GET /metrics, the dashboards and alert rules of `grafana` and the README's list
+# are all made of its rows. A row reads its figures when it is asked; what must be counted is counted
+# by the section that it is about. Labels are names of the configuration, of runs and of endpoints,
+# all bounded, and the series of a run end with the run.
+
+TEXT_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_METRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+PLACE_LABELS = ("tenant", "environment")
+CLUSTER_LABELS = (*PLACE_LABELS, "cluster")
+RUN_LABELS = (*PLACE_LABELS, "scenario", "cluster", "run")
+EXPORTER_LABELS = (*RUN_LABELS, "projectId", "runid")  # the last two are what dashboard 19321 selects by
+ENDPOINT = ("method", "name")
+MAX_LABEL = 200  # characters; a longer value keeps its beginning and a hash
+MAX_EXPORTED_ERRORS = 50  # of one run, under locust_exporter's names
+RESPONSE_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Panel(NamedTuple):
+    """What a dashboard draws of a metric. Rows of METRICS that name the same title share a panel.
+
+    query: PromQL, in which @ is the metric with the selection of the dashboard's variables;
+    unit: as Grafana calls it."""
+
+    board: str  # run or health
+    title: str
+    unit: str
+    query: str
+    legend: str
+    kind: str = "timeseries"  # or stat
+
+
+class Alert(NamedTuple):
+    """When a metric is an alert; query as in Panel, without a selection."""
+
+    name: str
+    query: str
+    for_s: int
+    severity: str
+    summary: str
+    what_to_do: str
+
+
+class Quantiles(NamedTuple):
+    """The value of a summary: seconds by quantile, None where Locust gave no figure; with the number
+    and the sum of what was measured, where they are known."""
+
+    seconds: dict[str, float | None]
+    count: int | None = None
+    total_s: float | None = None
+
+
+LabelValues = tuple[str, ...]
+MetricValue = float | int | Quantiles | DurationCounter | None  # None: no figure, no series
+Figures = Iterable[tuple[LabelValues, MetricValue]]
+
+
+class Metric(NamedTuple):
+    """A row of METRICS. name: without the _total of a counter and the _info of an info."""
+
+    name: str
+    kind: str  # gauge, counter, info, summary or histogram
+    about: str
+    labels: tuple[str, ...]
+    read: Callable[[Scrape], Figures]
+    panels: tuple[Panel, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+
+    @property
+    def sample_name(self) -> str:
+        """What its series are called, but for those of a summary and a histogram."""
+        return self.name + {"counter": "_total", "info": "_info"}.get(self.kind, "")
+
+    @property
+    def is_of_program(self) -> bool:
+        """It says something about the whole program rather than about one tenant."""
+        return self.labels[:2] != PLACE_LABELS
+
+    @property
+    def is_of_exporter(self) -> bool:
+        return self.name.startswith("locust_")
+
+
+class ActiveRun(NamedTuple):
+    """A run that has a cluster, its numbers and its monitor."""
+
+    run: Run
+    numbers: Snapshot | None
+    monitor: RunMonitor | None
+
+    @property
+    def labels(self) -> LabelValues:
+        run = self.run
+        return run.tenant_id, run.env_id, run.scenario_id, run.cluster_id, run.id
+
+    @property
+    def reading(self) -> Reading | None:
+        """The newest poll of its cluster."""
+        return self.monitor.last if self.monitor else None
+
+
+class MetricSources(NamedTuple):
+    """The parts of the program that have figures."""
+
+    config: Config
+    store: Store
+    orchestrator: Orchestrator
+    notifier: Notifier
+    feed: EventFeed
+    loops: list[ConnectionLoop]
+    started_at: float  # epoch seconds
+
+
+class Scrape:
+    """What one caller may see of the figures, at one point in time."""
+
+    def __init__(self, sources: MetricSources, scope: Scope):
+        self.sources = sources
+        self.sees_program = scope == EVERYTHING
+        self.clusters = [
+            cluster for cluster in sources.orchestrator.clusters.values()
+            if scope.covers(cluster.config.tenant_id, cluster.config.env_id)
+        ]  # fmt: skip
+        self.places = sorted({(item.config.tenant_id, item.config.env_id) for item in self.clusters})
+        seen = [
+            (run, numbers) for run, numbers in sources.store.active_numbers()
+            if scope.covers(run.tenant_id, run.env_id)
+        ]  # fmt: skip
+        self.waiting = [run for run, _ in seen if run.queued]
+        self.runs = [
+            _active_run(run, numbers, sources.orchestrator.monitor_of(run.id))
+            for run, numbers in seen
+            if run.cluster_id
+        ]
+        self._label_texts: dict[tuple[tuple[str, ...], LabelValues], str] = {}
+
+    def shows(self, metric: Metric) -> bool:
+        if metric.is_of_exporter and not self.sources.config.metrics.exporter_names:
+            return False
+        return self.sees_program or not metric.is_of_program
+
+    def label_text(self, names: tuple[str, ...], values: LabelValues) -> str:
+        """name="value" pairs joined by commas, without braces; "" for no labels."""
+        text = self._label_texts.get((names, values))
+        if text is None:
+            pairs = (f'{name}="{_label_value(value)}"' for name, value in zip(names, values, strict=True))
+            text = self._label_texts[names, values] = ",".join(pairs)
+        return text
+
+
+def _active_run(run: Run, newest: Snapshot | None, monitor: RunMonitor | None) -> ActiveRun:
+    """With the numbers of the newest poll, if there is one: a push may be newer than the poll after it,
+    which Locust answers from its cache, and a counter that goes back means a reset to Prometheus."""
+    polled = monitor.last.snapshot if monitor and monitor.last else None
+    return ActiveRun(run, polled or newest, monitor)
+
+
+def _label_value(value: str) -> str:
+    text = storable_text(value, MAX_LABEL)
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# ---- figures of runs ---------------------------------------------------------
+
+
+def _of_runs(value: Callable[[ActiveRun], MetricValue]) -> Callable[[Scrape], Figures]:
+    return lambda scrape: ((one.labels, value(one)) for one in scrape.runs)
+
+
+def _of_numbers(name: str) -> Callable[[Scrape], Figures]:
+    """A field of the newest numbers."""
+    return _of_runs(lambda one: getattr(one.numbers, name) if one.numbers else None)
+
+
+def _of_monitors(value: Callable[[RunMonitor], MetricValue]) -> Callable[[Scrape], Figures]:
+    """A figure of the monitor, while the run is Running or Stopping."""
+    active = (RunStatus.RUNNING, RunStatus.STOPPING)
+    return _of_runs(lambda one: value(one.monitor) if one.monitor and one.run.status in active else None)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _failure_ratio(one: ActiveRun) -> float | None:
+    percent = one.numbers.error_percent if one.numbers else None
+    return None if percent is None else percent / 100
+
+
+def _target_users(one: ActiveRun) -> int:
+    return one.monitor.target.users if one.monitor else one.run.target_users
+
+
+def _response_quantiles(row: Snapshot | EndpointStats) -> dict[str, float | None]:
+    return {"0.5": _seconds(row.p50_ms), "0.95": _seconds(row.p95_ms), "0.99": _seconds(row.p99_ms)}
+
+
+def _run_response(one: ActiveRun) -> Quantiles | None:
+    numbers = one.numbers
+    if numbers is None or not numbers.requests:
+        return None
+    total_s = None if numbers.avg_ms is None else numbers.requests * numbers.avg_ms / 1000
+    return Quantiles(_response_quantiles(numbers), numbers.requests, total_s)
+
+
+def _recent_response(one: ActiveRun) -> Quantiles | None:
+    numbers = one.reading.snapshot if one.reading else None
+    if numbers is None:
+        return None
+    return Quantiles({"0.5": _seconds(numbers.window_p50_ms), "0.95": _seconds(numbers.window_p95_ms)})
+
+
+def _response_histogram(one: ActiveRun) -> DurationCounter | None:
+    """The newest histogram that the hooks pushed, by whole ms, as a Prometheus histogram."""
+    numbers = one.monitor.pushed if one.monitor else None
+    if numbers is None or numbers.times is None:
+        return None
+    counter = DurationCounter(RESPONSE_BOUNDS_S)
+    for milliseconds, requests in numbers.times.items():
+        counter.note(milliseconds / 1000, requests)
+    return counter
+
+
+def _worker_cpu(one: ActiveRun) -> float | None:
+    workers = one.reading.live_workers if one.reading else ()
+    return max(
+        (worker.cpu_percent / 100 for worker in workers if worker.cpu_percent is not None), default=None
+    )
+
+
+def _live_workers(one: ActiveRun) -> int | None:
+    return len(one.reading.live_workers) if one.reading else None
+
+
+def _of_endpoints(value: Callable[[EndpointStats], MetricValue]) -> Callable[[Scrape], Figures]:
+    """A figure of the busiest endpoints of each run."""
+
+    def read(scrape: Scrape) -> Figures:
+        limit = scrape.sources.config.metrics.max_endpoints
+        for one in scrape.runs:
+            for row in busiest_endpoints(one.numbers, limit):
+                yield (*one.labels, row.method, row.name), value(row)
+
+    return read
+
+
+def busiest_endpoints(numbers: Snapshot | None, limit: int) -> list[EndpointStats]:
+    """Up to `limit` endpoints with the most requests, none of them twice."""
+    rows = {(row.method, row.name): row for row in (numbers.endpoints if numbers else None) or ()}
+    if len(rows) <= limit:
+        return list(rows.values())
+    return heapq.nlargest(limit, rows.values(), key=lambda row: (row.requests or 0, row.method, row.name))
+
+
+# ---- figures of Load Manager itself ------------------------------------------
+
+
+def _active_runs(scrape: Scrape) -> Figures:
+    counts = {
+        (*place, status.value): 0 for place in scrape.places for status in RunStatus if status not in FINAL
+    }
+    for one in scrape.runs:
+        key = (one.run.tenant_id, one.run.env_id, one.run.status.value)
+        counts[key] = counts.get(key, 0) + 1
+    return counts.items()
+
+
+def _queued_runs(scrape: Scrape) -> Figures:
+    counts = dict.fromkeys(scrape.places, 0)
+    for run in scrape.waiting:
+        counts[run.tenant_id, run.env_id] = counts.get((run.tenant_id, run.env_id), 0) + 1
+    return counts.items()
+
+
+def _ended_runs(scrape: Scrape) -> Figures:
+    """0 for what has not happened yet: the first time is then an increase, too."""
+    ended = scrape.sources.orchestrator.counts.ended.copy()
+    keys = [(*place, reason) for place in scrape.places for reason in (*STOP_REASONS, "error")]
+    return [(key, ended.get(key, 0)) for key in keys]
+
+
+def _of_clusters(value: Callable[[Cluster], MetricValue]) -> Callable[[Scrape], Figures]:
+    return lambda scrape: (
+        ((item.config.tenant_id, item.config.env_id, item.id), value(item)) for item in scrape.clusters
+    )
+
+
+def _of_program(value: Callable[[MetricSources], MetricValue]) -> Callable[[Scrape], Figures]:
+    return lambda scrape: [((), value(scrape.sources))]
+
+
+def _http_requests(scrape: Scrape) -> Figures:
+    counts: dict[tuple[str, str, int], int] = {}
+    for loop in scrape.sources.loops:
+        found = loop.traffic.refused.copy()
+        for traffic in loop.traffic.routes.copy().values():
+            for status, count in traffic.answered.copy().items():
+                key = (traffic.route.method, traffic.route.path, status)
+                found[key] = found.get(key, 0) + count
+        for key, count in found.items():
+            counts[key] = counts.get(key, 0) + count
+    return [((method, path, str(status)), count) for (method, path, status), count in counts.items()]
+
+
+def _http_durations(scrape: Scrape) -> Figures:
+    totals: dict[tuple[str, str], DurationCounter] = {}
+    for loop in scrape.sources.loops:
+        for traffic in loop.traffic.routes.copy().values():
+            key, counter = (traffic.route.method, traffic.route.path), traffic.durations
+            total = totals.setdefault(key, DurationCounter(counter.bounds))
+            total.counts = [one + other for one, other in zip(total.counts, counter.counts, strict=True)]
+            total.total_s += counter.total_s
+    return totals.items()
+
+
+def _waiting_notifications(scrape: Scrape) -> Figures:
+    store = scrape.sources.store
+    return [((name,), len(store.waiting_deliveries(name))) for name in scrape.sources.notifier.channels]
+
+
+def _resident_bytes() -> int | None:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None  # not Linux
+
+
+def _open_descriptors() -> int | None:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return None
+
+
+def _build_info(scrape: Scrape) -> Figures:
+    return [((VERSION, ".".join(map(str, sys.version_info[:3]))), 1)]
+
+
+# ---- figures under locust_exporter's names -----------------------------------
+
+
+def _exported(
+    value: Callable[[ActiveRun, Reading], Iterable[tuple[LabelValues, MetricValue]]],
+) -> Callable[[Scrape], Figures]:
+    """Figures of the newest poll, as the exporter has them: by what `value` adds to the run's labels."""
+
+    def read(scrape: Scrape) -> Figures:
+        for one in scrape.runs:
+            if one.reading is not None:
+                run = one.run
+                for more, figure in value(one, one.reading):
+                    yield (*one.labels, run.tenant_id, run.id, *more), figure
+
+    return read
+
+
+def _exported_figure(value: Callable[[Reading], MetricValue]) -> Callable[[Scrape], Figures]:
+    return _exported(lambda one, reading: [((), value(reading))])
+
+
+def _exported_numbers(name: str) -> Callable[[Scrape], Figures]:
+    return _exported_figure(lambda reading: getattr(reading.snapshot, name) if reading.snapshot else None)
+
+
+def _exported_rows(of_row: str, of_total: str | None = None) -> Callable[[Scrape], Figures]:
+    """A field of the endpoints and, where there is one, of the totals, which Locust calls Aggregated."""
+
+    def read(scrape: Scrape) -> Figures:
+        limit = scrape.sources.config.metrics.max_endpoints
+
+        def rows(one: ActiveRun, reading: Reading) -> Iterator[tuple[LabelValues, MetricValue]]:
+            for row in busiest_endpoints(reading.snapshot, limit):
+                yield (row.method, row.name), getattr(row, of_row)
+            if of_total and reading.snapshot:
+                yield ("", "Aggregated"), getattr(reading.snapshot, of_total)
+
+        return _exported(rows)(scrape)
+
+    return read
+
+
+def _exported_workers(*states: str) -> Callable[[Scrape], Figures]:
+    return _exported_figure(
+        lambda reading: sum(not states or worker.state in states for worker in reading.workers)
+    )
+
+
+def _exported_errors(one: ActiveRun, reading: Reading) -> Iterator[tuple[LabelValues, MetricValue]]:
+    counts: dict[LabelValues, int] = {}
+    for failure in heapq.nlargest(MAX_EXPORTED_ERRORS, reading.failures, key=lambda item: item.occurrences):
+        key = (failure.method, failure.name, failure.error)
+        counts[key] = counts.get(key, 0) + failure.occurrences
+    yield from counts.items()
+
+
+def _exported_worker_details(one: ActiveRun, reading: Reading) -> Iterator[tuple[LabelValues, MetricValue]]:
+    for worker in {worker.id: worker for worker in reading.workers}.values():
+        yield (worker.id, worker.state), worker.users
+
+
+def _exported_state(reading: Reading) -> int:
+    return {"running": 2, "spawning": 1}.get(reading.state, 0)
+
+
+def _exported_ratio(reading: Reading) -> float | None:
+    percent = reading.snapshot.error_percent if reading.snapshot else None
+    return None if percent is None else percent / 100
+
+
+# ---- the table ----------------------------------------------------------------
+
+_RUN, _HEALTH = "run", "health"
+_RATE = "sum(rate(@[$__rate_interval]))"
+
+METRICS = (
+    # of each active run
+    Metric(
+        "loadmanager_run_users", "gauge", "Users that run", RUN_LABELS, _of_numbers("users"),
+        (
+            Panel(_RUN, "Users now", "short", "sum(@)", "users", "stat"),
+            Panel(_RUN, "Users", "short", "@", "users {{run}}"),
+        ),
+    ),
+    Metric(
+        "loadmanager_run_target_users", "gauge", "Users that were asked for", RUN_LABELS,
+        _of_runs(_target_users), (Panel(_RUN, "Users", "short", "@", "asked for {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_requests_per_second", "gauge", "Requests per second, as Locust says it of now",
+        RUN_LABELS, _of_numbers("rps"),
+        (
+            Panel(_RUN, "Requests/s now", "reqps", "sum(@)", "requests/s", "stat"),
+            Panel(_RUN, "Requests per second", "reqps", "@", "requests/s {{run}}"),
+        ),
+    ),
+    Metric(
+        "loadmanager_run_failures_per_second", "gauge",
+        "Failed requests per second, as Locust says it of now", RUN_LABELS, _of_numbers("fails_per_s"),
+        (Panel(_RUN, "Requests per second", "reqps", "@", "failures/s {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_failure_ratio", "gauge", "Failed requests of all requests so far, 0 to 1",
+        RUN_LABELS, _of_runs(_failure_ratio),
+        (Panel(_RUN, "Failures", "percentunit", "max(@)", "failed", "stat"),),
+    ),
+    Metric(
+        "loadmanager_run_recent_response_seconds", "summary", "Response times of about the last 10 s",
+        RUN_LABELS, _of_runs(_recent_response),
+        (
+            Panel(_RUN, "95 % now", "s", 'max(@{quantile="0.95"})', "95 %", "stat"),
+            Panel(_RUN, "Response times of the last 10 s", "s", "@", "{{quantile}} {{run}}"),
+        ),
+    ),
+    Metric(
+        "loadmanager_run_response_seconds", "summary", "Response times of the whole run so far",
+        RUN_LABELS, _of_runs(_run_response),
+        (
+            Panel(_RUN, "Response times of the whole run", "s", "@", "{{quantile}} {{run}}"),
+            Panel(_RUN, "Response times of the whole run", "s", "@_sum / @_count", "average {{run}}"),
+        ),
+    ),
+    Metric(
+        "loadmanager_run_request_duration_seconds", "histogram",
+        "Response times of the whole run so far, where the hooks carry them", RUN_LABELS,
+        _of_runs(_response_histogram),
+        tuple(
+            Panel(
+                _RUN, "Response times from histograms", "s",
+                f"histogram_quantile({quantile}, sum by (le, run) (rate(@_bucket[$__rate_interval])))",
+                f"{quantile} {{{{run}}}}",
+            )
+            for quantile in (0.5, 0.95, 0.99)
+        ),
+    ),
+    Metric(
+        "loadmanager_run_requests", "counter", "Requests so far", RUN_LABELS, _of_numbers("requests"),
+        (Panel(_RUN, "Requests and failures so far", "short", "@", "requests {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_failures", "counter", "Failed requests so far", RUN_LABELS,
+        _of_numbers("failures"),
+        (Panel(_RUN, "Requests and failures so far", "short", "@", "failures {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_endpoint_requests", "counter", "Requests of an endpoint so far",
+        (*RUN_LABELS, *ENDPOINT), _of_endpoints(lambda row: row.requests),
+        (
+            Panel(
+                _RUN, "Requests per second of the endpoints", "reqps",
+                "sum by (method, name) (rate(@[$__rate_interval]))", "{{method}} {{name}}",
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_endpoint_failures", "counter", "Failed requests of an endpoint so far",
+        (*RUN_LABELS, *ENDPOINT), _of_endpoints(lambda row: row.failures),
+        (
+            Panel(
+                _RUN, "Failures per second of the endpoints", "reqps",
+                "sum by (method, name) (rate(@[$__rate_interval]))", "{{method}} {{name}}",
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_endpoint_response_seconds", "summary",
+        "Response times of an endpoint in the whole run so far", (*RUN_LABELS, *ENDPOINT),
+        _of_endpoints(lambda row: Quantiles(_response_quantiles(row))),
+        (Panel(_RUN, "95 % of the endpoints", "s", '@{quantile="0.95"}', "{{method}} {{name}} {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_workers", "gauge", "Workers that are connected", RUN_LABELS,
+        _of_runs(_live_workers), (Panel(_RUN, "Workers now", "short", "sum(@)", "workers", "stat"),),
+    ),
+    Metric(
+        "loadmanager_run_worker_cpu_ratio", "gauge", "CPU of the busiest worker, 0 to 1 of a core",
+        RUN_LABELS, _of_runs(_worker_cpu),
+        (Panel(_RUN, "CPU of the busiest worker", "percentunit", "@", "{{cluster}} {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_start_time_seconds", "gauge", "When it started, in epoch seconds", RUN_LABELS,
+        _of_runs(lambda one: one.run.started_at),
+        (Panel(_RUN, "Running for", "s", "time() - min(@)", "running for", "stat"),),
+    ),
+    Metric(
+        "loadmanager_run_poll_age_seconds", "gauge", "Since Locust answered a poll of the run last",
+        RUN_LABELS, _of_monitors(lambda one: one.poll_age_s),
+        (Panel(_HEALTH, "Age of the last poll", "s", "@", "{{cluster}} {{run}}"),),
+    ),
+    Metric(
+        "loadmanager_run_unanswered_seconds", "gauge",
+        "For how long all polls of the run have failed; 0: the last one succeeded", RUN_LABELS,
+        _of_monitors(lambda one: one.unanswered_s),
+        (Panel(_HEALTH, "Polls without an answer", "s", "@", "{{cluster}} {{run}}"),),
+        (
+            Alert(
+                "LoadManagerPollFailing", "@ > 20", 0, "warning",
+                "Locust of cluster {{ $labels.cluster }} does not answer",
+                (
+                    "Run {{ $labels.run }} is lost after orchestrator.lostAfterSeconds. Look at the Locust "
+                    "master and the network to it."
+                ),
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_run_overdue_seconds", "gauge",
+        "For how long the load has been running beyond its deadline", RUN_LABELS,
+        _of_monitors(lambda one: one.overdue_s),
+        (Panel(_HEALTH, "Load beyond its deadline", "s", "@", "{{cluster}} {{run}}"),),
+        (
+            Alert(
+                "LoadManagerStopLate", "@ > 5", 0, "critical",
+                "The load of run {{ $labels.run }} has not stopped",
+                (
+                    "Load Manager tries the stop until Locust of cluster {{ $labels.cluster }} confirms it. "
+                    "Stop it by hand if it must end now."
+                ),
+            ),
+        ),
+    ),
+    # of places and clusters
+    Metric(
+        "loadmanager_active_runs", "gauge", "Runs that are not over, by status; those in the queue apart",
+        (*PLACE_LABELS, "status"), _active_runs,
+        (Panel(_HEALTH, "Active runs", "short", "sum by (status) (@)", "{{status}}"),),
+    ),
+    Metric(
+        "loadmanager_queued_runs", "gauge", "Runs that wait for a free cluster", PLACE_LABELS,
+        _queued_runs, (Panel(_HEALTH, "Active runs", "short", "sum(@)", "waiting"),),
+    ),
+    Metric(
+        "loadmanager_runs_ended", "counter",
+        "Runs that have ended, by stop reason; error: failed before they were stopped",
+        (*PLACE_LABELS, "reason"), _ended_runs,
+        (
+            Panel(
+                _HEALTH, "Runs that ended", "short", "sum by (reason) (increase(@[$__range]))",
+                "{{reason}}",
+            ),
+        ),
+        (
+            Alert(
+                "LoadManagerRunLost", 'increase(@{reason="lost"}[5m]) > 0', 0, "warning",
+                "A run of {{ $labels.tenant }}/{{ $labels.environment }} was lost",
+                (
+                    "Its cluster was silent, was restarted or lost its workers; the run's failureReason "
+                    "says which. Its load is stopped when the cluster is back."
+                ),
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_poll_failures", "counter", "Polls of active runs that Locust did not answer",
+        CLUSTER_LABELS, _of_clusters(lambda item: item.failed_polls),
+        (Panel(_HEALTH, "Failed polls per second", "short", "rate(@[$__rate_interval])", "{{cluster}}"),),
+    ),
+    Metric(
+        "loadmanager_cluster_up", "gauge",
+        "1: its Locust answered when it was asked last; idle clusters are not asked", CLUSTER_LABELS,
+        _of_clusters(lambda item: int(item.problem is None)),
+        (Panel(_HEALTH, "Clusters that answer", "short", "@", "{{cluster}}"),),
+    ),
+    # of the program
+    Metric(
+        "loadmanager_stop_lateness_seconds", "histogram", "How late loads stopped whose duration was over",
+        (), _of_program(lambda sources: sources.orchestrator.counts.lateness),
+        tuple(
+            Panel(
+                _HEALTH, "Lateness of stops", "s",
+                f"histogram_quantile({quantile}, sum by (le) (increase(@_bucket[$__range])))",
+                f"{quantile}",
+            )
+            for quantile in (0.5, 0.99)
+        ),
+    ),
+    Metric(
+        "loadmanager_http_requests", "counter",
+        "Requests that were answered; route none: no such path, or no HTTP", ("method", "route", "status"),
+        _http_requests,
+        (
+            Panel(
+                _HEALTH, "HTTP requests per second", "reqps",
+                "sum by (status) (rate(@[$__rate_interval]))", "{{status}}",
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_http_request_duration_seconds", "histogram",
+        "From the last byte of a request to its answer", ("method", "route"), _http_durations,
+        tuple(
+            Panel(
+                _HEALTH, "HTTP latency", "s",
+                f"histogram_quantile({quantile}, sum by (le) (rate(@_bucket[$__rate_interval])))",
+                f"{quantile}",
+            )
+            for quantile in (0.5, 0.99)
+        ),
+    ),
+    Metric(
+        "loadmanager_http_requests_in_threads", "gauge", "Requests that wait for Locust or the database",
+        (), _of_program(lambda sources: sources.loops[0].requests_in_threads),
+        (Panel(_HEALTH, "Connections and threads", "short", "@", "requests in threads"),),
+    ),
+    Metric(
+        "loadmanager_http_connections", "gauge", "Open connections", (),
+        _of_program(lambda sources: sum(loop.open_connections for loop in sources.loops)),
+        (Panel(_HEALTH, "Connections and threads", "short", "@", "connections"),),
+    ),
+    Metric(
+        "loadmanager_event_streams", "gauge", "Open event streams", (),
+        _of_program(lambda sources: sources.feed.open_streams),
+        (Panel(_HEALTH, "Connections and threads", "short", "@", "event streams"),),
+    ),
+    Metric(
+        "loadmanager_threads", "gauge", "Threads", (),
+        _of_program(lambda sources: threading.active_count()),
+        (Panel(_HEALTH, "Connections and threads", "short", "@", "threads"),),
+    ),
+    Metric(
+        "loadmanager_writer_lag_seconds", "gauge",
+        "For how long the oldest change that is not on disk has waited for it", (),
+        _of_program(lambda sources: sources.store.writer_lag_s),
+        (Panel(_HEALTH, "Writer behind", "s", "@", "lag"),),
+        (
+            Alert(
+                "LoadManagerWriterBehind", "@ > 5", 10, "critical",
+                "Load Manager cannot write to its database fast enough",
+                (
+                    "Nothing new is started until it can. Look at the disk or the PostgreSQL server; "
+                    "/health says why."
+                ),
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_writer_up", "gauge", "1: the database is written; 0: it cannot be", (),
+        _of_program(lambda sources: int(sources.store.problem is None)),
+        (Panel(_HEALTH, "Writer up", "short", "min(@)", "up", "stat"),),
+        (
+            Alert(
+                "LoadManagerNotWriting", "@ == 0", 10, "critical",
+                "Load Manager cannot write to its database", "/health and the log say why.",
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_rows_left_out", "counter", "Rows that the database could never take; the log has them", (),
+        _of_program(lambda sources: sources.store.rows_left_out),
+        (Panel(_HEALTH, "Rows left out", "short", "sum(@)", "rows", "stat"),),
+    ),
+    Metric(
+        "loadmanager_database_size_bytes", "gauge", "What the database takes on disk", (),
+        _of_program(lambda sources: sources.store.database_bytes()),
+        (Panel(_HEALTH, "Database", "bytes", "@", "size"),),
+    ),
+    Metric(
+        "loadmanager_notifications_waiting", "gauge", "Notifications that are not delivered yet",
+        ("channel",), _waiting_notifications,
+        (Panel(_HEALTH, "Notifications that wait", "short", "@", "{{channel}}"),),
+    ),
+    Metric(
+        "loadmanager_unforeseen_errors", "counter",
+        "Exceptions that nobody foresaw and that a thread survived; the log has each with its trace", (),
+        _of_program(lambda sources: sum(UNFORESEEN.copy().values())),
+        (Panel(_HEALTH, "Unforeseen errors", "short", "sum(@)", "errors", "stat"),),
+        (
+            Alert(
+                "LoadManagerUnforeseenError", "increase(@[15m]) > 0", 0, "warning",
+                "Load Manager met an error that nobody foresaw",
+                "Its log has the trace: please report it.",
+            ),
+        ),
+    ),
+    Metric(
+        "loadmanager_build", "info", "The version that runs", ("version", "python"), _build_info,
+        (Panel(_HEALTH, "Version", "none", "@", "{{version}}", "stat"),),
+        (
+            Alert(
+                "LoadManagerDown", "absent(@)", 60, "critical",
+                "Prometheus gets no figures of Load Manager",
+                "Loads end on time all the same. Look at the service and its log.",
+            ),
+        ),
+    ),
+    Metric(
+        "process_cpu_seconds", "counter", "CPU time that was used", (),
+        _of_program(lambda sources: time.process_time()),
+        (Panel(_HEALTH, "CPU", "percentunit", "rate(@[$__rate_interval])", "of a core"),),
+    ),
+    Metric(
+        "process_resident_memory_bytes", "gauge", "Memory in use", (),
+        _of_program(lambda sources: _resident_bytes()),
+        (Panel(_HEALTH, "Memory", "bytes", "@", "resident"),),
+    ),
+    Metric(
+        "process_open_fds", "gauge", "Open file descriptors", (),
+        _of_program(lambda sources: _open_descriptors()),
+        (Panel(_HEALTH, "Connections and threads", "short", "@", "file descriptors"),),
+    ),
+    Metric(
+        "process_start_time_seconds", "gauge", "When the program started, in epoch seconds", (),
+        _of_program(lambda sources: sources.started_at),
+        (Panel(_HEALTH, "Up for", "s", "time() - max(@)", "up for", "stat"),),
+    ),
+    # the names of locust_exporter
+    Metric(
+        "locust_up", "gauge", "1: Locust answered the last poll", EXPORTER_LABELS,
+        _exported(lambda one, reading: [((), int(not (one.monitor and one.monitor.unanswered_s)))]),
+    ),
+    Metric(
+        "locust_running", "gauge", "0: stopped, 1: users are started, 2: running", EXPORTER_LABELS,
+        _exported_figure(_exported_state),
+    ),
+    Metric(
+        "locust_users", "gauge", "Users that run", EXPORTER_LABELS,
+        _exported_figure(lambda reading: reading.users),
+    ),
+    Metric("locust_workers_count", "gauge", "Workers", EXPORTER_LABELS, _exported_workers()),
+    Metric(
+        "locust_slaves_count", "gauge", "Workers, as older dashboards call them", EXPORTER_LABELS,
+        _exported_workers(),
+    ),
+    Metric(
+        "locust_workers_running_count", "gauge", "Workers that run", EXPORTER_LABELS,
+        _exported_workers("running"),
+    ),
+    Metric(
+        "locust_workers_hatching_count", "gauge", "Workers that start users", EXPORTER_LABELS,
+        _exported_workers("spawning", "hatching"),
+    ),
+    Metric(
+        "locust_workers_missing_count", "gauge", "Workers that are gone", EXPORTER_LABELS,
+        _exported_workers("missing"),
+    ),
+    Metric(
+        "locust_worker_detail", "gauge", "Users of a worker", (*EXPORTER_LABELS, "id", "state"),
+        _exported(_exported_worker_details),
+    ),
+    Metric(
+        "locust_requests_num_requests", "gauge", "Requests so far", (*EXPORTER_LABELS, *ENDPOINT),
+        _exported_rows("requests", "requests"),
+    ),
+    Metric(
+        "locust_requests_num_failures", "gauge", "Failed requests so far", (*EXPORTER_LABELS, *ENDPOINT),
+        _exported_rows("failures", "failures"),
+    ),
+    Metric(
+        "locust_requests_avg_response_time", "gauge", "Average response time, ms",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("avg_ms", "avg_ms"),
+    ),
+    Metric(
+        "locust_requests_min_response_time", "gauge", "Shortest response time, ms",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("min_ms"),
+    ),
+    Metric(
+        "locust_requests_max_response_time", "gauge", "Longest response time, ms",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("max_ms"),
+    ),
+    Metric(
+        "locust_requests_median_response_time", "gauge", "Median response time, ms",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("p50_ms", "p50_ms"),
+    ),
+    Metric(
+        "locust_requests_avg_content_length", "gauge", "Average size of an answer, bytes",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("content_bytes"),
+    ),
+    Metric(
+        "locust_requests_current_rps", "gauge", "Requests per second now", (*EXPORTER_LABELS, *ENDPOINT),
+        _exported_rows("per_s", "rps"),
+    ),
+    Metric(
+        "locust_requests_current_fail_per_sec", "gauge", "Failed requests per second now",
+        (*EXPORTER_LABELS, *ENDPOINT), _exported_rows("fails_per_s", "fails_per_s"),
+    ),
+    Metric(
+        "locust_requests_current_response_time_percentile_50", "gauge", "Median of the last 10 s, ms",
+        EXPORTER_LABELS, _exported_numbers("window_p50_ms"),
+    ),
+    Metric(
+        "locust_requests_current_response_time_percentile_95", "gauge", "95 % of the last 10 s, ms",
+        EXPORTER_LABELS, _exported_numbers("window_p95_ms"),
+    ),
+    Metric(
+        "locust_requests_fail_ratio", "gauge", "Failed requests of all requests so far, 0 to 1",
+        EXPORTER_LABELS, _exported_figure(_exported_ratio),
+    ),
+    Metric(
+        "locust_errors", "gauge", "Occurrences of an error", (*EXPORTER_LABELS, *ENDPOINT, "error"),
+        _exported(_exported_errors),
+    ),
+)  # fmt: skip
+
+
+# ---- exposition ---------------------------------------------------------------
+
+
+def wants_open_metrics(accept: str) -> bool:
+    """Whether a client rather has OpenMetrics than the text format, by its header Accept."""
+    weights: dict[str, float] = {}
+    for part in accept.lower().split(","):
+        media, *parameters = (word.strip() for word in part.split(";"))
+        weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
+        version = next((word[8:].strip('"') for word in parameters if word.startswith("version=")), "")
+        if media == "application/openmetrics-text" and version not in ("", "1.0.0", "0.0.1"):
+            continue
+        number = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 0.0
+        weights[media] = max(weights.get(media, 0.0), number)
+    ours = weights.get("application/openmetrics-text", 0.0)
+    return ours > 0 and ours >= weights.get("text/plain", 0.0)
+
+
+def exposition(scrape: Scrape, open_metrics: bool) -> str:
+    """All series that the caller may see, in the text format 0.0.4 or as OpenMetrics 1.0."""
+    lines: list[str] = []
+    for metric in METRICS:
+        if scrape.shows(metric):
+            series = [
+                line
+                for values, value in metric.read(scrape)
+                for line in _series(scrape, metric, values, value)
+            ]
+            if series:
+                lines += _family_head(metric, open_metrics)
+                lines += series
+    lines += ["# EOF", ""] if open_metrics else [""]
+    return "\n".join(lines)
+
+
+def _family_head(metric: Metric, open_metrics: bool) -> list[str]:
+    """The text format names a counter by its series, OpenMetrics without the suffix."""
+    name = metric.name if open_metrics else metric.sample_name
+    kind = metric.kind if open_metrics or metric.kind != "info" else "gauge"
+    return [f"# HELP {name} {metric.about}.", f"# TYPE {name} {kind}"]
+
+
+def _series(scrape: Scrape, metric: Metric, values: LabelValues, value: MetricValue) -> Iterator[str]:
+    if value is None:
+        return
+    text = scrape.label_text(metric.labels, values)
+    if isinstance(value, Quantiles):
+        yield from _summary_series(metric.name, text, value)
+    elif isinstance(value, DurationCounter):
+        yield from _histogram_series(metric.name, text, value)
+    else:
+        yield f"{metric.sample_name}{{{text}}} {value}" if text else f"{metric.sample_name} {value}"
+
+
+def _summary_series(name: str, labels: str, value: Quantiles) -> Iterator[str]:
+    for quantile, seconds in value.seconds.items():
+        if seconds is not None:
+            yield f'{name}{{{labels},quantile="{quantile}"}} {seconds}'
+    if value.count is not None and value.total_s is not None:
+        yield f"{name}_sum{{{labels}}} {value.total_s}"
+        yield f"{name}_count{{{labels}}} {value.count}"
+
+
+def _histogram_series(name: str, labels: str, value: DurationCounter) -> Iterator[str]:
+    before, total = f"{labels}," if labels else "", 0
+    for bound, count in zip((*map(str, value.bounds), "+Inf"), value.counts.copy(), strict=True):
+        total += count
+        yield f'{name}_bucket{{{before}le="{bound}"}} {total}'
+    braces = f"{{{labels}}}" if labels else ""
+    yield f"{name}_sum{braces} {value.total_s}"
+    yield f"{name}_count{braces} {total}"
+
+
+# ---- dashboards and alert rules -----------------------------------------------
+
+GRAFANA_COMMAND = "python loadmanager.py grafana --out deploy/grafana"
+RUNS_TAG = "loadmanager"  # of the annotations that notifications of type grafana make
+DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+PANEL_WIDTH, PANEL_HEIGHT, STAT_WIDTH, STAT_HEIGHT, BOARD_WIDTH = 12, 8, 4, 4, 24
+
+
+class Board(NamedTuple):
+    """A dashboard: its variables, each with the series that has its values."""
+
+    uid: str
+    title: str
+    about: str
+    variables: dict[str, str]
+
+
+BOARDS = {
+    _RUN: Board(
+        "loadmanager-run",
+        "Load Manager: runs",
+        "Load tests while they run: users, requests, failures, response times.",
+        dict.fromkeys(("tenant", "environment", "run"), "loadmanager_run_target_users"),
+    ),
+    _HEALTH: Board(
+        "loadmanager-health",
+        "Load Manager: health",
+        "Load Manager itself: does it reach its clusters, stop loads on time, write, answer.",
+        {
+            "instance": "loadmanager_build_info",
+            "tenant": "loadmanager_active_runs",
+            "environment": "loadmanager_active_runs",
+        },
+    ),
+}
+
+
+def metric_query(metric: Metric, query: str, variables: Iterable[str] = ()) -> str:
+    """PromQL of a Panel or an Alert: @ becomes the metric, selected by those of the variables that it has."""
+    known = (*metric.labels, "instance")
+    selection = [f'{name}=~"${name}"' for name in variables if name in known]
+
+    def expand(match: re.Match[str]) -> str:
+        suffix, more = match.groups()
+        name = f"{metric.name}{suffix}" if suffix else metric.sample_name
+        parts = [*selection, *([more] if more else [])]
+        return f"{name}{{{','.join(parts)}}}" if parts else name
+
+    return re.sub(r"@(_bucket|_sum|_count)?(?:\{([^}]*)\})?", expand, query)
+
+
+def dashboard(key: str) -> dict[str, Any]:
+    """A dashboard as Grafana imports it."""
+    board = BOARDS[key]
+    return {
+        "uid": board.uid,
+        "title": board.title,
+        "description": board.about,
+        "tags": [RUNS_TAG],
+        "schemaVersion": 39,
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "10s",
+        "time": {"from": "now-30m", "to": "now"},
+        "timezone": "browser",
+        "templating": {"list": [_data_source_variable(), *_variables(board)]},
+        "annotations": {"list": [_run_annotations()]},
+        "links": [
+            {
+                "type": "link",
+                "title": other.title,
+                "url": f"/d/{other.uid}",
+                "keepTime": True,
+                "icon": "dashboard",
+            }
+            for name, other in BOARDS.items()
+            if name != key
+        ],
+        "panels": _panels(key, board),
+    }
+
+
+def _data_source_variable() -> dict[str, Any]:
+    return {
+        "name": "datasource",
+        "label": "Prometheus",
+        "type": "datasource",
+        "query": "prometheus",
+        "refresh": 1,
+    }
+
+
+def _variables(board: Board) -> Iterator[dict[str, Any]]:
+    """Each variable offers what the ones before it leave."""
+    before: list[str] = []
+    for name, series in board.variables.items():
+        shared = [one for one in before if board.variables[one] == series]
+        selection = ",".join(f'{one}=~"${one}"' for one in shared)
+        yield {
+            "name": name,
+            "type": "query",
+            "datasource": DATA_SOURCE,
+            "query": f"label_values({series}{{{selection}}}, {name})",
+            "refresh": 2,  # whenever the time range changes
+            "sort": 1,
+            "multi": True,
+            "includeAll": True,
+            "allValue": ".*",
+            "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+        }
+        before.append(name)
+
+
+def _run_annotations() -> dict[str, Any]:
+    return {
+        "name": "Load tests",
+        "datasource": {"type": "grafana", "uid": "-- Grafana --"},
+        "enable": True,
+        "iconColor": SERIES["users"].light,
+        "target": {"type": "tags", "tags": [RUNS_TAG], "matchAny": False, "limit": 100},
+    }
+
+
+def _panels(key: str, board: Board) -> list[dict[str, Any]]:
+    """The panels in the order of METRICS, the single figures first."""
+    by_title: dict[str, list[tuple[Metric, Panel]]] = {}
+    for metric in METRICS:
+        for panel in metric.panels:
+            if panel.board == key:
+                by_title.setdefault(panel.title, []).append((metric, panel))
+    ordered = sorted(by_title.values(), key=lambda rows: rows[0][1].kind != "stat")
+    panels, x, y, height = [], 0, 0, STAT_HEIGHT
+    for rows in ordered:
+        is_stat = rows[0][1].kind == "stat"
+        width = STAT_WIDTH if is_stat else PANEL_WIDTH
+        if x + width > BOARD_WIDTH or (height == STAT_HEIGHT and not is_stat):
+            x, y, height = 0, y + height, STAT_HEIGHT if is_stat else PANEL_HEIGHT
+        place = {"x": x, "y": y, "w": width, "h": height}
+        panels.append(_panel(len(panels) + 1, rows, place, tuple(board.variables)))
+        x += width
+    return panels
+
+
+def _panel(
+    number: int, rows: list[tuple[Metric, Panel]], place: dict[str, int], variables: tuple[str, ...]
+) -> dict[str, Any]:
+    first = rows[0][1]
+    targets = [
+        {
+            "refId": chr(ord("A") + index),
+            "datasource": DATA_SOURCE,
+            "expr": metric_query(metric, panel.query, variables),
+            "legendFormat": panel.legend,
+        }
+        for index, (metric, panel) in enumerate(rows)
+    ]
+    return {
+        "id": number,
+        "type": first.kind,
+        "title": first.title,
+        "description": "; ".join(dict.fromkeys(metric.about for metric, _ in rows)) + ".",
+        "datasource": DATA_SOURCE,
+        "gridPos": place,
+        "fieldConfig": {"defaults": _field_defaults(first), "overrides": []},
+        "options": _panel_options(first),
+        "targets": targets,
+    }
+
+
+def _field_defaults(panel: Panel) -> dict[str, Any]:
+    custom = {"fillOpacity": 10, "lineWidth": 1, "showPoints": "never"}
+    return {"unit": panel.unit, "min": 0, **({"custom": custom} if panel.kind == "timeseries" else {})}
+
+
+def _panel_options(panel: Panel) -> dict[str, Any]:
+    if panel.kind == "stat":
+        return {
+            "colorMode": "value",
+            "graphMode": "area",
+            "textMode": "name" if panel.unit == "none" else "value",
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        }
+    return {
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+        "tooltip": {"mode": "multi", "sort": "desc"},
+    }
+
+
+def alert_rules() -> str:
+    """The alert rules for Prometheus, as YAML; a text in JSON's quotes is one in YAML's, too."""
+    lines = [f"# Made by `{GRAFANA_COMMAND}`.", "groups:", "  - name: loadmanager", "    rules:"]
+    for metric in METRICS:
+        for alert in metric.alerts:
+            lines += [
+                f"      - alert: {alert.name}",
+                f"        expr: {json.dumps(metric_query(metric, alert.query))}",
+                f"        for: {alert.for_s}s",
+                "        labels:",
+                f"          severity: {alert.severity}",
+                "        annotations:",
+                f"          summary: {json.dumps(alert.summary)}",
+                f"          description: {json.dumps(alert.what_to_do)}",
+            ]
+    return "\n".join([*lines, ""])
+
+
+PROMETHEUS_YML = """\
+# Made by `{command}`. The token is one of role viewer: `token new` makes it.
+rule_files: [loadmanager.rules.yml]
+scrape_configs:
+  - job_name: loadmanager
+    scrape_interval: 10s
+    authorization: {{credentials_file: loadmanager.token}}
+    static_configs: [{{targets: ["127.0.0.1:8080"]}}]
+"""
+DATA_SOURCES_YML = """\
+# Made by `{command}`. To /etc/grafana/provisioning/datasources, if there is no Prometheus yet.
+apiVersion: 1
+datasources:
+  - {{name: Prometheus, type: prometheus, access: proxy, url: "http://127.0.0.1:9090", isDefault: true}}
+"""
+DASHBOARDS_YML = """\
+# Made by `{command}`. To /etc/grafana/provisioning/dashboards; the .json files to the path below.
+apiVersion: 1
+providers:
+  - name: loadmanager
+    folder: Load Manager
+    type: file
+    options: {{path: /var/lib/grafana/dashboards/loadmanager}}
+"""
+
+
+def grafana_files() -> dict[str, str]:
+    """What `grafana` writes: file names in the folder, with their content."""
+    files = {
+        "provisioning/dashboards/loadmanager.yaml": DASHBOARDS_YML.format(command=GRAFANA_COMMAND),
+        "provisioning/datasources/loadmanager.yaml": DATA_SOURCES_YML.format(command=GRAFANA_COMMAND),
+        "prometheus/prometheus.yml": PROMETHEUS_YML.format(command=GRAFANA_COMMAND),
+        "prometheus/loadmanager.rules.yml": alert_rules(),
+    }
+    for key, board in BOARDS.items():
+        files[f"dashboards/{board.uid}.json"] = json.dumps(dashboard(key), indent=1) + "\n"
+    return files
+
+
+# ============================================================================
+# 19. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
 # time nor the number of tries tells anything of them. What a token says is remembered
@@ -15619,7 +16981,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 19. SIGN ON - tokens and sign-ins of an identity provider
+# 20. SIGN ON - tokens and sign-ins of an identity provider
 # ============================================================================
 # JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
 # algorithms count, never the token, and a key is used only with the algorithms of its
@@ -16138,7 +17500,7 @@ def secure_mark(server: ServerConfig) -> str:
 
 
 # ============================================================================
-# 20. SESSIONS - browsers that signed in, and what they must prove
+# 21. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
@@ -16314,7 +17676,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 21. HTTP API - routes, authentication, handlers
+# 22. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 
@@ -16344,6 +17706,7 @@ class Route:
     answer: str = "Success"
     success: int = 200
     media: str = JSON_TYPE
+    other_media: tuple[str, ...] = ()  # that a client may ask for by Accept
     errors: tuple[int, ...] = ()
     more_body: dict[str, Any] = field(default_factory=dict)
 
@@ -16510,6 +17873,17 @@ def get_metrics(api: Api, request: Request) -> Response:
     return json_response(
         {"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points}
     )
+
+
+def get_prometheus(api: Api, request: Request) -> Response:
+    """All figures that the caller may see, in the format that Prometheus asks for."""
+    headers = request.head.headers
+    open_metrics = wants_open_metrics(headers.get("accept", ""))
+    body = exposition(Scrape(api.metric_sources, request.principal.scope), open_metrics).encode()
+    more = {"Vary": "Accept, Accept-Encoding"}
+    if "gzip" in headers.get("accept-encoding", ""):
+        body, more["Content-Encoding"] = gzip.compress(body, 1), "gzip"
+    return Response(body, content_type=OPEN_METRICS_TYPE if open_metrics else TEXT_METRICS_TYPE, headers=more)
 
 
 def get_export(api: Api, request: Request) -> Response:
@@ -17136,6 +18510,10 @@ ROUTES = (
     Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in", waits=False, success=204),
     Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again", answer="Reloaded"),
     Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False, answer="Health", errors=(503,)),
+    Route(
+        "GET", "/metrics", get_prometheus, "viewer", "Figures for Prometheus, as text or OpenMetrics",
+        media=TEXT_METRICS_TYPE, other_media=(OPEN_METRICS_TYPE,),
+    ),
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs"),
     Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run"),
@@ -17441,7 +18819,7 @@ def _responses(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": REASONS[route.success]}
     if route.success not in (204, 302):
         schema = {"$ref": f"#/components/schemas/{route.answer}"} if route.media == JSON_TYPE else _TEXT
-        good["content"] = {route.media: {"schema": schema}}
+        good["content"] = {media: {"schema": schema} for media in (route.media, *route.other_media)}
     statuses = {400, *route.errors}
     statuses |= {401, 403, 429} if route.access != "anyone" else set()
     statuses |= {404} if "{" in route.path or route.access == "locust" else set()
@@ -17589,6 +18967,9 @@ class Api:
         self.orchestrator = orchestrator
         self.scheduler = scheduler
         self.notifier = notifier
+        self.metric_sources = MetricSources(
+            config, store, orchestrator, notifier, feed, [feed.loop], time.time()
+        )
         self._feed = feed
         self._sessions = Sessions()
         self._router = Router(ROUTES)
@@ -17663,7 +19044,13 @@ class Api:
     def _principal(self, head: RequestHead, route: Route, address: str) -> Principal:
         if route.access == "anyone":
             return NOBODY
+        if route.handler is get_prometheus and self._gives_metrics_to(head):
+            return ANONYMOUS
         return self._locust(head, address) if route.access == "locust" else self._caller(head, address)
+
+    def _gives_metrics_to(self, head: RequestHead) -> bool:
+        """Whether GET /metrics needs no token; one that is sent is checked all the same."""
+        return self.config.metrics.anonymous and "authorization" not in head.headers
 
     def _check_role(self, principal: Principal, route: Route) -> None:
         if route.access in ROLES and ROLES.index(principal.role) < ROLES.index(route.access):
@@ -18044,7 +19431,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 22. SERVICE - the whole program put together, and its configuration checked
+# 23. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -18344,6 +19731,7 @@ class LocalCallbacks:
     def __init__(self, api: Api, workers: Workers):
         self._api = api
         self._loop = ConnectionLoop(self, connections_that_fit(1024) // 4, None, workers)
+        api.metric_sources.loops.append(self._loop)
         self._server = ApiServer("127.0.0.1", 0, self._loop)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -18460,7 +19848,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 23. TERMINAL - text, tables and a live view that any terminal can show
+# 24. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
@@ -18692,7 +20080,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 24. API CLIENT - which server a command talks to, and requests to it
+# 25. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the orchestrator. Every failure is a CommandError: one line and an exit status.
@@ -19008,7 +20396,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 25. COMMAND LINE - commands, what they take, and what they print
+# 26. COMMAND LINE - commands, what they take, and what they print
 # ============================================================================
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
@@ -19183,6 +20571,20 @@ def reloaded_by_signal(mark: ServerMark, before: dict[str, Any]) -> dict[str, An
         before = before or found
     words = f"the server did not read its configuration within {RELOAD_PATIENCE_S:g} s; its log may say why"
     raise CommandError(words, EXIT_UNREACHABLE)
+
+
+def command_grafana(options: Any) -> int:
+    """Write the dashboards and rules; what is there already is replaced."""
+    for name, content in grafana_files().items():
+        path = os.path.join(options.out, name)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(content)
+        except OSError as error:
+            raise CommandError(f"{path} cannot be written: {error.strerror or error}") from None
+        print(path)
+    return EXIT_DONE
 
 
 def command_completion(options: Any) -> int:
@@ -20747,6 +22149,11 @@ COMMANDS = (
         calls_server=False,
     ),
     Command(
+        "grafana", command_grafana, "write Grafana dashboards and Prometheus alert rules",
+        "grafana --out deploy/grafana",
+        (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),), calls_server=False,
+    ),
+    Command(
         "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
         (argument("shell", choices=["bash", "zsh"], help="bash or zsh"),), calls_server=False,
     ),
@@ -20974,7 +22381,7 @@ def plain_start(arguments: list[str]) -> str | None:
 
 
 # ============================================================================
-# 26. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 27. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
