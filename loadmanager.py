@@ -39,6 +39,53 @@ The sections, each using only names of the sections above it (`grep -n '^# [0-9]
 25. API CLIENT      which server a command talks to, and requests to it
 26. COMMAND LINE    commands, what they take, and what they print
 27. DASHBOARD PAGE  what a browser gets at / and at /docs
+
+Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
+trace and counts it, `/health` tells the count, and then what the last column says happens.
+
+thread             what it does                                      may wait for     when it raises
+accept             accepts connections                               -                goes on
+connections        reads and answers all connections                 -                goes on
+request, stop      handlers that wait; `stop` is kept for stops      Locust, disk     500, goes on
+big body           reads bodies over 64 KiB, one by one              -                500, goes on
+timer              deadlines and other scheduled calls               -                goes on
+writer             the only one that writes to the database          the database     goes on
+database-deadline  cuts a PostgreSQL connection that hangs           -                is counted
+watch              looks at the cluster of one run                   Locust           the run is Failed
+end                stops the load of one run, and ends the run       Locust, disk     the run is Failed
+edge               ends a run as Failed when that failed before      disk             tried again
+queue              starts waiting runs on free clusters              disk             tried again
+clean-up           stops the load of runs that have ended            Locust           tried again
+guard              sees that the guard of a launched cluster lives   a process        is counted
+replace workers    has lost workers started again                    a command        is counted
+sleep              puts a cluster that no run needs to sleep         Locust           tried again
+cluster-change     follows a reload in what is launched              a process        is counted
+ask                asks one cluster for the list of clusters         Locust           "did not answer"
+dns                looks a name up                                   a name server    is counted
+schedules          fires schedules                                   -                goes on
+schedule-          starts the run of one schedule                    Locust           is counted
+repeat             starts the next run of a repetition               Locust           goes on
+notify-            delivers notifications of one channel             a receiver       goes on
+keys               reads the keys of an identity provider            the provider     is counted
+retention, audit   remove what is older than the configuration says  disk             tried again
+
+Locks, in the one order in which they are taken: who holds one takes only those below it.
+
+Cluster.operation         a start, a stop or a change of users goes on there; Locust is asked within
+ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
+RunMonitor._lock          what is known of an active run
+Notifier._picking         which deliveries are in hand
+Store._lock               all runs in memory
+DatabaseWriter._changed   what is to be written
+EventFeed._lock           which runs have changed since the last round
+Timer._changed            the heap of scheduled calls
+
+The others guard one thing each, and are never taken while one of these is held, unless nothing
+else is taken within them: ThresholdWatch._lock,
+_Deadline._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
+Scheduler._lock, Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
+ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
+Service._reloading, RunCounts._lock.
 """
 
 from __future__ import annotations
@@ -6104,7 +6151,7 @@ class DatabaseWriter(threading.Thread):
         audit_file: str | None = None,
         each_second: Callable[[], None] = lambda: None,
     ):
-        super().__init__(name="journal", daemon=True)
+        super().__init__(name="writer", daemon=True)
         self._each_second = each_second
         self._database = database
         self._rows = _RowWriter(database)

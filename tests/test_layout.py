@@ -93,3 +93,45 @@ def test_status_changes_in_one_place_only():
         "status=to" in lines[line - 1] or "RunStatus.RUNNING, started_at" in lines[line - 1]
         for line in changing
     ), changing
+
+
+def _classes():
+    return [node for node in TREE.body if isinstance(node, ast.ClassDef)]
+
+
+def _thread_names() -> set[str]:
+    """Of every place that starts a thread, how its name begins."""
+    given = []
+    for node in ast.walk(TREE):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if called == "start_thread":
+            given.append(node.args[0])
+        elif called.endswith(".in_thread"):
+            given.append(node.args[1])
+        elif called == "WorkerPool":
+            given.append(node.args[0])
+        elif called == "super().__init__":
+            given += [keyword.value for keyword in node.keywords if keyword.arg == "name"]
+    texts = [node.values[0] if isinstance(node, ast.JoinedStr) else node for node in given]
+    return {node.value.strip() for node in texts if isinstance(node, ast.Constant)}
+
+
+def test_table_of_threads_has_every_thread_that_is_started():
+    table = loadmanager.__doc__.split("\nthread  ")[1].split("\n\n")[0]
+    listed = {name.strip() for row in table.splitlines()[1:] for name in row[:19].split(",")}
+    started = {"accept" if name == "accept-callbacks" else name for name in _thread_names()}
+    assert listed == started, f"not listed: {started - listed}; not started: {listed - started}"
+
+
+def test_tables_of_locks_have_every_lock():
+    kinds = ("Lock", "RLock", "Condition", "BoundedSemaphore")
+    made = {
+        f"{cls.name}.{ast.unparse(node.targets[0]).removeprefix('self.')}"
+        for cls in _classes()
+        for node in ast.walk(cls)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) in {f"threading.{kind}" for kind in kinds}
+    }
+    listed = set(re.findall(r"\b(\w+\._?[a-z_]+)\b", loadmanager.__doc__.split("\nLocks, in")[1]))
+    assert listed == made, f"not listed: {made - listed}; not there: {listed - made}"
