@@ -18991,7 +18991,8 @@ class Credentials:
         if principal.ends_at <= time.time():
             return False
         if isinstance(principal.proof, bytes):
-            return self.tokens.owner_by_digest(principal.proof) == principal
+            owner = self.tokens.owner_by_digest(principal.proof)
+            return owner == principal
         return self.is_open if principal.proof is None else principal.proof == self._sso
 
 
@@ -19799,11 +19800,13 @@ class LocalCallbacks:
 class _Signals:
     """Waits for a signal that ends the program, the second of which ends it at once; SIGHUP has
     the configuration read again. A pipe wakes who waits: a handler runs between any two steps of
-    the main thread, and would wait for ever for a lock that this holds."""
+    the main thread, and would wait for ever for a lock that this holds. Python itself writes into it
+    too, as a signal that comes just before the main thread reads does not interrupt that."""
 
     def __init__(self) -> None:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
+        signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._is_reload_wanted = False
         self.ending = ""  # the name of the signal that ends us
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -303,3 +303,20 @@ def test_common_callback_token_still_serves_all_clusters_of_one_tenant(lm):
     run_id = lm.create().json["id"]
     again = lm.callback("register-external", {"tenantId": "acme", "envId": "dev"}, CALLBACK_TOKEN)
     assert (again.status, again.json["runId"]) == (200, run_id)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_that_another_thread_gets_is_not_lost(name):
+    """Nor one that comes just before the main thread waits: neither interrupts what that does."""
+    code = f"""
+import signal, threading, time, loadmanager
+signals = loadmanager._Signals()
+def send():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.{name})
+threading.Thread(target=send).start()
+signals.wait(lambda: signal.raise_signal(signal.SIGTERM))
+print(signals.ending)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, cwd=ROOT)
+    assert done.stdout == "SIGTERM\n", done.stderr
