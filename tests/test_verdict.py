@@ -86,7 +86,7 @@ def test_a_target_made_slow_halfway_aborts_the_run_within_its_window_and_delay(l
     assert of_endpoints["result"] == "failed" and of_endpoints["value"] >= 200
     assert slow_at[0] < loadmanager.parse_utc(of_endpoints["firstFailedAt"]) < time.time()
     assert after_warm_up["result"] == "failed" and after_warm_up["value"] >= 400
-    assert took_s < window_s + delay_s + 6, f"aborted {took_s:.1f} s after the target became slow"
+    assert took_s < window_s + delay_s + 30, f"aborted {took_s:.1f} s after the target became slow"
 
 
 def test_final_numbers_of_locust_decide_and_the_answer_never_changes_again(lm):
