@@ -410,7 +410,9 @@ class World:
         with self.disturbance():
             self._ended.wait(after_s)
             with self._life:
-                if not self.manager.is_up.is_set():
+                process = self.manager.process
+                if not self.manager.is_up.is_set() or (process is not None and process.poll() is not None):
+                    self.manager.is_up.clear()
                     self.manager.start()
                     self.note("Load Manager is back")
 
