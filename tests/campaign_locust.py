@@ -61,6 +61,7 @@ class CampaignLocust(FakeLocust):
         self, number: int, hooks: bool, note: Callable[[str], None], control_plane: Callable[[], str]
     ):
         super().__init__(hooks=hooks)
+        self.cache_s = STATS_CACHE_S
         self.name = f"c{number}"
         self.history: list[Load] = []
         self.broken: list[str] = []
@@ -71,7 +72,6 @@ class CampaignLocust(FakeLocust):
         self._note, self._control_plane = note, control_plane
         self._lock = threading.RLock()
         self._stopping = False
-        self._cached: tuple[float, dict[str, Any]] = (0.0, {})
         self._ended = threading.Event()
         self.odd_requests: int | None = None  # said instead of the load's number
         self.is_cut_off = False  # its hooks reach nobody
@@ -199,14 +199,22 @@ class CampaignLocust(FakeLocust):
 
     # ---- what it tells ----
 
-    def stats(self) -> dict[str, Any]:
+    def cached_stats(self) -> tuple[dict[str, Any], dict[str, str]]:
         with self._lock:
-            made_at, document = self._cached
-            if time.monotonic() - made_at >= STATS_CACHE_S:
-                self.requests = self._number_to_tell() - (10 if self.users else 0)  # which a reading adds
-                document = super().stats()
-                self._cached = time.monotonic(), document
-            return document
+            return super().cached_stats()
+
+    def _count(self) -> None:
+        self.requests = self._number_to_tell()
+
+    def counted(self) -> dict[str, Any]:
+        """All requests until the last full second, as our hooks tell them."""
+        age_s = time.time() % 1
+        number = self._number_to_tell()
+        load = self.history[-1] if self.history else None
+        if load is not None and load.ended is None and self.odd_requests is None:
+            number = max(load.base, number - int(10 * age_s))
+            load.said.add(number)
+        return {"statsResets": 0, "counted": {"secondsAgo": age_s, "requests": number, "failures": 0}}
 
     def csv(self) -> str:
         with self._lock:

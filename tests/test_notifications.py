@@ -498,12 +498,13 @@ def test_a_schedule_runs_real_locust_on_workers_that_were_not_there_and_tells_by
         test = create_body(targetUsers=4, spawnRate=4, durationSeconds=3, thresholds=["errorRate < 50"])
         lm = load_manager(
             {"id": "local", "tenantId": "acme", "envId": "dev", "launcher": launcher}, orchestrator=RULES,
-            schedules=[{"id": "soon", "runAt": loadmanager.utc_text(time.time() + 2), "test": test}],
             notifications=[email_to(mail, certificate), webhook(receiver)],
         )  # fmt: skip
         assert not descendants(lm.process.pid), "nothing of Locust runs before it is needed"
+        soon = {"runAt": loadmanager.utc_text(time.time() + 2), "test": test}
+        assert lm.post("/v1/schedules", soon).status == 201
         [body] = eventually(
-            lambda: receiver.bodies(), 40, what="the webhook of the run that started by itself"
+            lambda: receiver.bodies(), 60, what="the webhook of the run that started by itself"
         )
         assert (body["type"], body["data"]["source"], body["data"]["verdict"]) == (
             "run.passed",
