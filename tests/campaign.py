@@ -507,6 +507,7 @@ class World:
         for thread in self._threads:
             thread.join(60)
         self._ended.clear()
+        self._bring_back()  # a kill may have come just before
         if self._expects_unhealthy:
             self._restart_at_rest()
         self._check_quiet()

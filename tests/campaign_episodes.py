@@ -327,6 +327,33 @@ def counters_that_go_back_and_masters_that_restart(seed: str) -> World:
     return world
 
 
+@episode()
+def a_master_one_of_whose_answers_always_fails(seed: str) -> World:
+    """Whatever it is that fails for good, a run ends and its load with it."""
+    world = World("failing", seed, hooks=[True, False])
+    with world:
+        world.start_watcher()
+        for _ in world.fakes:
+            world.create(durationSeconds=3)
+        world.wait(2.5)
+        for fake in world.fakes:
+            path = world.chance.choice(
+                ["/stats/requests", "/stats/requests/csv", "/loadmanager/state", "/exceptions"]
+            )
+            fault = world.chance.choice([faults.answer_500, faults.close_silently, faults.answer_garbage])
+            fake.faults[path] = fault
+            world.fault(f"{fault.__name__} for good", f"{fake.name} {path}")
+        world.wait(2)
+        world.checked["a run ends although a part of its master's answers fail"] += 1
+        try:
+            eventually(lambda: not world.active(), LOST_AFTER_S + 30, 0.5)
+        except AssertionError:
+            told = [(run["id"][:8], run["status"], run.get("locustClusterId")) for run in world.active()]
+            world.broken.append(f"runs do not end while one answer of their master fails: {told}")
+        world.judge()
+    return world
+
+
 # ---- the process and its machine ------------------------------------------------------
 
 
