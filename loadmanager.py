@@ -9192,20 +9192,28 @@ class ClusterPool:
         with self._changed:
             self._queue = [run_id for run_id in self._queue if self._still_waits(run_id)]
             starts: list[tuple[Run, Cluster]] = []
-            served: set[tuple[str, str]] = set()
-            for run_id in self._queue:
-                run = self._store.get(run_id)
-                place = (run.tenant_id, run.env_id)
-                if place in served or self._has_one(run_id):
-                    continue  # one that is just being started leaves other free clusters to the next
-                served.add(place)
-                mine = [cluster for cluster in self.clusters.values() if self._may_use(run_id, cluster)]
-                cluster = self.reserve(run, mine)
-                if cluster:
-                    starts.append((run, cluster))
-                    served.discard(place)
-            self._number_queue()
+            try:
+                self._reserve_for_waiting(starts)
+                self._number_queue()
+            except BaseException:  # nobody would start what was reserved so far
+                for run, cluster in starts:
+                    self.release(cluster, run.id)
+                raise
             return starts
+
+    def _reserve_for_waiting(self, starts: list[tuple[Run, Cluster]]) -> None:
+        served: set[tuple[str, str]] = set()
+        for run_id in self._queue:
+            run = self._store.get(run_id)
+            place = (run.tenant_id, run.env_id)
+            if place in served or self._has_one(run_id):
+                continue  # one that is just being started leaves other free clusters to the next
+            served.add(place)
+            mine = [cluster for cluster in self.clusters.values() if self._may_use(run_id, cluster)]
+            cluster = self.reserve(run, mine)
+            if cluster:
+                starts.append((run, cluster))
+                served.discard(place)
 
     def is_queue_empty(self) -> bool:
         with self._changed:
@@ -9965,9 +9973,10 @@ class RunStopper:
     def carry_out_stop(self, monitor: RunMonitor) -> None:
         """Stop the load, with retries until it is stopped or the cluster is lost; then end the run."""
         run_id, cluster, outcome = monitor.run_id, monitor.cluster, monitor.stop_outcome
-        began, asked_at = monotonic_s(), self.timer.awake_s()
+        asked_at = self.timer.awake_s()
         tries, unconfirmed, undying = 0, 0, 0
         while not monitor.was_reported.is_set():
+            tried_at = monotonic_s()
             try:
                 self.stop_load(cluster, run_id)
                 break
@@ -9975,7 +9984,7 @@ class RunStopper:
                 undying += 1
                 failure: LocustError = error
             except LocustError as error:
-                unconfirmed += isinstance(error, LocustTimeout) and cluster.stopped_at >= began
+                unconfirmed += cluster.stopped_at >= tried_at  # accepted, and what came after failed
                 failure = error
             log("stop failed, trying again", run=run_id, cluster=cluster.id, why=failure.message)
             if unconfirmed >= 3:
@@ -10513,7 +10522,7 @@ class RunStarter:
         self._stopper.monitors[run.id] = monitor
         try:
             monitor.start_threads(first)
-        except NotReady:
+        except BaseException:
             self.drop_monitor(run.id)
             raise
         return monitor
@@ -10967,14 +10976,23 @@ class Orchestrator:
         """Start waiting runs on the clusters that are free; again in a while when some still wait."""
         if self._is_closing:
             return
-        for run, cluster in self.pool.next_starts():
-            try:
-                self._starter.monitor_of(run, cluster, functools.partial(self._start_queued, run, cluster))
-            except NotReady as error:
+        try:
+            for run, cluster in self.pool.next_starts():
+                self._start_waiting(run, cluster)
+        finally:  # also when an error that nobody foresaw left some waiting
+            if self._queue_retry is None and not self.pool.is_queue_empty():
+                self._queue_retry = self.timer.in_thread(self.QUEUE_RETRY_S, "queue", self._retry_queue)
+
+    def _start_waiting(self, run: Run, cluster: Cluster) -> None:
+        """Start a run on the cluster that it was given, or give the cluster back."""
+        try:
+            self._starter.monitor_of(run, cluster, functools.partial(self._start_queued, run, cluster))
+        except Exception as error:  # noqa: BLE001 - the edge: the others are to start
+            if isinstance(error, NotReady):
                 log("queued run still waits", run=run.id, why=error.message)
-                self.pool.release(cluster, run.id)
-        if self._queue_retry is None and not self.pool.is_queue_empty():
-            self._queue_retry = self.timer.in_thread(self.QUEUE_RETRY_S, "queue", self._retry_queue)
+            else:
+                log_unforeseen("queue", error, run=run.id)
+            self.pool.release(cluster, run.id)
 
     def _retry_queue(self) -> None:
         self._queue_retry = None
@@ -19234,6 +19252,13 @@ class Api:
 
     def respond(self, request: Request) -> Response:
         """The handler's answer; every error becomes a JSON answer, never a traceback."""
+        try:
+            return self._audited_response(request)
+        except Exception as error:  # noqa: BLE001 - the edge: whoever asked would wait for ever
+            log_unforeseen("request", error, route=request.route.path)
+            return error_response(LoadManagerError("an error of Load Manager itself; its log has the details"))
+
+    def _audited_response(self, request: Request) -> Response:
         failure: LoadManagerError | None = None
         try:
             if request.head.query:

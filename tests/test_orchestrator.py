@@ -361,3 +361,48 @@ def test_unforeseen_error_in_the_timer_or_a_clean_up_is_tried_again(patched_load
     run = lm.wait_for(run_id, "Failed", within_s=15)  # its deadline met the error
     assert "inside Load Manager" in run["failureReason"]
     eventually(lambda: fake.users == 0, 10, what="its load is stopped all the same")
+
+
+def test_unforeseen_error_while_free_clusters_are_given_out_leaves_none_reserved(
+    patched_load_manager, fake_locust
+):
+    """The second of two waiting runs meets it, when the first has been given a cluster."""
+    second_time = """
+original, asked = lm.ClusterPool._may_use, []
+def may_use(self, run_id, cluster):
+    waiting = self._queue[1:2]
+    if waiting == [run_id] and not asked:
+        asked.append(run_id)
+        raise RuntimeError("nobody foresaw this")
+    return original(self, run_id, cluster)
+lm.ClusterPool._may_use = may_use
+"""
+    fakes = [fake_locust(), fake_locust()]
+    lm = patched_load_manager(second_time, *(cluster_config(one.url, f"c{i}") for i, one in enumerate(fakes)))
+    running = [lm.create().json["id"] for _ in fakes]
+    waiting = [lm.create(queue=True, durationSeconds=1).json["id"] for _ in fakes]
+    for run_id in running:
+        lm.post(f"/v1/tests/{run_id}/stop")
+    for run_id in waiting:
+        lm.wait_for(run_id, "Finished")
+
+
+def test_unforeseen_error_behind_a_handler_is_answered(patched_load_manager, fake):
+    lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm.Store, 'audit')", cluster_config(fake.url))
+    body = json.dumps(create_body()).encode()
+    head = f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: application/json"
+    answer = lm.raw(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert b" 500 " in answer and b"its log has the details" in answer
+    assert "Exception in thread" not in lm.log() and "unforeseen error" in lm.log()
+
+
+@pytest.mark.parametrize("fault", [faults.answer_500, faults.close_silently, faults.answer_garbage])
+def test_run_ends_although_its_master_cannot_be_asked_for_users_any_more(load_manager, fake_locust, fault):
+    """A master without hooks takes each stop, and its statistics fail for good."""
+    fake = fake_locust(hooks=False)
+    lm = load_manager(cluster_config(fake.url))
+    run_id = lm.create(durationSeconds=2).json["id"]
+    eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
+    fake.faults["/stats/requests"] = fault
+    run = lm.wait_for(run_id, "Finished", within_s=60)
+    assert "stop_unconfirmed" in [warning["code"] for warning in run["warnings"]] and fake.users == 0
