@@ -2602,6 +2602,13 @@ class Reading:
     def live_workers(self) -> tuple[Worker, ...]:
         return tuple(worker for worker in self.workers if worker.state != "missing")
 
+    def is_of_another(self, run_id: str) -> bool:
+        """The hooks say that another test has taken the place of this run's, or that its own has
+        ended and an unnamed one runs. An old Locust names none: its silence means nothing."""
+        if self.run_id:
+            return self.hooks and self.run_id != run_id
+        return self.hooks and self.is_loaded and self.last_run_id == run_id
+
     @property
     def is_loaded(self) -> bool:
         return self.state in LOADED_STATES or self.users > 0
@@ -9547,7 +9554,7 @@ class RunMonitor:
 
     def _is_over(self, run: Run, reading: Reading) -> bool:
         """Locust no longer runs this test, as far as this reading tells."""
-        if reading.hooks and reading.run_id and reading.run_id != run.id:
+        if reading.is_of_another(run.id):
             return True  # another test has taken its place
         is_idle = not reading.is_loaded and reading.state in IDLE_STATES
         return self.start_seen and self.age_s > 2 and is_idle
@@ -9969,6 +9976,22 @@ class RunStopper:
             return False
         monitor.end_with(functools.partial(self._finish, monitor, time.time(), failure))
         return True
+
+    def is_replaced(self, monitor: RunMonitor) -> bool:
+        """Another test runs on the cluster by now, as far as its hooks tell: a stop would end that."""
+        try:
+            reading = monitor.cluster.read_state(5.0)
+        except LocustError:
+            return False
+        return reading.is_loaded and reading.is_of_another(monitor.run_id)
+
+    def resume_stop(self, monitor: RunMonitor) -> None:
+        """Carry out a stop that an earlier process began, where its test did not end meanwhile."""
+        if self.is_replaced(monitor):
+            monitor.stop_outcome.is_confirmed = True
+            self._finish(monitor, time.time())
+        else:
+            self.carry_out_stop(monitor)
 
     def carry_out_stop(self, monitor: RunMonitor) -> None:
         """Stop the load, with retries until it is stopped or the cluster is lost; then end the run."""
@@ -10766,9 +10789,12 @@ class Orchestrator:
         elif run.status is RunStatus.PENDING:
             self._reconcile_pending(run, monitor)
         elif run.status is RunStatus.STOPPING:
-            monitor.end_with(functools.partial(self._stopper.carry_out_stop, monitor))
+            monitor.end_with(functools.partial(self._stopper.resume_stop, monitor))
         elif run.deadline_at is not None and run.deadline_at <= time.time():
-            self._stopper.begin_stop(run.id, "duration")
+            if self._stopper.is_replaced(monitor):
+                self._stopper.claim_end(monitor, "duration")
+            else:
+                self._stopper.begin_stop(run.id, "duration")
         else:
             self._adopt(run, monitor)
 
@@ -19014,6 +19040,9 @@ class Credentials:
         return self.is_open if principal.proof is None else principal.proof == self._sso
 
 
+BUG_WORDS = "an error of Load Manager itself; its log has the details"
+
+
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
@@ -19256,7 +19285,7 @@ class Api:
             return self._audited_response(request)
         except Exception as error:  # noqa: BLE001 - the edge: whoever asked would wait for ever
             log_unforeseen("request", error, route=request.route.path)
-            return error_response(LoadManagerError("an error of Load Manager itself; its log has the details"))
+            return error_response(LoadManagerError(BUG_WORDS))
 
     def _audited_response(self, request: Request) -> Response:
         failure: LoadManagerError | None = None
@@ -19268,7 +19297,7 @@ class Api:
             failure = error
         except Exception as error:  # noqa: BLE001 - the edge: a bug is logged and answered 500
             log_unforeseen("request", error, route=request.route.path)
-            failure = LoadManagerError("an error of Load Manager itself; its log has the details")
+            failure = LoadManagerError(BUG_WORDS)
         if failure is not None:
             response = error_response(failure)
             has_proven_nothing = request.principal is NOBODY and request.route.is_audited

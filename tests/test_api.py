@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import API_TOKEN, CALLBACK_TOKEN, cluster_config, create_body, read_answers
 from fake_locust import hang
-from waiting import eventually
+from waiting import eventually, holds_for
 
 import loadmanager
 

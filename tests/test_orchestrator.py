@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -406,3 +408,31 @@ def test_run_ends_although_its_master_cannot_be_asked_for_users_any_more(load_ma
     fake.faults["/stats/requests"] = fault
     run = lm.wait_for(run_id, "Finished", within_s=60)
     assert "stop_unconfirmed" in [warning["code"] for warning in run["warnings"]] and fake.users == 0
+
+
+STOP = b"POST /v1/tests/%s/stop HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n"
+
+
+@pytest.mark.parametrize("is_being_stopped", [True, False])
+def test_a_users_own_test_that_began_while_load_manager_was_away_is_not_stopped_for_the_run_before(
+    lm, fake, is_being_stopped
+):
+    run_id = lm.create(durationSeconds=60 if is_being_stopped else 3).json["id"]
+    eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
+    if is_being_stopped:
+        fake.faults["/stop"] = faults.hang
+        threading.Thread(target=lambda: lm.raw(STOP % (run_id.encode(), API_TOKEN.encode())), daemon=True).start()
+        eventually(lambda: fake.stops, 10)
+        with contextlib.closing(sqlite3.connect(lm.folder / "runs.db")) as database:
+            kept = lambda: database.execute("SELECT record FROM runs").fetchone()[0]  # noqa: E731
+            eventually(lambda: "Stopping" in kept(), 10, what="that it is being stopped is on disk")
+    lm.kill9()
+    fake.faults.clear()
+    fake.end_test()  # by itself, at its time
+    fake.swarm({"user_count": "7"})
+    stops = len(fake.stops)
+    time.sleep(3)  # the deadline of the other case passes
+    lm.restart()
+    run = lm.wait_for(run_id, "Finished")
+    assert run["stopReason"] == ("user" if is_being_stopped else "duration")
+    holds_for(lambda: fake.users == 7 and len(fake.stops) == stops, 2, what="the user's test is let alone")
