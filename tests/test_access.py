@@ -171,7 +171,7 @@ RULES = {
     "POST /v1/tests/{id}/rerun": of_run("/rerun", {}, (201,)),
     "POST /v1/tests/{id}/annotations": of_run("/annotations", {"text": "deploy"}, (201,)),
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest) for rest in (
-        "/metrics", "/failures", "/annotations", "/report.html", "/report.md", "/junit.xml", "/summary.md", "/metrics.csv", "/requests.csv",
+        "/metrics", "/failures", "/annotations", "/report.html", "/report.md", "/junit.xml", "/summary.md", "/metrics.csv", "/requests.csv", "/scenario.csv",
         "/events")},
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest, own=(200, 404)) for rest in ("/locust-report.html", "/histograms")},  # not every run has them
     "GET /v1/tests/{id}/export": of_run("/export"),
@@ -194,6 +194,7 @@ RULES = {
     "PUT /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, lambda place, whose: {"runId": place.finished[whose]}, (200,), (403,)),
     "DELETE /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, None, (204, 404), (404,)),
     "GET /v1/events": plain("/v1/events"),
+    "GET /metrics": plain("/metrics"),
     "GET /v1/clusters": plain("/v1/clusters"),
     "POST /v1/stop-all": plain("/v1/stop-all", lambda place, whose: {"tenantId": whose}),
     "GET /v1/audit": plain("/v1/audit?tenantId=WHOSE"),
