@@ -1316,10 +1316,19 @@ class NotificationConfig:
     type: str = setting(
         "type",
         REQUIRED,
-        one_of("slack", "webhook", "email"),
-        "slack: an incoming webhook; webhook: any receiver",
+        one_of("slack", "webhook", "email", "grafana"),
+        "slack: an incoming webhook; webhook: any receiver; grafana: an annotation for each run",
     )
-    url: str = setting("url", "", URL_TEXT, "slack and webhook: where to", secret=True)
+    url: str = setting(
+        "url", "", URL_TEXT, "slack and webhook: where to; grafana: its address", secret=True
+    )
+    token: str = setting(
+        "token",
+        "",
+        text_value("a string", empty=True),
+        "grafana: of a service account that may read and write annotations",
+        secret=True,
+    )
     secret: str = setting(
         "secret",
         "",
@@ -1334,7 +1343,7 @@ class NotificationConfig:
         "events",
         NOTIFY_EVENTS[1:],
         EVENT_NAMES,
-        "what is told; default: every end, and schedules that were missed",
+        "what is told; default: every end, and schedules that were missed; grafana: always start and end",
     )
     tenants: tuple[str, ...] = setting("tenants", (), NAMES, "only of these; default: all")
     environments: tuple[str, ...] = setting("environments", (), NAMES, "only of these; default: all")
@@ -1343,7 +1352,7 @@ class NotificationConfig:
         "allowPrivateAddresses",
         False,
         BOOLEAN,
-        "slack and webhook: also call this machine and private networks",
+        "slack, webhook and grafana: also call this machine and private networks",
     )
 
 
@@ -12269,10 +12278,12 @@ class Channel:
     def __init__(self, config: NotificationConfig, folder: str):
         self.config = config
         self._folder = folder
+        self._annotating = threading.Lock()  # a run is looked up and annotated by one thread at a time
 
     def wants(self, event: str, tenant_id: str, env_id: str, scenario_id: str) -> bool:
         config = self.config
-        return event in config.on and all(
+        is_told = event != "scheduleMissed" if config.type == "grafana" else event in config.on
+        return is_told and all(
             not allowed or name in allowed
             for allowed, name in (
                 (config.tenants, tenant_id),
@@ -12284,6 +12295,9 @@ class Channel:
     def send(self, delivery: Delivery) -> None:
         if self.config.type == "email":
             self._send_mail(delivery)
+        elif self.config.type == "grafana":
+            with self._annotating:
+                self._annotate(delivery)
         elif self.config.type == "slack":
             self._post({"text": message_text(delivery)}, delivery, {})
         else:
@@ -12298,12 +12312,48 @@ class Channel:
         body = dump_json(document).encode()
         if headers is None:
             headers = signature_headers(self.config.secret, delivery.id, time.time(), body)
-        status, answer = post_to(self.config.url, body, headers, self.config.allow_private)
-        if not 200 <= status < 300:
-            raise DeliveryRefused(
-                f"HTTP {status} {_printable(answer[:80].decode('utf-8', 'replace').strip())}".strip(),
-                is_final=status == 410,
-            )
+        _refuse_unless_taken(*post_to(self.config.url, body, headers, self.config.allow_private))
+
+    def _annotate(self, delivery: Delivery) -> None:
+        """Show in Grafana when a run loaded: a point while it runs, a region from its start to its end
+        once it is over. An annotation that an earlier try has made is found by its tag, so that
+        there is one for each run, whatever is tried again."""
+        facts, is_over = delivery.facts, "finishedAt" in delivery.facts
+        if delivery.run_id and "startedAt" not in facts:
+            return  # it never loaded
+        started_at = parse_utc(facts["startedAt"]) if delivery.run_id else delivery.created_at
+        annotation = {
+            "time": int(started_at * 1000),
+            "tags": annotation_tags(delivery),
+            "text": message_text(delivery),
+        }
+        if is_over:
+            ended_at = max(parse_utc(facts["finishedAt"]), started_at + 1)  # both are whole seconds
+            annotation["timeEnd"] = int(ended_at * 1000)
+        known_id = self._annotation_of(delivery.run_id) if delivery.run_id else None
+        if known_id is None:
+            self._ask_grafana("POST", "/api/annotations", annotation)
+        elif is_over:
+            self._ask_grafana("PATCH", f"/api/annotations/{known_id}", annotation)
+
+    def _annotation_of(self, run_id: str) -> int | None:
+        """The id of the annotation that there is of a run already."""
+        tags = [("tags", ANNOTATION_TAG), ("tags", f"run:{run_id}"), ("limit", "1")]
+        found = self._ask_grafana("GET", f"/api/annotations?{urlencode(tags)}", None)
+        first = found[0] if isinstance(found, list) and found else {}
+        known_id = first.get("id") if isinstance(first, dict) else None
+        return known_id if type(known_id) is int else None
+
+    def _ask_grafana(self, method: str, path: str, document: dict[str, Any] | None) -> Any:
+        """Grafana's answer; DeliveryRefused when it does not take what is asked, or answers no JSON."""
+        url, body = self.config.url.rstrip("/") + path, dump_json(document).encode() if document else b""
+        headers = {"Authorization": f"Bearer {self.config.token}"} if self.config.token else {}
+        status, answer = post_to(url, body, headers, self.config.allow_private, method, GRAFANA_ANSWER_BYTES)
+        _refuse_unless_taken(status, answer)
+        try:
+            return json.loads(answer)
+        except (ValueError, RecursionError):
+            raise DeliveryRefused(f"HTTP {status}, but no JSON: is this Grafana's address?") from None
 
     def _send_mail(self, delivery: Delivery) -> None:
         import email.message
@@ -12337,6 +12387,25 @@ class Channel:
             connection.send_message(message)
 
 
+ANNOTATION_TAG = "loadmanager"  # of all annotations in Grafana
+GRAFANA_ANSWER_BYTES = 256 * 1024
+
+
+def annotation_tags(delivery: Delivery) -> list[str]:
+    """By what a run's annotation is found, and chosen for a dashboard."""
+    names = {"run": "id", "tenant": "tenantId", "environment": "envId", "scenario": "scenarioId"}
+    facts = delivery.facts
+    tags = [f"{name}:{facts[key]}" for name, key in names.items() if delivery.run_id and key in facts]
+    return [ANNOTATION_TAG, *tags, *([f"verdict:{facts['verdict']}"] if "verdict" in facts else [])]
+
+
+def _refuse_unless_taken(status: int, answer: bytes) -> None:
+    """DeliveryRefused for an answer other than 2xx; 410 says that the receiver is gone for good."""
+    if not 200 <= status < 300:
+        words = _printable(answer[:80].decode("utf-8", "replace").strip())
+        raise DeliveryRefused(f"HTTP {status} {words}".strip(), is_final=status == 410)
+
+
 class DeliveryRefused(OSError):
     """The receiver answered, and did not take it."""
 
@@ -12367,7 +12436,14 @@ def webhook_key(secret: str) -> bytes:
     return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
 
 
-def post_to(url: str, body: bytes, headers: dict[str, str], allow_private: bool) -> tuple[int, bytes]:
+def post_to(
+    url: str,
+    body: bytes,
+    headers: dict[str, str],
+    allow_private: bool,
+    method: str = "POST",
+    limit: int = 1000,
+) -> tuple[int, bytes]:
     """Status and the answer's beginning. The address that is connected to is the one that was
     checked; redirects are not followed, as they could lead anywhere."""
     import ssl
@@ -12384,14 +12460,14 @@ def post_to(url: str, body: bytes, headers: dict[str, str], allow_private: bool)
         connection.sock = sock
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(
-            "POST",
+            method,
             target,
             body,
             {"Content-Type": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **headers},
         )
         sock.settimeout(max(0.1, give_up_at - monotonic_s()))
         response = connection.getresponse()
-        return response.status, response.read(1000)
+        return response.status, response.read(limit)
     except http.client.HTTPException as error:
         raise OSError(f"answered no HTTP: {error!r}") from None
     finally:
@@ -12631,7 +12707,7 @@ def _channel_secrets(config: Config) -> list[str]:
     return [
         value
         for item in config.notifications
-        for value in (item.secret, item.smtp.password, urlsplit(item.url).path)
+        for value in (item.secret, item.token, item.smtp.password, urlsplit(item.url).path)
         if len(value) > 3
     ]
 
@@ -16590,7 +16666,6 @@ def _histogram_series(name: str, labels: str, value: DurationCounter) -> Iterato
 # ---- dashboards and alert rules -----------------------------------------------
 
 GRAFANA_COMMAND = "python loadmanager.py grafana --out deploy/grafana"
-RUNS_TAG = "loadmanager"  # of the annotations that notifications of type grafana make
 DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 PANEL_WIDTH, PANEL_HEIGHT, STAT_WIDTH, STAT_HEIGHT, BOARD_WIDTH = 12, 8, 4, 4, 24
 
@@ -16645,7 +16720,7 @@ def dashboard(key: str) -> dict[str, Any]:
         "uid": board.uid,
         "title": board.title,
         "description": board.about,
-        "tags": [RUNS_TAG],
+        "tags": [ANNOTATION_TAG],
         "schemaVersion": 39,
         "editable": True,
         "graphTooltip": 1,
@@ -16706,7 +16781,7 @@ def _run_annotations() -> dict[str, Any]:
         "datasource": {"type": "grafana", "uid": "-- Grafana --"},
         "enable": True,
         "iconColor": SERIES["users"].light,
-        "target": {"type": "tags", "tags": [RUNS_TAG], "matchAny": False, "limit": 100},
+        "target": {"type": "tags", "tags": [ANNOTATION_TAG], "matchAny": False, "limit": 100},
     }
 
 
