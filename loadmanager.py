@@ -85,7 +85,7 @@ else is taken within them: ThresholdWatch._lock,
 _Deadline._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
 Scheduler._lock, Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock.
+Service._reloading, RunCounts._lock, Channel._annotating.
 """
 
 from __future__ import annotations
