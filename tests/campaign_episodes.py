@@ -78,7 +78,7 @@ def many_clients(seed: str) -> World:
     return world
 
 
-@episode(is_brief=True)
+@episode()
 def a_lost_cluster_comes_back_to_new_runs(seed: str) -> World:
     world = World("lost", seed, masters=2)
     with world:
@@ -219,7 +219,7 @@ def killed_inside_the_final_read(seed: str) -> World:
     return world
 
 
-@episode(is_brief=True)
+@episode()
 def killed_between_commits_of_a_slow_database(seed: str) -> World:
     world = World("commits", seed, hooks=[True, False])
     with world:
@@ -357,7 +357,7 @@ def a_master_one_of_whose_answers_always_fails(seed: str) -> World:
 # ---- the process and its machine ------------------------------------------------------
 
 
-@episode(is_brief=True)
+@episode()
 def frozen_for_longer_than_the_patience(seed: str) -> World:
     """One failed call right after a pause is no silence of a cluster."""
     world = World("frozen", seed, masters=2)
@@ -434,7 +434,7 @@ def no_descriptors_to_be_had(seed: str) -> World:
     return world
 
 
-@episode(is_brief=True)
+@episode()
 def a_database_that_refuses(seed: str) -> World:
     world = World("database", seed, masters=2)
     with world:
@@ -501,7 +501,7 @@ def the_database_vanishes(seed: str) -> World:
 # ---- exceptions nobody foresaw ---------------------------------------------------------
 
 
-@episode(is_brief=True)
+@episode()
 def exceptions_in_every_thread(seed: str) -> World:
     """First it is seen which function runs in which thread, then some of them raise."""
     world = World("unforeseen", seed, masters=2)
@@ -584,7 +584,7 @@ def schedules_and_kills(seed: str) -> World:
 # ---- everything at once ----------------------------------------------------------------
 
 
-@episode(is_brief=True)
+@episode()
 def storm(seed: str) -> World:
     world = World("storm", seed, masters=3)
     with world:
