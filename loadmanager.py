@@ -184,6 +184,8 @@ LOCUST_STOP_S = 75.0  # /stop blocks until users are gone: stop_timeout + 60 in 
 LOCUST_ANSWER_BYTES = 8 * 1024 * 1024
 IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stopping
 STOP_ANSWER_S = 10.0  # how long a stop request waits for the run's end
+ON_TIME_S = 1.5  # an end so much before the deadline is that of the duration
+DETAILS_WAIT_S = 8.0  # who asks for what is kept about a run waits so long for it
 FINAL_READ_S = 10.0  # how long a run waits for its final numbers
 START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered start has come or never will
 LOOK_S = 5.0  # the whole of one look at a cluster
@@ -1319,9 +1321,7 @@ class NotificationConfig:
         one_of("slack", "webhook", "email", "grafana"),
         "slack: an incoming webhook; webhook: any receiver; grafana: an annotation for each run",
     )
-    url: str = setting(
-        "url", "", URL_TEXT, "slack and webhook: where to; grafana: its address", secret=True
-    )
+    url: str = setting("url", "", URL_TEXT, "slack and webhook: where to; grafana: its address", secret=True)
     token: str = setting(
         "token",
         "",
@@ -2126,6 +2126,7 @@ DOUBTS = frozenset(
         "cpu_high",
         "users_not_reached",
         "users_changed",
+        "ended_early",
         "stats_reset",
         "final_numbers_missing",
     }
@@ -9321,6 +9322,9 @@ class RunMonitor:
         self.stop_outcome = StopOutcome()
         self.scheduled: list[ScheduledCall] = []
         self.was_sent = False  # the start was sent to Locust
+        self.sent_at = -math.inf  # when, epoch seconds; -inf: by an earlier process, or by another user
+        self.has_hooks = False
+        self.kept = threading.Event()  # its details are kept, and its cluster is free
         self.calls_back = False  # its hooks have called back
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # a user or a request was seen
@@ -9476,6 +9480,7 @@ class RunMonitor:
             self.start_seen = self.start_seen or reading.is_loaded
             self.users_seen = self.users_seen or (reading.users > 0 and reading.is_loaded)
             self.boot_id = self.boot_id or reading.boot_id
+            self.has_hooks = self.has_hooks or reading.hooks
             if reading.is_loaded and reading.users:
                 self.last_users = reading.users
 
@@ -9543,11 +9548,11 @@ class RunMonitor:
             if not self.users_seen and not state.snapshot:
                 return
         reading = cluster.read_stats(self._look_timeout_s)
-        self.note_start(reading)
-        if self.over.is_set():
+        if self.over.is_set() or self._is_from_before(reading):
             return
-        if not reading.is_loaded and self.age_s < STATS_CACHE_S + 0.2:
-            return  # from before the start: the cache still holds what was before it
+        self.note_start(reading)
+        if not reading.is_loaded and not self.start_seen:
+            return  # the test has not begun: its numbers are those of the test before
         if self._is_over(run, reading):
             self._confirm_end(run, reading)
             return
@@ -9557,6 +9562,13 @@ class RunMonitor:
     def _look_timeout_s(self) -> float:
         """A look must not outlast the silence after which a cluster is lost."""
         return min(LOOK_S, max(2.0, self._rules.lost_after_s))
+
+    def _is_from_before(self, reading: Reading) -> bool:
+        """Made before the start, as far as can be told: Locust's cache may hold the test before. Without
+        hooks that cache said idle before the start, so that a loaded state in it is a newer one."""
+        if reading.made_after >= self.sent_at:
+            return False
+        return self.has_hooks or not reading.is_loaded
 
     def _lease_needs_us(self, run: Run) -> bool:
         return run.duration_s is None and self._rules.lease_s > 0
@@ -9977,7 +9989,7 @@ class RunStopper:
     def claim_end(self, monitor: RunMonitor, reason: str, failure: str | None = None) -> bool:
         """Locust ended the test: Running becomes Stopping, and the end thread concludes, as Failed
         where there is a `failure`. False when the run is not Running."""
-        is_on_time = monitor.deadline is not None and monotonic_s() > monitor.deadline - 1.5
+        is_on_time = monitor.deadline is not None and monotonic_s() > monitor.deadline - ON_TIME_S
         reason = "duration" if is_on_time and reason == "locust" else reason
         try:
             self.store.transition(monitor.run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
@@ -10188,8 +10200,9 @@ class RunStopper:
             reason = "Locust ended the test without starting a user: is a host set? Its log tells"
             self._end_as_failed(run.id, reason, {}, final)
             return
-        self._note_users_never_reached(run, monitor)
         finished_at = max(finished_at, run.started_at or 0)
+        self._note_users_never_reached(run, monitor)
+        self._note_ended_early(run, finished_at)
         judged = self._judge.judgement(self.store.get(run.id), monitor, final, finished_at, has_failed=False)
         changes = {"finished_at": finished_at, **judged}
         try:
@@ -10198,6 +10211,13 @@ class RunStopper:
             return
         log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
         self.counts.note_end(run, run.stop_reason)
+
+    def _note_ended_early(self, run: Run, finished_at: float) -> None:
+        early_s = (run.deadline_at or 0) - finished_at
+        if run.stop_reason == "locust" and early_s > ON_TIME_S:
+            words = f"Locust ended the test {early_s:.0f} s before its duration was over: it was stopped in"
+            words += " Locust's page or by the locustfile, or its workers were lost; its log tells"
+            self.warn(run.id, "ended_early", words)
 
     def _note_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
         last, target = monitor.last, monitor.target
@@ -10262,6 +10282,7 @@ class RunStopper:
         self.pool.release_all_of(run_id)
         if monitor:
             monitor.final.set()
+            monitor.kept.set()
             monitor.stop_outcome.settle()
             monitor.close()
         self.on_free()
@@ -10295,6 +10316,7 @@ class RunStopper:
 
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
+        self.wait_for_details(run)
         kept = self.store.artefact(run.id, FAILURES)
         if kept is not None:
             return json.loads(kept)
@@ -10304,9 +10326,15 @@ class RunStopper:
         client = monitor.cluster.client
         if not run.is_final:
             return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
-        # Its details are just being kept: whatever Locust answers, a final run has an answer.
+        # Keeping them takes longer than we wait: whatever Locust answers, a final run has an answer.
         failures = self._detail(run.id, client.read_failures) or monitor.failures
         return failures_to_json(failures, self._detail(run.id, client.read_exceptions) or ())
+
+    def wait_for_details(self, run: Run) -> None:
+        """Wait (bounded) for what is kept about a run that has just ended."""
+        monitor = self.monitors.get(run.id)
+        if monitor and run.is_final:
+            monitor.kept.wait(DETAILS_WAIT_S)
 
     # ---- load whose run is over
 
@@ -10582,7 +10610,8 @@ class RunStarter:
             elif not self._leaves_queue(run):
                 raise Conflict(f"run {run.id} was cancelled")
             monitor.set_deadline(run.duration_s)
-            monitor.was_sent = True
+            monitor.was_sent, monitor.sent_at = True, time.time()
+            monitor.has_hooks = reading.hooks
             form = swarm_form(run, cluster, monitor.target, monitor.remaining_s(), self._rules)
             cluster.client.swarm(form)
         finally:
@@ -11242,6 +11271,10 @@ class Orchestrator:
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
         return self._stopper.failures(run)
+
+    def wait_for_details(self, run: Run) -> None:
+        """Wait (bounded) for what is kept about a run that has just ended."""
+        self._stopper.wait_for_details(run)
 
     def scale_cluster(self, cluster: Cluster, workers: int) -> None:
         """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
@@ -13912,9 +13945,12 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     values.pop("", None)
     values["status"] = RunStatus(values["status"])
     for name in ("started", "finished"):  # to the ms, where the file has them
-        exact_ms = values.pop(f"{name}_ms", None)
-        if exact_ms is not None:
-            values[f"{name}_at"] = exact_ms / 1000
+        exact_ms, at = values.pop(f"{name}_ms", None), values.get(f"{name}_at")
+        if exact_ms is None:
+            continue
+        if at is None or not 0 <= exact_ms / 1000 - at < 1:
+            raise _bad(f"{name}At", f"must be the second of {name}AtMs")
+        values[f"{name}_at"] = exact_ms / 1000
     run = Run(plan=plan_of(values), **values, imported_at=now)
     snapshot = check_metrics(document, "lastMetrics", math.inf)
     exact_ms = document["lastMetrics"].get("timestampMs") if snapshot is not None else None
@@ -18059,6 +18095,7 @@ def get_export(api: Api, request: Request) -> Response:
             f"run {run.id} is {run.status.value}; only a Finished or Failed run can be exported",
             status=run.status.value,
         )
+    api.store.wait_durable()  # from then on its end is what is shown
     document = json.loads(api.store.wire(run.id))
     parts = export_parts(
         document,
@@ -18169,6 +18206,7 @@ def get_requests_csv(api: Api, request: Request) -> Response:
 
 def get_locust_report(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
+    api.orchestrator.wait_for_details(run)
     report = api.store.artefact(run.id, LOCUST_REPORT)
     if report is None:
         raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")

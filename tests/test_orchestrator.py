@@ -13,30 +13,21 @@ import time
 import fake_locust as faults
 import pytest
 from conftest import API_TOKEN, ROOT, LoadManager, base_config, cluster_config, create_body
-from fake_locust import FakeLocust
 from waiting import eventually, holds_for
 
 import loadmanager
 
 
-class CachingLocust(FakeLocust):
-    """Without hooks, its statistics are up to 2 s old, as Locust's are."""
-
-    def __init__(self, **how):
-        super().__init__(hooks=False, **how)
-        self._kept = (-10.0, {})
-
-    def stats(self):
-        if time.monotonic() - self._kept[0] > 2:
-            self._kept = (time.monotonic(), super().stats())
-        return self._kept[1]
-
-
 @pytest.fixture
-def caching_locust():
-    fake = CachingLocust().start()
-    yield fake
-    fake.close()
+def caching_locust(fake_locust):
+    """Its statistics are up to 2 s old, as Locust's are, and it does not say how old."""
+
+    def start(hooks):
+        fake = fake_locust(hooks=hooks)
+        fake.cache_s, fake.stamps = 2.0, False
+        return fake
+
+    return start
 
 
 @pytest.fixture
@@ -215,11 +206,12 @@ def test_pause_of_the_process_is_no_silence_of_the_cluster(lm, fake):
 
 
 def test_users_are_changed_in_the_first_second_of_a_run_without_hooks(load_manager, caching_locust):
-    lm = load_manager(cluster_config(caching_locust.url))
+    fake = caching_locust(hooks=False)
+    lm = load_manager(cluster_config(fake.url))
     run_id = lm.create().json["id"]
     answer = lm.post(f"/v1/tests/{run_id}/users", {"targetUsers": 9})
     assert answer.status == 200, answer
-    assert caching_locust.users == 9 and answer.json["usersChanges"][0]["targetUsers"] == 9
+    assert fake.users == 9 and answer.json["usersChanges"][0]["targetUsers"] == 9
 
 
 def test_change_of_users_that_locust_carries_out_after_the_stop_leaves_no_load(lm, fake):
@@ -249,6 +241,39 @@ def test_run_of_some_seconds_has_points_and_its_users(load_manager, fake_locust,
     points = lm.get(f"/v1/tests/{run_id}/metrics").json["points"]
     assert len([point for point in points if point["currentUsers"] == 5]) >= 2, points
     assert run["lastMetrics"]["currentUsers"] == 5
+
+
+def test_numbers_of_the_test_before_in_locust_s_cache_are_not_those_of_a_run(load_manager, caching_locust):
+    fake = caching_locust(hooks=True)
+    lm = load_manager(cluster_config(fake.url))
+    before = lm.create().json["id"]
+    eventually(lambda: (lm.run(before).get("lastMetrics") or {}).get("totalRequests", 0) >= 30, 20)
+    fake.cached_stats()  # a page that is open in a browser asks, too
+    assert lm.post(f"/v1/tests/{before}/stop").status == 200
+    run = lm.wait_for(lm.create(durationSeconds=5).json["id"], "Finished")
+    assert run["trust"] == "ok", run["trustReasons"]
+
+
+def test_end_long_before_the_deadline_is_named(lm, fake):
+    run_id = lm.create(durationSeconds=60).json["id"]
+    eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
+    fake.end_test()
+    run = lm.wait_for(run_id, "Finished")
+    assert run["stopReason"] == "locust" and run["trust"] == "doubtful"
+    assert any("before its duration was over" in reason for reason in run["trustReasons"]), run
+
+
+def test_what_is_kept_about_a_run_is_waited_for(lm, fake):
+    run_id = lm.create().json["id"]
+
+    def report_that_takes_a_while(handler):
+        handler.fake.released.wait(1.0)
+        handler.send_text(200, "<html>Locust's own</html>", "text/html")
+
+    fake.faults["/stats/report"] = report_that_takes_a_while
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    report = lm.get(f"/v1/tests/{run_id}/locust-report.html")
+    assert report.status == 200 and b"Locust's own" in report.body
 
 
 # ---- no thread to be had -------------------------------------------------------
@@ -423,7 +448,9 @@ def test_a_users_own_test_that_began_while_load_manager_was_away_is_not_stopped_
     eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
     if is_being_stopped:
         fake.faults["/stop"] = faults.hang
-        threading.Thread(target=lambda: lm.raw(STOP % (run_id.encode(), API_TOKEN.encode())), daemon=True).start()
+        threading.Thread(
+            target=lambda: lm.raw(STOP % (run_id.encode(), API_TOKEN.encode())), daemon=True
+        ).start()
         eventually(lambda: fake.stops, 10)
         with contextlib.closing(sqlite3.connect(lm.folder / "runs.db")) as database:
             kept = lambda: database.execute("SELECT record FROM runs").fetchone()[0]  # noqa: E731
