@@ -13335,7 +13335,7 @@ def _comparison_md(comparison: dict[str, Any]) -> Iterator[str]:
         return
     against = f"`{comparison['baseline']}`"
     if len(comparison.get("runs") or ()) > 1:
-        against = f"{len(comparison['runs'])} runs, the newest {against}"
+        against = f"({len(comparison['runs'])} runs, the newest {against})"
     found = len(comparison["regressions"])
     words = comparison.get("judgement") or (f"{found} regressions" if found else NO_REGRESSION)
     message = f": {_md(comparison['message'])}" if comparison.get("message") else ""
@@ -13359,10 +13359,17 @@ def _figure_cells(one: dict[str, Any]) -> list[Any]:
         one["metric"],
         _figure(one["baseline"], 2),
         _figure(one["candidate"], 2),
-        "" if one["changePercent"] is None else f"{one['changePercent']:+.1f} %",
+        _change_words(one),
         "" if low is None else f"{_figure(low, 2)} to {_figure(high, 2)}",
         one["judgement"] + (f": {one['reason']}" if one["judgement"] == CANNOT_TELL else ""),
     ]
+
+
+def _change_words(one: dict[str, Any]) -> str:
+    """The change: of an error rate in percentage points, as its tolerance is; of the others in percent."""
+    if one["metric"] == "errorRate" and one["change"] is not None:
+        return f"{one['change']:+.2f} pp"
+    return "" if one["changePercent"] is None else f"{one['changePercent']:+.1f} %"
 
 
 # ---- Markdown and CSV ------------------------------------------------------
@@ -21086,7 +21093,7 @@ def command_scale(options: Any) -> int:
     answer = open_client(options).request(
         "POST", cluster_path(options.cluster, "scale"), {"workers": options.workers}
     )
-    return tell_done(options, answer, f"cluster {options.cluster} goes to {options.workers} workers")
+    return tell_done(options, answer, f"cluster {options.cluster} goes to {options.workers} worker{'s' * (options.workers != 1)}")
 
 
 def command_logs(options: Any) -> int:
@@ -21704,7 +21711,7 @@ def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
         words += ["got worse: " + "; ".join(map(one_line, worse))] if worse else []
         return EXIT_THRESHOLDS, "; ".join(words) or "the verdict is failed"
     comparison = run.get("comparison") or {}
-    if comparison.get("judgement") == CANNOT_TELL and comparison.get("baseline"):
+    if comparison.get("judgement") == CANNOT_TELL:
         words = f"the comparison cannot tell: {one_line(comparison.get('message') or '')}"
         return (EXIT_THRESHOLDS if require_trusted else EXIT_DONE), words
     if require_trusted and "trust" not in run:
@@ -22043,14 +22050,22 @@ CHANGE_COLUMNS = (
 JUDGEMENT_COLOURS = {REGRESSION: "red", IMPROVEMENT: "green", NO_REGRESSION: "green", CANNOT_TELL: "orange"}
 
 
+def change_words(one: dict[str, Any]) -> str:
+    """The change: of an error rate in percentage points, as its tolerance is; of the others in percent."""
+    points, percent = one.get("change"), one.get("changePercent")
+    if one.get("metric") == "errorRate" and points is not None:
+        return f"{points:+,.2f} pp"
+    return "-" if percent is None else f"{percent:+,.1f}%"
+
+
 def figure_row(one: dict[str, Any]) -> list[str]:
-    percent, (low, high) = one.get("changePercent"), one.get("equalRuns") or (None, None)
+    low, high = one.get("equalRuns") or (None, None)
     return [
         one_line(one.get("endpoint") or "(all)"),
         one_line(one.get("metric") or ""),
         decimal_text(one.get("baseline"), 2),
         decimal_text(one.get("candidate"), 2),
-        "-" if percent is None else f"{percent:+,.1f}%",
+        change_words(one),
         "-" if low is None else f"{decimal_text(low, 2)} to {decimal_text(high, 2)}",
         one_line(one.get("judgement") or ""),
     ]
@@ -22062,10 +22077,13 @@ def sentence_of(entry: Any) -> str:
 
 def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
     """What the server says of two runs: changes, unfairness, regressions, and what it comes to."""
-    runs = comparison.get("runs") or [comparison.get("baseline")]
-    against = one_line(runs[-1]) if len(runs) == 1 else f"{len(runs)} runs, the newest {one_line(runs[-1])}"
-    candidate = comparison.get("candidate")
-    lines = [f"compared with {against}" + (f": {one_line(candidate)}" if candidate else "")]
+    baseline, candidate = comparison.get("baseline"), comparison.get("candidate")
+    runs = comparison.get("runs") or ([baseline] if baseline else [])
+    lines = []
+    if runs:
+        newest = one_line(runs[-1])
+        against = newest if len(runs) == 1 else f"{len(runs)} runs, the newest {newest}"
+        lines = [f"compared with {against}" + (f": {one_line(candidate)}" if candidate else "")]
     rows = [figure_row(one) for one in comparison.get("figures") or ()]
     lines += paint_head(screen, table(CHANGE_COLUMNS, rows, screen.columns)) if rows else []
     if comparison.get("figuresCut"):
@@ -22321,14 +22339,14 @@ COMMANDS = (
         ),
     ),
     Command(
-        "scale", command_scale, "change a cluster's number of workers", "scale local 4",
+        "scale", command_scale, "change a cluster's number of workers", "scale local-dev 4",
         (
             argument("cluster", metavar="CLUSTER", help="the cluster's id"),
             argument("workers", metavar="N", value=count_value, help="workers from now on"),
         ),
     ),
     Command(
-        "logs", command_logs, "the last log lines of a cluster's processes", "logs local --lines 50",
+        "logs", command_logs, "the last log lines of a cluster's processes", "logs local-dev --lines 50",
         (
             argument("cluster", metavar="CLUSTER", help="the cluster's id"),
             argument("--lines", metavar="N", value=count_value, default=50, help="of each process; default: 50"),

@@ -465,3 +465,13 @@ def test_a_users_own_test_that_began_while_load_manager_was_away_is_not_stopped_
     run = lm.wait_for(run_id, "Finished")
     assert run["stopReason"] == ("user" if is_being_stopped else "duration")
     holds_for(lambda: fake.users == 7 and len(fake.stops) == stops, 2, what="the user's test is let alone")
+
+
+@pytest.mark.parametrize("patch", ["raise_once(lm.Timer, '_due')", "raise_once(lm.Scheduler, '_wait')"])
+def test_unforeseen_error_in_a_thread_that_waits_for_times_does_not_end_it(patched_load_manager, fake, patch):
+    lm = patched_load_manager(f"{RAISE_ONCE}\n{patch}", cluster_config(fake.url))
+    soon = {"runAt": loadmanager.utc_text(time.time() + 2), "test": create_body(durationSeconds=1)}
+    assert lm.post("/v1/schedules", soon).status == 201
+    (run,) = eventually(lambda: lm.get("/v1/tests").json, 20, what="the schedule starts its run")
+    assert lm.wait_for(run["id"], "Finished")["stopReason"] == "duration"
+    assert "nobody foresaw" in lm.log() and "Exception in thread" not in lm.log()
