@@ -9219,18 +9219,17 @@ class ClusterPool:
             return starts
 
     def _reserve_for_waiting(self, starts: list[tuple[Run, Cluster]]) -> None:
-        served: set[tuple[str, str]] = set()
+        kept: set[str] = set()  # clusters for which one that came before waits
         for run_id in self._queue:
-            run = self._store.get(run_id)
-            place = (run.tenant_id, run.env_id)
-            if place in served or self._has_one(run_id):
+            if self._has_one(run_id):
                 continue  # one that is just being started leaves other free clusters to the next
-            served.add(place)
-            mine = [cluster for cluster in self.clusters.values() if self._may_use(run_id, cluster)]
-            cluster = self.reserve(run, mine)
+            run = self._store.get(run_id)
+            usable = [cluster for cluster in self.clusters.values() if self._may_use(run_id, cluster)]
+            cluster = self.reserve(run, [one for one in usable if one.id not in kept])
             if cluster:
                 starts.append((run, cluster))
-                served.discard(place)
+            else:
+                kept |= {one.id for one in usable}
 
     def is_queue_empty(self) -> bool:
         with self._changed:
