@@ -385,7 +385,7 @@ def lm_service(tmp_path) -> Iterator[tuple[loadmanager.Service, Callable[..., di
             }
         )
     )
-    service = loadmanager.Service(loadmanager.checked_config(str(config)))
+    service = loadmanager.Service(loadmanager.checked_config(str(config)), str(config))
     service.start()
 
     def call(name: str, body: dict) -> dict:
