@@ -9537,16 +9537,19 @@ class RunMonitor:
 
     def _look(self, run: Run) -> None:
         """One look: the uncached state first where it matters, then the numbers."""
-        cluster = self.cluster
+        cluster, reading = self.cluster, None
         if not self.users_seen or self._lease_needs_us(run):
             state = cluster.read_state(self._look_timeout_s)
-            self.note_start(state)
-            if state.hooks and self._is_over(run, state):
-                self._ended_by_locust(state)
-                return
-            if not self.users_seen and not state.snapshot:
-                return
-        reading = cluster.read_stats(self._look_timeout_s)
+            if state.hooks:
+                self.note_start(state)
+                if self._is_over(run, state):
+                    self._ended_by_locust(state)
+                    return
+                if not self.users_seen:
+                    return
+            else:
+                reading = state  # of the statistics: read again at once, they would be the same
+        reading = reading or cluster.read_stats(self._look_timeout_s)
         if self.over.is_set() or self._is_from_before(reading):
             return
         self.note_start(reading)
@@ -21092,7 +21095,11 @@ def command_scale(options: Any) -> int:
     answer = open_client(options).request(
         "POST", cluster_path(options.cluster, "scale"), {"workers": options.workers}
     )
-    return tell_done(options, answer, f"cluster {options.cluster} goes to {options.workers} worker{'s' * (options.workers != 1)}")
+    return tell_done(
+        options,
+        answer,
+        f"cluster {options.cluster} goes to {options.workers} worker{'s' * (options.workers != 1)}",
+    )
 
 
 def command_logs(options: Any) -> int:

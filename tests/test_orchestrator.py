@@ -254,6 +254,12 @@ def test_numbers_of_the_test_before_in_locust_s_cache_are_not_those_of_a_run(loa
     assert run["trust"] == "ok", run["trustReasons"]
 
 
+def test_run_without_duration_and_hooks_is_measured_through_locust_s_cache(load_manager, caching_locust):
+    lm = load_manager(cluster_config(caching_locust(hooks=False).url))
+    run_id = lm.create().json["id"]
+    eventually(lambda: (lm.run(run_id).get("lastMetrics") or {}).get("totalRequests", 0) >= 30, 15)
+
+
 def test_end_long_before_the_deadline_is_named(lm, fake):
     run_id = lm.create(durationSeconds=60).json["id"]
     eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
