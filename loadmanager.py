@@ -5046,7 +5046,13 @@ class Timer(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            for scheduled in self._due():
+            try:
+                due = self._due()
+            except Exception as error:  # noqa: BLE001 - the edge: what is due stays so
+                log_unforeseen("timer", error)
+                time.sleep(0.1)
+                continue
+            for scheduled in due:
                 try:
                     scheduled.action()
                 except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
@@ -11957,12 +11963,13 @@ class Scheduler:
         """Deal with every time that has come, until close(). Nothing ends this thread."""
         wait_s = 0.0
         while not self._closed:
-            self._wait(wait_s)
             try:
+                self._wait(wait_s)
                 wait_s = self._look()
             except Exception as error:  # noqa: BLE001 - the edge: schedules must go on
                 self._note_failure("schedules not looked at", error)
-                wait_s = self.RETRY_S
+                wait_s = 0.0
+                self._look_now.wait(self.RETRY_S)
 
     def _wait(self, wait_s: float) -> None:
         """Wait for so long or until a look is wanted; by the second, so that a clock that was set,
