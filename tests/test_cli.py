@@ -784,8 +784,20 @@ def test_compare_tells_regressions_and_fails_where_asked(api):
         "baseline": RUN_ID, "runs": [RUN_ID], "candidate": RUN_ID, "figures": [figure], "judgement": "regression", "message": "1 of 1 got worse",
         "differences": ["the candidate had 10 users, the baseline 5"], "regressions": [{"message": "GET /items: p95ResponseMs +40%"}],
     }  # fmt: skip
+    errors = {
+        **figure,
+        "metric": "errorRate",
+        "baseline": 80.0,
+        "candidate": 92.0,
+        "change": 12.0,
+        "changePercent": 15.0,
+    }
+    document["figures"].append(errors)
     api.answers["GET", "/v1/tests/compare"] = (200, document)
     done = cli(api.url, "compare", "latest", RUN_ID)
+    assert "+12.00 pp" in done.stdout and "+15" not in done.stdout, (
+        "an error rate changes in percentage points"
+    )
     assert (
         done.returncode == 0
         and "regression: GET /items: p95ResponseMs +40%" in done.stdout

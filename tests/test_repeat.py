@@ -170,6 +170,20 @@ def test_a_comparison_that_cannot_tell_exits_0_and_99_where_that_is_required(api
     assert cli(api.url, *ARGUMENTS, "--require-trusted").returncode == 99
 
 
+def test_a_comparison_without_any_earlier_run_is_told_also_by_quiet(api):
+    """What the server keeps of a run whose baseline was never named."""
+    message = "not compared: there is no baseline"
+    nothing = {"with": "baseline", "baseline": None, "regressions": [], "judgement": "cannot tell"}
+    run = run_document(id=RUN_ID, trust="ok", trustReasons=[], comparison={**nothing, "message": message})
+    api.answers["POST", "/v1/tests"] = (201, run)
+    api.answers["GET", f"/v1/tests/{RUN_ID}"] = (200, run)
+    done = cli(api.url, *ARGUMENTS)
+    assert "None" not in done.stdout and f"cannot tell: {message}" in done.stdout
+    quiet = cli(api.url, *ARGUMENTS, "--quiet")
+    assert quiet.returncode == 0 and f"the comparison cannot tell: {message}" in quiet.stderr
+    assert cli(api.url, *ARGUMENTS, "--require-trusted").returncode == 99
+
+
 @pytest.mark.parametrize(
     "arguments", [("--repeat", "0"), ("--repeat", "x"), ("--detach", "--confirm-regression")]
 )
