@@ -844,7 +844,7 @@ class Hooks:
         run = next((run for run in self._runs if not run.ended.is_set()), None)  # the oldest that did not end
         if run is None:
             return
-        self.last_run_id = run.id or self.last_run_id
+        self.last_run_id = run.id  # "" after a test of Locust's page: its numbers are no run's
         if not run.stopping:  # an old Locust does not say when it begins to stop
             self._worker_ids = {worker.id for worker in self._workers()}
         if self.is_newest(run):
