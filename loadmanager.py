@@ -21823,7 +21823,8 @@ def cluster_row(cluster: dict[str, Any]) -> list[str]:
     return [
         printable(cluster["id"]),
         printable(f"{cluster['tenantId']}/{cluster['envId']}"),
-        printable(cluster["state"]),
+        # Locust says "stopped" after its first test, and is as ready as before.
+        "idle" if cluster["state"] in IDLE_STATES else printable(cluster["state"]),
         count_text(cluster["userCount"]),
         count_text(len(workers)),
         count_text(max(cpu, default=None)),

@@ -545,7 +545,7 @@ def test_metrics_and_clusters_as_tables(server, finished_run):
     table = cli(server.url, "metrics", finished_run["id"]).stdout.splitlines()
     assert table[0].split()[:3] == ["TIME", "USERS", "REQ/S"] and len(table) >= 2
     clusters = cli(server.url, "clusters").stdout.splitlines()
-    assert clusters[1].split()[:3] == ["one", "acme/dev", "stopped"] and "unreachable" in clusters[2]
+    assert clusters[1].split()[:3] == ["one", "acme/dev", "idle"] and "unreachable" in clusters[2]
 
 
 # ---- Ctrl-C and the terminal -----------------------------------------------
