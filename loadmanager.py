@@ -9559,11 +9559,11 @@ class RunMonitor:
         if self.over.is_set() or self._is_from_before(reading):
             return
         self.note_start(reading)
-        if not reading.is_loaded and not self.start_seen:
-            return  # the test has not begun: its numbers are those of the test before
         if self._is_over(run, reading):
             self._confirm_end(run, reading)
             return
+        if not reading.is_loaded:
+            return  # not begun, or just ended or restarted: its numbers need not be this test's
         self._note_reading(run, reading)
 
     @property

@@ -17,9 +17,12 @@ HEARTBEAT_S = 15.0
 def plane(tmp_path_factory):
     cluster = {"id": "one", "baseUrl": "http://127.0.0.1:9", "tenantId": "t", "envId": "e"}
     other = {"id": "two", "baseUrl": "http://127.0.0.1:9", "tenantId": "t2", "envId": "e"}
+    third = {"id": "three", "baseUrl": "http://127.0.0.1:9", "tenantId": "t3", "envId": "e"}
     folder = tmp_path_factory.mktemp("plane")
     with ControlPlane(
-        folder, [cluster, other], orchestrator={"lostAfterSeconds": 86400, "metricsPollIntervalSeconds": 3600}
+        folder,
+        [cluster, other, third],
+        orchestrator={"lostAfterSeconds": 86400, "metricsPollIntervalSeconds": 3600},
     ) as plane:
         yield plane
 
@@ -110,7 +113,7 @@ def test_last_event_id_that_is_not_ours_gives_reset(plane, run_id, last):
 
 
 def test_deleted_run_is_told(plane):
-    doomed = plane.external_run("t2")
+    doomed = plane.external_run("t3")
     assert plane.callback("test-stop", {"runId": doomed}).status == 200
     eventually(
         lambda: plane.call("GET", f"/v1/tests/{doomed}")[1]["status"] in ("Finished", "Failed"), within_s=30

@@ -406,7 +406,7 @@ def test_unforeseen_error_while_free_clusters_are_given_out_leaves_none_reserved
 original, asked = lm.ClusterPool._may_use, []
 def may_use(self, run_id, cluster):
     waiting = self._queue[1:2]
-    if waiting == [run_id] and not asked:
+    if waiting == [run_id] and self._has_one(self._queue[0]) and not asked:
         asked.append(run_id)
         raise RuntimeError("nobody foresaw this")
     return original(self, run_id, cluster)
