@@ -8309,10 +8309,6 @@ class LaunchedCluster:
             return None
         return f"the guard of its processes ended with status {self._guard_status}, and they with it"
 
-    @property
-    def is_starting(self) -> bool:
-        return self.problem is None and monotonic_s() - self.started_at < WORKERS_PATIENCE_S
-
     def start(self, control_plane_url: str, locustfile: str | None = None) -> None:
         """Start the guard, for the cluster's locustfile or another; `problem` says why when
         that is not possible."""
@@ -16221,7 +16217,6 @@ def _exported_ratio(reading: Reading) -> float | None:
 # ---- the table ----------------------------------------------------------------
 
 _RUN, _HEALTH = "run", "health"
-_RATE = "sum(rate(@[$__rate_interval]))"
 
 METRICS = (
     # of each active run
