@@ -10,7 +10,7 @@ help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 run: $(VENV)/run.stamp  ## serve with config.yaml
-	$(PY) loadmanager.py -config config.yaml
+	$(PY) -m loadmanager -config config.yaml
 
 demo: $(VENV)/run.stamp  ## a real 20 s load test, end to end
 	$(PY) tests/demo.py

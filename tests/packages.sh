@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that tests and figures use, where they are missing and we may.
 set -eu
-declare -A needed=([initdb]=postgresql [chromium]=chromium [chromedriver]=chromium-driver [wrk]=wrk [zsh]=zsh [openssl]=openssl [node]=nodejs [promtool]=prometheus)
+declare -A needed=([initdb]=postgresql [chromium]=chromium [chromedriver]=chromium-driver [wrk]=wrk [zsh]=zsh [openssl]=openssl [node]=nodejs [promtool]=prometheus [systemd-analyze]=systemd)
 missing=()
 for program in "${!needed[@]}"; do
   command -v "$program" >/dev/null || ls /usr/lib/postgresql/*/bin/"$program" >/dev/null 2>&1 || missing+=("${needed[$program]}")
