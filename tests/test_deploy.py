@@ -59,3 +59,37 @@ def test_units_exposure_is_ok_for_systemd():
     told = subprocess.run(command, capture_output=True, text=True)
     exposure = re.search(r"Overall exposure level for loadmanager.service: ([\d.]+) (\w+)", told.stdout)
     assert exposure and exposure.group(2) == "OK", told.stdout[-2000:] + told.stderr
+
+
+def test_server_started_as_a_script_gives_the_compilers_memory_back_and_keeps_its_process_id(tmp_path):
+    shutil.copy(ROOT / "loadmanager.py", tmp_path / "lm of mine.py")
+    port = find_free_port()
+    (tmp_path / "config.json").write_text(json.dumps(base_config(server={"port": port})))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, "-X", "utf8", "lm of mine.py", "-config", "config.json"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log)
+    try:
+        eventually(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5), 20)
+        started = Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")
+        assert started[1:4] == [b"-X", b"utf8", b"-c"], started
+        assert started[-4:-1] == [str(tmp_path / "lm of mine.py").encode(), b"-config", b"config.json"]
+    finally:
+        server.terminate()
+        assert server.wait(10) == 0, (tmp_path / "log").read_text()
+
+
+def test_server_whose_bytecode_cannot_be_kept_serves_as_a_script(tmp_path):
+    port = find_free_port()
+    (tmp_path / "config.json").write_text(json.dumps(base_config(server={"port": port})))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment["PYTHONPYCACHEPREFIX"] = "/proc/nowhere"
+    command = [sys.executable, str(ROOT / "loadmanager.py"), "-config", "config.json"]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log)
+    try:
+        eventually(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5), 20)
+        assert Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")[1].endswith(b"loadmanager.py")
+    finally:
+        server.terminate()
+        assert server.wait(10) == 0, (tmp_path / "log").read_text()
