@@ -62,18 +62,21 @@ def test_units_exposure_is_ok_for_systemd():
 
 
 def test_server_started_as_a_script_gives_the_compilers_memory_back_and_keeps_its_process_id(tmp_path):
-    shutil.copy(ROOT / "loadmanager.py", tmp_path / "lm of mine.py")
+    program = tmp_path / "bin" / "lm of mine.py"
+    program.parent.mkdir()
+    shutil.copy(ROOT / "loadmanager.py", program)
+    (tmp_path / "queue.py").write_text("raise SystemExit('a module of the working directory was taken')")
     port = find_free_port()
     (tmp_path / "config.json").write_text(json.dumps(base_config(server={"port": port})))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [sys.executable, "-X", "utf8", "lm of mine.py", "-config", "config.json"]
+    command = [sys.executable, "-X", "utf8", "bin/lm of mine.py", "-config", "config.json"]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log)
     try:
         eventually(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5), 20)
         started = Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")
         assert started[1:4] == [b"-X", b"utf8", b"-c"], started
-        assert started[-4:-1] == [str(tmp_path / "lm of mine.py").encode(), b"-config", b"config.json"]
+        assert started[-4:-1] == [str(program).encode(), b"-config", b"config.json"]
     finally:
         server.terminate()
         assert server.wait(10) == 0, (tmp_path / "log").read_text()
