@@ -68,6 +68,7 @@ repeat             starts the next run of a repetition               Locust     
 notify-            delivers notifications of one channel             a receiver       goes on
 keys               reads the keys of an identity provider            the provider     is counted
 retention, audit   remove what is older than the configuration says  disk             tried again
+doctor             asks a port or a cluster, for the command         Locust, a server a problem is told
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
 
@@ -7676,6 +7677,21 @@ class LocustClient:
             match = re.search(rb'version[\\"&#;34:\s]{1,20}(\d+(?:\.\d+)+)', body)
             self._version = _version_numbers(match.group(1).decode()) if match else ()
         return self._version
+
+    def clock_ahead_s(self, timeout_s: float = LOCUST_CALL_S) -> float | None:
+        """Tell by how many seconds its clock is ahead of ours at least, negative when behind, by the Date
+        header of its page; None when it sends none."""
+        import email.utils
+
+        asked_at = time.time()
+        _, headers, _ = self._call("GET", "/", None, timeout_s)
+        answered_at = time.time()
+        try:
+            told = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return None
+        # It was some moment of that second, and of the time that the call took.
+        return min(0.0, told + 1.0 - asked_at) + max(0.0, told - answered_at)
 
     # ---- how it is asked ---------------------------------------------------
 
@@ -22129,6 +22145,356 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
     return [*lines, screen.paint(f"{judgement}{message}", JUDGEMENT_COLOURS.get(judgement, ""))]
 
 
+# ---- doctor ----------------------------------------------------------------
+
+DOCTOR_CALL_S = 3.0  # one call to a Locust master
+DOCTOR_ASKS_S = 10.0  # all that is asked over the network, together
+DOCTOR_READS_S = 30.0  # reading through the database
+FREE_FEW_BYTES, FREE_LITTLE_BYTES = 100 << 20, 1 << 30  # a problem, a warning below
+CLOCK_DIFFERENCE_S = 5.0
+
+
+class Finding(NamedTuple):
+    """What the doctor found at one place. advice: what to do; empty where all is well."""
+
+    level: str  # ok, warning or problem
+    subject: str
+    found: str
+    advice: str = ""
+
+    @property
+    def line(self) -> str:
+        words = f"{self.level} {self.subject}: {self.found}"
+        return one_line(f"{words}; {self.advice}" if self.advice else words)
+
+
+def command_doctor(options: Any) -> int:
+    """Examine an installation and say what to do; nothing of it is changed."""
+    path = options.config or DEFAULT_CONFIG
+    status, config = EXIT_DONE, None
+    try:
+        config, _ = read_config(path)
+        findings = examine(config, path)
+    except ConfigError as error:
+        findings = [Finding("problem", "configuration", text, "correct it") for text in error.problems]
+        status = EXIT_USAGE
+    findings = without_secrets(findings, config)
+    if options.json:
+        document = [{**one._asdict(), "advice": one.advice or None} for one in findings]
+        print_json(dump_json({"findings": document}).encode())
+    else:
+        print("\n".join(one.line for one in findings))
+    return status or (EXIT_FAILED if any(one.level == "problem" for one in findings) else EXIT_DONE)
+
+
+def examine(config: Config, path: str) -> list[Finding]:
+    """Look at everything. With a bad configuration, at what does not depend on what is wrong in it."""
+    findings = list(configuration_findings(config, path))
+    is_bad = any(one.level == "problem" for one in findings)
+    findings += [*package_findings(config), *permission_findings(config, path)]
+    if is_bad:
+        advice = "correct the configuration, and ask again"
+        return [*findings, Finding("warning", "database, port, clusters", "are not looked at", advice)]
+    findings += database_findings(config)
+    return findings + asked_findings(config)
+
+
+def configuration_findings(config: Config, path: str) -> Iterator[Finding]:
+    """Tell what `check` tells."""
+    try:
+        checked_config(path)
+        problems = list(start_problems(config))
+    except ConfigError as error:
+        problems = error.problems
+    for text in problems:
+        yield Finding("problem", "configuration", text, f"correct it in {path}")
+    if not problems:
+        yield Finding("ok", "configuration", f"{path} is good; {len(config.clusters)} cluster(s)")
+    for text in config_warnings(config):
+        yield Finding("warning", "configuration", text, f"change it in {path}")
+
+
+def package_findings(config: Config) -> Iterator[Finding]:
+    """Look at Python and at packages that the configuration needs; what PyJWT lacks `check` has told."""
+    import importlib.util
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):
+        yield Finding("problem", "Python", f"is {version}", "run Load Manager with Python 3.11 or newer")
+    else:
+        yield Finding("ok", "Python", version)
+    if config.storage.url.startswith("postgres"):
+        if importlib.util.find_spec("psycopg") is None:
+            advice = "pip install 'psycopg[binary]', or use sqlite: in storage.url"
+            yield Finding("problem", "package psycopg", "is missing, and storage.url needs it", advice)
+        else:
+            yield Finding("ok", "package psycopg", "is installed")
+    if any(item.is_launched and not item.launcher.python for item in config.clusters if item.launcher):
+        if _locust_is_installed():
+            yield Finding("ok", "package locust", "is installed")
+        else:
+            advice = "pip install locust, or set launcher.python to a Python that has it"
+            yield Finding("problem", "package locust", "is missing, and a launcher needs it", advice)
+
+
+def permission_findings(config: Config, path: str) -> Iterator[Finding]:
+    """Look whether other users of this machine can read secrets or runs."""
+    if os.name != "posix":
+        return
+    if not is_read_by_others(path):
+        yield Finding("ok", "permissions", f"{path} is not readable by others")
+    elif has_secret_inside(config, path):
+        advice = f"chmod o-rwx {path}, and replace the tokens in it"
+        yield Finding("warning", "permissions", f"{path} has secrets and is readable by others", advice)
+    else:
+        yield Finding("ok", "permissions", f"{path} is readable by others, and has no secret")
+    file = sqlite_file(config)
+    if file is None or not os.path.exists(file):
+        return
+    shown = [name for name in (file, f"{file}-wal") if os.path.exists(name) and is_read_by_others(name)]
+    for name in shown:
+        yield Finding("warning", "permissions", f"{name} is readable by others", f"chmod o-rwx {name}")
+    if not shown:
+        yield Finding("ok", "permissions", f"{file} is not readable by others")
+
+
+def is_read_by_others(path: str) -> bool:
+    try:
+        return bool(os.stat(path).st_mode & 0o004)
+    except OSError:
+        return False
+
+
+def has_secret_inside(config: Config, path: str) -> bool:
+    """Whether the file itself has a secret, and not the environment or a file that it names."""
+    known = set(secrets_of(config))
+    waiting = [_read_config_file(path)]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str) and item in known:
+            return True
+        if isinstance(item, (dict, list)):
+            waiting += item.values() if isinstance(item, dict) else item
+    return False
+
+
+def secrets_of(section: Any) -> Iterator[str]:
+    """Every secret of a configuration; of the storage's address only one with a password."""
+    for entry in _declared(type(section)):
+        value = getattr(section, entry["field"])
+        if entry["secret"] and isinstance(value, str) and value:
+            if not isinstance(section, StorageConfig) or re.search("//[^/]*:[^/]*@|password=", value):
+                yield value
+        for item in value if isinstance(value, tuple) else (value,):
+            if hasattr(item, "__dataclass_fields__"):
+                yield from secrets_of(item)
+
+
+def without_secrets(findings: list[Finding], config: Config | None) -> list[Finding]:
+    """Take out what a server may have sent back of our tokens, even when its words were cut."""
+    known = {text for text in secrets_of(config) if "://" not in text and len(text) > 3} if config else set()
+    if not known:
+        return findings
+    # At least its first eight characters, then whatever follows of it.
+    ordered = sorted(known, key=len, reverse=True)
+    pattern = re.compile("|".join(re.escape(text[:8]) + "[!-~]*" * (len(text) > 8) for text in ordered))
+    return [
+        one._replace(found=pattern.sub("***", one.found)) if one.subject.startswith("cluster ") else one
+        for one in findings
+    ]
+
+
+def sqlite_file(config: Config) -> str | None:
+    url = config.storage.url
+    return os.path.join(config.folder, url[len("sqlite:///") :]) if url.startswith("sqlite:///") else None
+
+
+def database_findings(config: Config) -> Iterator[Finding]:
+    """Look at the disk of an SQLite database, and read it through."""
+    file = sqlite_file(config)
+    if file is None:
+        where = "in memory" if config.storage.url.startswith("memory:") else "on a PostgreSQL server"
+        yield Finding("ok", "database", f"is {where}: no file to look at")
+        return
+    folder = os.path.dirname(os.path.realpath(file))
+    if not os.path.isdir(folder):
+        advice = "make the folder, or change storage.url"
+        yield Finding("problem", "database", f"the folder {folder} does not exist", advice)
+        return
+    yield disk_finding(folder)
+    yield integrity_finding(os.path.realpath(file))
+
+
+def disk_finding(folder: str) -> Finding:
+    import shutil
+
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        found = f"{folder} cannot be looked at: {error.strerror or error}"
+        return Finding("problem", "disk", found, "let this user into the folder")
+    found = f"{free / (1 << 20):,.0f} MiB are free in {folder}"
+    if free >= FREE_LITTLE_BYTES:
+        return Finding("ok", "disk", found)
+    level = "problem" if free < FREE_FEW_BYTES else "warning"
+    return Finding(level, "disk", found, "free some space, or lower storage.retentionDays")
+
+
+def integrity_finding(file: str) -> Finding:
+    """Have SQLite read a file through, on a connection that cannot write."""
+    import sqlite3
+
+    if not os.path.exists(file):
+        return Finding("ok", "database", f"{file} is not there yet, and will be made")
+    if not os.path.isfile(file) or not os.access(file, os.R_OK):
+        advice = "let this user read it, or change storage.url"
+        return Finding("problem", "database", f"{file} is no file that can be read", advice)
+    # A reader of a database with a log makes files beside it, unless it is told that nobody writes.
+    how = "mode=ro" if os.path.exists(f"{file}-wal") else "mode=ro&immutable=1"
+    until = time.monotonic() + DOCTOR_READS_S
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(file)}?{how}", uri=True, timeout=5)) as reader:
+            reader.set_progress_handler(lambda: int(time.monotonic() > until), 10_000)
+            answer = str(reader.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        answer = str(error)
+        busy = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_INTERRUPT)
+        if getattr(error, "sqlite_errorcode", None) in busy:
+            found = f"{file} could not be read through: {error}"
+            return Finding("warning", "database", found, "ask again when Load Manager is idle or stopped")
+    if answer == "ok":
+        return Finding("ok", "database", f"{file} is whole")
+    advice = "stop Load Manager, keep a copy of the file, and put a backup in its place"
+    return Finding("problem", "database", f"{file} is damaged: {answer[:200]}", advice)
+
+
+def asked_findings(config: Config) -> list[Finding]:
+    """Ask the port and all clusters at once; who has not answered in time has a finding too."""
+    timer = Timer()
+    timer.start()
+    asks: dict[str, Callable[[], list[Finding]]] = {"port": lambda: [port_finding(config.server)]}
+    for item in config.clusters:
+        client = LocustClient(item, "", config.folder, timer)
+        asks[f"cluster {item.id}"] = functools.partial(cluster_findings, item, client, config.folder)
+    answers: dict[str, list[Finding]] = {}
+    until = time.monotonic() + DOCTOR_ASKS_S
+    threads = []
+    with contextlib.suppress(NotReady):  # no more threads: the rest has no answer
+        for one in asks.items():
+            threads.append(start_thread("doctor", functools.partial(_note_answer, answers, *one)))
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    timer.close()
+    late = f"did not answer all within {DOCTOR_ASKS_S:g} s"
+    return [
+        one
+        for subject in asks
+        for one in answers.get(subject) or [Finding("problem", subject, late, "see whether it hangs")]
+    ]
+
+
+def _note_answer(answers: dict[str, list[Finding]], subject: str, ask: Callable[[], list[Finding]]) -> None:
+    answers[subject] = ask()
+
+
+def cluster_findings(item: ClusterConfig, client: LocustClient, folder: str) -> list[Finding]:
+    """Look at one Locust cluster: is it there, what is it, what is it doing."""
+    subject = f"cluster {item.id}"
+    if item.is_launched:
+        return [launched_finding(item, subject, folder)]
+    try:
+        reading = client.read_state(DOCTOR_CALL_S)
+        version = ".".join(map(str, client.version())) or "of unknown version"
+        ahead_s = client.clock_ahead_s(DOCTOR_CALL_S)
+    except LocustError as error:
+        return [
+            Finding("problem", subject, error.message, "start it, or correct its entry in locustClusters")
+        ]
+    workers = (
+        f"{len(reading.live_workers)} worker(s)" if reading.distributed else "without workers of its own"
+    )
+    findings = [Finding("ok", subject, f"Locust {version} at {client.base_url}: {reading.state}, {workers}")]
+    if reading.hooks:
+        findings.append(Finding("ok", subject, "has our hooks"))
+    else:
+        advice = "import loadmanager_hooks in its locustfile, for exact numbers and times"
+        findings.append(Finding("warning", subject, "does not have our hooks", advice))
+    if reading.distributed and not reading.live_workers and not item.launcher:
+        advice = "start some: locust --worker --master-host ..."
+        findings.append(Finding("warning", subject, "has no worker connected", advice))
+    return [*findings, clock_finding(subject, ahead_s)]
+
+
+def clock_finding(subject: str, ahead_s: float | None) -> Finding:
+    if ahead_s is None:
+        return Finding("ok", subject, "does not tell the time")
+    if abs(ahead_s) <= CLOCK_DIFFERENCE_S:
+        return Finding("ok", subject, "its clock agrees with ours")
+    way = "ahead of" if ahead_s > 0 else "behind"
+    found = f"its clock is {abs(ahead_s):.0f} s {way} ours"
+    return Finding("warning", subject, found, "set both clocks, e.g. by NTP")
+
+
+def launched_finding(item: ClusterConfig, subject: str, folder: str) -> Finding:
+    file = os.path.join(folder, item.launcher.locustfile or "") if item.launcher else ""
+    if os.path.isfile(file):
+        return Finding("ok", subject, "is started by Load Manager itself")
+    return Finding("problem", subject, f"{file} does not exist", "put the locustfile there")
+
+
+def port_finding(server: ServerConfig) -> Finding:
+    """Look whether the port is free, or has a Load Manager already."""
+    import errno
+
+    where = f"{server.host}:{server.port}"
+    if server.port == 0:
+        return Finding("ok", "port", "a free one is taken at the start")
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    try:
+        with socket.socket(family) as sock:
+            if os.name == "posix":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((server.host, server.port))  # it does not listen: nobody can connect
+        return Finding("ok", "port", f"{where} is free")
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return taken_port_finding(server, where)
+        found = f"{where} cannot be listened on: {error.strerror or error}"
+        return Finding("problem", "port", found, "change server.host or server.port")
+
+
+def taken_port_finding(server: ServerConfig, where: str) -> Finding:
+    """Ask who listens there, without a token."""
+    import ssl
+
+    host, timeout_s = host_to_call(server.host).strip("[]"), DOCTOR_CALL_S
+    if server.tls:
+        trusting = ssl._create_unverified_context()  # it gets nothing of ours
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, server.port, timeout=timeout_s, context=trusting
+        )
+    else:
+        connection = http.client.HTTPConnection(host, server.port, timeout=timeout_s)
+    try:
+        connection.request("GET", "/health")
+        document = json.loads(connection.getresponse().read(65536))
+        status = document.get("status") if isinstance(document, dict) else None
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        status = None
+    finally:
+        connection.close()
+    if status == "healthy":
+        return Finding("ok", "port", f"a Load Manager answers at {where}")
+    if status == "unhealthy":
+        found = f"a Load Manager answers at {where}, and cannot write its database"
+        return Finding("problem", "port", found, "see its log")
+    if server.tls and server.tls.client_ca_file:
+        found = f"{where} is taken, and does not say by whom without a client's certificate"
+        return Finding("warning", "port", found, "see whether that is a Load Manager")
+    found = f"{where} is taken by what is no Load Manager"
+    return Finding("problem", "port", found, "end that program, or change server.port")
+
+
 # ---- the table of commands -------------------------------------------------
 
 
@@ -22256,6 +22622,10 @@ START_ARGUMENTS = (
 COMMANDS = (
     Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml", calls_server=False),
     Command("check", command_check, "say every problem of a configuration", "check -config config.yaml", calls_server=False),
+    Command(
+        "doctor", command_doctor, "examine an installation and say what to do", "doctor -config config.yaml",
+        (argument("--json", action="store_true", help="print JSON"),), calls_server=False,
+    ),
     Command("reload", command_reload, "have a running server read its configuration again", "reload -config config.yaml"),
     Command(
         "run", command_run, "start a run and follow it; Ctrl-C stops it",
