@@ -22152,6 +22152,7 @@ DOCTOR_ASKS_S = 10.0  # all that is asked over the network, together
 DOCTOR_READS_S = 30.0  # reading through the database
 FREE_FEW_BYTES, FREE_LITTLE_BYTES = 100 << 20, 1 << 30  # a problem, a warning below
 CLOCK_DIFFERENCE_S = 5.0
+OLDEST_PYTHON = (3, 11)
 
 
 class Finding(NamedTuple):
@@ -22219,7 +22220,7 @@ def package_findings(config: Config) -> Iterator[Finding]:
     import importlib.util
 
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
+    if sys.version_info[:2] < OLDEST_PYTHON:
         yield Finding("problem", "Python", f"is {version}", "run Load Manager with Python 3.11 or newer")
     else:
         yield Finding("ok", "Python", version)
