@@ -221,8 +221,12 @@ def main() -> int:
         for program in reversed(started):
             program.end()
     if status == 0:
-        print(f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db; look at them again with\n"
-              f"  .venv/bin/python loadmanager.py -config {FOLDER.name}/config.json")  # fmt: skip
+        token = json.loads((FOLDER / "config.json").read_text())["security"]["apiToken"]
+        print(
+            f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db. To look at them in a browser,\n"
+            f"  LOADMANAGER_SERVER_PORT=8080 .venv/bin/python loadmanager.py -config {FOLDER.name}/config.json\n"
+            f"and sign in at http://127.0.0.1:8080 with the token {token}"
+        )
     return status
 
 
