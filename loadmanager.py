@@ -20931,7 +20931,7 @@ def command_show(options: Any) -> int:
         print_json(answer.body)
     else:
         screen = open_screen(options)
-        run = with_peak_users(client, answer.json(*RUN_KEYS))
+        run = with_failures(client, with_peak_users(client, answer.json(*RUN_KEYS)))
         screen.print(*run_lines(run, screen, time.time() + client.clock_offset_s))
     return EXIT_DONE
 
@@ -20946,6 +20946,17 @@ def with_peak_users(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
         return run
     known = [point["currentUsers"] for point in points if point.get("currentUsers") is not None]
     return {**run, "peakUsers": max(known, default=None)}
+
+
+def with_failures(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
+    """A run that has failed requests with `failures`, the most frequent first; as it is where they cannot be read."""
+    if not (run.get("lastMetrics") or {}).get("totalFailures"):
+        return run
+    try:
+        failures = client.get(run_path(run["id"], "/failures")).json("failures")["failures"]
+    except CommandError:
+        return run
+    return {**run, "failures": sorted(failures, key=lambda failure: -failure["occurrences"])}
 
 
 def command_clusters(options: Any) -> int:
@@ -21729,7 +21740,7 @@ def tell_end(
     elif options.quiet:
         screen.print(end_line(run))
     else:
-        shown = with_peak_users(client, run)
+        shown = with_failures(client, with_peak_users(client, run))
         screen.print(*run_lines(shown, screen, time.time() + client.clock_offset_s))
     exit_status, why = judge(run, options.require_trusted)
     if why:
@@ -22026,6 +22037,9 @@ def end_words(run: dict[str, Any]) -> str:
     return reason + verdict_words(run)
 
 
+MAX_FAILURES = 5  # different ones that are shown of a run
+
+
 def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
     """All that a person wants to know of a run."""
     facts = {
@@ -22053,10 +22067,24 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
     if run.get("lastMetrics"):
         lines += ["", *pack(figure_facts(run, screen), screen.columns)]
         lines += endpoint_lines(run, screen, screen.columns, MAX_ENDPOINTS)
+    lines += failure_lines(run, screen)
     lines += threshold_lines(run, screen)
     if run.get("comparison"):
         lines += ["", *comparison_lines(run["comparison"], screen)]
     return lines + [screen.paint(line, "orange") for line in warning_lines(run)]
+
+
+def failure_lines(run: dict[str, Any], screen: Screen) -> list[str]:
+    """What requests failed with, in the order of `failures`."""
+    failures = run.get("failures") or []
+    lines = [
+        f"{failure['occurrences']:>9,}  {one_line(failure['method'] + ' ' + failure['name'], 60)}: "
+        + screen.paint(one_line(failure["error"], 160), "red")
+        for failure in failures[:MAX_FAILURES]
+    ]
+    if len(failures) > MAX_FAILURES:
+        lines.append(f"{'':>9}  and {len(failures) - MAX_FAILURES} more")
+    return ["", "failures", *lines] if lines else []
 
 
 def warning_lines(run: dict[str, Any]) -> list[str]:

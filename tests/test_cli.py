@@ -927,3 +927,27 @@ def test_tab_completes_in_a_real_shell(shell, start, tmp_path):
     child.sendcontrol("c")
     child.sendline("exit")
     child.close(force=True)
+
+
+def test_failures_of_a_load_are_shown_at_its_end_and_by_show(server, target):
+    target.fail_ratio = 1.0
+    try:
+        done = cli(server.url, "run", *CREATE, "-d", "3s")
+    finally:
+        target.fail_ratio = 0.0
+    shown = cli(server.url, "show", "latest")
+    for told in (done.stdout, shown.stdout):
+        assert re.search(r"\nfailures\n(.*\n)? +[\d,]+  GET /: HTTPError\('500 Server Error", told), told
+        assert "owned\x07" not in told and "\x1b[31mred" not in told, (
+            "control characters of a name are escaped"
+        )
+
+
+def test_only_the_most_frequent_failures_are_shown():
+    failures = [{"method": "GET", "name": f"/{n}", "error": "x" * 900, "occurrences": n} for n in range(7)]
+    lines = loadmanager.failure_lines(
+        {"failures": failures}, loadmanager.Screen(sys.stdout, {"NO_COLOR": "1"})
+    )
+    assert lines[:2] == ["", "failures"] and len(lines) == 2 + loadmanager.MAX_FAILURES + 1
+    assert lines[-1].strip() == "and 2 more"
+    assert max(map(len, lines)) < 250
