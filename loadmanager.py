@@ -5565,6 +5565,72 @@ def _sync_folder(path: str) -> None:
             os.close(descriptor)
 
 
+class HeldDatabase(SqliteDatabase):
+    """The place of a SQLite database, locked as a server locks it, without reading what is there."""
+
+    def _open(self) -> None:
+        """Open nothing: what is there may be damaged."""
+
+    def release(self) -> None:
+        """Give the place back; the empty file that locking made is removed."""
+        if self._is_new and os.path.exists(self.path) and not os.path.getsize(self.path):
+            os.unlink(self.path)
+        self._unlock()
+
+    def replace_by(self, copy: str) -> str | None:
+        """Put file `copy` in the database's place; the path of the former one, None if there was none."""
+        former = None
+        if self._is_new:
+            os.replace(copy, self.path)
+        else:
+            moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            former = f"{self.path}.before-restore-{moment}"
+            if os.path.exists(former):
+                raise FileExistsError(f"{former} exists; try again in a second")
+            with contextlib.suppress(self._sqlite3.Error):  # damaged: its log is moved with it
+                with contextlib.closing(self._connect(self.path)) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            for end in ("", *self.SIDE_FILES):
+                if os.path.exists(self.path + end):
+                    os.rename(self.path + end, former + end)
+            os.rename(copy, self.path)
+        _sync_folder(self.path)
+        return former
+
+
+def copy_database(source: str, copy: str) -> int:
+    """Copy SQLite file `source` to the new file `copy`, also while a server writes it, and check
+    the copy; the runs in it. StartupError for what is damaged, not ours or newer."""
+    import sqlite3
+
+    os.close(open_private(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+    try:
+        name = f"file:{quote(os.path.realpath(source))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(name, uri=True, timeout=5)) as read:
+            with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as written:
+                read.backup(written)
+                written.execute("PRAGMA journal_mode=DELETE")
+                runs = _runs_of_copy(written, source)
+    except sqlite3.Error as error:
+        raise StartupError(f"{source}: is damaged or not a database ({error})") from None
+    with open(copy, "rb+") as file:
+        os.fsync(file.fileno())
+    return runs
+
+
+def _runs_of_copy(connection: Any, source: str) -> int:
+    if connection.execute("PRAGMA integrity_check(1)").fetchall() != [("ok",)]:
+        raise StartupError(f"{source}: is damaged")
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not {"meta", "runs"} <= tables:
+        raise StartupError(f"{source}: is not a Load Manager database")
+    row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
+    if row is None or not re.fullmatch("[0-9]{1,6}", str(row[0])):
+        raise StartupError(f"{source}: is not a Load Manager database")
+    _refuse_newer(int(row[0]))
+    return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0]
+
+
 class PostgresDatabase:
     """A PostgreSQL database, held by an advisory lock so that only one Load Manager leads on it.
 
@@ -20794,6 +20860,72 @@ def command_check(options: Any) -> int:
     return check_config(options.config or DEFAULT_CONFIG)
 
 
+def sqlite_path(options: Any) -> str:
+    """The SQLite file of the configuration; CommandError where there is none."""
+    config = load_config(options.config or DEFAULT_CONFIG)
+    url = config.storage.url
+    if not url.startswith("sqlite:///"):
+        kind = "memory:" if url == "memory:" else "PostgreSQL"
+        raise CommandError(
+            f"storage.url is {kind}, and only SQLite has a file to copy: use a postgresql: database with "
+            "pg_dump / pg_restore, or sqlite:///file",
+            EXIT_USAGE,
+        )
+    return os.path.realpath(os.path.join(config.folder, url.removeprefix("sqlite:///")))
+
+
+def command_backup(options: Any) -> int:
+    """Copy the database into one file, also while a server has it open."""
+    source, target = sqlite_path(options), os.path.abspath(options.file)
+    if not os.path.isfile(source):
+        raise CommandError(f"database {source}: does not exist", EXIT_USAGE)
+    if os.path.isdir(target) or (os.path.exists(target) and os.path.samefile(source, target)):
+        raise CommandError(f"{options.file}: must be a file other than the database", EXIT_USAGE)
+    if os.path.exists(target) and not options.force:
+        raise CommandError(f"{options.file}: exists; --force replaces it", EXIT_USAGE)
+    copy = f"{target}.{os.getpid()}.part"
+    try:
+        runs = copy_database(source, copy)
+        os.replace(copy, target)
+        size = os.path.getsize(target)
+    except StartupError as error:
+        raise CommandError(str(error), EXIT_FAILED) from None
+    except OSError as error:
+        raise CommandError(f"{options.file}: cannot be written: {error.strerror}", EXIT_USAGE) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(copy)
+    print(f"{options.file}: {runs} run(s), {size} bytes")
+    return EXIT_DONE
+
+
+def command_restore(options: Any) -> int:
+    """Put a backup in the database's place, which no server may have open."""
+    path = sqlite_path(options)
+    if not os.path.isfile(options.file):
+        raise CommandError(f"{options.file}: must be a file", EXIT_USAGE)
+    if os.path.exists(path) and os.path.samefile(path, options.file):
+        raise CommandError(f"{options.file}: is the database itself", EXIT_USAGE)
+    copy, held = f"{path}.{os.getpid()}.part", None
+    try:
+        held = HeldDatabase(path)
+        runs = copy_database(options.file, copy)
+        former = held.replace_by(copy)
+    except StartupError as error:
+        raise CommandError(f"not restored: {error}", EXIT_USAGE) from None
+    except OSError as error:
+        raise CommandError(f"not restored: {error}", EXIT_FAILED) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(copy)
+        if held is not None:
+            held.release()
+    print(f"{path}: restored, {runs} run(s)")
+    if former:
+        print(f"the former database is {former}")
+    return EXIT_DONE
+
+
 def command_reload(options: Any) -> int:
     """Have a server on this machine read its file again by a signal, which needs no token: that may
     be the one that leaked. One elsewhere, or one that left no mark, by the API."""
@@ -22654,6 +22786,19 @@ COMMANDS = (
     Command(
         "doctor", command_doctor, "examine an installation and say what to do", "doctor -config config.yaml",
         (argument("--json", action="store_true", help="print JSON"),), calls_server=False,
+    ),
+    Command(
+        "backup", command_backup, "copy the SQLite database into a file, also while a server runs", "backup -config config.yaml lm-backup.db",
+        (
+            argument("file", metavar="FILE", completes="file", help="the file to write"),
+            argument("--force", action="store_true", help="replace a file that exists"),
+        ),
+        calls_server=False,
+    ),
+    Command(
+        "restore", command_restore, "put a backup in the database's place while no server runs", "restore -config config.yaml lm-backup.db",
+        (argument("file", metavar="FILE", completes="file", help="what `backup` wrote"),),
+        calls_server=False,
     ),
     Command("reload", command_reload, "have a running server read its configuration again", "reload -config config.yaml"),
     Command(
