@@ -5590,10 +5590,14 @@ class HeldDatabase(SqliteDatabase):
             with contextlib.suppress(self._sqlite3.Error):  # damaged: its log is moved with it
                 with contextlib.closing(self._connect(self.path)) as connection:
                     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            for end in ("", *self.SIDE_FILES):
+            for end in self.SIDE_FILES:  # only beside a database that is damaged, or was killed
                 if os.path.exists(self.path + end):
                     os.rename(self.path + end, former + end)
-            os.rename(copy, self.path)
+            try:
+                os.link(self.path, former)  # so that there is a database at every point in time
+            except OSError:  # a file system without hard links
+                os.rename(self.path, former)
+            os.replace(copy, self.path)
         _sync_folder(self.path)
         return former
 
@@ -20887,6 +20891,7 @@ def command_backup(options: Any) -> int:
     try:
         runs = copy_database(source, copy)
         os.replace(copy, target)
+        _sync_folder(target)
         size = os.path.getsize(target)
     except StartupError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
