@@ -22115,8 +22115,12 @@ def time_words(run: dict[str, Any], now: float) -> str:
     if run["status"] == RunStatus.PENDING.value:
         position = run.get("queuePosition")
         return f"waits in the queue, position {position}" if position else "is starting"
-    of = f" of {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""
-    return clock_words(elapsed_s(run, now)) + of
+    duration_s, shown_s = run.get("durationSeconds"), elapsed_s(run, now)
+    if not duration_s:
+        return clock_words(shown_s)
+    if run.get("stopReason") == "duration":  # stopping takes a moment, which is no part of the test
+        shown_s = min(shown_s, duration_s)
+    return f"{clock_words(shown_s)} of {clock_words(duration_s)}"
 
 
 def run_title(run: dict[str, Any], screen: Screen) -> str:

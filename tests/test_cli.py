@@ -951,3 +951,17 @@ def test_only_the_most_frequent_failures_are_shown():
     assert lines[:2] == ["", "failures"] and len(lines) == 2 + loadmanager.MAX_FAILURES + 1
     assert lines[-1].strip() == "and 2 more"
     assert max(map(len, lines)) < 250
+
+
+def test_run_that_ended_by_its_duration_is_shown_with_no_more_time_than_that(api):
+    api.has_run(durationSeconds=20, finishedAt="2026-11-23T12:00:22.400Z")
+    shown = cli(api.url, "show", "latest")
+    assert "0:20 of 0:20" in shown.stdout and "0:21" not in shown.stdout, shown.stdout + shown.stderr
+    assert json.loads(cli(api.url, "show", "latest", "--json").stdout)["finishedAt"].endswith("22.400Z")
+
+
+def test_run_that_ended_otherwise_is_shown_with_the_time_it_took(api):
+    api.has_run(durationSeconds=20, finishedAt="2026-11-23T12:00:22.400Z", stopReason="lost")
+    assert "0:21 of 0:20" in cli(api.url, "show", "latest").stdout
+    api.has_run(durationSeconds=20, finishedAt="2026-11-23T12:00:13.400Z", stopReason="user")
+    assert "0:12 of 0:20" in cli(api.url, "show", "latest").stdout
