@@ -20754,6 +20754,7 @@ VARIABLES = {
     "NO_COLOR": "set to anything: no colours",
 }
 LATEST = "latest"
+HISTORY = "history"  # compare: not one run to measure by, but the newest comparable ones
 MIN_PREFIX = 6  # characters of a run's id
 RUN_KEYS = (
     "id",
@@ -21520,7 +21521,9 @@ def check_can_write(*paths: str | None) -> None:
 
 def command_compare(options: Any) -> int:
     client = open_client(options)
-    baseline, candidate = find_run(client, options.baseline), find_run(client, options.candidate)
+    is_history = options.baseline == HISTORY
+    baseline = HISTORY if is_history else find_run(client, options.baseline)
+    candidate = find_run(client, options.candidate)
     try:
         answer = client.get(
             "/v1/tests/compare", baseline=baseline, candidate=candidate, tolerance=options.tolerance
@@ -22947,7 +22950,7 @@ COMMANDS = (
     Command(
         "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
         (
-            argument("baseline", metavar="BASELINE", value=run_value, completes="run", help="the run to measure by, as for show"),
+            argument("baseline", metavar="BASELINE", value=run_value, completes="run", help="the run to measure by, as for show; or history: the newest comparable runs"),
             argument("candidate", metavar="CANDIDATE", value=run_value, completes="run", help="the run to judge"),
             argument("--tolerance", metavar="LIST", help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
             argument("--fail-on-regression", action="store_true", help="exit 99 when it got worse"),

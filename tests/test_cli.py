@@ -965,3 +965,21 @@ def test_run_that_ended_otherwise_is_shown_with_the_time_it_took(api):
     assert "0:21 of 0:20" in cli(api.url, "show", "latest").stdout
     api.has_run(durationSeconds=20, finishedAt="2026-11-23T12:00:13.400Z", stopReason="user")
     assert "0:12 of 0:20" in cli(api.url, "show", "latest").stdout
+
+
+def test_compare_measures_by_the_history_as_the_api_does(server):
+    place = ("--tenant", "acme", "--env", "dev", "--scenario", "compared with history", "-u", "5", "-r", "5")
+    ids = []
+    for _ in range(2):
+        assert cli(server.url, "run", *place, "-d", "2s", "-q").returncode == 0
+        ids.append(newest(server)["id"])
+        if len(ids) == 1:
+            alone = cli(server.url, "compare", "history", "latest")
+            assert alone.returncode == 2 and "no comparable run before" in alone.stderr, alone.stderr
+            assert "Traceback" not in alone.stderr and alone.stderr.count("\n") == 1
+    told = cli(server.url, "compare", "history", "latest")
+    assert told.returncode == 0 and f"compared with {ids[0]}: {ids[1]}" in told.stdout, told
+    document = json.loads(cli(server.url, "compare", "history", ids[1][:8], "--json").stdout)
+    assert (document["runs"], document["candidate"]) == ([ids[0]], ids[1])
+    swapped = cli(server.url, "compare", "latest", "history")
+    assert swapped.returncode == 2 and "no run whose id begins with history" in swapped.stderr
