@@ -21094,7 +21094,18 @@ def with_failures(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
         failures = client.get(run_path(run["id"], "/failures")).json("failures")["failures"]
     except CommandError:
         return run
+    if not isinstance(failures, list) or not all(map(is_failure, failures)):
+        return run
     return {**run, "failures": sorted(failures, key=lambda failure: -failure["occurrences"])}
+
+
+def is_failure(entry: Any) -> bool:
+    """Tell whether this is a failure as the API describes it."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("occurrences"), int)
+        and all(isinstance(entry.get(name), str) for name in ("method", "name", "error"))
+    )
 
 
 def command_clusters(options: Any) -> int:

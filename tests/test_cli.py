@@ -983,3 +983,24 @@ def test_compare_measures_by_the_history_as_the_api_does(server):
     assert (document["runs"], document["candidate"]) == ([ids[0]], ids[1])
     swapped = cli(server.url, "compare", "latest", "history")
     assert swapped.returncode == 2 and "no run whose id begins with history" in swapped.stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, {"error": "internal", "message": "broken"}),
+        (404, {"error": "not found", "message": "there is no such path"}),
+        (200, b"no JSON"),
+        (200, {"failures": None}),
+        (200, {"failures": [1]}),
+        (200, {"failures": [{"method": "GET"}]}),
+        (200, {"failures": [{"method": 1, "name": None, "error": [], "occurrences": "many"}]}),
+    ],
+)
+def test_failures_that_cannot_be_read_change_no_exit_status(api, answer):
+    api.has_run(lastMetrics={"totalRequests": 9, "totalFailures": 9})
+    api.answers["GET", f"/v1/tests/{RUN_ID}/failures"] = answer
+    for command in ("show", "watch"):
+        told = cli(api.url, command, RUN_ID)
+        assert told.returncode == 0 and "Traceback" not in told.stderr, told.stderr
+        assert "Finished" in told.stdout and "\nfailures\n" not in told.stdout
