@@ -221,13 +221,18 @@ def main() -> int:
         for program in reversed(started):
             program.end()
     if status == 0:
-        token = json.loads((FOLDER / "config.json").read_text())["security"]["apiToken"]
-        print(
-            f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db. To look at them in a browser,\n"
-            f"  LOADMANAGER_SERVER_PORT=8080 .venv/bin/python loadmanager.py -config {FOLDER.name}/config.json\n"
-            f"and sign in at http://127.0.0.1:8080 with the token {token}"
-        )
+        print(how_to_see_it())
     return status
+
+
+def how_to_see_it() -> str:
+    """The command that serves the demo's database, and where to open it with which token."""
+    token = json.loads((FOLDER / "config.json").read_text())["security"]["apiToken"]
+    return (
+        f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db. To look at them in a browser,\n"
+        f"  LOADMANAGER_SERVER_PORT=8080 .venv/bin/python loadmanager.py -config {FOLDER.name}/config.json\n"
+        f"and sign in at http://127.0.0.1:8080 with the token {token}"
+    )
 
 
 if __name__ == "__main__":
