@@ -84,6 +84,15 @@ def old_python(pytestconfig) -> str:
     return str(python)
 
 
+def assert_only_cut_off_requests_are_missing(final, target) -> None:
+    """Locust counts a request when its answer is there: what the stop cut off, at most one a user, reached
+    the target and is in no report."""
+    counted = final["lastMetrics"]["totalRequests"]
+    assert 0 <= target.total - counted <= final["targetUsers"], (
+        f"the target got {target.total} requests, the run has {counted}"
+    )
+
+
 def started_at(run) -> float:
     return loadmanager.time_of(run, "startedAt")
 
@@ -121,7 +130,7 @@ def test_adopted_run_is_not_swarmed_again(pair, target):
     late = target.last_at - (started_at(run) + 8)
     assert target.total > seen and late < 1.5, f"the last request came {late:+.2f} s after the deadline"
     assert len(re.findall("Sending spawn jobs", locust.log())) == 1
-    assert final["lastMetrics"]["totalRequests"] == target.total
+    assert_only_cut_off_requests_are_missing(final, target)
 
 
 @pytest.mark.timeout(240)  # the first time, the old Locust is installed
@@ -133,9 +142,10 @@ def test_old_locust_is_started_measured_and_stopped(old_python, pair, target, ho
     assert lm.post(f"/v1/tests/{run['id']}/stop").status == 200
     final = lm.wait_for(run["id"], "Finished")
     assert final["stopReason"] == "user"
-    assert final["lastMetrics"]["totalRequests"] == target.total
     eventually(
         lambda: locust.stats()["user_count"] == 0,
         5,
         what="no users are left (the statistics are cached for 2 s)",
     )
+    assert final["lastMetrics"]["totalRequests"] == int(locust.csv_rows()[-1]["Request Count"])
+    assert_only_cut_off_requests_are_missing(final, target)
