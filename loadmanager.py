@@ -11049,13 +11049,14 @@ class Orchestrator:
         self._dispatch_queue()
 
     def _forget_old(self) -> None:
-        """Remove what storage.retentionDays says, now and every hour."""
-        if not self.config.storage.retention_days:
+        """Remove what storage.retentionDays says, now and every hour; sooner when less than 10 h are kept."""
+        kept_s = self.config.storage.retention_days * 86400
+        if not kept_s:
             return
-        gone = self.store.delete_older(time.time() - self.config.storage.retention_days * 86400)
+        gone = self.store.delete_older(time.time() - kept_s)
         if gone:
             log("old runs removed", runs=gone)
-        self.timer.in_thread(3600, "retention", self._forget_old)
+        self.timer.in_thread(min(3600, max(60, kept_s / 10)), "retention", self._forget_old)
 
     # ---- creating
 
