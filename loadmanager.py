@@ -18075,8 +18075,21 @@ class Route:
         return self.access != "locust" or self.handler is locust_register
 
 
+PACKED_FROM_BYTES = 4096  # shorter answers fit into a few packets as they are
+
+
 def json_response(value: object, http_status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(dump_json(value).encode(), http_status, headers=headers)
+
+
+def packed(request: Request, response: Response) -> Response:
+    """The same answer by gzip where the client takes that and it is long: 130 KB of a chart become 20 KB in 2 ms."""
+    is_taken = "gzip" in request.head.headers.get("accept-encoding", "")
+    more = {"Vary": "Accept-Encoding"}
+    if is_taken and isinstance(response.body, bytes) and len(response.body) >= PACKED_FROM_BYTES:
+        response.body, more["Content-Encoding"] = gzip.compress(response.body, 1), "gzip"
+    response.headers = {**(response.headers or {}), **more}
+    return response
 
 
 SUCCESS = Response(b'{"success":true}')
@@ -18227,9 +18240,8 @@ def get_metrics(api: Api, request: Request) -> Response:
         samples = thin_to_step(samples, query["step"])
     samples = downsample(samples, query.get("maxPoints", 500))
     points = [sample_to_json(sample) for sample in samples]
-    return json_response(
-        {"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points}
-    )
+    answer = {"runId": run.id, "total": total, "downsampled": len(points) < total, "points": points}
+    return packed(request, json_response(answer))
 
 
 def get_prometheus(api: Api, request: Request) -> Response:
@@ -23775,6 +23787,8 @@ const live = {
   timer: 0,
   tries: 0,
   isLost: false,
+  isResting: false, // others have the streams: asks now and then instead
+  newer: new Set(), // tabs that have opened their stream since this one
   dark: 0,
 
   follow(path, view) {
@@ -23787,6 +23801,11 @@ const live = {
   connect() {
     clearTimeout(this.timer);
     if (this.source) this.source.close();
+    this.source = null;
+    if (document.hidden) return; // opened behind another tab: it has what it has loaded, until it is looked at
+    this.isResting = false;
+    this.newer.clear();
+    tellTabs(true);
     const source = (this.source = new EventSource(this.path));
     source.onopen = () => {
       this.tries = 0;
@@ -23824,6 +23843,26 @@ const live = {
     }
     if (this.view === view && view) this.connect();
   },
+  /** Give the stream to newer tabs, and ask instead. */
+  rest() {
+    this.giveBack();
+    this.isResting = true;
+    this.ask();
+    this.show();
+  },
+  giveBack() {
+    if (this.source) this.source.close();
+    this.source = null;
+    tellTabs(false);
+  },
+  ask() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(async () => {
+      const view = this.view;
+      if (!document.hidden && view) await view.refresh();
+      if (this.isResting && this.view === view && view) this.ask();
+    }, ASK_EVERY_MS);
+  },
   unreachable() {
     if (!this.view || this.isLost) return;
     this.isLost = true;
@@ -23832,7 +23871,7 @@ const live = {
     this.show();
   },
   reachable() {
-    const streaming = this.source && this.source.readyState === EventSource.OPEN;
+    const streaming = this.isResting || (this.source && this.source.readyState === EventSource.OPEN);
     if (this.isLost && streaming) {
       this.isLost = false;
       $("lost").hidden = true;
@@ -23843,28 +23882,41 @@ const live = {
   show() {
     const mark = $("live");
     if (!mark) return;
-    setText(mark, this.isLost ? "Offline" : "Live");
+    setText(mark, this.isLost ? "Offline" : this.isResting ? "Every " + ASK_EVERY_MS / 1000 + " s" : "Live");
     setClass(mark, "live " + (this.isLost ? "off" : "on"));
   },
   stop() {
     clearTimeout(this.timer);
     if (this.source) this.source.close();
     this.source = this.view = null;
-    this.isLost = false;
+    this.isLost = this.isResting = false;
     $("lost").hidden = true;
   },
 };
 
-// A browser has six connections to a server for all its tabs: hidden ones give theirs back.
+// A browser has six connections to a server for all its tabs, and with six streams nothing else is answered: the
+// tabs that were opened or looked at last have them. Hidden ones give theirs back.
+const MOST_STREAMS = 4;
+const ASK_EVERY_MS = 5000;
+const tabId = String(Math.random());
+const otherTabs = new BroadcastChannel("loadmanager-streams");
+const tellTabs = (hasStream) => otherTabs.postMessage({tabId, hasStream});
+otherTabs.onmessage = ({data}) => {
+  if (!data.hasStream) live.newer.delete(data.tabId);
+  else if (live.newer.add(data.tabId).size >= MOST_STREAMS && live.source) live.rest();
+};
+addEventListener("pagehide", () => tellTabs(false));
+addEventListener("focus", () => {
+  if (!live.isResting) return;
+  live.connect();
+  live.view.refresh();
+});
 document.addEventListener("visibilitychange", () => {
   clearTimeout(live.dark);
   if (!live.view) return;
   if (document.hidden) {
-    live.dark = setTimeout(() => {
-      if (live.source) live.source.close();
-      live.source = null;
-    }, 20000);
-  } else if (!live.source) {
+    live.dark = setTimeout(() => live.giveBack(), 20000);
+  } else if (!live.source && !live.isResting) {
     live.connect();
     live.view.refresh();
   }
@@ -25047,6 +25099,7 @@ class ChartGroup {
     this.end = 1;
     this.zoom = null; // [from, to]
     this.hover = null;
+    this.drawnEnd = 0; // the end when it was drawn last
     this.resize = new ResizeObserver(() => this.draw());
     this.theme = matchMedia("(prefers-color-scheme: dark)");
     this.onTheme = () => this.draw();
@@ -25081,8 +25134,15 @@ class ChartGroup {
     if (!this.drawing)
       this.drawing = requestAnimationFrame(() => {
         this.drawing = 0;
+        this.drawnEnd = this.end;
         this.charts.forEach((chart) => chart.draw());
       });
+  }
+  /** Draw what was added at the end, once that is a pixel: the longer a run, the more rarely. */
+  grow() {
+    const pixels = ((this.end - this.drawnEnd) / Math.max(1, this.end)) * innerWidth * devicePixelRatio;
+    if (this.zoom || this.hover !== null || pixels >= 1) this.draw();
+    else this.charts.forEach((chart) => chart.showValues());
   }
   /** A series' value at a point, or the nearest one within 15 s: not every sample has every figure. */
   value(key, index) {
@@ -25112,7 +25172,7 @@ class Chart {
   /** names: of SERIES, p99 is dashed as it is the whole run's; format: of one value. */
   constructor(group, title, unit, names, format) {
     const series = names.map((key) => ({key, label: SERIES[key].label, color: "--" + key, dash: key === "p99" ? [4, 3] : null, on: true}));
-    Object.assign(this, {group, title, unit, series, format});
+    Object.assign(this, {group, title, unit, series, format, index: null});
     this.canvas = h("canvas", {
       tabindex: 0,
       role: "img",
@@ -25727,15 +25787,16 @@ class RunView {
         this.thinning = false;
       });
     }
-    this.plot();
+    this.plot("grow");
   }
 
-  plot() {
+  /** Take over the points; how: "draw" at once, or "grow" when they differ visibly from what is drawn. */
+  plot(how = "draw") {
     const run = this.run;
     if (!run || !this.group) return;
     this.group.points = pointsOf(this.group.zoom && this.detail ? this.detail : this.whole, this.start);
     this.setEnd();
-    this.group.draw();
+    this.group[how]();
     this.showNumbers(run.lastMetrics || {});
     this.showEmptiness();
   }
@@ -25974,12 +26035,15 @@ class RunView {
     this.showNumbers(run.lastMetrics || {});
     this.showThresholds(run);
     this.showComparison(run);
-    this.group.marks = [
+    const marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
       ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000, text: count(one.targetUsers) + " users, by " + one.by})),
       ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
     ];
-    this.group.draw();
+    if (JSON.stringify(marks) !== JSON.stringify(this.group.marks)) {
+      this.group.marks = marks;
+      this.group.draw();
+    }
     if (started !== this.start) {
       this.start = started;
       this.plot();
@@ -26407,7 +26471,7 @@ class RunView {
     );
     if (isActive(run) && !this.group.zoom) {
       this.setEnd();
-      this.group.draw();
+      this.group.grow();
     }
   }
 }

@@ -208,7 +208,8 @@ def assert_documented(method: str, path: str, answer: Answer) -> None:
             f"{method} {path}: {answer.headers['content-type']} instead of {' or '.join(contents)}"
         )
     for media, content in contents.items():
-        if media == loadmanager.JSON_TYPE and len(answer.body) < 200_000:
+        is_plain = "content-encoding" not in answer.headers and len(answer.body) < 200_000
+        if media == loadmanager.JSON_TYPE and is_plain:
             jsonschema.validate(answer.json, {**content["schema"], "components": DOCUMENT["components"]})
 
 

@@ -77,6 +77,23 @@ class SeededRuns:
         return run.id
 
 
+    def running(
+        self, scenario: str, age_s: float, samples: int, cluster_id: str, tenant_id: str, env_id: str
+    ) -> str:
+        """A run that began `age_s` ago and goes on; the id."""
+        started = time.time() - age_s
+        run = lm.Run(
+            str(uuid.uuid4()), tenant_id, env_id, cluster_id, scenario, 5, 5.0, lm.RunStatus.PENDING,
+            started - 1, created_by="api",
+        )  # fmt: skip
+        self._store.add(run)
+        self._store.transition(run.id, lm.RunStatus.RUNNING, durable=False, started_at=started)
+        for index in range(samples):
+            snapshot = _snapshot(started, age_s, index / max(1, samples), 0, 0)
+            self._store.add_snapshot(run.id, snapshot, "poll")
+        return run.id
+
+
 def _snapshot(
     started: float,
     seconds: float,

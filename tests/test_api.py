@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import threading
@@ -143,6 +144,9 @@ def test_history_is_downsampled_to_max_points_and_keeps_extremes(lm):
     whole = lm.get(f"/v1/tests/{run_id}/metrics?maxPoints=100000").json
     assert not whole["downsampled"] and len(whole["points"]) == whole["total"]
     assert lm.get(f"/v1/tests/{run_id}/metrics?from=2099-01-01T00:00:00Z").json["points"] == []
+    packed = lm.get(f"/v1/tests/{run_id}/metrics?maxPoints=100000", headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["content-encoding"] == "gzip" and packed.headers["vary"] == "Accept-Encoding"
+    assert len(json.loads(gzip.decompress(packed.body))["points"]) >= 300
 
 
 def test_clusters_tell_what_they_are_doing(lm):

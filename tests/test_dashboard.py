@@ -920,3 +920,44 @@ def test_narrow_screen_shows_runs_as_cards_with_every_figure(page):
 
 def test_page_links_to_the_reference_of_the_api(page):
     assert page.one("#top a[href=docs]").is_displayed()
+
+
+def end_run(plane: ControlPlane, run_id: str) -> None:
+    plane.callback("test-stop", {"runId": run_id})
+    plane.wait_for(run_id, "Finished")
+
+
+def test_every_one_of_many_tabs_is_answered_and_those_without_a_stream_ask_instead(page, seeded):
+    """A browser has six connections to a server: six streams would leave none for the next tab."""
+    first = page.driver.current_window_handle
+    run_id = seeded.external_run(*NOBODY)
+    try:
+        for _ in range(8):
+            page.driver.switch_to.new_window("tab")
+            page.open(f"#/runs/{run_id}")
+            page.shows("ui-started-test", "h1", within_s=15)
+        page.shows("Live", "#live")
+        seeded.push(run_id, 424_242)
+        page.shows("424,242", ".tiles")
+        page.driver.switch_to.window(first)
+        page.shows("Every 5 s", "#live")
+        page.driver.execute_script("dispatchEvent(new Event('focus'))")
+        page.shows("Live", "#live")
+    finally:
+        for tab in page.driver.window_handles:
+            if tab != first:
+                page.driver.switch_to.window(tab)
+                page.driver.close()
+        page.driver.switch_to.window(first)
+        end_run(seeded, run_id)
+
+
+def test_charts_of_a_long_run_are_drawn_when_a_pixel_was_added(page, seeded):
+    run_id = seeded.external_run(*NOBODY)
+    seeded.push(run_id, 10)
+    page.open(f"#/runs/{run_id}")
+    eventually(lambda: page.points() > 0, what="a point is drawn")
+    count_draws = "window.draws = 0; view.group.end = 1e5; view.group.drawnEnd = arguments[0]; view.group.draw = () => window.draws++; view.group.grow(); return window.draws"
+    assert page.driver.execute_script(count_draws, 1e5 - 1) == 0
+    assert page.driver.execute_script(count_draws, 1e5 - 1000) == 1
+    end_run(seeded, run_id)

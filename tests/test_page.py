@@ -18,7 +18,8 @@ import loadmanager
 ROOT = Path(loadmanager.__file__).parent
 NODE = shutil.which("node") or shutil.which("nodejs")
 # What the tools of the page take from a browser when they are loaded.
-STAND_INS = "const document = {addEventListener() {}}; const location = {};"
+STAND_INS = """const document = {addEventListener() {}}; const location = {}; const addEventListener = () => {};
+class BroadcastChannel {}"""
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
 
