@@ -230,16 +230,232 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTE
 DEFAULT_CONFIG = "config.yaml"
 
 
+class LogEvent(NamedTuple):
+    """What the log says of one kind of event: its level, when it is written, and what with. The order of
+    `facts` is the table's; `text` is shown to people where it says more than the event's name."""
+
+    level: str
+    when: str
+    facts: tuple[str, ...] = ()
+    text: str = ""
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _log_event(level: str, when: str, facts: str = "", text: str = "") -> LogEvent:
+    return LogEvent(level, when, tuple(facts.split()), text)
+
+
+# Everything that log() is ever called with; a test holds the calls to it, and deploy/logs.md is made of it.
+LOG_EVENTS: dict[str, LogEvent] = {
+    # the program
+    "listening": _log_event(
+        "info", "requests are answered from now on", "url", f"Load Manager {VERSION} listening"
+    ),
+    "ending": _log_event("info", "a signal ended the program; runs go on as they are", "signal"),
+    "ended": _log_event("info", "everything is written"),
+    "warning": _log_event(
+        "warning", "a risk in the configuration, or in a run's numbers", "run code message why"
+    ),
+    "unforeseen error": _log_event(
+        "error",
+        "a fault of Load Manager itself; please report it",
+        "where error run cluster route trace",
+    ),
+    "work waits for a thread": _log_event("warning", "the system gives no thread; tried again", "work why"),
+    "configuration read again": _log_event("info", "a reload is done", "needs_restart"),
+    "configuration not read again; the one in use is kept": _log_event(
+        "error", "a reload found a problem; a line for each", "problem"
+    ),
+    "configuration not read again": _log_event("error", "a reload failed unforeseen", "error trace"),
+    "no mark for `reload`: use SIGHUP or the API": _log_event(
+        "warning", "the file by which `reload` finds the server cannot be had", "file why"
+    ),
+    "mark not written": _log_event("warning", "that file cannot be written", "file why"),
+    # requests
+    "request answered": _log_event(
+        "debug", "each request, once its answer is made", "method route status ms by address"
+    ),
+    "request refused": _log_event(
+        "debug", "each request that is refused by its head", "method route status address why"
+    ),
+    "slow reader let go": _log_event(
+        "warning", "a client does not read what it asked for", "address unsent stream"
+    ),
+    "connection not accepted": _log_event("warning", "a new connection failed", "address error"),
+    "TLS handshake failed": _log_event("warning", "at most one a second", "address why"),
+    "certificate read again": _log_event("info", "our certificate changed", "file"),
+    "certificate not read again; the one before is kept": _log_event(
+        "error", "our certificate changed, and is not good", "why"
+    ),
+    "signed in": _log_event("info", "somebody signed in at the page", "name address"),
+    "sign-ins ended": _log_event("info", "a reload removed their tokens", "sessions why"),
+    "keys of the identity provider read": _log_event("info", "they were asked for", "keys"),
+    "keys of the identity provider not read": _log_event("warning", "the provider failed", "why"),
+    "user info not read": _log_event("warning", "the provider failed", "why"),
+    "change not yet on disk": _log_event("error", "a change was made and could not be written", "route why"),
+    # runs
+    "run started": _log_event("info", "Locust took the start", "run cluster users duration_s"),
+    "stage begins": _log_event("info", "the next stage of a run's load", "run users spawn_rate"),
+    "users changed": _log_event("info", "somebody changed the users of a run", "run users by"),
+    "users rebalanced": _log_event(
+        "info", "users were spread over the workers there are", "run cluster users"
+    ),
+    "users not rebalanced": _log_event("warning", "that failed", "run cluster why"),
+    "stop asked for": _log_event("info", "a request to stop one run", "run by"),
+    "stop of all asked for": _log_event("info", "a request to stop all runs", "by tenant_id env_id"),
+    "run aborted by a threshold": _log_event("warning", "a threshold with abort failed", "run threshold"),
+    "stop failed, trying again": _log_event("warning", "Locust did not take a stop", "run cluster why"),
+    "run finished": _log_event("info", "a run ended, and its numbers are final", "run cluster why"),
+    "run failed": _log_event("error", "a run ended without final numbers", "run cluster why"),
+    "run repeated": _log_event("info", "the next run of a repetition started", "run first left"),
+    "run not repeated": _log_event("warning", "it could not be started", "run why"),
+    "queued run still waits": _log_event("warning", "its turn came, and it could not start", "run why"),
+    "run registered from Locust's page": _log_event(
+        "info", "a test began that Load Manager did not start", "run cluster"
+    ),
+    "run found after a restart": _log_event("info", "an active run of before", "run status cluster"),
+    "run waits for a thread that watches it": _log_event("warning", "the system gives no thread", "run why"),
+    "run adopted": _log_event("info", "such a run is watched again", "run cluster remaining_s"),
+    "run deleted": _log_event("info", "a request to delete a run", "run by"),
+    "run imported": _log_event("info", "a run came from a file", "run by"),
+    "baseline named": _log_event("info", "a run became a baseline", "run by"),
+    "old runs removed": _log_event("info", "retention removed runs", "runs"),
+    "cluster not read at the end": _log_event(
+        "warning", "the final numbers are the last ones", "cluster run why"
+    ),
+    "details not kept": _log_event(
+        "warning", "failures or Locust's report of a run could not be had", "run why"
+    ),
+    "history not read for the verdict": _log_event("warning", "the database failed", "run why"),
+    "figures of a run not read": _log_event("warning", "the database failed, for a comparison", "run why"),
+    "histograms not read for a comparison": _log_event("warning", "the database failed", "run why"),
+    "load of an ended run not stopped yet": _log_event(
+        "warning", "Locust does not take a stop", "cluster why"
+    ),
+    "load of an ended run is stopped": _log_event("info", "it did", "cluster run"),
+    # clusters
+    "cluster does not answer": _log_event("warning", "the first poll of a run that fails", "cluster run why"),
+    "cluster launched": _log_event("info", "its Locust was started here", "cluster url workers logs"),
+    "cluster not launched": _log_event("error", "its Locust could not be started", "cluster why"),
+    "cluster added": _log_event("info", "a reload brought it", "cluster"),
+    "cluster changed": _log_event("info", "a reload changed it", "cluster"),
+    "cluster gone": _log_event("info", "a reload removed it", "cluster"),
+    "cluster sleeps": _log_event("info", "no run needs it", "cluster"),
+    "cluster not put to sleep": _log_event("warning", "that failed", "cluster why"),
+    "scale asked for": _log_event("info", "a request for another number of workers", "cluster workers by"),
+    "cluster scaled": _log_event("info", "it has that number", "cluster workers"),
+    "lost workers not replaced": _log_event("warning", "that failed", "cluster why"),
+    "guard of a launched cluster ended": _log_event(
+        "warning", "its Locust has no guard until another is started", "cluster status again_in_s"
+    ),
+    "guard not started": _log_event("warning", "that failed", "cluster why"),
+    # schedules and notifications
+    "schedule missed": _log_event("warning", "a schedule did not start its run", "schedule why"),
+    "schedule failed": _log_event("error", "unforeseen, of one schedule", "schedule error failures trace"),
+    "schedule not looked at": _log_event(
+        "error", "unforeseen, of one schedule", "schedule error failures trace"
+    ),
+    "schedules not looked at": _log_event("error", "unforeseen, of all", "error failures trace"),
+    "schedule cannot be read; it is left as it is": _log_event("error", "at the start", "record error"),
+    "the clock was set back": _log_event("warning", "schedules go on from the new time", "seconds"),
+    "clock was set": _log_event("warning", "the times of active runs go on as before", "by_seconds"),
+    "notification not delivered": _log_event(
+        "warning", "the first try failed, or the last", "channel about run why given_up"
+    ),
+    "notification failed": _log_event("error", "unforeseen, of one notification", "channel error"),
+    # the database
+    "database was deleted, written again": _log_event("error", "its files are gone", "files"),
+    "database cannot be written": _log_event("error", "writes wait and are tried again", "error trace"),
+    "database is back": _log_event("info", "the connection to PostgreSQL is made again", "epoch"),
+    "database not closed cleanly": _log_event("warning", "at the end", "error"),
+    "row cannot be written, left out": _log_event(
+        "error", "the database refuses it for good", "rows run times why"
+    ),
+    "not reported as durable": _log_event("error", "unforeseen, after a write", "error"),
+    "failure not dealt with": _log_event("error", "unforeseen, after a failed write", "error second"),
+    "audit file not written": _log_event("error", "audit.file cannot be written", "file entries why"),
+    "old entries of the audit removed": _log_event("info", "as security.auditDays says", "entries"),
+    "old entries of the audit not removed": _log_event("warning", "the database failed", "why"),
+    "ending: this Load Manager leads no more": _log_event(
+        "error", "another one has the database", "why status"
+    ),
+}
+MAX_LOG_TEXT = 4000  # characters of one fact; what is longer is cut
+LOG_NAMES = {"tenant_id": "tenant", "env_id": "environment"}  # of facts, in JSON lines
+
+
+class LogWriter:
+    """Writes the log to stderr: lines for people, or JSON. Its settings are each read once a line, so
+    that a reload may change them at any time."""
+
+    def __init__(self) -> None:
+        self.is_json = False
+        self.least = LOG_LEVELS.index("info")
+        self.secrets: tuple[str, ...] = ()  # are never shown, whatever is logged
+        # of a run and a cluster: tenant, environment, trace id, as far as known; takes no lock
+        self.place_of: Callable[[str, str], dict[str, str]] = lambda run_id, cluster_id: {}
+        self.serving = threading.local()  # its `request`: what this thread answers, with id() and trace_id()
+
+    def shows(self, level: str) -> bool:
+        return LOG_LEVELS.index(level) >= self.least
+
+    def write(self, event: str, facts: dict[str, Any]) -> None:
+        known = LOG_EVENTS.get(event)
+        level = known.level if known else "info"
+        if not self.shows(level):
+            return
+        request = getattr(self.serving, "request", None)
+        if request is not None and "requestId" not in facts:
+            facts["requestId"] = request.id()
+        line = (
+            self._json_line(level, event, facts, request) if self.is_json else self._line(event, known, facts)
+        )
+        try:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # the terminal is gone; the runs go on
+
+    def _line(self, event: str, known: LogEvent | None, facts: dict[str, Any]) -> str:
+        words = [f"{name}={_log_word(self._text(name, value))}" for name, value in facts.items()]
+        return " ".join([utc_text(time.time()), known.text if known and known.text else event, *words])
+
+    def _json_line(self, level: str, event: str, facts: dict[str, Any], request: Any) -> str:
+        document: dict[str, Any] = {"time": utc_text(time.time()), "level": level, "event": event}
+        for name, value in facts.items():
+            is_plain = value is None or isinstance(value, (bool, int))
+            is_plain = is_plain or (isinstance(value, float) and math.isfinite(value))
+            document[LOG_NAMES.get(name, name)] = value if is_plain else self._text(name, value)
+        for name, value in self.place_of(str(facts.get("run", "")), str(facts.get("cluster", ""))).items():
+            document.setdefault(name, value)
+        trace_id = request.trace_id() if request is not None else ""
+        if trace_id:
+            document.setdefault("traceId", trace_id)
+        return json.dumps(document)  # ASCII: control characters are escaped
+
+    def _text(self, name: str, value: object) -> str:
+        """As text without secrets, and not too long: of a trace the end is kept, of all else the start."""
+        text = str(value).encode("utf-8", "backslashreplace").decode()  # no half characters
+        for secret in self.secrets:
+            if secret in text:
+                text = text.replace(secret, "***")
+        more = len(text) - MAX_LOG_TEXT
+        if more <= 0:
+            return text
+        if name == "trace":
+            return f"({more} characters before) ...{text[-MAX_LOG_TEXT:]}"
+        return f"{text[:MAX_LOG_TEXT]}... ({more} more characters)"
+
+
+LOG = LogWriter()
+
+
 def log(event: str, **facts: object) -> None:
-    """Write one line to stderr: moment, event, facts. Control characters are escaped,
+    """Write one line to stderr: moment, event of LOG_EVENTS, facts. Control characters are escaped,
     so that no input can forge a line; never pass a token or a header."""
-    line = " ".join([event] + [f"{name}={_log_word(value)}" for name, value in facts.items()])
-    moment = utc_text(time.time())
-    try:
-        sys.stderr.write(f"{moment} {line}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass  # the terminal is gone; the runs go on
+    LOG.write(event, facts)
 
 
 def _log_word(value: object) -> str:
@@ -669,7 +885,7 @@ def _accept_stages(value: Any) -> tuple[Stage, ...]:
 
 SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
     "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_push lm_tags lm_exclude_tags"
-    " tags exclude_tags num_users users".split()
+    " lm_traceparent tags exclude_tags num_users users".split()
 )
 USERS = number_value(1, MAX_USERS, whole=True)
 SPAWN_RATE = number_value(0.1, MAX_SPAWN_RATE)
@@ -1398,6 +1614,16 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """What Load Manager writes to stderr of itself."""
+
+    format: str = setting(
+        "format", "text", one_of("text", "json"), "lines for people, or JSON lines for programs"
+    )
+    level: str = setting("level", "info", one_of(*LOG_LEVELS), "the least level that is logged")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration. `folder` is where relative files of it lie."""
 
@@ -1424,6 +1650,7 @@ class Config:
     audit: AuditConfig = setting("audit", {}, AuditConfig, "who did what")
     limits: LimitsConfig = setting("limits", {}, LimitsConfig, "how much one caller may ask")
     metrics: MetricsConfig = setting("metrics", {}, MetricsConfig, "what Prometheus gets")
+    logging: LoggingConfig = setting("logging", {}, LoggingConfig, "what is logged, and how", live=True)
     folder: str = "."
 
 
@@ -1464,6 +1691,33 @@ def _differing_keys(section: type, one: Any, other: Any, path: str) -> Iterator[
             yield from _differing_keys(entry["check"], before, after, f"{path}{entry['name']}.")
         else:
             yield path + entry["name"]
+
+
+def secret_values(section: Any) -> Iterator[str]:
+    """Every secret of a configuration, and the password within an address."""
+    for entry in _declared(type(section)):
+        value = getattr(section, entry["field"])
+        if isinstance(entry["check"], type) and value is not None:
+            yield from secret_values(value)
+        elif isinstance(entry["check"], list):
+            for item in value:
+                yield from secret_values(item)
+        elif entry["secret"] and isinstance(value, str):
+            yield value
+            if "://" in value:
+                yield value.partition("://")[2].partition("@")[0].partition(":")[2]
+
+
+MIN_HIDDEN_SECRET = 6  # characters; a shorter one is a part of too many words
+MAX_HIDDEN_SECRETS = 10_000  # those of former configurations too
+
+
+def configure_log(config: Config) -> None:
+    """Have the log as the configuration says, from the next line on."""
+    LOG.is_json = config.logging.format == "json"
+    LOG.least = LOG_LEVELS.index(config.logging.level)
+    found = (value for value in secret_values(config) if len(value) >= MIN_HIDDEN_SECRET)
+    LOG.secrets = tuple(dict.fromkeys((*found, *LOG.secrets)))[:MAX_HIDDEN_SECRETS]
 
 
 def config_warnings(config: Config) -> Iterator[str]:
@@ -1951,6 +2205,36 @@ def load_change_to_json(change: LoadChange) -> dict[str, Any]:
     }
 
 
+TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+SAMPLED = 1  # the one flag of a traceparent that version 00 knows
+
+
+class Trace(NamedTuple):
+    """What a caller's traceparent says (https://www.w3.org/TR/trace-context/)."""
+
+    trace_id: str  # 32 hex digits
+    flags: int
+
+
+def read_traceparent(text: str | None) -> Trace | None:
+    """The trace of a traceparent; None when it is not valid. Of a version above 00 what it has in
+    common with 00 is read, as the standard wants it."""
+    match = TRACEPARENT.fullmatch(text or "")
+    if match is None:
+        return None
+    version, trace_id, parent_id, flags, more = match.groups()
+    if version == "ff" or (version == "00" and more) or not trace_id.strip("0") or not parent_id.strip("0"):
+        return None
+    return Trace(trace_id, int(flags, 16) & SAMPLED)
+
+
+def next_traceparent(text: str | None) -> str:
+    """The traceparent of what is done for a caller that sent this one: with its trace and an id of
+    our own. Of a new trace when it sent none that is valid."""
+    trace = read_traceparent(text) or Trace(secrets.token_hex(16), 0)
+    return f"00-{trace.trace_id}-{secrets.token_hex(8)}-{trace.flags:02x}"
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
     """What a caller asks for."""
@@ -1969,6 +2253,7 @@ class RunRequest:
     confirm: str | None = None  # the id of a protected environment
     repeat: int = 1  # runs to make of it, one after another
     repeat_of: str | None = None  # the id of the first of them
+    traceparent: str = ""  # of what asks for it; "": a new trace begins
 
 
 class Warning_(NamedTuple):
@@ -2126,7 +2411,12 @@ class Run:
     imported_at: float | None = None  # it came from a file
     plan: LoadProfile = LoadProfile()
     load_changes: tuple[LoadChange, ...] = ()
+    traceparent: str = ""  # is passed on to Locust and to receivers of notifications
     seq: int = 0  # order of creation, the list's cursor
+
+    @property
+    def trace_id(self) -> str:
+        return self.traceparent[3:35]
 
     @property
     def is_final(self) -> bool:
@@ -10570,6 +10860,7 @@ def swarm_form(
         "lm_push": push_interval(run.thresholds),
         "lm_tags": ",".join(run.plan.tags),
         "lm_exclude_tags": ",".join(run.plan.exclude_tags),
+        "lm_traceparent": run.traceparent,
     }
     form.update(
         (name, str(value).lower() if isinstance(value, bool) else value)
@@ -11489,6 +11780,7 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
         compare_with=request.compare_with,
         repeat=request.repeat,
         repeat_of=request.repeat_of,
+        traceparent=request.traceparent or next_traceparent(None),
         plan=request.plan,
         created_by=created_by,
         source=source,
@@ -12260,10 +12552,11 @@ class Scheduler:
         run = self._store.find(schedule.last_run_id or "")
         return run.id if run is not None and not run.is_final else None
 
-    def run_now(self, schedule_id: str, by: str) -> Run:
+    def run_now(self, schedule_id: str, by: str, traceparent: str) -> Run:
         """Start its run at once, whatever its policy; the errors of a create."""
         schedule = self.get(schedule_id)
-        run = self._engine.create(read_create(schedule.test, self._config.scenarios), by, "schedule")
+        request = replace(read_create(schedule.test, self._config.scenarios), traceparent=traceparent)
+        run = self._engine.create(request, by, "schedule")
         self._update(
             schedule_id, lambda now: replace(now, last_run_id=run.id, last_outcome=f"started by {by}")
         )
@@ -12371,6 +12664,7 @@ class Repeater:
         if any(other.repeat_of == first and other.repeat == left for other in self._store.list_runs()):
             return  # it was noted before
         changes = {"queue": True, "repeat": left, "repeat_of": first, "confirm": run.env_id}
+        changes["traceparent"] = next_traceparent(run.traceparent)
         again = self._orchestrator.rerun(run.id, changes, run.created_by)
         log("run repeated", run=again.id, first=first, left=left)
 
@@ -12494,6 +12788,8 @@ class Channel:
         body = dump_json(document).encode()
         if headers is None:
             headers = signature_headers(self.config.secret, delivery.id, time.time(), body)
+            if delivery.facts.get("traceparent"):
+                headers["traceparent"] = delivery.facts["traceparent"]
         _refuse_unless_taken(*post_to(self.config.url, body, headers, self.config.allow_private))
 
     def _annotate(self, delivery: Delivery) -> None:
@@ -12747,6 +13043,8 @@ class Notifier:
         facts.update(
             details=run_details(run) if run.is_final else [], link=f"{self._public_url}/#/runs/{run.id}"
         )
+        if run.traceparent:
+            facts.update(traceId=run.trace_id, traceparent=run.traceparent)
         return _new_delivery(
             channel, event, notification_title(event, run, snapshot), facts, run.id, run.tenant_id
         )
@@ -14612,6 +14910,19 @@ def _content_length(headers: dict[str, str]) -> int:
     return int(text)
 
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
+_REQUEST_ID_START = secrets.token_hex(6)  # another one in each process
+_request_numbers = itertools.count(1)
+
+
+def request_id_of(head: RequestHead | None) -> str:
+    """The caller's X-Request-Id where it is a good one, else a new one of ours."""
+    given = head.headers.get("x-request-id") if head is not None else None
+    if given is not None and REQUEST_ID.fullmatch(given):
+        return given
+    return f"{_REQUEST_ID_START}-{next(_request_numbers)}"
+
+
 class RouteTraffic:
     """Requests of one route that were answered, by status, and how long that took."""
 
@@ -14665,6 +14976,7 @@ class Request:
         "run_id",
         "note",
         "whole_at",
+        "_id",
     )
 
     def __init__(self, head: RequestHead, route: Any, params: dict[str, str], principal: Any, address: str):
@@ -14677,6 +14989,22 @@ class Request:
         self.query: dict[str, Any] = {}
         self.tenant_id = self.env_id = self.run_id = self.note = ""
         self.whole_at = 0.0  # of time.perf_counter(): its last byte was there
+        self._id = ""
+
+    def id(self) -> str:
+        """What the log and the answer call it; made when it is needed."""
+        if not self._id:
+            self._id = request_id_of(self.head)
+        return self._id
+
+    def trace_id(self) -> str:
+        """Of the caller's traceparent; empty without a valid one."""
+        trace = read_traceparent(self.head.headers.get("traceparent"))
+        return trace.trace_id if trace else ""
+
+    def traceparent(self) -> str:
+        """Of what is done for this request: of the caller's trace, or of a new one."""
+        return next_traceparent(self.head.headers.get("traceparent"))
 
 
 class Response:
@@ -14701,18 +15029,22 @@ class Response:
         """Bytes of the body."""
         return sum(map(len, self.body)) if isinstance(self.body, list) else len(self.body)
 
-    def to_pieces(self, keep_alive: bool, with_body: bool = True) -> list[bytes]:
+    def to_pieces(self, request_id: str, keep_alive: bool, with_body: bool = True) -> list[bytes]:
         """Head and body in one piece: two writes would stall a client 40 ms. A long body in pieces
         (30 MB of a list) is never copied: its pieces are the store's own, shared by all answers."""
         if not isinstance(self.body, list):
-            return [self.to_bytes(keep_alive, with_body)]
-        head = self.to_bytes(keep_alive, with_body=False)
+            return [self.to_bytes(request_id, keep_alive, with_body)]
+        head = self.to_bytes(request_id, keep_alive, with_body=False)
         return [head, *self.body] if with_body else [head]
 
-    def to_bytes(self, keep_alive: bool, with_body: bool = True) -> bytes:
+    def to_bytes(self, request_id: str, keep_alive: bool, with_body: bool = True) -> bytes:
         """Head and body joined."""
         body = self.body if isinstance(self.body, list) else [self.body]
-        parts = [_head_start(self.http_status, self.content_type, keep_alive), _date_line(int(time.time()))]
+        parts = [
+            _head_start(self.http_status, self.content_type, keep_alive),
+            _date_line(int(time.time())),
+            f"X-Request-Id: {request_id}\r\n".encode("ascii"),
+        ]
         for name, value in (self.headers or {}).items():
             parts.append(f"{name}: {_header_value(value)}\r\n".encode("latin-1"))
         if self.http_status != 204 and self.opens is None:
@@ -14758,6 +15090,29 @@ def error_response(error: LoadManagerError) -> Response:
     body = {"error": error.error, "message": error.message, **error.extra}
     text = json.dumps(body, ensure_ascii=True, separators=(",", ":"))  # ASCII: an odd input stays sendable
     return Response(text.encode(), error.http_status, headers=headers)
+
+
+def log_answer(request: Request, response: Response) -> None:
+    """Tell of an answer, for logging.level debug."""
+    ms = round((time.perf_counter() - request.whole_at) * 1000, 3)
+    facts = {"method": request.head.method, "route": request.route.path, "status": response.http_status}
+    LOG.serving.request = request
+    log("request answered", **facts, ms=ms, by=request.principal.name, address=request.address)
+    LOG.serving.request = None
+
+
+def log_refusal(head: RequestHead | None, error: LoadManagerError, address: str, request_id: str) -> None:
+    """Tell of a request that was refused by its head, for logging.level debug; `head` None: it had none."""
+    route = head.matched[0] if head is not None and head.matched else None
+    log(
+        "request refused",
+        method=head.method if head is not None else "",
+        route=route.path if route else "none",
+        status=error.http_status,
+        why=error.message,
+        address=address,
+        requestId=request_id,
+    )
 
 
 class TlsFiles:
@@ -14943,7 +15298,7 @@ class Connection:
             self.loop.tell_failed_handshake(self.address, error)
             if getattr(error, "reason", None) == "HTTP_REQUEST":
                 answer = error_response(BadRequest("this port speaks https, and was sent plain HTTP"))
-                self.sock.send_plain(answer.to_bytes(False))  # type: ignore[union-attr]
+                self.sock.send_plain(answer.to_bytes(request_id_of(None), False))  # type: ignore[union-attr]
             self.close()
             return
         if wanted:
@@ -15023,7 +15378,10 @@ class Connection:
     def refuse(self, error: LoadManagerError) -> None:
         """Answer an error after which nothing that comes is taken for a request."""
         self.loop.traffic.note_refusal(None, error)
-        self.send([error_response(error).to_bytes(False)], close=True)
+        request_id = request_id_of(None)
+        if LOG.least == 0:
+            log_refusal(None, error, self.address, request_id)
+        self.send([error_response(error).to_bytes(request_id, False)], close=True)
 
     def _refuse_long_head(self) -> RequestHead:
         raise BadRequest(f"the request head is over {MAX_HEAD_BYTES} bytes", 431)
@@ -15058,11 +15416,15 @@ class Connection:
             self._admit_later(head, needed)
             return
         except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop goes on
-            failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error)
+            request_id = request_id_of(head)
+            failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error, request_id)
             self.loop.traffic.note_refusal(head, failure)
+            if LOG.least == 0:
+                log_refusal(head, failure, self.address, request_id)
             unread = head.content_length > 0
             keep = head.keep_alive and not unread
-            self.send([error_response(failure).to_bytes(keep, head.method != "HEAD")], close=not keep)
+            answer = error_response(failure).to_bytes(request_id, keep, head.method != "HEAD")
+            self.send([answer], close=not keep)
             return
         self.request = request
         self.missing = head.content_length
@@ -15075,8 +15437,8 @@ class Connection:
             if received:
                 self._take_body(received)
 
-    def _unforeseen(self, error: Exception) -> LoadManagerError:
-        log_unforeseen("connections", error)
+    def _unforeseen(self, error: Exception, request_id: str) -> LoadManagerError:
+        log_unforeseen("connections", error, requestId=request_id)
         return LoadManagerError("an error of Load Manager itself; its log has the details")
 
     def _reserve_body(self, request: Request) -> None:
@@ -15135,6 +15497,8 @@ class Connection:
         self.busy = False
         if self.reserved:
             self.release_body()
+        if LOG.least == 0:
+            log_answer(request, response)
         if response.opens is not None and request.head.method != "HEAD":
             self.loop.traffic.note(request, response.http_status)
             self._open_stream(request, response)
@@ -15144,7 +15508,7 @@ class Connection:
             response = self.loop.affordable(self.owner, response)
         self.loop.traffic.note(request, response.http_status)
         keep = request.head.keep_alive and not self.loop.draining
-        self.send(response.to_pieces(keep, request.head.method != "HEAD"), close=not keep)
+        self.send(response.to_pieces(request.id(), keep, request.head.method != "HEAD"), close=not keep)
 
     def _open_stream(self, request: Request, response: Response) -> None:
         assert response.opens is not None
@@ -15154,7 +15518,7 @@ class Connection:
         if self.chunked:
             response.headers = {**(response.headers or {}), "Transfer-Encoding": "chunked"}
         self._limit_send_buffer()
-        self._write([response.to_bytes(False)])
+        self._write([response.to_bytes(request.id(), False)])
         if self.sock is not None:
             response.opens(self)
 
@@ -18112,6 +18476,7 @@ def post_test(api: Api, request: Request) -> Response:
     api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
     run_request = read_create(body, api.config.scenarios)
     api.check_place(request, run_request.tenant_id, run_request.env_id)
+    run_request = replace(run_request, traceparent=request.traceparent())
     key = request.head.headers.get("idempotency-key")
     if key is None:
         run = api.orchestrator.create(run_request, request.principal.name)
@@ -18193,6 +18558,7 @@ def get_scenarios(api: Api, request: Request) -> Response:
 def post_rerun(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     changes = check_body(parse_json(request.body), RERUN_KEYS) if request.body else {}
+    changes["traceparent"] = request.traceparent()
     again = api.orchestrator.rerun(run.id, changes, request.principal.name)
     request.run_id, request.note = again.id, f"again {run.id}"
     return api.run_response(again.id, 201)
@@ -18557,7 +18923,8 @@ def delete_schedule(api: Api, request: Request) -> Response:
 
 def post_schedule_run(api: Api, request: Request) -> Response:
     schedule = api.visible_schedule(request)
-    return api.run_response(api.scheduler.run_now(schedule.id, request.principal.name).id, 201)
+    run = api.scheduler.run_now(schedule.id, request.principal.name, request.traceparent())
+    return api.run_response(run.id, 201)
 
 
 def get_notifications(api: Api, request: Request) -> Response:
@@ -18745,6 +19112,7 @@ def locust_register(api: Api, request: Request) -> Response:
         values.get("target_users", 0),
         values.get("spawn_rate", 0),
         metadata={"source": "locust-ui", "registeredAt": utc_text(time.time())[:19] + "Z"},
+        traceparent=request.traceparent(),
     )
     run_id, is_new = api.orchestrator.register_external(
         run_request,
@@ -19561,11 +19929,14 @@ class Api:
 
     def respond(self, request: Request) -> Response:
         """The handler's answer; every error becomes a JSON answer, never a traceback."""
+        LOG.serving.request = request
         try:
             return self._audited_response(request)
         except Exception as error:  # noqa: BLE001 - the edge: whoever asked would wait for ever
             log_unforeseen("request", error, route=request.route.path)
             return error_response(LoadManagerError(BUG_WORDS))
+        finally:
+            LOG.serving.request = None
 
     def _audited_response(self, request: Request) -> Response:
         failure: LoadManagerError | None = None
@@ -19851,6 +20222,7 @@ def serve(config_path: str) -> int:
         config = checked_config(config_path)
     except ConfigError as error:
         return _print_problems(error)
+    configure_log(config)
     _raise_file_limit()
     sys.setswitchinterval(0.001)  # s; a thread that computes lets the connections' thread run more often
     os.umask(0o077)  # what we write, and what programs of ours write, is for us alone
@@ -19909,11 +20281,23 @@ class Service:
         self._api.reload = self.reload
         self._loop.api = self._api
         self._repeater = Repeater(self._store, self._engine)
+        LOG.place_of = self._place_of
         self.url = (
             f"{'https' if tls else 'http'}://{host_to_call(config.server.host)}:{self._server.server_port}"
         )
         needs_callbacks = tls is not None and any(item.is_launched for item in config.clusters)
         self._callbacks = LocalCallbacks(self._api, workers) if needs_callbacks else None
+
+    def _place_of(self, run_id: str, cluster_id: str) -> dict[str, str]:
+        """What the log says beside a run or a cluster. Any thread may log, with any lock: none is taken."""
+        run = self._store.find(run_id)
+        if run is not None:
+            named = {"tenant": run.tenant_id, "environment": run.env_id, "traceId": run.trace_id}
+            if run.cluster_id:
+                named["cluster"] = run.cluster_id
+            return {name: value for name, value in named.items() if value}
+        cluster = self._engine.pool.find(cluster_id)
+        return {"tenant": cluster.config.tenant_id, "environment": cluster.config.env_id} if cluster else {}
 
     def start(self) -> None:
         self._timer.start()
@@ -19929,7 +20313,7 @@ class Service:
         start_thread("accept", self._server.accept)
         for warning in config_warnings(self._config):
             log("warning", why=warning)
-        log(f"Load Manager {VERSION} listening", url=self.url)
+        log("listening", url=self.url)
         self._mark.take(self.url)
         self._timer.in_thread(0.0, "audit", self._forget_audit)
 
@@ -19960,6 +20344,7 @@ class Service:
             if problems:
                 raise ConfigError(problems)
             self._config = config
+            configure_log(config)
             self._have_callbacks(config)
             self._engine.reconfigure(config)
             self._api.reconfigure(config)

@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from datetime import UTC, datetime
@@ -66,12 +67,14 @@ ARGUMENTS = (
     "lm_stop_after",
     "lm_lease",
     "lm_push",
+    "lm_traceparent",
 )  # fields of the /swarm form
 TAG_ARGUMENTS = (
     "lm_tags",
     "lm_exclude_tags",
 )  # these too; workers get them with the spawn message, so they stay
 ACTIVE_STATES = ("spawning", "running")
+TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 FLUSH_MARK = "loadmanager_flush"  # in the report a worker sends at its test_stop
 TIMES_MARK = "loadmanager_times"  # in every report: rows of method, name, {ms: requests}
 
@@ -493,9 +496,9 @@ class ControlPlane:
         self._cert = settings.client_cert or None
         self._away = False
 
-    def post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+    def post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S, traceparent: str = "") -> Answer:
         """Never raises, and never takes longer than `timeout_s`."""
-        answer = self._post(call, body, timeout_s)
+        answer = self._post(call, body, timeout_s, traceparent)
         if answer.away and not self._away:
             log.warning("control plane: %s: %s; trying again without further warnings", call, answer.problem)
         elif not answer.away and self._away:
@@ -503,14 +506,17 @@ class ControlPlane:
         self._away = answer.away
         return answer
 
-    def _post(self, call: str, body: dict, timeout_s: float) -> Answer:
+    def _post(self, call: str, body: dict, timeout_s: float, traceparent: str) -> Answer:
+        headers = {"Content-Type": "application/json", "X-Locust-Token": self._token}
+        if traceparent:
+            headers["traceparent"] = traceparent
         limit = gevent.Timeout(timeout_s)  # in all; the timeout of requests is per read
         limit.start()
         try:
             with requests.post(
                 self._base + call,
                 data=json.dumps(body, allow_nan=False).encode(),
-                headers={"Content-Type": "application/json", "X-Locust-Token": self._token},
+                headers=headers,
                 timeout=timeout_s,
                 allow_redirects=False,  # the token is for this address only
                 verify=self._verify,
@@ -553,6 +559,10 @@ class Run:
         self.id = arguments["run_id"] or settings.run_id  # "": external, until the control plane gave an id
         self.tenant_id = arguments["tenant_id"] or settings.tenant_id
         self.env_id = arguments["env_id"] or settings.env_id
+        # W3C Trace Context of whoever asked for the run; our calls carry it back
+        self.traceparent = (
+            arguments["lm_traceparent"] if TRACEPARENT.fullmatch(arguments["lm_traceparent"]) else ""
+        )
         self.started_at = time.time()
         self.stopping = False  # test_stopping was seen
         self.ended = gevent.event.Event()
@@ -746,7 +756,7 @@ class Run:
         return {key: value for key, value in body.items() if value or key in ("tenantId", "envId")}
 
     def _post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
-        answer = self._hooks.control_plane.post(call, body, timeout_s)
+        answer = self._hooks.control_plane.post(call, body, timeout_s, self.traceparent)
         if answer.ok and call == "metrics":
             self.renew()
         warning = f"control plane: {call} refused: {answer.problem}"

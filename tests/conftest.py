@@ -71,7 +71,7 @@ class LoadManager:
         return self
 
     def _listening(self, seen: int) -> str | None:
-        match = re.search(r"listening url=(\S+)", self.log()[seen:])
+        match = re.search(r'listening(?: url=|", "url": ")([^\s"]+)', self.log()[seen:])
         if match is None and self.process is not None and self.process.poll() is not None:
             raise AssertionError(f"Load Manager ended with {self.process.returncode}:\n{self.log()}")
         return match.group(1) if match else None
