@@ -10,35 +10,59 @@ PyYAML, a JSON one needs nothing.
     python loadmanager.py check -config config.yaml  say every problem of a configuration
     python loadmanager.py run --help                 start a run; --help lists all commands
 
-The sections, each using only names of the sections above it (`grep -n '^# [0-9]*\\. '`):
+Six parts; a part uses only names of its own and of the parts above it. The sections
+(`grep -n '^# [0-9]*\\. '`):
 
- 1. VOCABULARY      words, units and limits every other section speaks in
- 2. ERRORS          what can go wrong, with the HTTP status it becomes
- 3. CONFIG          the configuration file: keys, defaults, checks, environment
- 4. MODEL           run, snapshot, sample, and their translation to the wire's JSON
- 5. VERDICT         did it pass: thresholds, their windows, and two runs compared
- 6. RULES           pure decisions: valid requests, scenarios, idle clusters, downsampling
- 7. TIME            the steady clock and the one thread that waits for moments
- 8. STORE           every run in memory, written through to SQLite or PostgreSQL
- 9. LOCUST CLIENT   every call to a Locust master
-10. LAUNCHER        Locust clusters started on this machine, and their guard
-11. ORCHESTRATOR    starts, monitors, stops, adopts and ends runs
-12. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
-13. NOTIFICATIONS   what is told to people and programs, at least once
-14. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-15. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
-16. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-17. EVENTS          changes of runs, told to event streams
-18. METRICS         figures for Prometheus, and the dashboards and alerts made of them
-19. ACCESS          who a token says the caller is, and how much they may ask
-20. SIGN ON         tokens and sign-ins of an identity provider
-21. SESSIONS        browsers that signed in, and what they must prove
-22. HTTP API        routes, authentication, handlers
-23. SERVICE         the whole program put together, and its configuration checked
-24. TERMINAL        text, tables and a live view that any terminal can show
-25. API CLIENT      which server a command talks to, and requests to it
-26. COMMAND LINE    commands, what they take, and what they print
-27. DASHBOARD PAGE  what a browser gets at / and at /docs
+PART I   VALUES: words, time, errors and the configuration: what every other part speaks in
+ 1. VOCABULARY      words, units, limits and moments every other section speaks in
+ 2. LOG             what is logged, and how it is written
+ 3. ERRORS          what can go wrong, with the HTTP status it becomes
+ 4. TIME            the steady clock and the one thread that waits for moments
+ 5. CONFIG          the configuration file: keys, defaults, checks, environment
+
+PART II  MODEL: what a run is, whether it passed, and what may be asked for
+ 6. MODEL           run, snapshot, sample, and their translation to the wire's JSON
+ 7. THRESHOLDS      did a run pass: thresholds, their windows, and how they are judged
+ 8. COMPARISON      two runs, and a run with its history: what differs beyond the scatter
+ 9. REQUESTS        what may be asked for, and which reported numbers are believed
+
+PART III STATE: all that is remembered, in memory and on disk
+10. DATABASE        tables and migrations, in SQLite or PostgreSQL
+11. WRITER          the one thread that writes to the database
+12. STORE           every run in memory, written through to the database
+
+PART IV  LOCUST: all that is said to Locust, and its processes
+13. LOCUST CLIENT   every call to a Locust master
+14. LAUNCHER        Locust clusters started on this machine, and their guard
+
+PART V   RUNS: what starts, watches, stops and tells
+15. RUN RULES       pure decisions about a run and a cluster: is it idle, what load, what to warn of
+16. CLUSTER POOL    who has which cluster, the queue, sleep and scale
+17. RUN MONITOR     what is known of an active run, and how it is judged
+18. RUN STOPPER     stops load until users are gone, and concludes runs
+19. RUN STARTER     brings a cluster up, starts the test, proves that it began
+20. ORCHESTRATOR    creates, stops, adopts and ends runs, by the four above
+21. SCHEDULES       runs that start by themselves, at moments of a clock on a wall
+22. NOTIFICATIONS   what is told to people and programs, at least once
+
+PART VI  FACE: what clients, browsers and shells meet
+23. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
+24. EXCHANGE        a run as a file to carry: export, import, files of a headless Locust
+25. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+26. EVENTS          changes of runs, told to event streams
+27. METRICS         figures for Prometheus, and the dashboards and alerts made of them
+28. ACCESS          who a token says the caller is, and how much they may ask
+29. SIGN ON         tokens and sign-ins of an identity provider
+30. SESSIONS        browsers that signed in, and what they must prove
+31. HTTP API        routes, authentication, handlers
+32. SERVICE         the whole program put together, and its configuration checked
+33. TERMINAL        text, tables and a live view that any terminal can show
+34. API CLIENT      which server a command talks to, and requests to it
+35. COMMANDS        what each command does
+36. PRINTED RUNS    how commands show runs, figures and comparisons
+37. DOCTOR          what an installation lacks, and what to do about it
+38. COMMAND LINE    which commands there are, what they take, and where the program begins
+39. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
@@ -129,7 +153,11 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
-# 1. VOCABULARY - words, units and limits every other section speaks in
+# PART I: VALUES - words, time, errors and the configuration: what every other part speaks in
+# ============================================================================
+
+# ============================================================================
+# 1. VOCABULARY - words, units, limits and moments every other section speaks in
 # ============================================================================
 
 VERSION = "1.0.0"
@@ -173,61 +201,103 @@ ROLES = ("viewer", "operator", "admin")  # each may do what those before it may
 # Facts of Locust that the orchestrator builds on (measured on 2.47.0 unless said).
 WORKER_REPORT_S = 3.0  # a worker reports its requests every 3 s
 STATS_CACHE_S = 2.0  # /stats/requests is cached this long, state included
-RUN_TIME_CANCELLED_SINCE = (2, 47)  # before, an old run_time timer kills the next test
 MAX_LOCUST_ROWS = 500  # /stats/requests cuts the endpoints here
 IDLE_STATES = frozenset({"ready", "stopped"})
 LOADED_STATES = frozenset({"spawning", "running"})
-CPU_LIMIT_PERCENT = 90.0
 
-RUN_TIME_GRACE_S = 5  # given to Locust beyond the duration, so that we stop first
 LOCUST_CALL_S = 10.0  # the whole of one call to a Locust master
-LOCUST_STOP_S = 75.0  # /stop blocks until users are gone: stop_timeout + 60 in Locust
-LOCUST_ANSWER_BYTES = 8 * 1024 * 1024
-IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stopping
-STOP_ANSWER_S = 10.0  # how long a stop request waits for the run's end
-ON_TIME_S = 1.5  # an end so much before the deadline is that of the duration
-DETAILS_WAIT_S = 8.0  # who asks for what is kept about a run waits so long for it
-FINAL_READ_S = 10.0  # how long a run waits for its final numbers
-START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered start has come or never will
-LOOK_S = 5.0  # the whole of one look at a cluster
-FIRST_LOOKS_S = 60.0  # so long after its start a run is looked at more often
-FIRST_LOOK_INTERVAL_S = 2.0
-REPEAT_LOOK_S = 0.3  # after an answer of Locust's cache that was read before
-REPLACE_EVERY_S = 15.0  # lost workers of a cluster are replaced
-WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
-LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
-MAX_LOG_LINES = 2000
 MAX_WORKERS = 1000
-RETRY_STEPS_S = (0.5, 1.0, 2.0, 4.0, 5.0)  # between tries of a stop; the last repeats
 
 MAX_BODY_BYTES = 1024 * 1024
-MAX_HEAD_BYTES = 32 * 1024
-MAX_HEADERS = 100
 MAX_TEXT = 256  # characters of an id or a name
-MAX_METADATA_BYTES = 64 * 1024
 MAX_USERS = 100_000_000
 MAX_SPAWN_RATE = 1_000_000.0
 MAX_DURATION_S = 366 * 24 * 3600
-IDEMPOTENCY_KEEP_S = 24 * 3600
-MAX_ANNOTATION = 1000  # characters
 MAX_ANNOTATIONS = 200  # of one run
 MAX_THRESHOLDS = 50  # of one run
 MAX_STAGES = 100  # of one run
 MAX_LOAD_CHANGES = 1000  # of one run
-MAX_SCHEDULES = 1000
-MAX_DELIVERIES = 2000  # of notifications that are kept; those that wait are never dropped
-DELIVERIES_KEEP_S = 7 * 24 * 3600
 MAX_NAMES = 100  # user classes or tags of one run
 MAX_THRESHOLD = 1000  # characters of one threshold
-LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
-ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
 MAX_REPEAT = 50  # runs of one create
 MAX_BUCKETS = 5000  # different response times of one endpoint; Locust's rounding makes some hundred
-NOISE_BLOCKS = 20  # time blocks of a run by which it is judged how much it scatters
 
 # Exit statuses of the commands; 99 is what k6 has for thresholds.
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_THRESHOLDS, EXIT_INTERRUPTED = 0, 1, 2, 3, 99, 130
 DEFAULT_CONFIG = "config.yaml"
+
+
+def utc_text(epoch_s: float) -> str:
+    """RFC 3339 in UTC with milliseconds, e.g. `2026-11-23T12:00:00.123Z`."""
+    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a moment read back is the same moment
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
+
+
+def utc_second_text(epoch_s: float) -> str:
+    """As utc_text(), in whole seconds: `2026-11-23T12:00:00Z`, as clients of the original read it."""
+    return utc_text(epoch_s)[:19] + "Z"
+
+
+def epoch_ms(epoch_s: float) -> int:
+    """The same milliseconds that utc_text() shows."""
+    return math.floor(epoch_s * 1000 + 0.01)
+
+
+def time_of(document: dict[str, Any], name: str) -> float:
+    """Epoch seconds of a time of a run's JSON: to the ms where the document has them."""
+    exact_ms = document.get(name + "Ms")
+    return parse_utc(document[name]) if exact_ms is None else exact_ms / 1000
+
+
+RFC3339 = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
+
+
+def parse_utc(text: object) -> float:
+    """Epoch seconds of an RFC 3339 text with offset; ValueError for anything else."""
+    import datetime
+
+    match = RFC3339.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        raise ValueError("allowed is an RFC 3339 moment such as 2026-11-23T12:00:00Z")
+    year, month, day, hour, minute, second, fraction, offset = match.groups()
+    if int(year) < 1970:
+        raise ValueError("allowed is a moment from 1970 on")
+    if second == "60":  # a leap second is the end of its minute
+        second = "59"
+    zone = 0 if offset in "Zz" else (int(offset[1:3]) * 3600 + int(offset[4:]) * 60)
+    zone = -zone if offset[0] == "-" else zone
+    moment = datetime.datetime(
+        int(year), int(month), int(day), int(hour), int(minute), int(second), tzinfo=datetime.UTC
+    )
+    return moment.timestamp() - zone + float(fraction or 0)
+
+
+# A script is compiled at each start: 0.3 s, and 53 MiB that the compiler never gives back. From cached
+# bytecode this file is up in a third of the time and of the memory (measured on Python 3.11: 29 MiB, not 82).
+RUN_FROM_BYTECODE = (
+    "import sys; sys.argv[:2] = sys.argv[1:2]; "
+    # a script's modules come from its own folder, those of -c from the working directory
+    "sys.path = [sys.argv[0].rpartition('/')[0] if path == '' else path for path in sys.path]; "
+    "from importlib import util; "
+    "spec = util.spec_from_file_location('loadmanager', sys.argv[0]); "
+    "module = sys.modules['loadmanager'] = util.module_from_spec(spec); "
+    "spec.loader.exec_module(module); sys.exit(module.main())"
+)
+
+
+def own_command(*arguments: str, flags: Iterable[str] = ()) -> list[str]:
+    """The command line that runs this program with these arguments, from cached bytecode where there is
+    some; `flags` are the interpreter's. A file that is not named .py has no bytecode."""
+    path = os.path.abspath(__file__)
+    start = ("-c", RUN_FROM_BYTECODE) if path.endswith(".py") else ()
+    return [sys.executable, *flags, *start, path, *arguments]
+
+
+# ============================================================================
+# 2. LOG - what is logged, and how it is written
+# ============================================================================
 
 
 class LogEvent(NamedTuple):
@@ -465,76 +535,8 @@ def _log_word(value: object) -> str:
     return json.dumps(text)
 
 
-def utc_text(epoch_s: float) -> str:
-    """RFC 3339 in UTC with milliseconds, e.g. `2026-11-23T12:00:00.123Z`."""
-    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a moment read back is the same moment
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
-
-
-def utc_second_text(epoch_s: float) -> str:
-    """As utc_text(), in whole seconds: `2026-11-23T12:00:00Z`, as clients of the original read it."""
-    return utc_text(epoch_s)[:19] + "Z"
-
-
-def epoch_ms(epoch_s: float) -> int:
-    """The same milliseconds that utc_text() shows."""
-    return math.floor(epoch_s * 1000 + 0.01)
-
-
-def time_of(document: dict[str, Any], name: str) -> float:
-    """Epoch seconds of a time of a run's JSON: to the ms where the document has them."""
-    exact_ms = document.get(name + "Ms")
-    return parse_utc(document[name]) if exact_ms is None else exact_ms / 1000
-
-
-RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
-)
-
-
-def parse_utc(text: object) -> float:
-    """Epoch seconds of an RFC 3339 text with offset; ValueError for anything else."""
-    import datetime
-
-    match = RFC3339.fullmatch(text) if isinstance(text, str) else None
-    if not match:
-        raise ValueError("allowed is an RFC 3339 moment such as 2026-11-23T12:00:00Z")
-    year, month, day, hour, minute, second, fraction, offset = match.groups()
-    if int(year) < 1970:
-        raise ValueError("allowed is a moment from 1970 on")
-    if second == "60":  # a leap second is the end of its minute
-        second = "59"
-    zone = 0 if offset in "Zz" else (int(offset[1:3]) * 3600 + int(offset[4:]) * 60)
-    zone = -zone if offset[0] == "-" else zone
-    moment = datetime.datetime(
-        int(year), int(month), int(day), int(hour), int(minute), int(second), tzinfo=datetime.UTC
-    )
-    return moment.timestamp() - zone + float(fraction or 0)
-
-
-# A script is compiled at each start: 0.3 s, and 53 MiB that the compiler never gives back. From cached
-# bytecode this file is up in a third of the time and of the memory (measured on Python 3.11: 29 MiB, not 82).
-RUN_FROM_BYTECODE = (
-    "import sys; sys.argv[:2] = sys.argv[1:2]; "
-    # a script's modules come from its own folder, those of -c from the working directory
-    "sys.path = [sys.argv[0].rpartition('/')[0] if path == '' else path for path in sys.path]; "
-    "from importlib import util; "
-    "spec = util.spec_from_file_location('loadmanager', sys.argv[0]); "
-    "module = sys.modules['loadmanager'] = util.module_from_spec(spec); "
-    "spec.loader.exec_module(module); sys.exit(module.main())"
-)
-
-
-def own_command(*arguments: str, flags: Iterable[str] = ()) -> list[str]:
-    """The command line that runs this program with these arguments, from cached bytecode where there is
-    some; `flags` are the interpreter's. A file that is not named .py has no bytecode."""
-    path = os.path.abspath(__file__)
-    start = ("-c", RUN_FROM_BYTECODE) if path.endswith(".py") else ()
-    return [sys.executable, *flags, *start, path, *arguments]
-
-
 # ============================================================================
-# 2. ERRORS - what can go wrong, with the HTTP status it becomes
+# 3. ERRORS - what can go wrong, with the HTTP status it becomes
 # ============================================================================
 
 
@@ -727,8 +729,171 @@ class ServerRefused(CommandError):
 
 
 # ============================================================================
-# 3. CONFIG - the configuration file: keys, defaults, checks, environment
+# 4. TIME - the steady clock and the one thread that waits for moments
 # ============================================================================
+
+
+def monotonic_s() -> float:
+    """Seconds that neither a set clock moves nor a suspended machine stops (Linux)."""
+    return _monotonic_clock()
+
+
+if hasattr(time, "CLOCK_BOOTTIME"):
+    _monotonic_clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+else:
+    _monotonic_clock = time.monotonic
+
+
+class ScheduledCall:
+    """A moment somebody waits for; cancel() when it is no longer wanted."""
+
+    __slots__ = ("due", "action", "cancelled")
+
+    def __init__(self, due: float, action: Callable[[], object]):
+        self.due = due
+        self.action = action
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.action = _nothing
+
+    def __lt__(self, other: ScheduledCall) -> bool:
+        return self.due < other.due
+
+
+def _nothing() -> None:
+    pass
+
+
+class Timer(threading.Thread):
+    """One thread with a heap for every deadline: 1,000 of them cost 0.1 MiB, where
+    threading.Timer takes a thread each. Actions must be short: in_thread() is for more."""
+
+    MAX_WAIT_S = 1.0  # after a suspend the overdue are noticed within this
+    THREAD_RETRY_S = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(name="timer", daemon=True)
+        self._changed = threading.Condition()
+        self._heap: list[ScheduledCall] = []
+        self._closed = False
+        self._awake_s = 0.0
+        self._ticked_at = monotonic_s()
+
+    def at(self, due: float, action: Callable[[], object]) -> ScheduledCall:
+        """Call `action` when monotonic_s() reaches `due`."""
+        scheduled = ScheduledCall(due, action)
+        with self._changed:
+            heapq.heappush(self._heap, scheduled)
+            if self._heap[0] is scheduled:
+                self._changed.notify()
+        return scheduled
+
+    def after(self, delay_s: float, action: Callable[[], object]) -> ScheduledCall:
+        return self.at(monotonic_s() + delay_s, action)
+
+    def in_thread(self, delay_s: float, name: str, work: Callable[[], None]) -> ScheduledCall:
+        """Run `work` in a thread of its own after `delay_s`; later, when no thread can be had then."""
+
+        def start() -> None:
+            try:
+                start_thread(name, work)
+            except NotReady as error:
+                log("work waits for a thread", work=name, why=error.message)
+                self.in_thread(self.THREAD_RETRY_S, name, work)
+
+        return self.after(delay_s, start)
+
+    def awake_s(self) -> float:
+        """Seconds for which this process has been running: a clock that stands still while the
+        process or the machine is suspended. Only differences mean something."""
+        return self._awake_s + min(2 * self.MAX_WAIT_S, monotonic_s() - self._ticked_at)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        while not self._closed:
+            try:
+                due = self._due()
+            except Exception as error:  # noqa: BLE001 - the edge: what is due stays so
+                log_unforeseen("timer", error)
+                time.sleep(0.1)
+                continue
+            for scheduled in due:
+                try:
+                    scheduled.action()
+                except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
+                    log_unforeseen("timer", error)
+
+    def _due(self) -> list[ScheduledCall]:
+        with self._changed:
+            if not self._closed and (not self._heap or self._heap[0].due > monotonic_s()):
+                wait_s = self._heap[0].due - monotonic_s() if self._heap else self.MAX_WAIT_S
+                self._changed.wait(max(0.0, min(wait_s, self.MAX_WAIT_S)))
+            now, due = monotonic_s(), []
+            # It wakes at least every second: what is far beyond that was spent suspended.
+            self._awake_s += min(2 * self.MAX_WAIT_S, now - self._ticked_at)
+            self._ticked_at = now
+            while self._heap and (self._heap[0].cancelled or self._heap[0].due <= now):
+                due.append(heapq.heappop(self._heap))
+            return due
+
+
+def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
+    """Run `work` in a daemon thread; what it raises is logged and counted, never lost silently.
+    NotReady when the system gives no thread (a limit of processes, or of memory)."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the edge: threads must not die unseen
+            log_unforeseen(name, error)
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise NotReady(f"no thread can be started: {error}", retry_after_s=5) from None
+    return thread
+
+
+UNFORESEEN: dict[str, int] = {}  # how many unforeseen exceptions met the edge of a thread, by its name
+
+
+def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
+    """The edge of every thread: log an exception that nobody foresaw with its trace, and count it."""
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    kind = where.partition(" ")[0]  # "watch 5f0c1a2b" is counted as watch
+    UNFORESEEN[kind] = UNFORESEEN.get(kind, 0) + 1
+    log("unforeseen error", where=where, error=repr(error)[:500], **facts, trace=trace[-4000:])
+
+
+class DurationCounter:
+    """Counts durations by upper bounds in seconds, as a Prometheus histogram has them. Its owner
+    sees to it that one thread at a time calls note()."""
+
+    __slots__ = ("bounds", "counts", "total_s")
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # of each bucket; the last one is beyond all bounds
+        self.total_s = 0.0
+
+    def note(self, seconds: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, seconds)] += times
+        self.total_s += seconds * times
+
+
+# ============================================================================
+# 5. CONFIG - the configuration file: keys, defaults, checks, environment
+# ============================================================================
+
 # A section is a frozen dataclass; each field is declared once by setting(), which holds the
 # key's name in the file, its default, its check and its meaning. The loader, the
 # environment overrides, `check` and the README's table all read these declarations.
@@ -2093,8 +2258,13 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 
 
 # ============================================================================
-# 4. MODEL - run, snapshot, sample, and their translation to the wire's JSON
+# PART II: MODEL - what a run is, whether it passed, and what may be asked for
 # ============================================================================
+
+# ============================================================================
+# 6. MODEL - run, snapshot, sample, and their translation to the wire's JSON
+# ============================================================================
+
 # Ours is snake_case with units; the wire's camelCase is met only here and in CONFIG.
 
 
@@ -2937,8 +3107,9 @@ class Reading:
 
 
 # ============================================================================
-# 5. VERDICT - did it pass: thresholds, their windows, and two runs compared
+# 7. THRESHOLDS - did a run pass: thresholds, their windows, and how they are judged
 # ============================================================================
+
 # Pure. Figures are Locust's own, or made from its histograms as it makes them; what has no
 # data fails and says so. Nothing here reads a store or a clock.
 
@@ -3140,6 +3311,9 @@ def _why_not(threshold: Threshold) -> str | None:
     return None
 
 
+LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
+
+
 def needs_histograms(threshold: Threshold) -> bool:
     """Whether only histograms tell: Locust itself has windows of counters of the totals, and
     its own current percentiles, of LOCUST_WINDOW_S."""
@@ -3274,6 +3448,436 @@ def undecided(threshold: Threshold) -> Threshold:
 # next run would be expected (prediction interval: Higgins, Thompson, Spiegelhalter 2009), all
 # figures together with false alarms in FAMILY_FALSE_ALARMS of the comparisons of equal runs
 # (Holm 1979, weighted), and by more than its tolerance.
+
+
+def _holds(threshold: Threshold, value: float) -> bool:
+    return COMPARISONS[threshold.op](value, threshold.limit)
+
+
+def _worst(threshold: Threshold, found: list[tuple[float, Any]]) -> tuple[float, Any]:
+    """Of several values the one that is farthest on the wrong side."""
+    if threshold.op == "==":
+        return max(found, key=lambda pair: abs(pair[0] - threshold.limit))
+    return (max if threshold.op in ("<", "<=") else min)(found, key=lambda pair: pair[0])
+
+
+def push_interval(thresholds: Iterable[Threshold]) -> str:
+    """How often the hooks are to push for these thresholds, in seconds as text: a fifth of the
+    shortest window that is made from histograms, 1 s to 10 s; "" where none is."""
+    windows = [threshold.over_s or 50.0 for threshold in thresholds if needs_histograms(threshold)]
+    return f"{min(10.0, max(1.0, min(windows) / 5)):g}" if windows else ""
+
+
+def _is_meant(threshold: Threshold, method: str, name: str) -> bool:
+    """An endpoint goes by "METHOD name", or by its name alone."""
+    names = (f"{method} {name}".strip(), name)
+    if not threshold.is_pattern:
+        return threshold.endpoint in names
+    pieces = (threshold.endpoint or "").split("*")
+    return any(_fits(name, pieces) for name in names)
+
+
+def _fits(name: str, pieces: list[str]) -> bool:
+    """Whether the name is the pieces in order with any text between; no regular expression,
+    which a pattern of many stars could keep busy for hours."""
+    first, *middle, last = pieces
+    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for piece in middle:
+        found = name.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
+
+
+def _value_of_row(metric: str, row: EndpointStats) -> float | None:
+    if metric == "errorRate":
+        return (
+            None
+            if not row.requests or row.failures is None
+            else min(100.0, 100.0 * row.failures / row.requests)
+        )
+    value = getattr(row, ENDPOINT_METRICS[metric])
+    return value if row.requests else None
+
+
+def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[float | None, str | None]:
+    """The value for the whole run so far, and a sentence: whose it is, or why there is none."""
+    if snapshot is None:
+        return None, "no numbers came from Locust"
+    if threshold.endpoint is None:
+        value = getattr(snapshot, TOTAL_METRICS[threshold.metric])
+        has_requests = bool(snapshot.requests) or threshold.metric in ("totalRequests", "totalFailures")
+        return (value, None) if value is not None and has_requests else (None, "there was no request")
+    rows = [row for row in snapshot.endpoints or () if _is_meant(threshold, row.method, row.name)]
+    if not rows:
+        return None, "there is no such endpoint"
+    found = [(value, row) for row in rows if (value := _value_of_row(threshold.metric, row)) is not None]
+    if not found:
+        return None, "the endpoint had no request"
+    value, row = _worst(threshold, found)
+    return value, f"of {row.method} {row.name}" if threshold.is_pattern else None
+
+
+# Windows of counters. Numbers of now are known only roughly: Locust keeps an answer for 2 s, and its
+# workers report every 3 s, so that a rate made of two of them may be wrong by half over 10 s. Rates and
+# counts are made of the hooks' exact counts, else they are Locust's own rate, which covers 10 s; what
+# neither tells is not known. A proportion, as errorRate, does not depend on the time.
+
+RATE_SETTLES_S = 5.0  # Locust's rate ends 2 s before its last request, and workers report every 3 s
+TIMED = ("totalRequests", "totalFailures", "totalRps")
+LOCUST_RATES = {"totalRequests": "rps", "totalRps": "rps", "totalFailures": "fails_per_s"}
+
+
+def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float | None:
+    """The value between two samples, from their counters; None when they do not tell.
+
+    Counts of a window are those of its length, where the samples are farther apart."""
+    if newest.requests is None or anchor.requests is None or newest.at <= anchor.at:
+        return None
+    requests = newest.requests - anchor.requests
+    failures = (newest.failures or 0) - (anchor.failures or 0)
+    if requests < 0 or failures < 0:
+        return None  # the statistics were reset
+    if threshold.metric == "errorRate":
+        return min(100.0, 100.0 * failures / requests) if requests else None
+    seconds = newest.at - anchor.at
+    length = min(threshold.over_s or seconds, seconds)
+    counts = {
+        "totalRequests": requests * length / seconds,
+        "totalFailures": failures * length / seconds,
+        "totalRps": requests / seconds,
+    }
+    return counts[threshold.metric]
+
+
+def _at_counted(sample: Sample) -> Sample:
+    """The sample as of the second until which all requests are counted, if that is known."""
+    if sample.counted_at is None:
+        return sample
+    return sample._replace(
+        at=sample.counted_at, requests=sample.counted_requests, failures=sample.counted_failures
+    )
+
+
+def newest_window(threshold: Threshold, samples: list[Sample], started_at: float) -> float | None:
+    """The value of the window that ends with the last of the samples; None before a whole
+    window has passed since the start or the warm-up, or when it has no data."""
+    newest, over_s = samples[-1], threshold.over_s
+    begin = started_at + (threshold.after_s or 0.0)
+    if over_s and threshold.metric in WINDOW_PERCENTILES:
+        is_whole = newest.at >= begin + over_s
+        return getattr(newest, WINDOW_PERCENTILES[threshold.metric]) if is_whole else None
+    if threshold.metric in TIMED:
+        if newest.counted_at is None:
+            return _locusts_rate(threshold, samples, begin)
+        samples = [_at_counted(sample) for sample in samples if sample.counted_at is not None]
+        newest = samples[-1]
+    if over_s is None:  # only `after`: from then to now
+        anchor = next((sample for sample in samples if sample.at >= begin), newest)
+        return window_value(threshold, newest, anchor)
+    if newest.at < begin + over_s:
+        return None
+    last = bisect.bisect_right(samples, newest.at - over_s, key=lambda sample: sample.at) - 1
+    is_known = last >= 0 and samples[last].at >= started_at
+    return window_value(threshold, newest, samples[last]) if is_known else None
+
+
+def _locusts_rate(threshold: Threshold, samples: list[Sample], begin: float) -> float | None:
+    """A rate or count of a window by Locust's own rate, which covers the 10 s before a sample; None for
+    a shorter window. What lies before `begin` does not count: of a warm-up nothing may be left in it."""
+    newest, over_s = samples[-1], threshold.over_s
+    if any(sample.counted_at is not None for sample in samples):
+        return None  # the hooks tell exactly, with the next sample
+    settles_s = RATE_SETTLES_S if threshold.after_s else 0.0
+    first_at = begin + LOCUST_WINDOW_S + settles_s
+    if over_s:
+        if over_s < LOCUST_WINDOW_S or newest.at < begin + over_s + settles_s:
+            return None
+        first_at = max(first_at, newest.at - over_s + LOCUST_WINDOW_S)
+    elif threshold.metric != "totalRps":  # a count since the warm-up: some seconds more or less
+        anchor = next((sample for sample in samples if sample.at >= begin), newest)
+        return window_value(threshold, newest, anchor)
+    name = LOCUST_RATES[threshold.metric]
+    inside = [sample for sample in samples if sample.at >= first_at - 0.001]
+    rates = [rate for sample in inside if (rate := getattr(sample, name)) is not None]
+    if not rates:
+        return None
+    return sum(rates) / len(rates) * (1 if threshold.metric == "totalRps" else over_s or 0.0)
+
+
+def judge_windows(
+    threshold: Threshold, samples: list[Sample], moments: tuple[float, float]
+) -> tuple[float | None, float | None]:
+    """The worst value of all windows, and the moment at which one failed first."""
+    started_at, finished_at = moments
+    live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
+    if threshold.metric in TIMED and any(sample.counted_at is not None for sample in live):
+        live = [sample for sample in live if sample.counted_at is not None]
+    if threshold.over_s is None:
+        value = newest_window(threshold, live, started_at) if live else None
+        return value, None
+    found: list[tuple[float, float]] = []
+    for end in range(1, len(live) + 1):
+        first_at = live[end - 1].at - threshold.over_s - COUNTS_LAG_S
+        begin = bisect.bisect_right(live, first_at, hi=end, key=lambda sample: sample.at)
+        value = newest_window(threshold, live[max(0, begin - 1) : end], started_at)
+        if value is not None:
+            found.append((value, live[end - 1].at))
+    if not found:
+        return None, None
+    first = next((at for value, at in found if not _holds(threshold, value)), None)
+    return _worst(threshold, found)[0], first
+
+
+COUNTS_LAG_S = 10.0  # how far exact counts may be behind the sample that carries them
+
+
+def _why_no_window(threshold: Threshold, samples: list[Sample]) -> str:
+    """Why none of a threshold's windows has a value."""
+    is_exact = any(sample.counted_at is not None for sample in samples)
+    if threshold.metric in TIMED and (threshold.over_s or LOCUST_WINDOW_S) < LOCUST_WINDOW_S and not is_exact:
+        return (
+            f"Locust's own rate covers {LOCUST_WINDOW_S:g} s; a shorter window is made of what "
+            "loadmanager_hooks count by the second, and they told nothing"
+        )
+    return "no whole window had data"
+
+
+class HistogramWindow:
+    """The windows of one threshold over a run's histograms, taken in as they come.
+
+    A window ends with each of them, and began with an earlier one, at least over_s before."""
+
+    ANCHORS = 60  # kept within over_s: a window is longer than it by a sixtieth at most, or by one push
+
+    def __init__(self, threshold: Threshold, started_at: float):
+        self.threshold = threshold
+        self._begin = started_at + (threshold.after_s or 0.0)
+        self._anchors = deque([] if threshold.after_s else [HistogramPoint(started_at, {})])
+        self._newest_at = -math.inf
+
+    def value(self, point: HistogramPoint) -> float | None:
+        """The value of the window that ends with `point`; None before there is one, and without data."""
+        if point.at <= max(self._begin, self._newest_at):
+            return None
+        self._newest_at = point.at
+        meant = HistogramPoint(
+            point.at, {key: one for key, one in point.histograms.items() if self._means(key)}
+        )
+        anchor = self._anchor(meant)
+        self._keep(meant)
+        return None if anchor is None else self._between(anchor, meant)
+
+    def _means(self, key: Endpoint | None) -> bool:
+        if key is None or self.threshold.endpoint is None:
+            return key is None and self.threshold.endpoint is None
+        return _is_meant(self.threshold, *key)
+
+    def _anchor(self, point: HistogramPoint) -> HistogramPoint | None:
+        begin = point.at - (self.threshold.over_s or 0.0)
+        while len(self._anchors) > 1 and self.threshold.over_s and self._anchors[1].at <= begin:
+            self._anchors.popleft()
+        return self._anchors[0] if self._anchors and self._anchors[0].at <= begin else None
+
+    def _keep(self, point: HistogramPoint) -> None:
+        over_s = self.threshold.over_s
+        if not self._anchors or (over_s and point.at - self._anchors[-1].at >= over_s / self.ANCHORS):
+            self._anchors.append(point)
+
+    def _between(self, anchor: HistogramPoint, point: HistogramPoint) -> float | None:
+        found = []
+        for key, histogram in point.histograms.items():
+            part = since(histogram, anchor.histograms.get(key))
+            value = part and _value_of_histogram(self.threshold.metric, part, point.at - anchor.at)
+            if value is not None:
+                found.append((value, None))
+        return _worst(self.threshold, found)[0] if found else None
+
+
+def _value_of_histogram(metric: str, part: Histogram, seconds: float) -> float | None:
+    if metric in PERCENTILE_RATIOS:
+        return percentile_ms(part.times, PERCENTILE_RATIOS[metric])
+    if metric == "avgResponseMs":
+        return part.total_ms / sum(part.times.values()) if part.times else None
+    if metric == "errorRate":
+        return min(100.0, 100.0 * part.failures / part.requests) if part.requests else None
+    return {
+        "totalRequests": part.requests,
+        "totalFailures": part.failures,
+        "totalRps": part.requests / seconds,
+    }[metric]
+
+
+class Window(NamedTuple):
+    """What became of a threshold's windows: the value that counts, when one failed first, why there is no value."""
+
+    value: float | None
+    first_failed_at: float | None = None
+    message: str | None = "no whole window had data"
+
+
+def judge_histogram_windows(
+    thresholds: Iterable[Threshold], points: Iterable[HistogramPoint], moments: tuple[float, float]
+) -> dict[Threshold, Window]:
+    """The windows of those thresholds that need histograms, in one pass over a run's history."""
+    started_at, finished_at = moments
+    windows = [HistogramWindow(one, started_at) for one in dict.fromkeys(thresholds) if needs_histograms(one)]
+    found = {window.threshold: Window(None) for window in windows}
+    seen = False
+    for point in points if windows else ():
+        seen = True
+        for window in windows:
+            over_s = window.threshold.over_s
+            if over_s and point.at > finished_at + 0.001:
+                continue  # while a run stops its rates fall; a warm-up's rest counts to the very end
+            value = window.value(point)
+            if value is not None:
+                found[window.threshold] = _next_window(
+                    window.threshold, found[window.threshold], value, point.at
+                )
+    if not seen:
+        why = "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, and none came"
+        return {one: window._replace(message=why) for one, window in found.items()}
+    return found
+
+
+def _next_window(threshold: Threshold, so_far: Window, value: float, at: float) -> Window:
+    if not threshold.over_s:
+        return Window(value)  # from the warm-up to now
+    first = at if so_far.first_failed_at is None and not _holds(threshold, value) else so_far.first_failed_at
+    known = so_far.value
+    return Window(value if known is None else _worst(threshold, [(known, None), (value, None)])[0], first)
+
+
+def judge_threshold(
+    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float],
+    first_seen: float | None, window: Window | None = None,
+) -> Threshold:  # fmt: skip
+    """The threshold with its result, from a run's final numbers and its history.
+
+    moments: start and end; first_seen: when it was first seen to fail during the run; window:
+    of one that needs histograms. What has no data has failed, and says so."""
+    first = first_seen
+    if threshold.over_s or threshold.after_s:
+        if window is None:
+            why = _why_no_window(threshold, samples)
+            window = Window(*judge_windows(threshold, samples, moments), message=why)
+        value, first = window.value, window.first_failed_at or first_seen
+        message = None if value is not None else window.message
+    else:
+        value, message = whole_run_value(threshold, snapshot)
+    if value is not None and _holds(threshold, value):
+        return threshold._replace(value=value, result="passed", message=message)
+    if value is None:
+        message = f"no data: {message}"
+    return threshold._replace(
+        value=value, result="failed", first_failed_at=first or moments[1], message=message
+    )
+
+
+def verdict_of(
+    thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool
+) -> str | None:
+    """passed or failed; None when there is nothing to judge by."""
+    compared = comparison is not None and comparison.get("judgement", NO_REGRESSION) != CANNOT_TELL
+    if not thresholds and not compared:
+        return None
+    missed = any(one.result == "failed" and not one.warn_only for one in thresholds)
+    regressed = comparison is not None and bool(comparison["regressions"])
+    return "failed" if missed or regressed or has_failed else "passed"
+
+
+class ThresholdWatch:
+    """Holds the numbers of a going run against its thresholds. Used by the poller and by
+    pushes: `note` takes its own lock."""
+
+    def __init__(self, thresholds: tuple[Threshold, ...]):
+        self.thresholds = thresholds
+        self.may_abort = any(one.abort_on_fail for one in thresholds)
+        self.first_failed: list[float | None] = [None] * len(thresholds)
+        self._failing_since: list[float | None] = [None] * len(thresholds)
+        self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0) + COUNTS_LAG_S
+        self._lock = threading.Lock()
+        # Since a warm-up ended: its first sample, and mean and number of Locust's rates.
+        self._anchors: list[Sample | None] = [None] * len(thresholds)
+        self._rates = [(0.0, 0)] * len(thresholds)
+        self._windows: dict[int, HistogramWindow] = {}
+        self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
+
+    def note(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
+        """Take new numbers; the threshold that now aborts the run, or None."""
+        with self._lock:
+            is_newest = not self.samples or snapshot.taken_at > self.samples[-1].at
+            histograms = histograms_of(snapshot) if any(map(needs_histograms, self.thresholds)) else None
+            if is_newest:
+                self.samples.append(sample_of("", snapshot, ""))
+            while len(self.samples) > 1 and self.samples[1].at <= snapshot.taken_at - self._keep_s:
+                del self.samples[0]
+            aborting = []
+            for index, threshold in enumerate(self.thresholds):
+                if needs_histograms(threshold):
+                    value = (
+                        self._histogram_value(
+                            index, HistogramPoint(snapshot.taken_at, histograms), started_at
+                        )
+                        if histograms
+                        else None
+                    )
+                else:
+                    value = self._value(index, threshold, snapshot, started_at) if is_newest else None
+                if self._aborts(index, threshold, value, snapshot.taken_at):
+                    aborting.append(threshold)
+            return aborting[0] if aborting else None
+
+    def _histogram_value(self, index: int, point: HistogramPoint, started_at: float) -> float | None:
+        if index not in self._windows:
+            self._windows[index] = HistogramWindow(self.thresholds[index], started_at)
+        return self._windows[index].value(point)
+
+    def _aborts(self, index: int, threshold: Threshold, value: float | None, at: float) -> bool:
+        """Note whether it fails now; True when it has failed so long that it aborts."""
+        if value is None:
+            return False
+        if _holds(threshold, value):
+            self._failing_since[index] = None
+            return False
+        failing_since = self._failing_since[index] = self._failing_since[index] or at
+        self.first_failed[index] = self.first_failed[index] or failing_since
+        return threshold.abort_on_fail and at - failing_since >= threshold.delay_s
+
+    def _value(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> float | None:
+        if threshold.over_s:
+            return newest_window(threshold, self.samples, started_at)
+        if threshold.after_s is None:
+            return whole_run_value(threshold, snapshot)[0]
+        return self._since_warm_up(index, threshold, started_at + threshold.after_s)
+
+    def _since_warm_up(self, index: int, threshold: Threshold, begin: float) -> float | None:
+        """The value from the end of the warm-up to now; as newest_window(), without all its samples."""
+        newest, anchor = self.samples[-1], self._anchors[index]
+        is_timed = threshold.metric in TIMED
+        if is_timed and anchor and anchor.counted_at is not None and newest.counted_at is None:
+            return None
+        counted = _at_counted(newest) if is_timed else newest
+        if counted.at < begin:
+            return None
+        if anchor is None or (is_timed and anchor.counted_at is None and newest.counted_at is not None):
+            anchor = self._anchors[index] = newest
+        if threshold.metric != "totalRps" or newest.counted_at is not None:
+            return window_value(threshold, counted, _at_counted(anchor) if is_timed else anchor)
+        if newest.rps is None or newest.at < begin + LOCUST_WINDOW_S + RATE_SETTLES_S:
+            return None
+        mean, count = self._rates[index]
+        self._rates[index] = (mean * count + newest.rps) / (count + 1), count + 1
+        return self._rates[index][0]
+
+
+# ============================================================================
+# 8. COMPARISON - two runs, and a run with its history: what differs beyond the scatter
+# ============================================================================
 
 COMPARED = (
     "totalRequests",
@@ -4120,433 +4724,8 @@ def trend_of(metric: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- thresholds: whether they hold ------------------------------------------
 
 
-def _holds(threshold: Threshold, value: float) -> bool:
-    return COMPARISONS[threshold.op](value, threshold.limit)
-
-
-def _worst(threshold: Threshold, found: list[tuple[float, Any]]) -> tuple[float, Any]:
-    """Of several values the one that is farthest on the wrong side."""
-    if threshold.op == "==":
-        return max(found, key=lambda pair: abs(pair[0] - threshold.limit))
-    return (max if threshold.op in ("<", "<=") else min)(found, key=lambda pair: pair[0])
-
-
-def push_interval(thresholds: Iterable[Threshold]) -> str:
-    """How often the hooks are to push for these thresholds, in seconds as text: a fifth of the
-    shortest window that is made from histograms, 1 s to 10 s; "" where none is."""
-    windows = [threshold.over_s or 50.0 for threshold in thresholds if needs_histograms(threshold)]
-    return f"{min(10.0, max(1.0, min(windows) / 5)):g}" if windows else ""
-
-
-def _is_meant(threshold: Threshold, method: str, name: str) -> bool:
-    """An endpoint goes by "METHOD name", or by its name alone."""
-    names = (f"{method} {name}".strip(), name)
-    if not threshold.is_pattern:
-        return threshold.endpoint in names
-    pieces = (threshold.endpoint or "").split("*")
-    return any(_fits(name, pieces) for name in names)
-
-
-def _fits(name: str, pieces: list[str]) -> bool:
-    """Whether the name is the pieces in order with any text between; no regular expression,
-    which a pattern of many stars could keep busy for hours."""
-    first, *middle, last = pieces
-    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
-        return False
-    at, end = len(first), len(name) - len(last)
-    for piece in middle:
-        found = name.find(piece, at, end)
-        if found < 0:
-            return False
-        at = found + len(piece)
-    return True
-
-
-def _value_of_row(metric: str, row: EndpointStats) -> float | None:
-    if metric == "errorRate":
-        return (
-            None
-            if not row.requests or row.failures is None
-            else min(100.0, 100.0 * row.failures / row.requests)
-        )
-    value = getattr(row, ENDPOINT_METRICS[metric])
-    return value if row.requests else None
-
-
-def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[float | None, str | None]:
-    """The value for the whole run so far, and a sentence: whose it is, or why there is none."""
-    if snapshot is None:
-        return None, "no numbers came from Locust"
-    if threshold.endpoint is None:
-        value = getattr(snapshot, TOTAL_METRICS[threshold.metric])
-        has_requests = bool(snapshot.requests) or threshold.metric in ("totalRequests", "totalFailures")
-        return (value, None) if value is not None and has_requests else (None, "there was no request")
-    rows = [row for row in snapshot.endpoints or () if _is_meant(threshold, row.method, row.name)]
-    if not rows:
-        return None, "there is no such endpoint"
-    found = [(value, row) for row in rows if (value := _value_of_row(threshold.metric, row)) is not None]
-    if not found:
-        return None, "the endpoint had no request"
-    value, row = _worst(threshold, found)
-    return value, f"of {row.method} {row.name}" if threshold.is_pattern else None
-
-
-# Windows of counters. Numbers of now are known only roughly: Locust keeps an answer for 2 s, and its
-# workers report every 3 s, so that a rate made of two of them may be wrong by half over 10 s. Rates and
-# counts are made of the hooks' exact counts, else they are Locust's own rate, which covers 10 s; what
-# neither tells is not known. A proportion, as errorRate, does not depend on the time.
-
-RATE_SETTLES_S = 5.0  # Locust's rate ends 2 s before its last request, and workers report every 3 s
-TIMED = ("totalRequests", "totalFailures", "totalRps")
-LOCUST_RATES = {"totalRequests": "rps", "totalRps": "rps", "totalFailures": "fails_per_s"}
-
-
-def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float | None:
-    """The value between two samples, from their counters; None when they do not tell.
-
-    Counts of a window are those of its length, where the samples are farther apart."""
-    if newest.requests is None or anchor.requests is None or newest.at <= anchor.at:
-        return None
-    requests = newest.requests - anchor.requests
-    failures = (newest.failures or 0) - (anchor.failures or 0)
-    if requests < 0 or failures < 0:
-        return None  # the statistics were reset
-    if threshold.metric == "errorRate":
-        return min(100.0, 100.0 * failures / requests) if requests else None
-    seconds = newest.at - anchor.at
-    length = min(threshold.over_s or seconds, seconds)
-    counts = {
-        "totalRequests": requests * length / seconds,
-        "totalFailures": failures * length / seconds,
-        "totalRps": requests / seconds,
-    }
-    return counts[threshold.metric]
-
-
-def _at_counted(sample: Sample) -> Sample:
-    """The sample as of the second until which all requests are counted, if that is known."""
-    if sample.counted_at is None:
-        return sample
-    return sample._replace(
-        at=sample.counted_at, requests=sample.counted_requests, failures=sample.counted_failures
-    )
-
-
-def newest_window(threshold: Threshold, samples: list[Sample], started_at: float) -> float | None:
-    """The value of the window that ends with the last of the samples; None before a whole
-    window has passed since the start or the warm-up, or when it has no data."""
-    newest, over_s = samples[-1], threshold.over_s
-    begin = started_at + (threshold.after_s or 0.0)
-    if over_s and threshold.metric in WINDOW_PERCENTILES:
-        is_whole = newest.at >= begin + over_s
-        return getattr(newest, WINDOW_PERCENTILES[threshold.metric]) if is_whole else None
-    if threshold.metric in TIMED:
-        if newest.counted_at is None:
-            return _locusts_rate(threshold, samples, begin)
-        samples = [_at_counted(sample) for sample in samples if sample.counted_at is not None]
-        newest = samples[-1]
-    if over_s is None:  # only `after`: from then to now
-        anchor = next((sample for sample in samples if sample.at >= begin), newest)
-        return window_value(threshold, newest, anchor)
-    if newest.at < begin + over_s:
-        return None
-    last = bisect.bisect_right(samples, newest.at - over_s, key=lambda sample: sample.at) - 1
-    is_known = last >= 0 and samples[last].at >= started_at
-    return window_value(threshold, newest, samples[last]) if is_known else None
-
-
-def _locusts_rate(threshold: Threshold, samples: list[Sample], begin: float) -> float | None:
-    """A rate or count of a window by Locust's own rate, which covers the 10 s before a sample; None for
-    a shorter window. What lies before `begin` does not count: of a warm-up nothing may be left in it."""
-    newest, over_s = samples[-1], threshold.over_s
-    if any(sample.counted_at is not None for sample in samples):
-        return None  # the hooks tell exactly, with the next sample
-    settles_s = RATE_SETTLES_S if threshold.after_s else 0.0
-    first_at = begin + LOCUST_WINDOW_S + settles_s
-    if over_s:
-        if over_s < LOCUST_WINDOW_S or newest.at < begin + over_s + settles_s:
-            return None
-        first_at = max(first_at, newest.at - over_s + LOCUST_WINDOW_S)
-    elif threshold.metric != "totalRps":  # a count since the warm-up: some seconds more or less
-        anchor = next((sample for sample in samples if sample.at >= begin), newest)
-        return window_value(threshold, newest, anchor)
-    name = LOCUST_RATES[threshold.metric]
-    inside = [sample for sample in samples if sample.at >= first_at - 0.001]
-    rates = [rate for sample in inside if (rate := getattr(sample, name)) is not None]
-    if not rates:
-        return None
-    return sum(rates) / len(rates) * (1 if threshold.metric == "totalRps" else over_s or 0.0)
-
-
-def judge_windows(
-    threshold: Threshold, samples: list[Sample], moments: tuple[float, float]
-) -> tuple[float | None, float | None]:
-    """The worst value of all windows, and the moment at which one failed first."""
-    started_at, finished_at = moments
-    live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
-    if threshold.metric in TIMED and any(sample.counted_at is not None for sample in live):
-        live = [sample for sample in live if sample.counted_at is not None]
-    if threshold.over_s is None:
-        value = newest_window(threshold, live, started_at) if live else None
-        return value, None
-    found: list[tuple[float, float]] = []
-    for end in range(1, len(live) + 1):
-        first_at = live[end - 1].at - threshold.over_s - COUNTS_LAG_S
-        begin = bisect.bisect_right(live, first_at, hi=end, key=lambda sample: sample.at)
-        value = newest_window(threshold, live[max(0, begin - 1) : end], started_at)
-        if value is not None:
-            found.append((value, live[end - 1].at))
-    if not found:
-        return None, None
-    first = next((at for value, at in found if not _holds(threshold, value)), None)
-    return _worst(threshold, found)[0], first
-
-
-COUNTS_LAG_S = 10.0  # how far exact counts may be behind the sample that carries them
-
-
-def _why_no_window(threshold: Threshold, samples: list[Sample]) -> str:
-    """Why none of a threshold's windows has a value."""
-    is_exact = any(sample.counted_at is not None for sample in samples)
-    if threshold.metric in TIMED and (threshold.over_s or LOCUST_WINDOW_S) < LOCUST_WINDOW_S and not is_exact:
-        return (
-            f"Locust's own rate covers {LOCUST_WINDOW_S:g} s; a shorter window is made of what "
-            "loadmanager_hooks count by the second, and they told nothing"
-        )
-    return "no whole window had data"
-
-
-class HistogramWindow:
-    """The windows of one threshold over a run's histograms, taken in as they come.
-
-    A window ends with each of them, and began with an earlier one, at least over_s before."""
-
-    ANCHORS = 60  # kept within over_s: a window is longer than it by a sixtieth at most, or by one push
-
-    def __init__(self, threshold: Threshold, started_at: float):
-        self.threshold = threshold
-        self._begin = started_at + (threshold.after_s or 0.0)
-        self._anchors = deque([] if threshold.after_s else [HistogramPoint(started_at, {})])
-        self._newest_at = -math.inf
-
-    def value(self, point: HistogramPoint) -> float | None:
-        """The value of the window that ends with `point`; None before there is one, and without data."""
-        if point.at <= max(self._begin, self._newest_at):
-            return None
-        self._newest_at = point.at
-        meant = HistogramPoint(
-            point.at, {key: one for key, one in point.histograms.items() if self._means(key)}
-        )
-        anchor = self._anchor(meant)
-        self._keep(meant)
-        return None if anchor is None else self._between(anchor, meant)
-
-    def _means(self, key: Endpoint | None) -> bool:
-        if key is None or self.threshold.endpoint is None:
-            return key is None and self.threshold.endpoint is None
-        return _is_meant(self.threshold, *key)
-
-    def _anchor(self, point: HistogramPoint) -> HistogramPoint | None:
-        begin = point.at - (self.threshold.over_s or 0.0)
-        while len(self._anchors) > 1 and self.threshold.over_s and self._anchors[1].at <= begin:
-            self._anchors.popleft()
-        return self._anchors[0] if self._anchors and self._anchors[0].at <= begin else None
-
-    def _keep(self, point: HistogramPoint) -> None:
-        over_s = self.threshold.over_s
-        if not self._anchors or (over_s and point.at - self._anchors[-1].at >= over_s / self.ANCHORS):
-            self._anchors.append(point)
-
-    def _between(self, anchor: HistogramPoint, point: HistogramPoint) -> float | None:
-        found = []
-        for key, histogram in point.histograms.items():
-            part = since(histogram, anchor.histograms.get(key))
-            value = part and _value_of_histogram(self.threshold.metric, part, point.at - anchor.at)
-            if value is not None:
-                found.append((value, None))
-        return _worst(self.threshold, found)[0] if found else None
-
-
-def _value_of_histogram(metric: str, part: Histogram, seconds: float) -> float | None:
-    if metric in PERCENTILE_RATIOS:
-        return percentile_ms(part.times, PERCENTILE_RATIOS[metric])
-    if metric == "avgResponseMs":
-        return part.total_ms / sum(part.times.values()) if part.times else None
-    if metric == "errorRate":
-        return min(100.0, 100.0 * part.failures / part.requests) if part.requests else None
-    return {
-        "totalRequests": part.requests,
-        "totalFailures": part.failures,
-        "totalRps": part.requests / seconds,
-    }[metric]
-
-
-class Window(NamedTuple):
-    """What became of a threshold's windows: the value that counts, when one failed first, why there is no value."""
-
-    value: float | None
-    first_failed_at: float | None = None
-    message: str | None = "no whole window had data"
-
-
-def judge_histogram_windows(
-    thresholds: Iterable[Threshold], points: Iterable[HistogramPoint], moments: tuple[float, float]
-) -> dict[Threshold, Window]:
-    """The windows of those thresholds that need histograms, in one pass over a run's history."""
-    started_at, finished_at = moments
-    windows = [HistogramWindow(one, started_at) for one in dict.fromkeys(thresholds) if needs_histograms(one)]
-    found = {window.threshold: Window(None) for window in windows}
-    seen = False
-    for point in points if windows else ():
-        seen = True
-        for window in windows:
-            over_s = window.threshold.over_s
-            if over_s and point.at > finished_at + 0.001:
-                continue  # while a run stops its rates fall; a warm-up's rest counts to the very end
-            value = window.value(point)
-            if value is not None:
-                found[window.threshold] = _next_window(
-                    window.threshold, found[window.threshold], value, point.at
-                )
-    if not seen:
-        why = "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, and none came"
-        return {one: window._replace(message=why) for one, window in found.items()}
-    return found
-
-
-def _next_window(threshold: Threshold, so_far: Window, value: float, at: float) -> Window:
-    if not threshold.over_s:
-        return Window(value)  # from the warm-up to now
-    first = at if so_far.first_failed_at is None and not _holds(threshold, value) else so_far.first_failed_at
-    known = so_far.value
-    return Window(value if known is None else _worst(threshold, [(known, None), (value, None)])[0], first)
-
-
-def judge_threshold(
-    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float],
-    first_seen: float | None, window: Window | None = None,
-) -> Threshold:  # fmt: skip
-    """The threshold with its result, from a run's final numbers and its history.
-
-    moments: start and end; first_seen: when it was first seen to fail during the run; window:
-    of one that needs histograms. What has no data has failed, and says so."""
-    first = first_seen
-    if threshold.over_s or threshold.after_s:
-        if window is None:
-            why = _why_no_window(threshold, samples)
-            window = Window(*judge_windows(threshold, samples, moments), message=why)
-        value, first = window.value, window.first_failed_at or first_seen
-        message = None if value is not None else window.message
-    else:
-        value, message = whole_run_value(threshold, snapshot)
-    if value is not None and _holds(threshold, value):
-        return threshold._replace(value=value, result="passed", message=message)
-    if value is None:
-        message = f"no data: {message}"
-    return threshold._replace(
-        value=value, result="failed", first_failed_at=first or moments[1], message=message
-    )
-
-
-def verdict_of(
-    thresholds: tuple[Threshold, ...], comparison: dict[str, Any] | None, has_failed: bool
-) -> str | None:
-    """passed or failed; None when there is nothing to judge by."""
-    compared = comparison is not None and comparison.get("judgement", NO_REGRESSION) != CANNOT_TELL
-    if not thresholds and not compared:
-        return None
-    missed = any(one.result == "failed" and not one.warn_only for one in thresholds)
-    regressed = comparison is not None and bool(comparison["regressions"])
-    return "failed" if missed or regressed or has_failed else "passed"
-
-
-class ThresholdWatch:
-    """Holds the numbers of a going run against its thresholds. Used by the poller and by
-    pushes: `note` takes its own lock."""
-
-    def __init__(self, thresholds: tuple[Threshold, ...]):
-        self.thresholds = thresholds
-        self.may_abort = any(one.abort_on_fail for one in thresholds)
-        self.first_failed: list[float | None] = [None] * len(thresholds)
-        self._failing_since: list[float | None] = [None] * len(thresholds)
-        self._keep_s = max((one.over_s or 0.0 for one in thresholds), default=0.0) + COUNTS_LAG_S
-        self._lock = threading.Lock()
-        # Since a warm-up ended: its first sample, and mean and number of Locust's rates.
-        self._anchors: list[Sample | None] = [None] * len(thresholds)
-        self._rates = [(0.0, 0)] * len(thresholds)
-        self._windows: dict[int, HistogramWindow] = {}
-        self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
-
-    def note(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
-        """Take new numbers; the threshold that now aborts the run, or None."""
-        with self._lock:
-            is_newest = not self.samples or snapshot.taken_at > self.samples[-1].at
-            histograms = histograms_of(snapshot) if any(map(needs_histograms, self.thresholds)) else None
-            if is_newest:
-                self.samples.append(sample_of("", snapshot, ""))
-            while len(self.samples) > 1 and self.samples[1].at <= snapshot.taken_at - self._keep_s:
-                del self.samples[0]
-            aborting = []
-            for index, threshold in enumerate(self.thresholds):
-                if needs_histograms(threshold):
-                    value = (
-                        self._histogram_value(
-                            index, HistogramPoint(snapshot.taken_at, histograms), started_at
-                        )
-                        if histograms
-                        else None
-                    )
-                else:
-                    value = self._value(index, threshold, snapshot, started_at) if is_newest else None
-                if self._aborts(index, threshold, value, snapshot.taken_at):
-                    aborting.append(threshold)
-            return aborting[0] if aborting else None
-
-    def _histogram_value(self, index: int, point: HistogramPoint, started_at: float) -> float | None:
-        if index not in self._windows:
-            self._windows[index] = HistogramWindow(self.thresholds[index], started_at)
-        return self._windows[index].value(point)
-
-    def _aborts(self, index: int, threshold: Threshold, value: float | None, at: float) -> bool:
-        """Note whether it fails now; True when it has failed so long that it aborts."""
-        if value is None:
-            return False
-        if _holds(threshold, value):
-            self._failing_since[index] = None
-            return False
-        failing_since = self._failing_since[index] = self._failing_since[index] or at
-        self.first_failed[index] = self.first_failed[index] or failing_since
-        return threshold.abort_on_fail and at - failing_since >= threshold.delay_s
-
-    def _value(self, index: int, threshold: Threshold, snapshot: Snapshot, started_at: float) -> float | None:
-        if threshold.over_s:
-            return newest_window(threshold, self.samples, started_at)
-        if threshold.after_s is None:
-            return whole_run_value(threshold, snapshot)[0]
-        return self._since_warm_up(index, threshold, started_at + threshold.after_s)
-
-    def _since_warm_up(self, index: int, threshold: Threshold, begin: float) -> float | None:
-        """The value from the end of the warm-up to now; as newest_window(), without all its samples."""
-        newest, anchor = self.samples[-1], self._anchors[index]
-        is_timed = threshold.metric in TIMED
-        if is_timed and anchor and anchor.counted_at is not None and newest.counted_at is None:
-            return None
-        counted = _at_counted(newest) if is_timed else newest
-        if counted.at < begin:
-            return None
-        if anchor is None or (is_timed and anchor.counted_at is None and newest.counted_at is not None):
-            anchor = self._anchors[index] = newest
-        if threshold.metric != "totalRps" or newest.counted_at is not None:
-            return window_value(threshold, counted, _at_counted(anchor) if is_timed else anchor)
-        if newest.rps is None or newest.at < begin + LOCUST_WINDOW_S + RATE_SETTLES_S:
-            return None
-        mean, count = self._rates[index]
-        self._rates[index] = (mean * count + newest.rps) / (count + 1), count + 1
-        return self._rates[index][0]
-
-
 # ============================================================================
-# 6. RULES - pure decisions: valid requests, scenarios, idle clusters, downsampling
+# 9. REQUESTS - what may be asked for, and which reported numbers are believed
 # ============================================================================
 
 
@@ -4559,10 +4738,16 @@ class BodyKey:
     required: bool = False
 
 
+MAX_METADATA_BYTES = 64 * 1024
+
+
 def _accept_metadata(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or len(dump_json(value)) > MAX_METADATA_BYTES:
         raise ValueError
     return value
+
+
+MAX_ANNOTATION = 1000  # characters
 
 
 METADATA = Check(
@@ -4774,85 +4959,6 @@ def scenario_to_json(scenario: ScenarioConfig) -> dict[str, Any]:
     return wire
 
 
-def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, str] | None:
-    """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
-    if (plan.tags or plan.exclude_tags) and (abilities is None or abilities.tags is None):
-        return (
-            "tags",
-            "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks",
-        )
-    if abilities is None:
-        return None
-    classes = abilities.user_classes
-    if plan.user_classes and classes is not None:
-        unknown = [name for name in plan.user_classes if name not in classes]
-        if unknown:
-            return (
-                "userClasses",
-                f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}",
-            )
-        if not abilities.can_choose and set(plan.user_classes) != set(classes):
-            return (
-                "userClasses",
-                f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}",
-            )
-    unknown = [
-        name for name in plan.options or () if abilities.options is not None and name not in abilities.options
-    ]
-    if unknown:
-        return (
-            "options",
-            f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}",
-        )
-    for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
-        unknown = [name for name in names if name not in (abilities.tags or ())]
-        if unknown:
-            return (
-                field_name,
-                f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}",
-            )
-    return None
-
-
-def workers_for(users: int, launcher: LauncherConfig | None) -> int | None:
-    """How many workers a run of so many users gets; None: they are not counted."""
-    if launcher is None or launcher.users_per_worker is None:
-        return None
-    return max(1, min(launcher.max_workers, math.ceil(users / launcher.users_per_worker)))
-
-
-class LoadTarget(NamedTuple):
-    """The load a run should have, and since when (epoch seconds)."""
-
-    users: int
-    spawn_rate: float
-    since: float
-
-
-def load_target(run: Run, now: float) -> LoadTarget:
-    """What the run should have at a moment: its stages as they come, and changes by people,
-    of which the newest holds until the next stage."""
-    began = run.started_at if run.started_at is not None else now
-    target = LoadTarget(run.target_users, run.spawn_rate, began)
-    at = began
-    for stage in run.plan.stages:
-        if at <= now or stage is run.plan.stages[0]:
-            target = LoadTarget(stage.users, stage.spawn_rate, at)
-        at += stage.duration_s
-    if run.load_changes and target.since <= run.load_changes[-1].at:
-        last = run.load_changes[-1]
-        return LoadTarget(last.users, last.spawn_rate, last.at)
-    return target
-
-
-def stage_starts(run: Run) -> Iterator[float]:
-    """Seconds after the start at which each stage but the first begins."""
-    at = 0.0
-    for stage in run.plan.stages[:-1]:
-        at += stage.duration_s
-        yield at
-
-
 def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
     """The query's values, or InvalidInput with every bad parameter at once."""
     problems: dict[str, str] = {}
@@ -4920,12 +5026,7 @@ COUNTS = ("totalRequests", "totalFailures", "currentUsers", "numRequests", "numF
 # database cannot hold, or a text that is no Unicode, must not reach it by either way.
 
 MAX_LOCUST_NAME = 2000  # characters of an endpoint's name, a worker's id, a host
-MAX_LOCUST_ERROR = 2000  # characters of a failure's or an exception's text
-MAX_TRACEBACK = 10_000
 MAX_LOCUST_ENDPOINTS = 5000  # of one report, as many as the hooks push at the end
-MAX_LOCUST_WORKERS = 5000
-MAX_LOCUST_FAILURES = 1000  # different failures, or exceptions, of one run
-MAX_LOCUST_CHOICES = 1000  # user classes, tags or options that a Locust has
 MAX_COUNTS_AGO_S = 60.0
 LAST_TIMESTAMP_S = 253402300799.0  # the end of the year 9999, in epoch seconds
 
@@ -4953,11 +5054,6 @@ def count_or_none(value: Any) -> int | None:
     """Locust's whole number from 0; as measure_or_none()."""
     measure = measure_or_none(value)
     return None if measure is None else int(measure)
-
-
-def timestamp_or_none(value: Any) -> float | None:
-    """Epoch seconds that a calendar has, or None."""
-    return value if _is_measure(value) and value is not None and value <= LAST_TIMESTAMP_S else None
 
 
 def _number_kinds(names: Iterable[str]) -> tuple[tuple[str, Callable[[Any], bool]], ...]:
@@ -5137,138 +5233,6 @@ def _is_target(name: str, port: int, pattern: str) -> bool:
     return name == wanted
 
 
-def load_refusals(
-    request: RunRequest,
-    tenant: TenantConfig | None,
-    environment: EnvironmentConfig | None,
-    own_hosts: Iterable[str | None],
-) -> dict[str, str]:
-    """Why a load may not be started, by the key of the request: limits of the tenant, hosts of
-    both, the confirmation of a protected environment. own_hosts: where the clusters that may
-    take it aim by themselves; None where that is not known."""
-    problems: dict[str, str] = {}
-    if tenant and tenant.max_users is not None and request.target_users > tenant.max_users:
-        problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
-    if (
-        tenant
-        and tenant.max_duration_s is not None
-        and (request.duration_s or math.inf) > tenant.max_duration_s
-    ):
-        problems["durationSeconds"] = (
-            f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
-        )
-    hosts = [request.plan.host] if request.plan.host else list(own_hosts)
-    for patterns in (
-        tenant.allowed_hosts if tenant else (),
-        environment.allowed_hosts if environment else (),
-    ):
-        refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
-        if refused:
-            what = (
-                _printable(refused[0])
-                if refused[0]
-                else "the cluster's own target is not known; host is needed"
-            )
-            problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
-    if environment and environment.protected and request.confirm != environment.id:
-        problems["confirm"] = (
-            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
-        )
-    return problems
-
-
-class Idleness(Enum):
-    """What a cluster is doing, seen by somebody who wants to start a test there."""
-
-    IDLE = "idle"
-    LOADED = "runs a test"
-    SETTLING = "is still stopping, or its workers are not ready"
-    NO_WORKERS = "has no worker connected"
-
-
-def idleness(reading: Reading, workers_wanted: int = 1) -> Idleness:
-    """Only IDLE may be swarmed: a swarm while Locust is stopping makes load that /stop
-    cannot stop, and one without workers does nothing and says success (2.47.0)."""
-    if reading.is_loaded:
-        return Idleness.LOADED
-    if reading.state not in IDLE_STATES:
-        return Idleness.SETTLING
-    if not reading.distributed:
-        return Idleness.IDLE
-    if len(reading.live_workers) < workers_wanted:
-        return Idleness.NO_WORKERS
-    if any(worker.state != "ready" for worker in reading.live_workers):
-        return Idleness.SETTLING
-    return Idleness.IDLE
-
-
-def watch_warnings(
-    target: LoadTarget, before: Reading | None, now_reading: Reading, most_workers: int, wanted_for_s: float
-) -> Iterator[tuple[str, str]]:
-    """Code and sentence of what one reading of a running test makes worth a warning.
-
-    before: the reading before; most_workers: the most seen in this run; wanted_for_s: how long
-    the target should have been reached, negative before."""
-    live = len(now_reading.live_workers)
-    if now_reading.distributed and live < most_workers:
-        yield (
-            "workers_lost",
-            f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing",
-        )
-    hot = [worker for worker in now_reading.live_workers if (worker.cpu_percent or 0) > CPU_LIMIT_PERCENT]
-    if hot:
-        yield (
-            "cpu_high",
-            f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's",
-        )
-    if before and now_reading.requests < before.requests:
-        yield (
-            "stats_reset",
-            f"Locust's counters went back from {before.requests} to {now_reading.requests} requests",
-        )
-    if wanted_for_s > 30 and now_reading.users < target.users:
-        yield (
-            "users_not_reached",
-            f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been",
-        )
-    if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
-        yield (
-            "endpoints_cut",
-            f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all",
-        )
-
-
-RESET_TOLERANCE_S = 5.0  # a worker's first report may set the beginning of the statistics back by 3 s
-
-
-def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -> str | None:
-    """Why final numbers are not those of the whole run, as a sentence, or None: Locust's statistics were
-    reset, or are another test's.
-
-    last: the newest numbers before; started_at: of the run, epoch seconds."""
-    if final.resets:
-        times = "once" if final.resets == 1 else f"{final.resets} times"
-        return f"Locust's statistics were reset {times} during the run; the numbers are those since then"
-    if last is None:
-        return None
-    before, after = last.requests or 0, final.requests or 0
-    if after < before:
-        return f"Locust's counters went back from {before} to {after} requests: its statistics were reset"
-    known = {(row.method, row.name): row.requests or 0 for row in final.endpoints or ()}
-    for row in last.endpoints or () if len(known) < MAX_LOCUST_ENDPOINTS else ():
-        if known.get((row.method, row.name), 0) < (row.requests or 0):
-            name = f"{row.method} {row.name}".strip()
-            return f"Locust's counters of {name} went back: its statistics were reset, or are another test's"
-    if after <= before or not final.rps:
-        return None
-    # Locust's average is over the time from the beginning of its statistics to its last request, and a
-    # request came after the newest numbers before: so late at least they began.
-    began_at = last.taken_at - STATS_CACHE_S - WORKER_REPORT_S - after / final.rps
-    if began_at <= started_at + RESET_TOLERANCE_S:
-        return None
-    return f"Locust's statistics began {began_at - started_at:.0f} s after the run: they were reset"
-
-
 EXTREMES = (  # what downsampling keeps of each bucket
     (min, "rps"),
     (max, "rps"),
@@ -5306,170 +5270,13 @@ def thin_to_step(samples: list[Sample], step_s: float) -> list[Sample]:
 
 
 # ============================================================================
-# 7. TIME - the steady clock and the one thread that waits for moments
+# PART III: STATE - all that is remembered, in memory and on disk
 # ============================================================================
 
-
-def monotonic_s() -> float:
-    """Seconds that neither a set clock moves nor a suspended machine stops (Linux)."""
-    return _monotonic_clock()
-
-
-if hasattr(time, "CLOCK_BOOTTIME"):
-    _monotonic_clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-else:
-    _monotonic_clock = time.monotonic
-
-
-class ScheduledCall:
-    """A moment somebody waits for; cancel() when it is no longer wanted."""
-
-    __slots__ = ("due", "action", "cancelled")
-
-    def __init__(self, due: float, action: Callable[[], object]):
-        self.due = due
-        self.action = action
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        self.action = _nothing
-
-    def __lt__(self, other: ScheduledCall) -> bool:
-        return self.due < other.due
-
-
-def _nothing() -> None:
-    pass
-
-
-class Timer(threading.Thread):
-    """One thread with a heap for every deadline: 1,000 of them cost 0.1 MiB, where
-    threading.Timer takes a thread each. Actions must be short: in_thread() is for more."""
-
-    MAX_WAIT_S = 1.0  # after a suspend the overdue are noticed within this
-    THREAD_RETRY_S = 1.0
-
-    def __init__(self) -> None:
-        super().__init__(name="timer", daemon=True)
-        self._changed = threading.Condition()
-        self._heap: list[ScheduledCall] = []
-        self._closed = False
-        self._awake_s = 0.0
-        self._ticked_at = monotonic_s()
-
-    def at(self, due: float, action: Callable[[], object]) -> ScheduledCall:
-        """Call `action` when monotonic_s() reaches `due`."""
-        scheduled = ScheduledCall(due, action)
-        with self._changed:
-            heapq.heappush(self._heap, scheduled)
-            if self._heap[0] is scheduled:
-                self._changed.notify()
-        return scheduled
-
-    def after(self, delay_s: float, action: Callable[[], object]) -> ScheduledCall:
-        return self.at(monotonic_s() + delay_s, action)
-
-    def in_thread(self, delay_s: float, name: str, work: Callable[[], None]) -> ScheduledCall:
-        """Run `work` in a thread of its own after `delay_s`; later, when no thread can be had then."""
-
-        def start() -> None:
-            try:
-                start_thread(name, work)
-            except NotReady as error:
-                log("work waits for a thread", work=name, why=error.message)
-                self.in_thread(self.THREAD_RETRY_S, name, work)
-
-        return self.after(delay_s, start)
-
-    def awake_s(self) -> float:
-        """Seconds for which this process has been running: a clock that stands still while the
-        process or the machine is suspended. Only differences mean something."""
-        return self._awake_s + min(2 * self.MAX_WAIT_S, monotonic_s() - self._ticked_at)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def run(self) -> None:
-        while not self._closed:
-            try:
-                due = self._due()
-            except Exception as error:  # noqa: BLE001 - the edge: what is due stays so
-                log_unforeseen("timer", error)
-                time.sleep(0.1)
-                continue
-            for scheduled in due:
-                try:
-                    scheduled.action()
-                except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
-                    log_unforeseen("timer", error)
-
-    def _due(self) -> list[ScheduledCall]:
-        with self._changed:
-            if not self._closed and (not self._heap or self._heap[0].due > monotonic_s()):
-                wait_s = self._heap[0].due - monotonic_s() if self._heap else self.MAX_WAIT_S
-                self._changed.wait(max(0.0, min(wait_s, self.MAX_WAIT_S)))
-            now, due = monotonic_s(), []
-            # It wakes at least every second: what is far beyond that was spent suspended.
-            self._awake_s += min(2 * self.MAX_WAIT_S, now - self._ticked_at)
-            self._ticked_at = now
-            while self._heap and (self._heap[0].cancelled or self._heap[0].due <= now):
-                due.append(heapq.heappop(self._heap))
-            return due
-
-
-def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
-    """Run `work` in a daemon thread; what it raises is logged and counted, never lost silently.
-    NotReady when the system gives no thread (a limit of processes, or of memory)."""
-
-    def guarded() -> None:
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 - the edge: threads must not die unseen
-            log_unforeseen(name, error)
-
-    thread = threading.Thread(target=guarded, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise NotReady(f"no thread can be started: {error}", retry_after_s=5) from None
-    return thread
-
-
-UNFORESEEN: dict[str, int] = {}  # how many unforeseen exceptions met the edge of a thread, by its name
-
-
-def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
-    """The edge of every thread: log an exception that nobody foresaw with its trace, and count it."""
-    import traceback
-
-    trace = "".join(traceback.format_exception(error))
-    kind = where.partition(" ")[0]  # "watch 5f0c1a2b" is counted as watch
-    UNFORESEEN[kind] = UNFORESEEN.get(kind, 0) + 1
-    log("unforeseen error", where=where, error=repr(error)[:500], **facts, trace=trace[-4000:])
-
-
-class DurationCounter:
-    """Counts durations by upper bounds in seconds, as a Prometheus histogram has them. Its owner
-    sees to it that one thread at a time calls note()."""
-
-    __slots__ = ("bounds", "counts", "total_s")
-
-    def __init__(self, bounds: tuple[float, ...]):
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # of each bucket; the last one is beyond all bounds
-        self.total_s = 0.0
-
-    def note(self, seconds: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.bounds, seconds)] += times
-        self.total_s += seconds * times
-
-
 # ============================================================================
-# 8. STORE - every run in memory, written through to SQLite or PostgreSQL
+# 10. DATABASE - tables and migrations, in SQLite or PostgreSQL
 # ============================================================================
+
 # Reads are answered from a dict under Store._lock, which is held for memory only. One
 # writer thread speaks SQL: it writes what changed in batches, one commit for all who
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
@@ -6287,6 +6094,11 @@ def _refuse_missing_columns(database: Database) -> None:
             )
 
 
+# ============================================================================
+# 11. WRITER - the one thread that writes to the database
+# ============================================================================
+
+
 class _Ticket:
     """A caller who waits for the writer: done when all written before it is durable."""
 
@@ -6951,6 +6763,11 @@ def end_without_lead(why: str) -> None:
     os._exit(EXIT_LEAD_LOST)
 
 
+# ============================================================================
+# 12. STORE - every run in memory, written through to the database
+# ============================================================================
+
+
 class StoredRun:
     """A run in memory with its newest numbers: `run` for those who decide, `shown` for all who
     only look. They differ as long as a new or a final run is not on disk. The answer is made once
@@ -7081,6 +6898,12 @@ class AuditFilter(NamedTuple):
         return " AND ".join(condition for condition, _ in parts) or "1 = 1", [
             value for _, values in parts for value in values
         ]
+
+
+IDEMPOTENCY_KEEP_S = 24 * 3600
+MAX_DELIVERIES = 2000  # of notifications that are kept; those that wait are never dropped
+DELIVERIES_KEEP_S = 7 * 24 * 3600
+NOISE_BLOCKS = 20  # time blocks of a run by which it is judged how much it scatters
 
 
 class Store:
@@ -7876,8 +7699,19 @@ class Comparer:
 
 
 # ============================================================================
-# 9. LOCUST CLIENT - every call to a Locust master
+# PART IV: LOCUST - all that is said to Locust, and its processes
 # ============================================================================
+
+# ============================================================================
+# 13. LOCUST CLIENT - every call to a Locust master
+# ============================================================================
+
+
+def timestamp_or_none(value: Any) -> float | None:
+    """Epoch seconds that a calendar has, or None."""
+    return value if _is_measure(value) and value is not None and value <= LAST_TIMESTAMP_S else None
+
+
 # Locust's field names end here; a Reading or Snapshot comes out. Every call is bounded
 # in time as a whole (a timer shuts the socket, as timeouts of the library count for each
 # recv only) and in size. No redirect is followed: a token must not travel to other hosts.
@@ -7911,6 +7745,11 @@ class StatsTimes:
             self._answer, self._first_at, self._asked_at = answer, answered_at, asked_at
             self._made_after = min(least, answered_at)
             return answered_at, answered_at - self._made_after, False
+
+
+LOCUST_STOP_S = 75.0  # /stop blocks until users are gone: stop_timeout + 60 in Locust
+LOCUST_ANSWER_BYTES = 8 * 1024 * 1024
+MAX_LOCUST_FAILURES = 1000  # different failures, or exceptions, of one run
 
 
 class LocustClient:
@@ -8419,6 +8258,9 @@ def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
     )
 
 
+MAX_LOCUST_WORKERS = 5000
+
+
 def _workers_of_json(workers: Any, users_key: str, cpu_key: str) -> tuple[Worker, ...]:
     return tuple(
         Worker(
@@ -8437,6 +8279,9 @@ def _most_frequent_failures(failures: Iterable[Failure]) -> tuple[Failure, ...]:
     if len(found) <= MAX_LOCUST_FAILURES:
         return found
     return tuple(sorted(found, key=lambda failure: -failure.occurrences)[:MAX_LOCUST_FAILURES])
+
+
+MAX_LOCUST_ERROR = 2000  # characters of a failure's or an exception's text
 
 
 def _failure_of_stats(row: dict[str, Any]) -> Failure:
@@ -8459,6 +8304,9 @@ def _failure_of_csv(row: dict[str, Any]) -> Failure:
         _csv_timestamp(row.get("First Seen")),
         _csv_timestamp(row.get("Last Seen")),
     )
+
+
+MAX_TRACEBACK = 10_000
 
 
 def _exception_of_json(row: dict[str, Any]) -> TaskException:
@@ -8646,6 +8494,9 @@ def _abilities_of_hooks(document: dict[str, Any]) -> Abilities | None:
     return Abilities(_choices(classes), bool(document.get("classPicker")), _choices(options), _choices(tags))
 
 
+MAX_LOCUST_CHOICES = 1000  # user classes, tags or options that a Locust has
+
+
 def _choices(names: Iterable[Any]) -> tuple[str, ...]:
     """Names of what a Locust can be asked to run."""
     return tuple(storable_text(name, MAX_TEXT) for name in itertools.islice(names, MAX_LOCUST_CHOICES))
@@ -8661,8 +8512,9 @@ def _json_in_page(page: str, name: str) -> Any:
 
 
 # ============================================================================
-# 10. LAUNCHER - Locust clusters started on this machine, and their guard
+# 14. LAUNCHER - Locust clusters started on this machine, and their guard
 # ============================================================================
+
 # Each launched cluster has a guard: a small process of ours that starts the master and
 # workers as its children and restarts what dies. Load Manager holds the guard's standard
 # input; when that closes, be it by kill -9, the guard ends its children and itself. The
@@ -9064,6 +8916,9 @@ class _GuardedCluster:
             child.end()
 
 
+LOG_BYTES = 20 * 1024 * 1024  # of one process of a launched cluster; the end is kept
+
+
 class _GuardedLog:
     """The log of one process. What cannot be written, as on a full disk, is dropped and counted:
     neither the process nor its guard may end because of its log."""
@@ -9219,8 +9074,232 @@ def _die_with_parent() -> None:
 
 
 # ============================================================================
-# 11. ORCHESTRATOR - starts, monitors, stops, adopts and ends runs
+# PART V: RUNS - what starts, watches, stops and tells
 # ============================================================================
+
+# ============================================================================
+# 15. RUN RULES - pure decisions about a run and a cluster: is it idle, what load, what to warn of
+# ============================================================================
+
+
+def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, str] | None:
+    """The field of a plan that a Locust cannot do, and why; None when it can, or does not say."""
+    if (plan.tags or plan.exclude_tags) and (abilities is None or abilities.tags is None):
+        return (
+            "tags",
+            "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks",
+        )
+    if abilities is None:
+        return None
+    classes = abilities.user_classes
+    if plan.user_classes and classes is not None:
+        unknown = [name for name in plan.user_classes if name not in classes]
+        if unknown:
+            return (
+                "userClasses",
+                f"the cluster has no user class {', '.join(unknown)}; it has {', '.join(classes)}",
+            )
+        if not abilities.can_choose and set(plan.user_classes) != set(classes):
+            return (
+                "userClasses",
+                f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}",
+            )
+    unknown = [
+        name for name in plan.options or () if abilities.options is not None and name not in abilities.options
+    ]
+    if unknown:
+        return (
+            "options",
+            f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}",
+        )
+    for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
+        unknown = [name for name in names if name not in (abilities.tags or ())]
+        if unknown:
+            return (
+                field_name,
+                f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}",
+            )
+    return None
+
+
+def workers_for(users: int, launcher: LauncherConfig | None) -> int | None:
+    """How many workers a run of so many users gets; None: they are not counted."""
+    if launcher is None or launcher.users_per_worker is None:
+        return None
+    return max(1, min(launcher.max_workers, math.ceil(users / launcher.users_per_worker)))
+
+
+class LoadTarget(NamedTuple):
+    """The load a run should have, and since when (epoch seconds)."""
+
+    users: int
+    spawn_rate: float
+    since: float
+
+
+def load_target(run: Run, now: float) -> LoadTarget:
+    """What the run should have at a moment: its stages as they come, and changes by people,
+    of which the newest holds until the next stage."""
+    began = run.started_at if run.started_at is not None else now
+    target = LoadTarget(run.target_users, run.spawn_rate, began)
+    at = began
+    for stage in run.plan.stages:
+        if at <= now or stage is run.plan.stages[0]:
+            target = LoadTarget(stage.users, stage.spawn_rate, at)
+        at += stage.duration_s
+    if run.load_changes and target.since <= run.load_changes[-1].at:
+        last = run.load_changes[-1]
+        return LoadTarget(last.users, last.spawn_rate, last.at)
+    return target
+
+
+def stage_starts(run: Run) -> Iterator[float]:
+    """Seconds after the start at which each stage but the first begins."""
+    at = 0.0
+    for stage in run.plan.stages[:-1]:
+        at += stage.duration_s
+        yield at
+
+
+def load_refusals(
+    request: RunRequest,
+    tenant: TenantConfig | None,
+    environment: EnvironmentConfig | None,
+    own_hosts: Iterable[str | None],
+) -> dict[str, str]:
+    """Why a load may not be started, by the key of the request: limits of the tenant, hosts of
+    both, the confirmation of a protected environment. own_hosts: where the clusters that may
+    take it aim by themselves; None where that is not known."""
+    problems: dict[str, str] = {}
+    if tenant and tenant.max_users is not None and request.target_users > tenant.max_users:
+        problems["targetUsers"] = f"tenant {tenant.id} may have {tenant.max_users} users at most"
+    if (
+        tenant
+        and tenant.max_duration_s is not None
+        and (request.duration_s or math.inf) > tenant.max_duration_s
+    ):
+        problems["durationSeconds"] = (
+            f"tenant {tenant.id} may load for {tenant.max_duration_s} s at most, and must say how long"
+        )
+    hosts = [request.plan.host] if request.plan.host else list(own_hosts)
+    for patterns in (
+        tenant.allowed_hosts if tenant else (),
+        environment.allowed_hosts if environment else (),
+    ):
+        refused = [host for host in hosts if patterns and not (host and host_allowed(host, patterns))]
+        if refused:
+            what = (
+                _printable(refused[0])
+                if refused[0]
+                else "the cluster's own target is not known; host is needed"
+            )
+            problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
+    if environment and environment.protected and request.confirm != environment.id:
+        problems["confirm"] = (
+            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+        )
+    return problems
+
+
+class Idleness(Enum):
+    """What a cluster is doing, seen by somebody who wants to start a test there."""
+
+    IDLE = "idle"
+    LOADED = "runs a test"
+    SETTLING = "is still stopping, or its workers are not ready"
+    NO_WORKERS = "has no worker connected"
+
+
+def idleness(reading: Reading, workers_wanted: int = 1) -> Idleness:
+    """Only IDLE may be swarmed: a swarm while Locust is stopping makes load that /stop
+    cannot stop, and one without workers does nothing and says success (2.47.0)."""
+    if reading.is_loaded:
+        return Idleness.LOADED
+    if reading.state not in IDLE_STATES:
+        return Idleness.SETTLING
+    if not reading.distributed:
+        return Idleness.IDLE
+    if len(reading.live_workers) < workers_wanted:
+        return Idleness.NO_WORKERS
+    if any(worker.state != "ready" for worker in reading.live_workers):
+        return Idleness.SETTLING
+    return Idleness.IDLE
+
+
+CPU_LIMIT_PERCENT = 90.0
+
+
+def watch_warnings(
+    target: LoadTarget, before: Reading | None, now_reading: Reading, most_workers: int, wanted_for_s: float
+) -> Iterator[tuple[str, str]]:
+    """Code and sentence of what one reading of a running test makes worth a warning.
+
+    before: the reading before; most_workers: the most seen in this run; wanted_for_s: how long
+    the target should have been reached, negative before."""
+    live = len(now_reading.live_workers)
+    if now_reading.distributed and live < most_workers:
+        yield (
+            "workers_lost",
+            f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing",
+        )
+    hot = [worker for worker in now_reading.live_workers if (worker.cpu_percent or 0) > CPU_LIMIT_PERCENT]
+    if hot:
+        yield (
+            "cpu_high",
+            f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's",
+        )
+    if before and now_reading.requests < before.requests:
+        yield (
+            "stats_reset",
+            f"Locust's counters went back from {before.requests} to {now_reading.requests} requests",
+        )
+    if wanted_for_s > 30 and now_reading.users < target.users:
+        yield (
+            "users_not_reached",
+            f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been",
+        )
+    if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
+        yield (
+            "endpoints_cut",
+            f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all",
+        )
+
+
+RESET_TOLERANCE_S = 5.0  # a worker's first report may set the beginning of the statistics back by 3 s
+
+
+def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -> str | None:
+    """Why final numbers are not those of the whole run, as a sentence, or None: Locust's statistics were
+    reset, or are another test's.
+
+    last: the newest numbers before; started_at: of the run, epoch seconds."""
+    if final.resets:
+        times = "once" if final.resets == 1 else f"{final.resets} times"
+        return f"Locust's statistics were reset {times} during the run; the numbers are those since then"
+    if last is None:
+        return None
+    before, after = last.requests or 0, final.requests or 0
+    if after < before:
+        return f"Locust's counters went back from {before} to {after} requests: its statistics were reset"
+    known = {(row.method, row.name): row.requests or 0 for row in final.endpoints or ()}
+    for row in last.endpoints or () if len(known) < MAX_LOCUST_ENDPOINTS else ():
+        if known.get((row.method, row.name), 0) < (row.requests or 0):
+            name = f"{row.method} {row.name}".strip()
+            return f"Locust's counters of {name} went back: its statistics were reset, or are another test's"
+    if after <= before or not final.rps:
+        return None
+    # Locust's average is over the time from the beginning of its statistics to its last request, and a
+    # request came after the newest numbers before: so late at least they began.
+    began_at = last.taken_at - STATS_CACHE_S - WORKER_REPORT_S - after / final.rps
+    if began_at <= started_at + RESET_TOLERANCE_S:
+        return None
+    return f"Locust's statistics began {began_at - started_at:.0f} s after the run: they were reset"
+
+
+# ============================================================================
+# 16. CLUSTER POOL - who has which cluster, the queue, sleep and scale
+# ============================================================================
+
 # Five classes. ClusterPool knows who has which cluster. RunStarter starts a test, RunMonitor
 # watches one active run, RunStopper ends runs and stops loads; Orchestrator is what the others
 # call. Every active run has two threads from before its start on: one watches its cluster, so
@@ -9705,6 +9784,142 @@ class ClusterPool:
 # ---- one active run ----------------------------------------------------------
 
 
+IDLE_WAIT_S = 10.0  # how long a create waits for a cluster that is just stopping
+WORKERS_PATIENCE_S = 30.0  # for the workers of a cluster that was just launched
+
+
+class ClusterScaling:
+    """Launched clusters are started, put to sleep and woken, and workers scaled, here."""
+
+    SLEEP_LOOK_S = 1.0
+
+    def __init__(self, pool: ClusterPool, timer: Timer):
+        self._pool = pool
+        self._timer = timer
+        self.control_plane_url = ""
+        self.is_closing = False
+        pool.on_replaced = self._replaced
+
+    def launch_all(self, control_plane_url: str) -> None:
+        """Launch the clusters that are always there; the others start when a run needs them."""
+        self.control_plane_url = control_plane_url
+        for cluster in self._pool.clusters.values():
+            launcher = cluster.config.launcher
+            if cluster.launched and not (launcher and launcher.idle_s):
+                self.launch(cluster, None)
+        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def _replaced(self, old: Cluster | None, new: Cluster | None) -> None:
+        """Another configuration has other clusters; called under the pool's lock."""
+        gone = old.id if old and not new else ""
+        log(
+            "cluster changed" if old and new else "cluster gone" if gone else "cluster added",
+            cluster=(old or new).id,
+        )  # type: ignore[union-attr]
+        self._timer.in_thread(0.0, "cluster-change", functools.partial(self._replace, old, new))
+
+    def _replace(self, old: Cluster | None, new: Cluster | None) -> None:
+        if old is not None and old.launched:
+            with old.operation:
+                old.launched.stop()
+        launcher = new.config.launcher if new else None
+        if new is None or new.launched is None or (launcher and launcher.idle_s) or self.is_closing:
+            return
+        with new.operation:
+            if not new.launched.is_running:  # a run may have needed it meanwhile
+                self.launch(new, None)
+
+    def launch(self, cluster: Cluster, locustfile: str | None) -> None:
+        launched = cluster.launched
+        assert launched is not None
+        launched.start(self.control_plane_url, locustfile)
+        cluster.client.moved_to(launched.base_url)
+        cluster.problem = launched.problem
+        cluster.workers_wanted = launched.workers
+        cluster.patient_until = monotonic_s() + WORKERS_PATIENCE_S
+
+    def bring_up(self, cluster: Cluster, run: Run) -> None:
+        """Wake the cluster, with the scenario's locustfile, and ask for the workers that the run
+        needs; whether they came is seen when it is idle."""
+        launched, launcher = cluster.launched, cluster.config.launcher
+        if launched and not launched.problem:
+            wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
+            if launched.is_running and launched.locustfile != wanted_file:
+                if cluster.is_loaded():
+                    raise cluster.runs_another_test()
+                launched.stop()
+            if not launched.is_running:
+                self.launch(cluster, wanted_file)
+        workers = workers_for(run.target_users, launcher)
+        if workers is None or (launched and launched.problem):
+            return
+        if launched:
+            if workers > launched.workers:
+                cluster.scale(workers)
+        elif not cluster.is_loaded(min_workers=workers):
+            cluster.scale(workers)
+
+    def scale(self, cluster: Cluster, workers: int) -> None:
+        """Change the number of workers now; users of a running load are rebalanced as they come
+        and go. Conflict for a cluster whose workers are not ours, LocustError when it fails."""
+        launcher = cluster.config.launcher
+        if launcher is None:
+            raise Conflict(f"cluster {cluster.id} has no launcher: its workers are started elsewhere")
+        lowest = 1 if cluster.launched else 0
+        if not lowest <= workers <= launcher.max_workers:
+            why = f"must be a whole number from {lowest} to {launcher.max_workers} (maxWorkers)"
+            raise InvalidInput(f"workers: {why}", {"workers": why})
+        if cluster.is_asleep:
+            if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
+                raise LocustTimeout(f"cluster {cluster.id} is being started or stopped")
+            try:
+                self.launch(cluster, None)
+            finally:
+                cluster.operation.release()
+        cluster.idle_since = monotonic_s()
+        cluster.scale(workers)  # a command of the user's may take long: it must delay no stop
+
+    def _look_for_sleepers(self) -> None:
+        if self.is_closing:
+            return
+        for cluster in self._pool.clusters.values():
+            launcher = cluster.config.launcher
+            if not launcher or not launcher.idle_s or cluster.is_asleep:
+                continue
+            if self._pool.is_unused_for(cluster, launcher.idle_s):
+                self._timer.in_thread(0.0, "sleep", functools.partial(self._put_to_sleep, cluster))
+        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
+
+    def _put_to_sleep(self, cluster: Cluster) -> None:
+        """Stop a launched cluster, or scale away the workers of another, unless it is in use."""
+        launcher = cluster.config.launcher
+        assert launcher is not None
+        if not cluster.operation.acquire(blocking=False):
+            return
+        try:
+            is_down = cluster.launched is None and cluster.workers_wanted == 0
+            if is_down or cluster.is_asleep or not self._pool.is_unused_for(cluster, launcher.idle_s or 0):
+                return
+            if cluster.is_loaded():
+                return
+            if cluster.launched:
+                cluster.launched.stop()
+                log("cluster sleeps", cluster=cluster.id)
+            else:
+                cluster.scale(0)
+        except LocustError as error:
+            cluster.idle_since = monotonic_s()  # not again at once
+            cluster.problem = error.message
+            log("cluster not put to sleep", cluster=cluster.id, why=error.message)
+        finally:
+            cluster.operation.release()
+
+
+# ============================================================================
+# 17. RUN MONITOR - what is known of an active run, and how it is judged
+# ============================================================================
+
+
 class StopOutcome:
     """What becomes of one stop, for whoever waits for it."""
 
@@ -9723,6 +9938,16 @@ class LoadGoesOn(LocustError):
     """Locust says that it stopped, and users are still there."""
 
     error = "Locust cannot be stopped"
+
+
+START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered start has come or never will
+LOOK_S = 5.0  # the whole of one look at a cluster
+FIRST_LOOKS_S = 60.0  # so long after its start a run is looked at more often
+FIRST_LOOK_INTERVAL_S = 2.0
+REPEAT_LOOK_S = 0.3  # after an answer of Locust's cache that was read before
+REPLACE_EVERY_S = 15.0  # lost workers of a cluster are replaced
+RETRY_STEPS_S = (0.5, 1.0, 2.0, 4.0, 5.0)  # between tries of a stop; the last repeats
+ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
 
 
 class RunMonitor:
@@ -10356,6 +10581,15 @@ class RunCounts:
             self.lateness.note(max(0.0, late_s))
 
 
+# ============================================================================
+# 18. RUN STOPPER - stops load until users are gone, and concludes runs
+# ============================================================================
+
+ON_TIME_S = 1.5  # an end so much before the deadline is that of the duration
+DETAILS_WAIT_S = 8.0  # who asks for what is kept about a run waits so long for it
+FINAL_READ_S = 10.0  # how long a run waits for its final numbers
+
+
 class RunStopper:
     """Ends runs: stops their load with retries until its users are gone, reads the final numbers,
     concludes, keeps the details; and cleans up load whose run has ended without that."""
@@ -10841,6 +11075,14 @@ class RunStopper:
 # ---- starting runs -----------------------------------------------------------
 
 
+# ============================================================================
+# 19. RUN STARTER - brings a cluster up, starts the test, proves that it began
+# ============================================================================
+
+RUN_TIME_CANCELLED_SINCE = (2, 47)  # before, an old run_time timer kills the next test
+RUN_TIME_GRACE_S = 5  # given to Locust beyond the duration, so that we stop first
+
+
 def swarm_form(
     run: Run, cluster: Cluster, target: LoadTarget, remaining_s: float | None, rules: OrchestratorConfig
 ) -> dict[str, Any]:
@@ -10874,133 +11116,6 @@ def swarm_form(
     if ends_in and cluster.client.version() >= RUN_TIME_CANCELLED_SINCE:
         form["run_time"] = ends_in
     return form
-
-
-class ClusterScaling:
-    """Launched clusters are started, put to sleep and woken, and workers scaled, here."""
-
-    SLEEP_LOOK_S = 1.0
-
-    def __init__(self, pool: ClusterPool, timer: Timer):
-        self._pool = pool
-        self._timer = timer
-        self.control_plane_url = ""
-        self.is_closing = False
-        pool.on_replaced = self._replaced
-
-    def launch_all(self, control_plane_url: str) -> None:
-        """Launch the clusters that are always there; the others start when a run needs them."""
-        self.control_plane_url = control_plane_url
-        for cluster in self._pool.clusters.values():
-            launcher = cluster.config.launcher
-            if cluster.launched and not (launcher and launcher.idle_s):
-                self.launch(cluster, None)
-        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
-
-    def _replaced(self, old: Cluster | None, new: Cluster | None) -> None:
-        """Another configuration has other clusters; called under the pool's lock."""
-        gone = old.id if old and not new else ""
-        log(
-            "cluster changed" if old and new else "cluster gone" if gone else "cluster added",
-            cluster=(old or new).id,
-        )  # type: ignore[union-attr]
-        self._timer.in_thread(0.0, "cluster-change", functools.partial(self._replace, old, new))
-
-    def _replace(self, old: Cluster | None, new: Cluster | None) -> None:
-        if old is not None and old.launched:
-            with old.operation:
-                old.launched.stop()
-        launcher = new.config.launcher if new else None
-        if new is None or new.launched is None or (launcher and launcher.idle_s) or self.is_closing:
-            return
-        with new.operation:
-            if not new.launched.is_running:  # a run may have needed it meanwhile
-                self.launch(new, None)
-
-    def launch(self, cluster: Cluster, locustfile: str | None) -> None:
-        launched = cluster.launched
-        assert launched is not None
-        launched.start(self.control_plane_url, locustfile)
-        cluster.client.moved_to(launched.base_url)
-        cluster.problem = launched.problem
-        cluster.workers_wanted = launched.workers
-        cluster.patient_until = monotonic_s() + WORKERS_PATIENCE_S
-
-    def bring_up(self, cluster: Cluster, run: Run) -> None:
-        """Wake the cluster, with the scenario's locustfile, and ask for the workers that the run
-        needs; whether they came is seen when it is idle."""
-        launched, launcher = cluster.launched, cluster.config.launcher
-        if launched and not launched.problem:
-            wanted_file = run.plan.locustfile or (launcher.locustfile if launcher else None)
-            if launched.is_running and launched.locustfile != wanted_file:
-                if cluster.is_loaded():
-                    raise cluster.runs_another_test()
-                launched.stop()
-            if not launched.is_running:
-                self.launch(cluster, wanted_file)
-        workers = workers_for(run.target_users, launcher)
-        if workers is None or (launched and launched.problem):
-            return
-        if launched:
-            if workers > launched.workers:
-                cluster.scale(workers)
-        elif not cluster.is_loaded(min_workers=workers):
-            cluster.scale(workers)
-
-    def scale(self, cluster: Cluster, workers: int) -> None:
-        """Change the number of workers now; users of a running load are rebalanced as they come
-        and go. Conflict for a cluster whose workers are not ours, LocustError when it fails."""
-        launcher = cluster.config.launcher
-        if launcher is None:
-            raise Conflict(f"cluster {cluster.id} has no launcher: its workers are started elsewhere")
-        lowest = 1 if cluster.launched else 0
-        if not lowest <= workers <= launcher.max_workers:
-            why = f"must be a whole number from {lowest} to {launcher.max_workers} (maxWorkers)"
-            raise InvalidInput(f"workers: {why}", {"workers": why})
-        if cluster.is_asleep:
-            if not cluster.operation.acquire(timeout=IDLE_WAIT_S):
-                raise LocustTimeout(f"cluster {cluster.id} is being started or stopped")
-            try:
-                self.launch(cluster, None)
-            finally:
-                cluster.operation.release()
-        cluster.idle_since = monotonic_s()
-        cluster.scale(workers)  # a command of the user's may take long: it must delay no stop
-
-    def _look_for_sleepers(self) -> None:
-        if self.is_closing:
-            return
-        for cluster in self._pool.clusters.values():
-            launcher = cluster.config.launcher
-            if not launcher or not launcher.idle_s or cluster.is_asleep:
-                continue
-            if self._pool.is_unused_for(cluster, launcher.idle_s):
-                self._timer.in_thread(0.0, "sleep", functools.partial(self._put_to_sleep, cluster))
-        self._timer.after(self.SLEEP_LOOK_S, self._look_for_sleepers)
-
-    def _put_to_sleep(self, cluster: Cluster) -> None:
-        """Stop a launched cluster, or scale away the workers of another, unless it is in use."""
-        launcher = cluster.config.launcher
-        assert launcher is not None
-        if not cluster.operation.acquire(blocking=False):
-            return
-        try:
-            is_down = cluster.launched is None and cluster.workers_wanted == 0
-            if is_down or cluster.is_asleep or not self._pool.is_unused_for(cluster, launcher.idle_s or 0):
-                return
-            if cluster.is_loaded():
-                return
-            if cluster.launched:
-                cluster.launched.stop()
-                log("cluster sleeps", cluster=cluster.id)
-            else:
-                cluster.scale(0)
-        except LocustError as error:
-            cluster.idle_since = monotonic_s()  # not again at once
-            cluster.problem = error.message
-            log("cluster not put to sleep", cluster=cluster.id, why=error.message)
-        finally:
-            cluster.operation.release()
 
 
 class RunStarter:
@@ -11165,6 +11280,13 @@ class RunStarter:
 
 
 # ---- the orchestrator --------------------------------------------------------
+
+
+# ============================================================================
+# 20. ORCHESTRATOR - creates, stops, adopts and ends runs, by the four above
+# ============================================================================
+
+STOP_ANSWER_S = 10.0  # how long a stop request waits for the run's end
 
 
 class Orchestrator:
@@ -11820,8 +11942,9 @@ def _cluster_to_json(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 12. SCHEDULES - runs that start by themselves, at moments of a clock on a wall
+# 21. SCHEDULES - runs that start by themselves, at moments of a clock on a wall
 # ============================================================================
+
 # A moment is taken once: the run's Idempotency-Key is made of the schedule and the moment,
 # and is kept with the run in one commit, so that no death of ours doubles or loses one.
 
@@ -12233,6 +12356,9 @@ class _Upcoming(NamedTuple):
     schedule: Schedule  # the state of it that they are of
     due_at: float | None  # the first that was not dealt with; it may have come
     times: list[float]  # the next ones
+
+
+MAX_SCHEDULES = 1000
 
 
 class Scheduler:
@@ -12670,8 +12796,9 @@ class Repeater:
 
 
 # ============================================================================
-# 13. NOTIFICATIONS - what is told to people and programs, at least once
+# 22. NOTIFICATIONS - what is told to people and programs, at least once
 # ============================================================================
+
 # A delivery is written in the commit of the transition it tells of, and is tried by a thread
 # of its channel until the receiver has taken it: no run waits, no death of ours loses one.
 
@@ -13243,8 +13370,13 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 
 
 # ============================================================================
-# 14. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
+# PART VI: FACE - what clients, browsers and shells meet
 # ============================================================================
+
+# ============================================================================
+# 23. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
+# ============================================================================
+
 # Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
 # needs nothing from anywhere, so that it opens from a mail attachment and prints.
@@ -13938,8 +14070,9 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 15. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
+# 24. EXCHANGE - a run as a file to carry: export, import, files of a headless Locust
 # ============================================================================
+
 # A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
 # in is a stranger's: everything is checked, and nothing of it may count for more than it is.
 
@@ -14761,8 +14894,9 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
 
 
 # ============================================================================
-# 16. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 25. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
+
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
 # loop instead of a thread of its own. The loop answers what is in memory right there, and
 # hands what waits (Locust, disk) to a thread each. A thread for each connection would
@@ -14858,6 +14992,9 @@ def parse_head(raw: bytes) -> RequestHead:
     Strict where laxness is how requests are smuggled (RFC 9112): no bare CR or LF, no
     folded lines, no repeated length, no Transfer-Encoding."""
     return _parse_head_cached(raw) if len(raw) <= 1024 else _parse_head(raw)
+
+
+MAX_HEADERS = 100
 
 
 def _parse_head(raw: bytes) -> RequestHead:
@@ -15241,6 +15378,9 @@ class TlsSocket:
 
     def close(self) -> None:
         self._tls.close()
+
+
+MAX_HEAD_BYTES = 32 * 1024
 
 
 class Connection:
@@ -16045,8 +16185,9 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 17. EVENTS - changes of runs, told to event streams
+# 26. EVENTS - changes of runs, told to event streams
 # ============================================================================
+
 # The store tells of a change under its lock; note() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
 # however often it changed. As an event is a whole state, no events are kept for those who
@@ -16311,8 +16452,9 @@ class EventFeed:
 
 
 # ============================================================================
-# 18. METRICS - figures for Prometheus, and the dashboards and alerts made of them
+# 27. METRICS - figures for Prometheus, and the dashboards and alerts made of them
 # ============================================================================
+
 # One table, METRICS: GET /metrics, the dashboards and alert rules of `grafana` and the README's list
 # are all made of its rows. A row reads its figures when it is asked; what must be counted is counted
 # by the section that it is about. Labels are names of the configuration, of runs and of endpoints,
@@ -17463,8 +17605,9 @@ def grafana_files() -> dict[str, str]:
 
 
 # ============================================================================
-# 19. ACCESS - who a token says the caller is, and how much they may ask
+# 28. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
+
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
 # time nor the number of tries tells anything of them. What a token says is remembered
 # under the header's exact bytes (good ones only): a request then costs one look-up.
@@ -17702,8 +17845,9 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 20. SIGN ON - tokens and sign-ins of an identity provider
+# 29. SIGN ON - tokens and sign-ins of an identity provider
 # ============================================================================
+
 # JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
 # algorithms count, never the token, and a key is used only with the algorithms of its
 # kind: neither "none" nor a public key taken for a shared secret gets in. HS256 needs the
@@ -18221,8 +18365,9 @@ def secure_mark(server: ServerConfig) -> str:
 
 
 # ============================================================================
-# 21. SESSIONS - browsers that signed in, and what they must prove
+# 30. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
+
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
 # reads, under a host name that is ours (another's name may be made to point here: DNS
 # rebinding), and what changes something must come from our own page: Origin and a CSRF
@@ -18397,9 +18542,8 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 22. HTTP API - routes, authentication, handlers
+# 31. HTTP API - routes, authentication, handlers
 # ============================================================================
-
 
 NO_SUCH_PATH = "there is no such path"
 
@@ -19142,6 +19286,9 @@ def _accept_statuses(text: Any) -> frozenset[str]:
     if not words <= {status.value for status in RunStatus}:
         raise ValueError
     return words
+
+
+MAX_LOG_LINES = 2000
 
 
 LIST_QUERY = {
@@ -20184,7 +20331,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 23. SERVICE - the whole program put together, and its configuration checked
+# 32. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -20617,8 +20764,9 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 24. TERMINAL - text, tables and a live view that any terminal can show
+# 33. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
+
 # Names come from users and from Locust: printable() lets none of them move the cursor,
 # colour or reorder the line. Widths are in columns: a Chinese letter takes two.
 
@@ -20849,8 +20997,9 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 25. API CLIENT - which server a command talks to, and requests to it
+# 34. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
+
 # Commands are clients like any other: they know the API and the configuration file, and
 # nothing of the orchestrator. Every failure is a CommandError: one line and an exit status.
 
@@ -21165,8 +21314,9 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 26. COMMAND LINE - commands, what they take, and what they print
+# 35. COMMANDS - what each command does
 # ============================================================================
+
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
 # --json the API's JSON is all that goes to stdout; notices and errors go to stderr.
 
@@ -22389,6 +22539,11 @@ def follow_only(options: Any, quiet: bool) -> int:
 
 # ---- what a run looks like -------------------------------------------------
 
+
+# ============================================================================
+# 36. PRINTED RUNS - how commands show runs, figures and comparisons
+# ============================================================================
+
 STATUS_COLOURS = {
     "Pending": "blue",
     "Running": "green",
@@ -22764,6 +22919,11 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
 
 # ---- doctor ----------------------------------------------------------------
 
+
+# ============================================================================
+# 37. DOCTOR - what an installation lacks, and what to do about it
+# ============================================================================
+
 DOCTOR_CALL_S = 3.0  # one call to a Locust master
 DOCTOR_ASKS_S = 10.0  # all that is asked over the network, together
 DOCTOR_READS_S = 30.0  # reading through the database
@@ -23114,6 +23274,11 @@ def taken_port_finding(server: ServerConfig, where: str) -> Finding:
 
 
 # ---- the table of commands -------------------------------------------------
+
+
+# ============================================================================
+# 38. COMMAND LINE - which commands there are, what they take, and where the program begins
+# ============================================================================
 
 
 class Argument(NamedTuple):
@@ -23671,8 +23836,9 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 27. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 39. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
+
 # A client like any other: no data inside; it reads the JSON API and the event streams,
 # and writes what it got with textContent only. It loads nothing else, from nowhere.
 

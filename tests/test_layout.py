@@ -1,4 +1,4 @@
-"""The one file reads like a book: its map is true, and a section uses only what stands above it."""
+"""The one file reads like a book: its map is true, and a part uses only what is its own or above it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ RULERS = [
     for number, name in [match.groups()]
 ]
 
+PARTS = [SOURCE[: match.start()].count("\n") + 1 for match in re.finditer(r"^# PART ", SOURCE, re.M)]
+
 
 def test_map_in_the_docstring_is_the_rulers():
     mapped = re.findall(r"^ ?(\d+)\. ([A-Z ]+?)  ", loadmanager.__doc__, re.M)
     assert [(int(number), name) for number, name in mapped] == [(number, name) for number, name, _ in RULERS]
-
-
-def section_of(line: int) -> int:
-    return max((number for number, _, start in RULERS if start <= line), default=0)
 
 
 def test_no_name_is_defined_twice():
@@ -32,15 +30,22 @@ def test_no_name_is_defined_twice():
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
 
 
-def test_sections_use_only_names_from_above():
+def part_of(line: int) -> int:
+    return max((number for number, start in enumerate(PARTS, 1) if start <= line), default=0)
+
+
+def test_map_in_the_docstring_has_the_six_parts():
+    assert re.findall(r"^PART [IV]+ +([A-Z]+): (.*)", loadmanager.__doc__, re.M) == re.findall(
+        r"^# PART [IV]+: ([A-Z]+) - (.*)", SOURCE, re.M
+    )
+    assert len(PARTS) == 6
+
+
+def test_parts_use_only_names_of_their_own_and_from_above():
     defined: dict[str, int] = {}
     for node in TREE.body:
-        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-        if isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        for name in names:
-            defined.setdefault(name, section_of(node.lineno))
-    page = RULERS[-1][0] if RULERS[-1][1] == "DASHBOARD PAGE" else None
+        for name in _names_defined_by(node):
+            defined.setdefault(name, node.lineno)
     below = []
     for top in TREE.body:
         local = {node.arg for node in ast.walk(top) if isinstance(node, ast.arg)}
@@ -51,9 +56,18 @@ def test_sections_use_only_names_from_above():
         }
         for node in ast.walk(top):
             if isinstance(node, ast.Name) and node.id in defined and node.id not in local:
-                if defined[node.id] > section_of(node.lineno) and defined[node.id] != page:
-                    below.append(f"line {node.lineno}: {node.id} of section {defined[node.id]}")
+                if part_of(defined[node.id]) > part_of(node.lineno):
+                    below.append(f"line {node.lineno}: {node.id} of part {part_of(defined[node.id])}")
     assert not below, "\n".join(below)
+
+
+def _names_defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [
+        name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)
+    ]
 
 
 def test_imports_are_the_standard_library_and_the_three_allowed_packages():
