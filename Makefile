@@ -18,8 +18,8 @@ demo: $(VENV)/run.stamp  ## a real 20 s load test, end to end
 test: $(VENV)/test.stamp packages  ## all tests
 	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS)
 
-bench: $(VENV)/test.stamp packages  ## figures, beside those to reach
-	$(PY) tests/bench.py
+bench: $(VENV)/test.stamp packages  ## figures, beside those to reach: make bench ONLY=page,reads
+	$(PY) tests/bench.py $(if $(ONLY),--only $(ONLY))
 
 soak: $(VENV)/test.stamp  ## 50 runs at once for long: is anything not flat? make soak MINUTES=120
 	$(PY) tests/soak.py --minutes $(or $(MINUTES),3)

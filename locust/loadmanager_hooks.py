@@ -27,6 +27,7 @@ import os
 import re
 import time
 import uuid
+from collections import Counter
 from datetime import UTC, datetime
 
 import gevent
@@ -58,6 +59,7 @@ MAX_PUSHED_ENDPOINTS = 500  # as many as Locust's own /stats/requests shows
 MAX_FINAL_ENDPOINTS = 5000
 MAX_HISTOGRAMS = 100  # endpoints, those with the most requests, whose response times go along
 MAX_EXACT_ENDPOINTS = 500  # whose exact times a process keeps, those seen first
+MAX_NOTED_TIMES = 1000  # of an endpoint, before they are counted
 MAX_EXACT_BUCKETS = 50_000  # of all of them; from then on new ones have Locust's two digits, at most 400 each
 
 ARGUMENTS = (
@@ -305,27 +307,29 @@ class ExactTimes:
         self._total: dict = {}  # the master's; elsewhere made when needed
         self._buckets = 0
         self._incomplete: set = set()
+        self._noted: dict = {}  # (method, name) -> response times that are not counted yet
 
     def _follow_locust(self) -> None:
+        """Begin again where Locust did, and count what was noted."""
         origin = self._environment.stats.total.response_times
         if origin is not self._origin:
             self._origin = origin
             self.clear()
+        noted, self._noted = self._noted, {}
+        for key, times in noted.items():
+            for ms, requests_ in _counted(times).items():
+                if ms >= 0:
+                    self._add(key, ms if ms < 1000 else _rounded(ms, 3), requests_)
 
     def on_request(self, request_type, name, response_time, **_kwargs) -> None:
-        if self._environment.stats.total.response_times is not self._origin:
-            self._follow_locust()
-        try:
-            ms = round(response_time)
-        except (TypeError, ValueError, OverflowError):
-            return  # None, NaN: Locust counts no time either
-        if ms >= 1000:
-            ms = _rounded(ms, 3)
-        times = self._times.get((request_type, name))
-        if times is not None and ms in times:
-            times[ms] += 1
-        elif ms >= 0:
-            self._add((request_type, name), ms, 1)
+        """Note it, and count later, many at once: this runs within each request of the load."""
+        times = self._noted.get((request_type, name))
+        is_other = self._environment.stats.total.response_times is not self._origin
+        if is_other or times is None or len(times) >= MAX_NOTED_TIMES:
+            if is_other or times or len(self._noted) >= MAX_EXACT_ENDPOINTS:
+                self._follow_locust()
+            times = self._noted.setdefault((request_type, name), [])
+        times.append(response_time)
 
     def _add(self, key, ms: int, requests_: int) -> None:
         if key not in self._times and len(self._times) >= MAX_EXACT_ENDPOINTS:
@@ -370,6 +374,14 @@ class ExactTimes:
             for ms, requests_ in times.items():
                 total[ms] = total.get(ms, 0) + requests_
         return total
+
+
+def _counted(times: list) -> Counter:
+    """How often each whole ms; what is None or NaN is left out, as Locust counts no time of it either."""
+    try:
+        return Counter(map(round, times))
+    except (TypeError, ValueError, OverflowError):
+        return Counter(round(ms) for ms in times if _number(ms) is not None)
 
 
 def _rounded(ms: int, digits: int) -> int:

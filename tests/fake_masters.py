@@ -20,8 +20,7 @@ ENDPOINTS = 10
 class Fakes(threading.Thread):
     """So many fake Locust masters on free ports; the first ones hang when told: they accept and never answer.
 
-    The last `hooks` of them answer the hooks' route. Any other path is 200 with an empty object at
-    `receiver_port`, where notifications may go to."""
+    The last `hooks` of them answer the hooks' route. `receiver_port` takes notifications."""
 
     def __init__(self, count: int, hanging: int = 0, hooks: int = 0):
         super().__init__(daemon=True)
@@ -31,6 +30,8 @@ class Fakes(threading.Thread):
         self.run_ids: dict[int, str] = {}
         self.stopped_at: dict[int, float] = {}
         self.swarmed_at: dict[int, float] = {}
+        self.asked_at: dict[int, float] = {}  # the first question while idle, since it was taken away
+        self.answered_at: dict[int, float] = {}  # the last answer while idle
         self.received = 0  # requests at receiver_port
         self.hanging: set[int] = set()
         self.ports = [self._listen() for _ in range(count)]
@@ -77,7 +78,12 @@ class Fakes(threading.Thread):
         state[1] = b""
         if port in self.hanging:
             return
+        is_idle = not self.users.get(port)
+        if is_idle:
+            self.asked_at.setdefault(port, time.monotonic())
         connection.send(self._answer(port, head.split(b" ")[1].decode(), body.decode()))
+        if is_idle and not self.users.get(port):
+            self.answered_at[port] = time.monotonic()
 
     def _answer(self, port: int, path: str, body: str) -> bytes:
         now = time.monotonic()
