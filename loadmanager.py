@@ -2283,6 +2283,138 @@ class Scope(NamedTuple):
 EVERYTHING = Scope()
 
 
+# ---- a field of a run, declared once ----
+# Run, RunRequest and LoadProfile are dataclasses; each field is declared once by run_field(). From
+# that come the check of a create and of an import, the JSON, the form in the database, the schema
+# in the API's document, and what a rerun takes over. A configured scenario that has a setting of
+# the same name gives its value to its runs.
+
+ANSWER_TEXT, ANSWER_WHOLE = {"type": "string"}, {"type": "integer"}
+ANSWER_OBJECT = {"type": "object"}
+ANSWER_MOMENT = {"type": "string", "format": "date-time", "description": "RFC 3339, UTC"}
+
+
+def array_schema(name: str) -> dict[str, Any]:
+    """The schema of a list of what the API's document calls so."""
+    return {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}}
+
+
+def answer_schema(check: Check) -> dict[str, Any]:
+    """The schema of a value that passed a check once: its type, without the limits of input, which a
+    run of Locust's own page need not keep."""
+    if "enum" in check.schema:
+        return {"enum": check.schema["enum"]}
+    return {name: value for name, value in check.schema.items() if name in ("type", "items")}
+
+
+def as_it_is(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class RunField:
+    """What is declared of a field; of one that is a tuple, to_json and from_record mean each item."""
+
+    name: str  # in JSON; "" stands nowhere in it
+    check: Check | None = None  # of a create's body; None: no caller sets it, or BODY_CHECKS has it
+    required: bool = False  # a create must have it
+    again: Callable[[Any], Any] | None = None  # what a rerun takes over; None: nothing
+    may_change: bool = False  # a rerun may say something else
+    always: bool = False  # it stands in every answer
+    is_list: bool = False
+    group: Any = None  # the class whose fields stand in JSON beside the run's own
+    schema: dict[str, Any] | None = None  # None: that of the check
+    to_json: Callable[[Any], Any] = as_it_is  # None is left out
+    also: Callable[[Any], dict[str, Any]] | None = None  # makes keys of the run that follow it
+    from_record: Callable[[Any], Any] = as_it_is
+    stored: bool = True
+
+
+def run_field(name: str, default: Any = REQUIRED, **facts: Any) -> Any:
+    """Declare a field: its name in JSON, its default (REQUIRED: none), and facts as in RunField."""
+    facts["is_list"] = default == ()
+    meta = {"run": RunField(name, **facts)}
+    return field(metadata=meta) if default is REQUIRED else field(default=default, metadata=meta)
+
+
+def asked_field(name: str, check: Check | None, default: Any = REQUIRED, **facts: Any) -> Any:
+    """Declare a field that a caller sets, and a rerun takes over unless `again` says otherwise."""
+    return run_field(name, default, check=check, **{"again": as_it_is, **facts})
+
+
+@functools.cache
+def run_fields(cls: type) -> tuple[tuple[str, RunField], ...]:
+    """The attributes of Run, RunRequest or LoadProfile, each with what is declared of it."""
+    return tuple((one.name, one.metadata["run"]) for one in fields(cls) if "run" in one.metadata)
+
+
+def fields_to_json(of: Run | LoadProfile) -> dict[str, Any]:
+    wire: dict[str, Any] = {}
+    for attribute, one in run_fields(type(of)):
+        value = getattr(of, attribute)
+        if one.group is not None:
+            wire.update(fields_to_json(value))
+        elif one.name:
+            if one.is_list:
+                value = [one.to_json(item) for item in value] if value else None
+            elif value is not None:
+                value = one.to_json(value)
+            if value is not None:
+                wire[one.name] = value
+        if one.also is not None:
+            wire.update(one.also(of))
+    return wire
+
+
+@functools.cache
+def record_readers(cls: type) -> tuple[tuple[str, RunField], ...]:
+    """The fields of a class whose form in the database is not their own."""
+    return tuple(
+        (attribute, one)
+        for attribute, one in run_fields(cls)
+        if one.is_list or one.from_record is not as_it_is
+    )
+
+
+def values_from_record(cls: type, record: dict[str, Any]) -> dict[str, Any]:
+    """The values of the fields of a class in what the store keeps; a field that is younger than the
+    record is not among them."""
+    found = {attribute: record[attribute] for attribute, _ in run_fields(cls) if attribute in record}
+    for attribute, one in record_readers(cls):
+        if attribute in found:
+            value = found[attribute]
+            found[attribute] = tuple(map(one.from_record, value)) if one.is_list else one.from_record(value)
+    return found
+
+
+def fields_schema(cls: type) -> dict[str, Any]:
+    """The properties of a class in the API's document."""
+    found: dict[str, Any] = {}
+    for _, one in run_fields(cls):
+        if one.group is not None:
+            found.update(fields_schema(one.group))
+        elif one.name:
+            found[one.name] = one.schema or answer_schema(one.check)  # type: ignore[arg-type]
+    return found
+
+
+MAX_METADATA_BYTES = 64 * 1024
+
+
+def _accept_metadata(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(dump_json(value)) > MAX_METADATA_BYTES:
+        raise ValueError
+    return value
+
+
+METADATA = Check(
+    f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON",
+    _accept_metadata,
+    schema={"type": "object"},
+)
+COMPARE_WITH = ("baseline", "previous", "history")  # what a run may ask for
+
+
 class Threshold(NamedTuple):
     """A limit declared before the run, and what became of it."""
 
@@ -2303,6 +2435,11 @@ class Threshold(NamedTuple):
     message: str | None = None
 
 
+def undecided(threshold: Threshold) -> Threshold:
+    """The threshold as it was declared."""
+    return threshold._replace(value=None, result="pending", first_failed_at=None, message=None)
+
+
 def threshold_to_json(threshold: Threshold) -> dict[str, Any]:
     wire: dict[str, Any] = {"expr": threshold.expr, "value": threshold.value, "result": threshold.result}
     if threshold.first_failed_at is not None:
@@ -2316,45 +2453,43 @@ def threshold_to_json(threshold: Threshold) -> dict[str, Any]:
     return wire
 
 
-class LoadProfile(NamedTuple):
-    """What of a locustfile is run, and against what, beyond users and time."""
-
-    host: str | None = None
-    user_classes: tuple[str, ...] = ()  # empty: all
-    tags: tuple[str, ...] = ()
-    exclude_tags: tuple[str, ...] = ()
-    options: dict[str, Any] | None = None
-    stages: tuple[Stage, ...] = ()
-    locustfile: str | None = None  # for a launched cluster
-
-
-def plan_to_json(plan: LoadProfile) -> dict[str, Any]:
-    wire = {
-        "host": plan.host,
-        "userClasses": list(plan.user_classes),
-        "tags": list(plan.tags),
-        "excludeTags": list(plan.exclude_tags),
-        "options": plan.options,
-    }
-    wire["stages"] = [stage_to_json(stage) for stage in plan.stages]
-    return {name: value for name, value in wire.items() if value}
-
-
 def stage_to_json(stage: Stage) -> dict[str, Any]:
     return {"targetUsers": stage.users, "spawnRate": stage.spawn_rate, "durationSeconds": stage.duration_s}
 
 
-def plan_from_record(entry: list[Any]) -> LoadProfile:
-    host, user_classes, tags, exclude_tags, options, stages, locustfile = entry
-    return LoadProfile(
-        host,
-        tuple(user_classes),
-        tuple(tags),
-        tuple(exclude_tags),
-        options,
-        tuple(Stage(*stage) for stage in stages),
-        locustfile,
+def stage_from_record(entry: list[Any]) -> Stage:
+    return Stage(*entry)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProfile:
+    """What of a locustfile is run, and against what, beyond users and time."""
+
+    host: str | None = asked_field("host", BASE_URL, None)
+    user_classes: tuple[str, ...] = asked_field("userClasses", NAMES, ())  # empty: all
+    tags: tuple[str, ...] = asked_field("tags", NAMES, ())
+    exclude_tags: tuple[str, ...] = asked_field("excludeTags", NAMES, ())
+    options: dict[str, Any] | None = asked_field(
+        "options", OPTIONS, None, to_json=lambda value: value or None
     )
+    stages: tuple[Stage, ...] = asked_field(
+        "stages",
+        STAGES,
+        (),
+        schema=array_schema("Stage"),
+        to_json=stage_to_json,
+        from_record=stage_from_record,
+    )
+    locustfile: str | None = run_field("", None)  # for a launched cluster
+
+
+def plan_to_record(plan: LoadProfile) -> list[Any]:
+    return [getattr(plan, attribute) for attribute, _ in run_fields(LoadProfile)]
+
+
+def plan_from_record(entry: list[Any]) -> LoadProfile:
+    names = [attribute for attribute, _ in run_fields(LoadProfile)]
+    return LoadProfile(**values_from_record(LoadProfile, dict(zip(names, entry, strict=False))))
 
 
 class LoadChange(NamedTuple):
@@ -2405,33 +2540,16 @@ def next_traceparent(text: str | None) -> str:
     return f"00-{trace.trace_id}-{secrets.token_hex(8)}-{trace.flags:02x}"
 
 
-@dataclass(frozen=True, slots=True)
-class RunRequest:
-    """What a caller asks for."""
-
-    tenant_id: str
-    env_id: str
-    scenario_id: str
-    target_users: int
-    spawn_rate: float  # users/s
-    duration_s: int | None = None
-    metadata: dict[str, Any] | None = None
-    queue: bool = False  # wait for a free cluster instead of a 409
-    thresholds: tuple[Threshold, ...] = ()
-    compare_with: str | None = None  # one of COMPARE_WITH
-    plan: LoadProfile = LoadProfile()
-    confirm: str | None = None  # the id of a protected environment
-    repeat: int = 1  # runs to make of it, one after another
-    repeat_of: str | None = None  # the id of the first of them
-    traceparent: str = ""  # of what asks for it; "": a new trace begins
-
-
 class Warning_(NamedTuple):
     """Something a reader of the numbers should know: code, epoch seconds, a sentence."""
 
     code: str
     at: float
     message: str
+
+
+def warning_to_json(warning: Warning_) -> dict[str, Any]:
+    return {"code": warning.code, "at": utc_text(warning.at), "message": warning.message}
 
 
 class Baseline(NamedTuple):
@@ -2546,43 +2664,104 @@ class Annotation(NamedTuple):
     text: str
 
 
+def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
+    return {"at": utc_text(annotation.at), "text": annotation.text}
+
+
+def _exact_moments(run: Run) -> dict[str, int]:
+    moments = {"startedAtMs": run.started_at, "finishedAtMs": run.finished_at}
+    return {name: epoch_ms(at) for name, at in moments.items() if at is not None}
+
+
+def _trust(run: Run) -> dict[str, Any]:
+    """Whether the numbers of a final run may be believed, and why not."""
+    if not run.is_final:
+        return {}
+    doubts = doubts_of(run)
+    return {"trust": "doubtful" if doubts else "ok", "trustReasons": doubts}
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One load test on one cluster. Moments are epoch seconds of our clock."""
+    """One load test on one cluster. Moments are epoch seconds of our clock. The fields stand in the
+    order of the JSON."""
 
-    id: str
-    tenant_id: str
-    env_id: str
-    cluster_id: str  # "" while it waits in the queue
-    scenario_id: str
-    target_users: int
-    spawn_rate: float
-    status: RunStatus
-    created_at: float
-    duration_s: int | None = None
-    metadata: dict[str, Any] | None = None
-    created_by: str = ""
-    source: str = "api"
-    started_at: float | None = None
-    finished_at: float | None = None
-    stop_reason: str | None = None
-    failure_reason: str | None = None
-    queued: bool = False
-    queue_position: int | None = None  # 1 is the next; kept in memory only
-    warnings: tuple[Warning_, ...] = ()
-    annotations: tuple[Annotation, ...] = ()
-    thresholds: tuple[Threshold, ...] = ()
-    compare_with: str | None = None  # one of COMPARE_WITH
-    comparison: dict[str, Any] | None = None  # what came of it
-    repeat: int = 1  # runs to make, with this one
-    repeat_of: str | None = None  # the first of them, for all but that
-    locustfile_sha256: str | None = None  # known from the hooks
-    verdict: str | None = None  # passed or failed, once final and if there was something to judge
-    imported_at: float | None = None  # it came from a file
-    plan: LoadProfile = LoadProfile()
-    load_changes: tuple[LoadChange, ...] = ()
-    traceparent: str = ""  # is passed on to Locust and to receivers of notifications
-    seq: int = 0  # order of creation, the list's cursor
+    id: str = run_field("id", always=True, schema=ANSWER_TEXT)
+    tenant_id: str = asked_field("tenantId", ID_TEXT, required=True, always=True)
+    env_id: str = asked_field("envId", ID_TEXT, required=True, always=True)
+    cluster_id: str = run_field("locustClusterId", always=True, schema=ANSWER_TEXT)  # "" in the queue
+    scenario_id: str = asked_field("scenarioId", ID_TEXT, required=True, always=True)
+    target_users: int = asked_field("targetUsers", USERS, always=True)
+    spawn_rate: float = asked_field("spawnRate", SPAWN_RATE, always=True)
+    status: RunStatus = run_field(
+        "status",
+        always=True,
+        schema={"enum": [status.value for status in RunStatus]},
+        to_json=attrgetter("value"),
+        from_record=RunStatus,
+    )
+    created_at: float = run_field("createdAt", always=True, schema=ANSWER_MOMENT, to_json=utc_text)
+    created_by: str = run_field("createdBy", "", always=True, schema=ANSWER_TEXT)
+    source: str = run_field("source", "api", always=True, schema={"enum": list(SOURCES)})
+    duration_s: int | None = asked_field("durationSeconds", DURATION, None)
+    started_at: float | None = run_field("startedAt", None, schema=ANSWER_MOMENT, to_json=utc_second_text)
+    finished_at: float | None = run_field(
+        "finishedAt", None, schema=ANSWER_MOMENT, to_json=utc_second_text, also=_exact_moments
+    )
+    stop_reason: str | None = run_field("stopReason", None, schema={"enum": list(STOP_REASONS)})
+    failure_reason: str | None = run_field("failureReason", None, schema=ANSWER_TEXT)
+    queued: bool = run_field("", False)
+    queue_position: int | None = run_field(
+        "queuePosition", None, schema=ANSWER_WHOLE, stored=False
+    )  # 1: next
+    metadata: dict[str, Any] | None = asked_field("metadata", METADATA, None, may_change=True)
+    repeat: int = asked_field(  # runs to make, with this one
+        "repeat",
+        number_value(1, MAX_REPEAT, whole=True),
+        1,
+        again=None,
+        schema={"type": "integer", "description": "runs to make, with this one"},
+        to_json=lambda value: value if value > 1 else None,
+    )
+    repeat_of: str | None = run_field("repeatOf", None, schema=ANSWER_TEXT)  # the first, for all but that
+    locustfile_sha256: str | None = run_field("locustfileSha256", None, schema=ANSWER_TEXT)  # from the hooks
+    imported_at: float | None = run_field("importedAt", None, schema=ANSWER_MOMENT, to_json=utc_text)
+    plan: LoadProfile = run_field(
+        "", LoadProfile(), group=LoadProfile, again=as_it_is, from_record=plan_from_record
+    )
+    load_changes: tuple[LoadChange, ...] = run_field(
+        "usersChanges",
+        (),
+        schema=array_schema("UsersChange"),
+        to_json=load_change_to_json,
+        from_record=LoadChange._make,
+    )
+    warnings: tuple[Warning_, ...] = run_field(
+        "warnings", (), schema=array_schema("Warning"), to_json=warning_to_json, from_record=Warning_._make
+    )
+    annotations: tuple[Annotation, ...] = run_field(
+        "annotations",
+        (),
+        schema=array_schema("Annotation"),
+        to_json=annotation_to_json,
+        from_record=Annotation._make,
+    )
+    thresholds: tuple[Threshold, ...] = asked_field(
+        "thresholds",
+        None,  # of expressions, which VERDICT reads
+        (),
+        again=undecided,
+        schema=array_schema("Threshold"),
+        to_json=threshold_to_json,
+        from_record=lambda entry: Threshold(*entry),
+    )
+    # passed or failed, once it is final and if there was something to judge
+    verdict: str | None = run_field("verdict", None, schema={"enum": ["passed", "failed"]})
+    compare_with: str | None = asked_field("compareWith", one_of(*COMPARE_WITH), None)
+    # what came of it
+    comparison: dict[str, Any] | None = run_field("comparison", None, schema=ANSWER_OBJECT, also=_trust)
+    traceparent: str = run_field("", "")  # is passed on to Locust and to receivers of notifications
+    seq: int = run_field("", 0)  # order of creation, the list's cursor
 
     @property
     def trace_id(self) -> str:
@@ -2598,6 +2777,29 @@ class Run:
         if self.started_at is None or self.duration_s is None:
             return None
         return self.started_at + self.duration_s
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest(Run):
+    """A run as it is asked for, before it is one; and what counts for its start only."""
+
+    id: str = field(default="", kw_only=True)
+    cluster_id: str = field(default="", kw_only=True)
+    status: RunStatus = field(default=RunStatus.PENDING, kw_only=True)
+    created_at: float = field(default=0.0, kw_only=True)
+    queue: bool = asked_field("queue", BOOLEAN, False, may_change=True)  # wait for a free cluster
+    # the id of a protected environment
+    confirm: str | None = asked_field("confirm", ID_TEXT, None, may_change=True)
+
+
+def request_again(run: Run) -> RunRequest:
+    """What a run was asked for, to ask for it again."""
+    values = {}
+    for attribute, one in run_fields(Run):
+        if one.again is not None:
+            value = getattr(run, attribute)
+            values[attribute] = tuple(map(one.again, value)) if one.is_list else one.again(value)
+    return RunRequest(**values)
 
 
 # Warnings that put the numbers in doubt; the others say something else about the run.
@@ -2623,85 +2825,19 @@ def doubts_of(run: Run) -> list[str]:
     return reasons
 
 
-def judgement_to_json(run: Run) -> dict[str, Any]:
-    """Thresholds, verdict, comparison and trust, as far as the run has them."""
-    wire: dict[str, Any] = {}
-    if run.thresholds:
-        wire["thresholds"] = [threshold_to_json(threshold) for threshold in run.thresholds]
-    optional = {"verdict": run.verdict, "compareWith": run.compare_with, "comparison": run.comparison}
-    wire.update((name, value) for name, value in optional.items() if value is not None)
-    if run.is_final:
-        doubts = doubts_of(run)
-        wire["trust"] = "doubtful" if doubts else "ok"
-        wire["trustReasons"] = doubts
-    return wire
-
-
 def run_to_json(run: Run) -> dict[str, Any]:
     """The run as JSON-able dict, without lastMetrics; keys without a value are absent."""
-    wire: dict[str, Any] = {
-        "id": run.id,
-        "tenantId": run.tenant_id,
-        "envId": run.env_id,
-        "locustClusterId": run.cluster_id,
-        "scenarioId": run.scenario_id,
-        "targetUsers": run.target_users,
-        "spawnRate": run.spawn_rate,
-        "status": run.status.value,
-        "createdAt": utc_text(run.created_at),
-        "createdBy": run.created_by,
-        "source": run.source,
-    }
-    optional = {
-        "durationSeconds": run.duration_s,
-        "startedAt": run.started_at and utc_second_text(run.started_at),
-        "finishedAt": run.finished_at and utc_second_text(run.finished_at),
-        "startedAtMs": run.started_at and epoch_ms(run.started_at),
-        "finishedAtMs": run.finished_at and epoch_ms(run.finished_at),
-        "stopReason": run.stop_reason,
-        "failureReason": run.failure_reason,
-        "queuePosition": run.queue_position,
-        "metadata": run.metadata,
-        "repeat": run.repeat if run.repeat > 1 else None,
-        "repeatOf": run.repeat_of,
-        "locustfileSha256": run.locustfile_sha256,
-        "importedAt": run.imported_at and utc_text(run.imported_at),
-    }
-    wire.update((name, value) for name, value in optional.items() if value is not None)
-    wire.update(plan_to_json(run.plan))
-    if run.load_changes:
-        wire["usersChanges"] = [load_change_to_json(change) for change in run.load_changes]
-    if run.warnings:
-        wire["warnings"] = [
-            {"code": w.code, "at": utc_text(w.at), "message": w.message} for w in run.warnings
-        ]
-    if run.annotations:
-        wire["annotations"] = [annotation_to_json(annotation) for annotation in run.annotations]
-    wire.update(judgement_to_json(run))
-    return wire
-
-
-def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
-    return {"at": utc_text(annotation.at), "text": annotation.text}
+    return fields_to_json(run)
 
 
 def run_to_fields(run: Run) -> dict[str, Any]:
     """What the store keeps of a run, as JSON has it."""
-    record = {name: getattr(run, name) for name in Run.__slots__ if name != "queue_position"}
-    record["status"] = run.status.value
-    return record
+    record = {attribute: getattr(run, attribute) for attribute, one in run_fields(Run) if one.stored}
+    return {**record, "status": run.status.value, "plan": plan_to_record(run.plan)}
 
 
 def run_from_record(text: str) -> Run:
-    record = json.loads(text)
-    record["status"] = RunStatus(record["status"])
-    record["warnings"] = tuple(Warning_(*entry) for entry in record["warnings"])
-    record["annotations"] = tuple(Annotation(*entry) for entry in record.get("annotations", ()))
-    record["thresholds"] = tuple(Threshold(*entry) for entry in record.get("thresholds", ()))
-    record["plan"] = plan_from_record(record["plan"]) if "plan" in record else LoadProfile()
-    record["load_changes"] = tuple(LoadChange(*entry) for entry in record.get("load_changes", ()))
-    known = set(Run.__slots__)
-    return Run(**{name: value for name, value in record.items() if name in known})
+    return Run(**values_from_record(Run, json.loads(text)))
 
 
 class EndpointStats(NamedTuple):
@@ -3434,11 +3570,6 @@ THRESHOLDS = Check(
 )
 
 
-def undecided(threshold: Threshold) -> Threshold:
-    """The threshold as it was declared."""
-    return threshold._replace(value=None, result="pending", first_failed_at=None, message=None)
-
-
 # ---- comparison of runs -----------------------------------------------------
 # What differs between two runs of the same thing is more than what differs within them: the
 # machine, its neighbours, the hour. So a run is judged against several comparable ones. Each
@@ -3895,7 +4026,6 @@ MIN_REQUESTS = {
     "p95ResponseMs": 100,
     "p99ResponseMs": 500,
 }  # fewer say nothing
-COMPARE_WITH = ("baseline", "previous", "history")  # what a run may ask for
 ENOUGH_RUNS = 5  # comparable ones, before their scatter is known
 HISTORY_RUNS = 10  # the newest comparable ones are looked at
 FAMILY_FALSE_ALARMS = 0.02  # of the comparisons of equal runs, over all figures together
@@ -4738,62 +4868,36 @@ class BodyKey:
     required: bool = False
 
 
-MAX_METADATA_BYTES = 64 * 1024
+BODY_CHECKS = {"thresholds": THRESHOLDS}  # of fields whose check uses more than the model
 
 
-def _accept_metadata(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or len(dump_json(value)) > MAX_METADATA_BYTES:
-        raise ValueError
-    return value
+def body_keys(cls: type) -> dict[str, BodyKey]:
+    """What a body may say of the fields of a class: of those that a caller sets."""
+    found: dict[str, BodyKey] = {}
+    for attribute, one in run_fields(cls):
+        check = one.check or BODY_CHECKS.get(attribute)
+        if one.group is not None:
+            found.update(body_keys(one.group))
+        elif check is not None:
+            found[one.name] = BodyKey(attribute, check, one.required)
+    return found
 
 
-MAX_ANNOTATION = 1000  # characters
-
-
-METADATA = Check(
-    f"an object of at most {MAX_METADATA_BYTES // 1024} KiB of JSON",
-    _accept_metadata,
-    schema={"type": "object"},
-)
-PLAN_KEYS = {
-    "host": BodyKey("host", BASE_URL),
-    "userClasses": BodyKey("user_classes", NAMES),
-    "tags": BodyKey("tags", NAMES),
-    "excludeTags": BodyKey("exclude_tags", NAMES),
-    "options": BodyKey("options", OPTIONS),
-    "stages": BodyKey("stages", STAGES),
-}
-LOAD_KEYS = {  # stages, or a scenario of the configuration, stand for them
-    "targetUsers": BodyKey("target_users", USERS),
-    "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
-    "durationSeconds": BodyKey("duration_s", DURATION),
-}
-CREATE_KEYS = {
-    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
-    "envId": BodyKey("env_id", ID_TEXT, required=True),
-    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
-    **LOAD_KEYS,
-    "metadata": BodyKey("metadata", METADATA),
-    "queue": BodyKey("queue", BOOLEAN),
-    "thresholds": BodyKey("thresholds", THRESHOLDS),
-    "compareWith": BodyKey("compare_with", one_of(*COMPARE_WITH)),
-    "repeat": BodyKey("repeat", number_value(1, MAX_REPEAT, whole=True)),
-    "confirm": BodyKey("confirm", ID_TEXT),
-    **PLAN_KEYS,
-}
+RUN_KEYS = body_keys(Run)
+CREATE_KEYS = body_keys(RunRequest)
+PLAN_KEYS = body_keys(LoadProfile)
+# Stages, or a scenario of the configuration, stand for them.
+LOAD_KEYS = {name: RUN_KEYS[name] for name in ("targetUsers", "spawnRate", "durationSeconds")}
+RERUN_KEYS = {one.name: CREATE_KEYS[one.name] for _, one in run_fields(RunRequest) if one.may_change}
 SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MAX_WORKERS, whole=True), required=True)}
 USERS_KEYS = {
     "targetUsers": BodyKey("target_users", USERS, required=True),
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE),
 }
+MAX_ANNOTATION = 1000  # characters
 ANNOTATION_TEXT = text_value(
     f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION
 )
-RERUN_KEYS = {
-    name: BodyKey(entry.to, entry.check)
-    for name, entry in CREATE_KEYS.items()
-    if name in ("queue", "metadata", "confirm")
-}
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
     "tenantId": BodyKey("tenant_id", text_value("a string", empty=True)),
@@ -4842,7 +4946,13 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
 
 def plan_of(values: dict[str, Any]) -> LoadProfile:
     """The plan among checked values, taken out of them."""
-    return LoadProfile(**{name: values.pop(name) for name in LoadProfile._fields if name in values})
+    return LoadProfile(
+        **{
+            attribute: values.pop(attribute)
+            for attribute, _ in run_fields(LoadProfile)
+            if attribute in values
+        }
+    )
 
 
 def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
@@ -4887,6 +4997,12 @@ def _joined(problems: dict[str, str]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in problems.items())[:2000]
 
 
+SCENARIO_GIVES = {one.name for one in fields(ScenarioConfig)} & {
+    *(entry.to for entry in RUN_KEYS.values()),
+    *(attribute for attribute, _ in run_fields(LoadProfile)),
+}
+
+
 def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
     """What the scenario gives where the create is silent; {} without scenarios in the configuration."""
     allowed = {
@@ -4898,8 +5014,9 @@ def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -
     if scenario is None:
         why = f"there is no such scenario; there are {', '.join(sorted(allowed)) or 'none for this tenant'}"
         raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
-    names = {entry.to for entry in (*LOAD_KEYS.values(), *PLAN_KEYS.values())} | {"locustfile"}
-    found = {name: getattr(scenario, name) for name in names if getattr(scenario, name) not in (None, ())}
+    found = {
+        name: getattr(scenario, name) for name in SCENARIO_GIVES if getattr(scenario, name) not in (None, ())
+    }
     if scenario.thresholds:
         found["thresholds"] = THRESHOLDS.accept(list(scenario.thresholds))
     if any(entry.to in given for entry in LOAD_KEYS.values()):
@@ -4941,22 +5058,36 @@ def scenario_problems(config: Config) -> Iterator[str]:
             yield f"{where}.locustfile: {scenario.locustfile} is not a file"
 
 
+def _scenario_settings() -> Iterator[tuple[str, str, Check]]:
+    """Attribute, name and check of a scenario's settings, but the file, which is no caller's matter:
+    its id, the plan, the others, as they stand in an answer."""
+    settings = [one for one in fields(ScenarioConfig) if one.name != "locustfile"]
+    plan = {entry.to for entry in PLAN_KEYS.values()}
+    for one in sorted(settings, key=lambda one: 0 if one.name == "id" else 1 if one.name in plan else 2):
+        yield one.name, one.metadata["name"], one.metadata["check"]
+
+
 def scenario_to_json(scenario: ScenarioConfig) -> dict[str, Any]:
-    plan = LoadProfile(
-        scenario.host,
-        scenario.user_classes,
-        scenario.tags,
-        scenario.exclude_tags,
-        scenario.options,
-        scenario.stages,
-    )
-    wire: dict[str, Any] = {"id": scenario.id, **plan_to_json(plan)}
-    optional = {
-        "description": scenario.description, "targetUsers": scenario.target_users, "spawnRate": scenario.spawn_rate, "durationSeconds": scenario.duration_s,
-        "thresholds": [one.expr for one in THRESHOLDS.accept(list(scenario.thresholds))], "tenants": list(scenario.tenants),
-    }  # fmt: skip
-    wire.update((name, value) for name, value in optional.items() if value)
+    wire: dict[str, Any] = {}
+    for attribute, name, _ in _scenario_settings():
+        value = getattr(scenario, attribute)
+        if attribute == "thresholds":
+            value = [one.expr for one in THRESHOLDS.accept(list(value))]
+        elif attribute == "stages":
+            value = [stage_to_json(stage) for stage in value]
+        if value:
+            wire[name] = list(value) if isinstance(value, tuple) else value
     return wire
+
+
+def scenario_schema() -> dict[str, Any]:
+    """The properties of a scenario in the API's document."""
+    found = {name: answer_schema(check) for _, name, check in _scenario_settings()}
+    return {
+        **found,
+        "stages": array_schema("Stage"),
+        "thresholds": {"type": "array", "items": ANSWER_TEXT},
+    }
 
 
 def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
@@ -11566,12 +11697,7 @@ class Orchestrator:
 
     def rerun(self, run_id: str, changes: dict[str, Any], created_by: str) -> Run:
         """Start again what a run was asked for."""
-        old = self.store.get(run_id)
-        request = RunRequest(
-            old.tenant_id, old.env_id, old.scenario_id, old.target_users, old.spawn_rate, old.duration_s,
-            old.metadata, thresholds=tuple(undecided(threshold) for threshold in old.thresholds),
-            compare_with=old.compare_with, plan=old.plan,
-        )  # fmt: skip
+        request = request_again(self.store.get(run_id))
         return self.create(replace(request, **changes), created_by)
 
     def refuse_unsafe(self, request: RunRequest) -> None:
@@ -11886,27 +12012,15 @@ class Orchestrator:
 def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
     import uuid
 
-    return Run(
+    values = {attribute: getattr(request, attribute) for attribute, _ in run_fields(Run)}
+    values.update(
         id=str(uuid.uuid4()),
-        tenant_id=request.tenant_id,
-        env_id=request.env_id,
-        cluster_id="",
-        scenario_id=request.scenario_id,
-        target_users=request.target_users,
-        spawn_rate=request.spawn_rate,
-        status=RunStatus.PENDING,
         created_at=time.time(),
-        duration_s=request.duration_s,
-        metadata=request.metadata,
-        thresholds=request.thresholds,
-        compare_with=request.compare_with,
-        repeat=request.repeat,
-        repeat_of=request.repeat_of,
         traceparent=request.traceparent or next_traceparent(None),
-        plan=request.plan,
         created_by=created_by,
         source=source,
     )
+    return Run(**values)
 
 
 def _hooks_absent_sentence(run: Run) -> str:
@@ -14239,33 +14353,27 @@ COMPARISON = Check(
     lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)},
 )
 IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attribute are derived, and ignored
+    **RUN_KEYS,  # what a caller sets, and where what came of it differs:
     "id": BodyKey("id", RUN_ID, required=True),
-    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
-    "envId": BodyKey("env_id", ID_TEXT, required=True),
     "locustClusterId": BodyKey("cluster_id", text_value("a string", empty=True), required=True),
-    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
     "targetUsers": BodyKey("target_users", USERS_OR_NONE, required=True),
     "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE), required=True),
     "status": BodyKey("status", one_of(*sorted(status.value for status in FINAL)), required=True),
     "createdAt": BodyKey("created_at", MOMENT, required=True),
     "createdBy": BodyKey("created_by", LONG_TEXT),
     "source": BodyKey("source", one_of(*SOURCES)),
-    "durationSeconds": BodyKey("duration_s", number_value(1, MAX_DURATION_S, whole=True)),
     "startedAt": BodyKey("started_at", MOMENT),
     "finishedAt": BodyKey("finished_at", MOMENT, required=True),
     "startedAtMs": BodyKey("started_ms", EPOCH_MS),
     "finishedAtMs": BodyKey("finished_ms", EPOCH_MS),
     "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
     "failureReason": BodyKey("failure_reason", LONG_TEXT),
-    "metadata": BodyKey("metadata", METADATA),
     "locustfileSha256": BodyKey("locustfile_sha256", text_value("64 hexadecimal digits", "[0-9a-f]{64}")),
     "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100, lambda values: Warning_(values["code"], values["at"], values["message"]))),
     "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
     "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MAX_THRESHOLDS, _imported_threshold)),
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
-    "compareWith": BodyKey("compare_with", one_of(*COMPARE_WITH)),
     "comparison": BodyKey("comparison", COMPARISON),
-    **PLAN_KEYS,
     "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
     "repeatOf": BodyKey("repeat_of", RUN_ID),
     "repeat": BodyKey("", ANY_JSON),
@@ -14281,14 +14389,11 @@ SAMPLE_NUMBERS = tuple(
     if name != "source"
 )
 CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
-    "tenantId": BodyKey("tenant_id", ID_TEXT, required=True),
-    "envId": BodyKey("env_id", ID_TEXT, required=True),
-    "scenarioId": BodyKey("scenario_id", ID_TEXT, required=True),
+    **{name: RUN_KEYS[name] for name in ("tenantId", "envId", "scenarioId", "metadata")},
     "targetUsers": BodyKey("target_users", USERS_OR_NONE),
     "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE)),
     "startedAt": BodyKey("started_at", MOMENT),
     "finishedAt": BodyKey("finished_at", MOMENT),
-    "metadata": BodyKey("metadata", METADATA),
 }
 EXPORT_KEYS = {
     name: BodyKey(name, ANY_JSON)
@@ -19490,26 +19595,12 @@ def _object(required: str = "", **properties: Any) -> dict[str, Any]:
     }
 
 
-def _array(name: str) -> dict[str, Any]:
-    return {"type": "array", "items": {"$ref": f"#/components/schemas/{name}"}}
-
-
-_TEXT, _WHOLE, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-_MOMENT = {"type": "string", "format": "date-time", "description": "RFC 3339, UTC"}
+_TEXT, _WHOLE, _MOMENT, _FLAG = ANSWER_TEXT, ANSWER_WHOLE, ANSWER_MOMENT, {"type": "boolean"}
 _MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no figure"}
 _COUNT = {"type": ["integer", "null"]}
 _NAME_OR_NULL = {"type": ["string", "null"]}
 
 _TEXTS = {"type": "array", "items": _TEXT}
-_PLAN = {
-    "host": _TEXT,
-    "userClasses": _TEXTS,
-    "tags": _TEXTS,
-    "excludeTags": _TEXTS,
-    "options": {"type": "object"},
-    "stages": _array("Stage"),
-}
-
 _RANGE = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
 _CHANGE = {
     **dict.fromkeys(("baseline", "candidate", "change", "changePercent"), _MEASURE),
@@ -19523,7 +19614,7 @@ SCHEMAS: dict[str, Any] = {
     "Stopped": _object("success message", success=_FLAG, message=_TEXT),
     "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT}, failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
     "AuditEntry": _object("at action status outcome", at=_MOMENT, **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
-    "Audit": _array("AuditEntry"),
+    "Audit": array_schema("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT, unforeseenErrors=_WHOLE),
     "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
@@ -19531,7 +19622,7 @@ SCHEMAS: dict[str, Any] = {
         "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT, role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
         address=_TEXT, beganAt=_MOMENT, expiresInSeconds=_WHOLE,
     ),
-    "Sessions": _array("SignIn"),
+    "Sessions": array_schema("SignIn"),
     "Reloaded": _object("success needsRestart", success=_FLAG, needsRestart=_TEXTS),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
@@ -19543,41 +19634,34 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Warning": _object("code at message", code=_TEXT, at=_MOMENT, message=_TEXT),
     "Annotation": _object("at text", at=_MOMENT, text=_TEXT),
-    "Annotations": _array("Annotation"),
+    "Annotations": array_schema("Annotation"),
     "Run": _object(
-        "id tenantId envId locustClusterId scenarioId targetUsers spawnRate status createdAt createdBy source",
-        id=_TEXT, tenantId=_TEXT, envId=_TEXT, locustClusterId=_TEXT, scenarioId=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"},
-        durationSeconds=_WHOLE, status={"enum": [status.value for status in RunStatus]}, createdAt=_MOMENT, createdBy=_TEXT, source={"enum": list(SOURCES)},
-        startedAt=_MOMENT, finishedAt=_MOMENT, startedAtMs=_WHOLE, finishedAtMs=_WHOLE, stopReason={"enum": list(STOP_REASONS)}, failureReason=_TEXT, queuePosition=_WHOLE,
-        metadata={"type": "object"}, warnings=_array("Warning"), annotations=_array("Annotation"), lastMetrics=METRICS_SCHEMA,
-        thresholds=_array("Threshold"), verdict={"enum": ["passed", "failed"]}, compareWith={"enum": list(COMPARE_WITH)},
-        comparison={"type": "object"}, repeat={"type": "integer", "description": "runs to make, with this one"}, repeatOf=_TEXT, locustfileSha256=_TEXT, importedAt=_MOMENT, **_PLAN, usersChanges=_array("UsersChange"), trust={"enum": ["ok", "doubtful"]}, trustReasons={"type": "array", "items": _TEXT},
+        " ".join(one.name for _, one in run_fields(Run) if one.always), **fields_schema(Run), lastMetrics=METRICS_SCHEMA,
+        startedAtMs=_WHOLE, finishedAtMs=_WHOLE, trust={"enum": ["ok", "doubtful"]}, trustReasons=_TEXTS,
     ),
     "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
     "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE),
-    "Scenario": _object(
-        "id", id=_TEXT, description=_TEXT, targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE, thresholds=_TEXTS, tenants=_TEXTS, **_PLAN
-    ),
-    "Scenarios": _array("Scenario"),
+    "Scenario": _object("id", **scenario_schema()),
+    "Scenarios": array_schema("Scenario"),
     "Schedule": _object(
         "id tenantId envId test concurrencyPolicy startingDeadlineSeconds paused readOnly timezone createdAt createdBy next",
         id=_TEXT, tenantId=_TEXT, envId=_TEXT, test={"type": "object"}, concurrencyPolicy=_TEXT, startingDeadlineSeconds={"type": "number"}, paused=_FLAG, readOnly=_FLAG,
         timezone=_TEXT, createdAt=_MOMENT, createdBy=_TEXT, next={"type": "array", "items": _MOMENT}, description=_TEXT, cron=_TEXT, runAt=_MOMENT, lastTime=_MOMENT,
         lastRunId=_TEXT, lastOutcome=_TEXT,
     ),
-    "Schedules": _array("Schedule"),
+    "Schedules": array_schema("Schedule"),
     "Delivery": _object(
         "id channelId event title attempts createdAt outcome", id=_TEXT, channelId=_TEXT, event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_MOMENT,
         outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_MOMENT, nextAt=_MOMENT,
     ),
     "Notifications": _object(
-        "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT, type=_TEXT, events=_TEXTS)}, deliveries=_array("Delivery")
+        "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT, type=_TEXT, events=_TEXTS)}, deliveries=array_schema("Delivery")
     ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
     ),
-    "Runs": _array("Run"),
+    "Runs": array_schema("Run"),
     "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
     "Change": _object("baseline candidate change changePercent judgement reason", **_CHANGE),
     "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
@@ -19588,22 +19672,22 @@ SCHEMAS: dict[str, Any] = {
         runs={"type": "array", "items": _TEXT, "description": "the reference: one run, or several"}, judgement={"enum": [REGRESSION, NO_REGRESSION, CANNOT_TELL]}, message=_TEXT,
         runsKnown={"type": "integer", "description": "comparable runs that tell how far equal runs lie apart"}, runsNeeded=_WHOLE, exactTimes=_FLAG, falseAlarmRate=_MEASURE,
         endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
-        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT}, figures=_array("Figure"),
-        noiseJudged={"type": "boolean", "description": "enough comparable runs are known"}, noise={"type": "array", "items": _TEXT}, regressions=_array("Figure"),
+        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT}, figures=array_schema("Figure"),
+        noiseJudged={"type": "boolean", "description": "enough comparable runs are known"}, noise={"type": "array", "items": _TEXT}, regressions=array_schema("Figure"),
     ),
     "Trend": _object("metric points changePoints", metric=_TEXT,
         changePoints={"type": "array", "description": "runId: the first run at the new level, afterRunId: the last one before", "items": _object(
             "runId afterRunId before after changePercent pValue", runId=_TEXT, afterRunId=_TEXT, before=_MEASURE, after=_MEASURE, changePercent=_MEASURE, pValue=_MEASURE)}, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, normal={"anyOf": [_RANGE, {"type": "null"}], "description": "where 95 of 100 runs of this level lie"}, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
     "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
-    "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=_array("Point")),
+    "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=array_schema("Point")),
     "Histogram": _object(
         "requests failures responseTimes", requests=_WHOLE, failures=_WHOLE, avgResponseMs=_MEASURE, p50ResponseMs=_MEASURE, p95ResponseMs=_MEASURE,
         p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object", "additionalProperties": _WHOLE, "description": "whole ms to requests"},
     ),
-    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=_array("Histogram"), **{"from": _MOMENT}),
+    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=array_schema("Histogram"), **{"from": _MOMENT}),
     "Export": _object(
         "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE, loadManager=_TEXT, exportedAt=_MOMENT,
-        run={"$ref": "#/components/schemas/Run"}, samples=_array("Point"), histograms={"type": "array", "items": {"type": "object"}}, failures={"$ref": "#/components/schemas/Failures"},
+        run={"$ref": "#/components/schemas/Run"}, samples=array_schema("Point"), histograms={"type": "array", "items": {"type": "object"}}, failures={"$ref": "#/components/schemas/Failures"},
     ),
     "Failures": _object(
         "failures exceptions",
@@ -19616,7 +19700,7 @@ SCHEMAS: dict[str, Any] = {
         locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL, protected=_FLAG,
         workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
     ),
-    "Clusters": _array("Cluster"),
+    "Clusters": array_schema("Cluster"),
     "Logs": _object("clusterId logs", clusterId=_TEXT, logs={"type": "array", "items": _object("process lines", process=_TEXT, lines=_TEXTS)}),
 }  # fmt: skip
 
