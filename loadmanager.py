@@ -145,7 +145,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
@@ -2701,6 +2701,7 @@ class Run:
         from_record=RunStatus,
     )
     created_at: float = run_field("createdAt", always=True, schema=ANSWER_MOMENT, to_json=utc_text)
+    _: KW_ONLY
     created_by: str = run_field("createdBy", "", always=True, schema=ANSWER_TEXT)
     source: str = run_field("source", "api", always=True, schema={"enum": list(SOURCES)})
     duration_s: int | None = asked_field("durationSeconds", DURATION, None)

@@ -308,7 +308,7 @@ def notifier(receiver, tmp_path):
 def end_runs(store, count):
     ids = []
     for _ in range(count):
-        request = loadmanager.RunRequest("acme", "dev", "browse", 5, 5.0, 60, None)
+        request = loadmanager.RunRequest("acme", "dev", "browse", 5, 5.0, duration_s=60, metadata=None)
         run = store.add(loadmanager.replace(loadmanager._new_run(request, "me", "api"), cluster_id="one"))
         store.transition(run.id, loadmanager.RunStatus.FAILED, failure_reason="x", finished_at=time.time())
         ids.append(run.id)

@@ -99,7 +99,7 @@ def open_store(request, tmp_path):
 
 
 def new_run(**changes):
-    request = lm.RunRequest("acme", "dev", "browse", 5, 5.0, 60, {"ticket": "PERF-1 🦗", "nul": "a\u0000b"})
+    request = lm.RunRequest("acme", "dev", "browse", 5, 5.0, duration_s=60, metadata={"ticket": "PERF-1 🦗", "nul": "a\u0000b"})
     return lm.replace(lm._new_run(request, "tester", "api"), cluster_id="one", **changes)
 
 
