@@ -180,7 +180,7 @@ def watching(browser: Any, program: Program, run_id: str) -> None:
     row(f"a tab that watches a run of 1 h, over {seconds:.0f} s: its thread", f"{ours:.1f} % of a core", "<= 3 %", ours <= 3)  # fmt: skip
     parts = "; ".join(f"{name[:-8].lower()} {100 * tasks[name] / seconds:.1f}" for name in list(tasks)[1:])
     row("  of which", f"{parts} %")
-    row("  all of the browser's processes", f"{share:.1f} % of a core")
+    row("  all of the browser's processes", f"{share:.1f} % of a core", "<= 5 %", share <= 5)
     row("  received", f"{size / 1024 / seconds * 60:.0f} KiB a minute", "<= 300 KiB", size / 1024 / seconds * 60 <= 300)  # fmt: skip
     browser.driver.switch_to.new_window("tab")
     other = browser.driver.current_window_handle

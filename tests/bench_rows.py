@@ -3,6 +3,7 @@ goal, and whether it is reached."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import statistics
@@ -30,7 +31,7 @@ def scaled(full: float, brief: float) -> float:
 
 def head(title: str) -> None:
     Rows.title = title.partition(":")[0]
-    print(f"\n{title}", flush=True)
+    print(f"\n{title}  [load {os.getloadavg()[0]:.1f}]", flush=True)
 
 
 def row(what: str, figure: str, goal: str = "", reached: bool | None = None, ratio: str = "") -> None:
@@ -64,7 +65,7 @@ class Load:
     def __init__(self, text: str):
         self.rate = float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1))
         self.p50_ms, self.p99_ms = (
-            _milliseconds(re.search(rf"^\s+{percent}%\s+(\S+)$", text, re.M).group(1)) for percent in (50, 99)
+            _milliseconds(re.search(rf"^\s+{percent}%\s+(\S+)", text, re.M).group(1)) for percent in (50, 99)
         )
         bad = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
         self.refused = int(bad.group(1)) if bad else 0

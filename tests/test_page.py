@@ -66,6 +66,11 @@ def test_every_function_and_class_of_the_css_and_the_script_is_used():
     assert classes - words == set()
 
 
+def test_nothing_on_the_page_moves_without_end():
+    """A dot that pulses has a browser draw sixty times a second, for as long as a run takes."""
+    assert "infinite" not in loadmanager.PAGE_CSS
+
+
 @needs_node
 def test_durations_are_read_and_written_as_people_do():
     texts = ["90", "90s", "5m", "1h30m", "1 h 30 m", "", "soon", "1h30x", "-5"]
