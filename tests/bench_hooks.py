@@ -19,7 +19,7 @@ from locust_process import LocustCluster
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 USERS = 20
-PAIRS, SLICE_S = 200, 0.25  # short: what neighbours on the machine do is alike in both halves of a pair
+PAIRS, SLICE_S = 150, 0.25  # short: what neighbours on the machine do is alike in both halves of a pair
 REACHED = 0.02
 
 LOAD = """
