@@ -58,11 +58,12 @@ PART VI  FACE: what clients, browsers and shells meet
 32. SERVICE         the whole program put together, and its configuration checked
 33. TERMINAL        text, tables and a live view that any terminal can show
 34. API CLIENT      which server a command talks to, and requests to it
-35. COMMANDS        what each command does
-36. PRINTED RUNS    how commands show runs, figures and comparisons
-37. DOCTOR          what an installation lacks, and what to do about it
-38. COMMAND LINE    which commands there are, what they take, and where the program begins
-39. DASHBOARD PAGE  what a browser gets at / and at /docs
+35. ASSISTANTS      the API's routes as tools of the Model Context Protocol
+36. COMMANDS        what each command does
+37. PRINTED RUNS    how commands show runs, figures and comparisons
+38. DOCTOR          what an installation lacks, and what to do about it
+39. COMMAND LINE    which commands there are, what they take, and where the program begins
+40. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
@@ -92,6 +93,7 @@ repeat             starts the next run of a repetition               Locust     
 notify-            delivers notifications of one channel             a receiver       goes on
 keys               reads the keys of an identity provider            the provider     is counted
 retention, audit   remove what is older than the configuration says  disk             tried again
+mcp-call           makes one call of an assistant                   a server          is answered
 doctor             asks a port or a cluster, for the command         Locust, a server a problem is told
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
@@ -110,7 +112,7 @@ else is taken within them: ThresholdWatch._lock,
 _Deadline._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
 Scheduler._lock, Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock, Channel._annotating.
+Service._reloading, RunCounts._lock, Channel._annotating, McpServer._writing, McpServer._changed.
 """
 
 from __future__ import annotations
@@ -18680,6 +18682,7 @@ class Route:
     other_media: tuple[str, ...] = ()  # that a client may ask for by Accept
     errors: tuple[int, ...] = ()
     more_body: dict[str, Any] = field(default_factory=dict)
+    tool: str = ""  # what assistants call it; default: the handler's name
 
     @functools.cached_property
     def is_audited(self) -> bool:
@@ -19243,6 +19246,15 @@ def post_session(api: Api, request: Request) -> Response:
     )
 
 
+def get_whoami(api: Api, request: Request) -> Response:
+    who = request.principal
+    scope = {
+        "tenants": None if who.scope.tenants is None else sorted(who.scope.tenants),
+        "environments": None if who.scope.environments is None else sorted(who.scope.environments),
+    }
+    return json_response({"name": who.name, "role": who.role, **scope})
+
+
 def get_sessions(api: Api, request: Request) -> Response:
     return json_response([sign_in_to_json(session) for session in api.sign_ins(request.principal)])
 
@@ -19498,6 +19510,7 @@ ROUTES = (
     ),
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
+    Route("GET", "/v1/whoami", get_whoami, "viewer", "Who the token says the caller is", waits=False, answer="Caller"),
     Route("GET", "/v1/sessions", get_sessions, "admin", "Who is signed in to the dashboard", waits=False, answer="Sessions"),
     Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in", waits=False, success=204),
     Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again", answer="Reloaded"),
@@ -19506,34 +19519,34 @@ ROUTES = (
         "GET", "/metrics", get_prometheus, "viewer", "Figures for Prometheus, as text or OpenMetrics",
         media=TEXT_METRICS_TYPE, other_media=(OPEN_METRICS_TYPE,),
     ),
-    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING),
-    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs"),
-    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run"),
-    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a final run and its history", success=204, errors=(409, 503)),
-    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS),
+    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING, tool="start_run"),
+    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs", tool="list_runs"),
+    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run", tool="show_run"),
+    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a final run and its history", success=204, errors=(409, 503), tool="delete_run"),
+    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS, tool="stop_run"),
     Route(
         "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
     ),
     Route(
-        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load", body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS
+        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load", body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS, tool="change_users",
     ),
-    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios"),
+    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios", tool="list_scenarios"),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
         "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times between two moments",
         query=HISTOGRAMS_QUERY, answer="Histograms", errors=(409, 503),
     ),
-    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions", answer="Failures", errors=LOCUST_ANSWERS),
+    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions", answer="Failures", errors=LOCUST_ANSWERS, tool="show_failures"),
     Route(
         "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run",
         body=ANNOTATION_KEYS, answer="Annotation", success=201, errors=(409, 503),
     ),
     Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
     Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
-    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,), tool="report"),
     Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
     Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
-    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,)),
+    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,), tool="compare_runs"),
     Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file", query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
     Route(
         "POST", "/v1/tests/import", post_import, "operator", "Keep a run from a file: an export, or what a headless Locust wrote",
@@ -19555,7 +19568,7 @@ ROUTES = (
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
     Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
-    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", answer="Schedules"),
+    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", answer="Schedules", tool="list_schedules"),
     Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself", body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
     Route("GET", "/v1/schedules/{id}", get_schedule, "viewer", "One schedule", waits=False, answer="Schedule"),
     Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule", body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
@@ -19563,7 +19576,7 @@ ROUTES = (
     Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run", success=201, errors=STARTING),
     Route("GET", "/v1/notifications", get_notifications, "admin", "Who is told of what, and the newest deliveries", waits=False, answer="Notifications"),
     Route("POST", "/v1/notifications/test", post_notification_test, "admin", "Send a message now", body=NOTIFICATION_TEST_KEYS, errors=(502,)),
-    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters"),
+    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters", tool="list_clusters"),
     Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
     Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of a cluster's processes", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
     Route(
@@ -19624,6 +19637,7 @@ SCHEMAS: dict[str, Any] = {
         address=_TEXT, beganAt=_MOMENT, expiresInSeconds=_WHOLE,
     ),
     "Sessions": array_schema("SignIn"),
+    "Caller": _object("name role tenants environments", name=_TEXT, role={"enum": list(ROLES)}, **dict.fromkeys(("tenants", "environments"), {"type": ["array", "null"], "items": _TEXT, "description": "null: all"})),
     "Reloaded": _object("success needsRestart", success=_FLAG, needsRestart=_TEXTS),
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
@@ -21216,21 +21230,22 @@ class ApiAnswer(NamedTuple):
 
     def json(self, *keys: str) -> dict[str, Any]:
         """The body, an object with these keys, or CommandError: what answers is not Load Manager."""
-        value = self._value()
+        value = self.any_json()
         if not isinstance(value, dict) or any(key not in value for key in keys):
             raise self._strange()
         return value
 
     def json_list(self, *keys: str) -> list[dict[str, Any]]:
         """As json(), for a list of objects."""
-        value = self._value()
+        value = self.any_json()
         if not isinstance(value, list) or any(
             not isinstance(item, dict) or key not in item for item in value for key in keys
         ):
             raise self._strange()
         return value
 
-    def _value(self) -> Any:
+    def any_json(self) -> Any:
+        """The body, whatever it is, or CommandError when it is no JSON."""
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -21399,7 +21414,432 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 35. COMMANDS - what each command does
+# 35. ASSISTANTS - the API's routes as tools of the Model Context Protocol
+# ============================================================================
+# JSON-RPC 2.0, a message a line, over stdin and stdout (https://modelcontextprotocol.io). A tool is a
+# route of ROUTES, called with the caller's own token: the API decides what is allowed, as for anyone.
+# Revisions from 2026-07-28 on have no handshake; their clients fall back to it with a server like this.
+
+MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+MAX_MCP_LINE = 2 * MAX_BODY_BYTES  # bytes of one message
+MAX_MCP_CALLS = 8  # at the same time
+MAX_MCP_RESULT = 48 * 1024  # characters of a result's text, and of its JSON
+MCP_ITEMS = (200, 50, 20, 5)  # items of each list and object, until a result is short enough
+MAX_MCP_KEYS = 100  # an object with more is cut as a list is
+MCP_TEXT = 2000  # characters of one text in a result's JSON
+MCP_DEFAULTS = {
+    "limit": 20,
+    "maxPoints": 60,
+    "lines": 200,
+    "brief": "true",
+}  # of a query that leaves them out
+MCP_END_S = 10.0  # calls in hand are waited for at the end of stdin
+PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR = (
+    -32700, -32600, -32601, -32602, -32603,
+)  # fmt: skip
+MCP_INSTRUCTIONS = (
+    "Load Manager starts, watches and judges load tests on Locust clusters. list_scenarios and list_clusters say what"
+    " can be run and where; show_run has a run's newest numbers and its verdict, compare_runs judges two runs, report"
+    " is a run as Markdown. A load test is a burden for its target: start one only when you were asked to."
+)
+
+
+class RpcError(Exception):
+    """A message that is answered with an error of JSON-RPC; message_id: of what is refused, if it has one."""
+
+    def __init__(self, code: int, message: str, message_id: Any = None):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.message_id = message_id
+
+
+class Tool:
+    """A route as an assistant calls it."""
+
+    def __init__(self, route: Route):
+        self.route = route
+        self.name = route.tool or route.handler.__name__
+        self.changes = route.method not in SAFE_METHODS
+        self._in_path = re.findall(r"\{(\w+)\}", route.path)
+        self._body = _body_schema(route)["properties"] if route.body is not None else {}
+
+    def may_be_called(self, role: str) -> bool:
+        return ROLES.index(role) >= ROLES.index(self.route.access)
+
+    def to_json(self) -> dict[str, Any]:
+        route = self.route
+        described = [entry for entry in _parameters(route) if entry["in"] != "header"]
+        properties = {
+            entry["name"]: {
+                "description": f"{entry['name']} of {route.path}",
+                **entry["schema"],
+                **_about(entry),
+            }
+            for entry in described
+        }
+        required = [entry["name"] for entry in described if entry["required"]]
+        properties.update(self._body)
+        required += _body_schema(route).get("required", ()) if self._body else []
+        schema = {"type": "object", "properties": properties, "additionalProperties": False}
+        return {
+            "name": self.name,
+            "title": route.summary,
+            "description": f"{route.summary} ({route.method} {route.path}, role {route.access})",
+            "inputSchema": {**schema, **({"required": required} if required else {})},
+            "annotations": {
+                "title": route.summary,
+                "readOnlyHint": not self.changes,
+                "destructiveHint": self.changes and route.success != 201,
+                "idempotentHint": route.method in ("GET", "PUT", "DELETE"),
+                "openWorldHint": self.changes,
+            },
+        }
+
+    def request_of(self, arguments: dict[str, Any]) -> tuple[str, Any]:
+        """The path with its query, and the body; CommandError names every wrong argument."""
+        known = {*self._in_path, *self.route.query, *self._body}
+        wrong = [f"{one_line(name, 80)}: is unknown" for name in arguments if name not in known]
+        wrong += [f"{name}: is missing" for name in self._in_path if not arguments.get(name)]
+        if wrong:
+            words = f"{self.name}: {'; '.join(wrong[:20])}; arguments must be {', '.join(sorted(known)) or 'none'}"
+            raise CommandError(words, EXIT_USAGE)
+        path = self.route.path
+        for name in self._in_path:
+            path = path.replace(f"{{{name}}}", quote(str(arguments[name]), safe=""))
+        query = {name: value for name, value in MCP_DEFAULTS.items() if name in self.route.query}
+        query.update(
+            (name, _query_text(arguments[name]))
+            for name in self.route.query
+            if arguments.get(name) is not None
+        )
+        body = {name: arguments[name] for name in self._body if name in arguments}
+        return path + (f"?{urlencode(query)}" if query else ""), body if self.route.body is not None else None
+
+
+def _about(entry: dict[str, Any]) -> dict[str, str]:
+    return {"description": entry["description"]} if entry.get("description") else {}
+
+
+def _query_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def is_tool(route: Route) -> bool:
+    """What an assistant may call: no page, no stream, and no file to carry."""
+    return (
+        route.access in ROLES
+        and route.path.startswith("/v1/")
+        and route.media in (JSON_TYPE, MARKDOWN_TYPE)
+        and route.answer != "Export"
+        and route.most_body_bytes == MAX_BODY_BYTES
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def tools() -> dict[str, Tool]:
+    """Every tool by its name, in the order of the routes."""
+    return {tool.name: tool for tool in map(Tool, filter(is_tool, ROUTES))}
+
+
+def tool_result(answer: ApiAnswer) -> dict[str, Any]:
+    """What an assistant gets of a good answer: a text to read, and the same as JSON."""
+    media = (answer.headers.get("Content-Type") or "").partition(";")[0]
+    if answer.http_status == 204:
+        return _result("done", {"done": True})
+    if media != JSON_TYPE:
+        text = answer.body.decode("utf-8", "replace")
+        more = len(text) - MAX_MCP_RESULT
+        about = {"mediaType": media, "characters": len(text), "isCut": more > 0}
+        return _result(
+            text if more <= 0 else f"{text[:MAX_MCP_RESULT]}\n\n(cut: {more} more characters)", about
+        )
+    value = answer.any_json()
+    document = value if isinstance(value, dict) else {"items": value}
+    cursor = re.search(r"[?&]cursor=([^&>]+)", answer.headers.get("Link") or "")
+    if cursor:
+        document["nextCursor"] = unquote(cursor.group(1))
+    document = _short_enough(document)
+    return _result("\n".join(plain_lines(document))[: 2 * MAX_MCP_RESULT], document)
+
+
+def _result(text: str, document: dict[str, Any], is_error: bool = False) -> dict[str, Any]:
+    content = [{"type": "text", "text": text}]
+    return {"content": content, "structuredContent": document, "isError": is_error}
+
+
+def _short_enough(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, or as much of it as an assistant can use: lists are cut, with a word of it."""
+    if len(dump_json(document)) <= MAX_MCP_RESULT:
+        return document
+    for most in MCP_ITEMS:
+        shown = _with_cut_lists(document, most)
+        if len(dump_json(shown)) <= MAX_MCP_RESULT:
+            break
+    else:
+        shown = {name: value for name, value in shown.items() if not isinstance(value, (dict, list))}
+    words = f"cut: lists have their first {most} entries, texts {MCP_TEXT} characters; ask for less, or for a page of it"
+    return {**shown, "cut": words}
+
+
+def _with_cut_lists(value: Any, most: int) -> Any:
+    if isinstance(value, dict):
+        kept = value if len(value) <= MAX_MCP_KEYS else dict(itertools.islice(value.items(), most))
+        return {name: _with_cut_lists(item, most) for name, item in kept.items()}
+    if isinstance(value, list):
+        return [_with_cut_lists(item, most) for item in value[:most]]
+    return value[:MCP_TEXT] if isinstance(value, str) else value
+
+
+def plain_lines(value: Any, indent: str = "") -> Iterator[str]:
+    """JSON as lines that are read easily: `name: value`, what is within further to the right."""
+    entries = value.items() if isinstance(value, dict) else (("-", item) for item in value)
+    for name, item in entries:
+        start = f"{indent}{printable(name)}" + ("" if name == "-" else ":")
+        if isinstance(item, (dict, list)) and item:
+            flat = isinstance(item, list) and not any(isinstance(one, (dict, list)) for one in item)
+            if flat:
+                yield f"{start} {', '.join(map(_plain_word, item))}"
+                continue
+            yield start
+            yield from plain_lines(item, indent + "  ")
+        else:
+            yield f"{start} {_plain_word(item)}"
+
+
+def _plain_word(value: Any) -> str:
+    if value is None or value in ([], {}):
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else printable(value)
+
+
+def parse_message(line: bytes) -> dict[str, Any]:
+    """One message of JSON-RPC 2.0, or RpcError."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        message = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        raise RpcError(PARSE_ERROR, "the line is not JSON") from None
+    if isinstance(message, list):
+        raise RpcError(INVALID_REQUEST, "batches are not supported: send one message a line")
+    if not isinstance(message, dict):
+        raise RpcError(INVALID_REQUEST, "a message must be an object")
+    message_id = message.get("id")
+    if "id" in message and (isinstance(message_id, bool) or not isinstance(message_id, (str, int))):
+        raise RpcError(INVALID_REQUEST, "id must be a string or a whole number")
+    if message.get("jsonrpc") != "2.0":
+        raise RpcError(INVALID_REQUEST, 'jsonrpc must be "2.0"', message_id)
+    if "method" in message:
+        if not isinstance(message["method"], str):
+            raise RpcError(INVALID_REQUEST, "method must be a string", message_id)
+        if not isinstance(message.get("params", {}), dict):
+            raise RpcError(INVALID_PARAMS, "params must be an object", message_id)
+    elif "result" not in message and "error" not in message:
+        raise RpcError(INVALID_REQUEST, "method is missing", message_id)
+    return message
+
+
+class McpServer:
+    """Answers an assistant's messages. What waits for the server does so in a thread of its own, so
+    that a ping or a cancellation is heard meanwhile."""
+
+    def __init__(self, address: ServerAddress, allow_writes: bool, sink: IO[bytes]):
+        self._address = address
+        self._allow_writes = allow_writes
+        self._sink = sink
+        self._writing = threading.Lock()
+        self._changed = threading.Condition()  # guards _calls
+        self._calls: dict[str, bool] = {}  # in hand, by their id's JSON: whether an answer is wanted
+        self._is_ready = False  # initialize was answered
+
+    def serve(self, source: IO[bytes]) -> None:
+        """Answer every line until the end of `source`, then wait for the calls in hand."""
+        while line := source.readline(MAX_MCP_LINE + 1):
+            if len(line) > MAX_MCP_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = source.readline(MAX_MCP_LINE)
+                self._refuse(RpcError(INVALID_REQUEST, f"a line must have {MAX_MCP_LINE} bytes at most"))
+            elif line.strip():
+                self._take(line)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls, MCP_END_S)
+
+    def _take(self, line: bytes) -> None:
+        message: dict[str, Any] = {}
+        try:
+            message = parse_message(line)
+            if "method" not in message:
+                return  # an answer: we ask nothing
+            if "id" in message:
+                self._begin(message["id"], message["method"], message.get("params", {}))
+            elif message["method"] == "notifications/cancelled":
+                self._cancel(message.get("params", {}).get("requestId"))
+        except RpcError as error:
+            error.message_id = message.get("id", error.message_id)
+            self._refuse(error)
+        except Exception as error:  # noqa: BLE001 - the edge: the next line is answered
+            log_unforeseen("mcp", error)
+            self._refuse(RpcError(INTERNAL_ERROR, BUG_WORDS, message.get("id")))
+
+    def _begin(self, message_id: str | int, method: str, params: dict[str, Any]) -> None:
+        """Answer what can be answered at once; the rest in a thread."""
+        if method == "ping":
+            self._send({"id": message_id, "result": {}})
+        elif method == "initialize":
+            self._send({"id": message_id, "result": self._initialize(params)})
+            self._is_ready = True
+        elif method not in ("tools/list", "tools/call"):
+            raise RpcError(METHOD_NOT_FOUND, f"there is no method {one_line(method, 80)}")
+        elif not self._is_ready:
+            raise RpcError(INVALID_REQUEST, "initialize must come first")
+        else:
+            work = self._list_work(params) if method == "tools/list" else self._call_work(params)
+            self._in_thread(message_id, work)
+
+    def _initialize(self, params: dict[str, Any]) -> dict[str, Any]:
+        wanted = params.get("protocolVersion")
+        if not isinstance(wanted, str):
+            raise RpcError(INVALID_PARAMS, "protocolVersion must be a string such as " + MCP_VERSIONS[-1])
+        return {
+            "protocolVersion": wanted if wanted in MCP_VERSIONS else MCP_VERSIONS[-1],
+            "capabilities": {"tools": {"listChanged": False}},
+            "serverInfo": {"name": "loadmanager", "title": "Load Manager", "version": VERSION},
+            "instructions": MCP_INSTRUCTIONS,
+        }
+
+    # ---- what waits for the server -----------------------------------------
+
+    def _in_thread(self, message_id: str | int, work: Callable[[], dict[str, Any]]) -> None:
+        key = json.dumps(message_id)
+        with self._changed:
+            if key in self._calls:
+                raise RpcError(INVALID_REQUEST, "id must be one that is not in use")
+            if len(self._calls) >= MAX_MCP_CALLS:
+                raise RpcError(
+                    INTERNAL_ERROR, f"{MAX_MCP_CALLS} calls are in hand already; wait for one of them"
+                )
+            self._calls[key] = True
+
+        def answer() -> None:
+            try:
+                result = self._answer(message_id, work)
+                with self._changed:
+                    is_wanted = self._calls[key]
+                if is_wanted:
+                    self._send(result)
+            finally:
+                with self._changed:
+                    del self._calls[key]
+                    self._changed.notify_all()
+
+        try:
+            start_thread("mcp-call", answer)
+        except NotReady as error:
+            with self._changed:
+                del self._calls[key]
+            raise RpcError(INTERNAL_ERROR, error.message) from None
+
+    def _answer(self, message_id: str | int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return {"id": message_id, "result": work()}
+        except RpcError as error:
+            return _error_json(error, message_id)
+        except Exception as error:  # noqa: BLE001 - the edge: whoever asked would wait for ever
+            log_unforeseen("mcp-call", error)
+            return _error_json(RpcError(INTERNAL_ERROR, BUG_WORDS), message_id)
+
+    def _cancel(self, message_id: Any) -> None:
+        """Send no answer to a call. What it asked the server for may be done all the same."""
+        with self._changed:
+            key = json.dumps(message_id)
+            if key in self._calls:
+                self._calls[key] = False
+
+    def _ask(self, method: str, path: str, body: Any) -> ApiAnswer:
+        client = ApiClient(self._address)
+        try:
+            return client.request(method, path, body)
+        finally:
+            client.close()
+
+    def _list_work(self, params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        if params.get("cursor") is not None:
+            raise RpcError(INVALID_PARAMS, "cursor is none of ours: the list has one page")
+        return self._list_tools
+
+    def _list_tools(self) -> dict[str, Any]:
+        """The tools that the token's role may call, without those that change something unless allowed."""
+        try:
+            role = self._ask("GET", "/v1/whoami", None).json("role")["role"]
+        except CommandError as error:
+            raise RpcError(INTERNAL_ERROR, error.message) from None
+        return {
+            "tools": [
+                tool.to_json()
+                for tool in tools().values()
+                if tool.may_be_called(role) and (self._allow_writes or not tool.changes)
+            ]
+        }
+
+    def _call_work(self, params: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        name, arguments = params.get("name"), params.get("arguments")
+        if not isinstance(name, str):
+            raise RpcError(INVALID_PARAMS, "name must be a string")
+        if not isinstance(arguments, dict) and arguments is not None:
+            raise RpcError(INVALID_PARAMS, "arguments must be an object")
+        tool = tools().get(name)
+        if tool is None:
+            raise RpcError(INVALID_PARAMS, f"there is no tool {one_line(name, 80)}")
+        return functools.partial(self._call, tool, arguments or {})
+
+    def _call(self, tool: Tool, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The result of a tool; what the server refuses is a result, too, so that the assistant reads why."""
+        if tool.changes and not self._allow_writes:
+            words = (
+                f"{tool.name} changes something, and this program only reads: start it with --allow-writes"
+            )
+            return _result(words, {"message": words}, is_error=True)
+        try:
+            path, body = tool.request_of(arguments)
+            return tool_result(self._ask(tool.route.method, path, body))
+        except ServerRefused as error:
+            fields = error.document.get("fields")
+            lines = [error.message, *(plain_lines(fields) if isinstance(fields, dict) else ())]
+            document = {**error.document, "status": error.http_status}
+            return _result("\n".join(lines)[:MAX_MCP_RESULT], _short_enough(document), is_error=True)
+        except CommandError as error:
+            return _result(error.message, {"message": error.message}, is_error=True)
+        except UnicodeEncodeError:
+            words = "arguments must be Unicode text, without half characters"
+            return _result(words, {"message": words}, is_error=True)
+
+    # ---- writing -----------------------------------------------------------
+
+    def _refuse(self, error: RpcError) -> None:
+        self._send(_error_json(error, error.message_id))
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Write one line; when nobody reads any more, there is nobody to tell."""
+        line = json.dumps({"jsonrpc": "2.0", **message}, allow_nan=False).encode() + b"\n"
+        try:
+            with self._writing:
+                self._sink.write(line)
+                self._sink.flush()
+        except (OSError, ValueError):
+            pass
+
+
+def _error_json(error: RpcError, message_id: Any) -> dict[str, Any]:
+    return {"id": message_id, "error": {"code": error.code, "message": error.message}}
+
+
+# ============================================================================
+# 36. COMMANDS - what each command does
 # ============================================================================
 
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
@@ -21775,6 +22215,12 @@ def is_failure(entry: Any) -> bool:
         and isinstance(entry.get("occurrences"), int)
         and all(isinstance(entry.get(name), str) for name in ("method", "name", "error"))
     )
+
+
+def command_mcp(options: Any) -> int:
+    server = find_server(options, dict(os.environ))
+    McpServer(server, options.allow_writes, sys.stdout.buffer).serve(sys.stdin.buffer)
+    return EXIT_DONE
 
 
 def command_clusters(options: Any) -> int:
@@ -22626,7 +23072,7 @@ def follow_only(options: Any, quiet: bool) -> int:
 
 
 # ============================================================================
-# 36. PRINTED RUNS - how commands show runs, figures and comparisons
+# 37. PRINTED RUNS - how commands show runs, figures and comparisons
 # ============================================================================
 
 STATUS_COLOURS = {
@@ -23006,7 +23452,7 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
 
 
 # ============================================================================
-# 37. DOCTOR - what an installation lacks, and what to do about it
+# 38. DOCTOR - what an installation lacks, and what to do about it
 # ============================================================================
 
 DOCTOR_CALL_S = 3.0  # one call to a Locust master
@@ -23362,7 +23808,7 @@ def taken_port_finding(server: ServerConfig, where: str) -> Finding:
 
 
 # ============================================================================
-# 38. COMMAND LINE - which commands there are, what they take, and where the program begins
+# 39. COMMAND LINE - which commands there are, what they take, and where the program begins
 # ============================================================================
 
 
@@ -23643,6 +24089,10 @@ COMMANDS = (
     ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
     Command(
+        "mcp", command_mcp, "let an assistant drive the server: the Model Context Protocol on stdin and stdout", "mcp --token-file token",
+        (argument("--allow-writes", action="store_true", help="also what changes something: start, stop, delete"),),
+    ),
+    Command(
         "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
         (
             argument("baseline", metavar="BASELINE", value=run_value, completes="run", help="the run to measure by, as for show; or history: the newest comparable runs"),
@@ -23921,7 +24371,7 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 39. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 40. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 
 # A client like any other: no data inside; it reads the JSON API and the event streams,

@@ -199,6 +199,7 @@ RULES = {
     "POST /v1/stop-all": plain("/v1/stop-all", lambda place, whose: {"tenantId": whose}),
     "GET /v1/audit": plain("/v1/audit?tenantId=WHOSE"),
     "GET /v1/sessions": plain("/v1/sessions"),
+    "GET /v1/whoami": plain("/v1/whoami"),
     "DELETE /v1/sessions/{id}": Rule(a_sign_in, frozenset({204})),
     "POST /v1/admin/reload": plain("/v1/admin/reload", None, (403,)),  # the file is of all tenants
     "DELETE /session": plain("/session", None, (204,)),
