@@ -62,8 +62,9 @@ PART VI  FACE: what clients, browsers and shells meet
 36. COMMANDS        what each command does
 37. PRINTED RUNS    how commands show runs, figures and comparisons
 38. DOCTOR          what an installation lacks, and what to do about it
-39. COMMAND LINE    which commands there are, what they take, and where the program begins
-40. DASHBOARD PAGE  what a browser gets at / and at /docs
+39. INSTALL         puts the program, its launcher, unit and first configuration below a folder
+40. COMMAND LINE    which commands there are, what they take, and where the program begins
+41. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
@@ -22094,7 +22095,7 @@ def command_grafana(options: Any) -> int:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(content)
         except OSError as error:
-            raise CommandError(f"{path} cannot be written: {error.strerror or error}") from None
+            raise CommandError(f"{path} cannot be written: {error.strerror or error}", EXIT_FAILED) from None
         print(path)
     return EXIT_DONE
 
@@ -23808,7 +23809,319 @@ def taken_port_finding(server: ServerConfig, where: str) -> Finding:
 
 
 # ============================================================================
-# 39. COMMAND LINE - which commands there are, what they take, and where the program begins
+# 39. INSTALL - puts the program, its launcher, unit and first configuration below a folder
+# ============================================================================
+
+FORMER_SUFFIX, NEW_SUFFIX = ".former", ".new"
+PREFIX_SHAPE = r"/[A-Za-z0-9@_+./-]*"  # what systemd, a shell and YAML all read as it stands
+HOMES = ("/home", "/root", "/run/user")
+TOKEN_FILES = ("secrets/api-token", "secrets/callback-token")
+HOOK_FILES = (("loadmanager_hooks.py", True), ("locustfile.py", False))  # ours, or for the user to edit
+
+LAUNCHER_SCRIPT = """\
+#!/bin/sh
+# Starts Load Manager from cached bytecode, in whatever folder it is called.
+exec {python} -c {code} {program} "$@"
+"""
+
+UNIT = """\
+# systemd unit: copy to /etc/systemd/system/, adapt the paths, systemctl enable --now loadmanager
+[Unit]
+Description=Load Manager, control plane for Locust
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User={user}
+WorkingDirectory={prefix}
+# As a module, Python keeps its bytecode in __pycache__: started in a third of the time, and without the
+# compiler's memory. The working directory is where the module is found.
+ExecStart={python} -m loadmanager -config {prefix}/config.yaml
+ExecReload={python} -m loadmanager reload -config {prefix}/config.yaml
+Restart=always
+RestartSec=2
+TimeoutStopSec=10
+UMask=0077
+
+# What the service may touch: its own folder and the network. A port below 1024 needs
+# CapabilityBoundingSet=CAP_NET_BIND_SERVICE, AmbientCapabilities= of the same, and PrivateUsers=false.
+ReadWritePaths={prefix}
+ProtectSystem=strict
+ProtectHome={protect_home}
+PrivateTmp=true
+PrivateDevices=true
+PrivateUsers=true
+NoNewPrivileges=true
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=true
+RestrictRealtime=true
+RestrictSUIDSGID=true
+LockPersonality=true
+ProtectClock=true
+ProtectControlGroups=true
+ProtectHostname=true
+ProtectKernelLogs=true
+ProtectKernelModules=true
+ProtectKernelTunables=true
+ProtectProc=invisible
+RemoveIPC=true
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+FIRST_CONFIG = """\
+# Load Manager's configuration. Every key: README.md. After a change:
+#     {launcher} check -config {prefix}/config.yaml
+#     {launcher} reload -config {prefix}/config.yaml
+server:
+  host: 127.0.0.1        # 0.0.0.0 to be reached from other machines
+  port: 8080
+  # tls: {{certFile: server.pem, keyFile: server.key}}    # https instead of http
+
+security:
+  apiTokenFile: secrets/api-token                    # Authorization: Bearer ... of API clients
+  locustCallbackTokenFile: secrets/callback-token    # X-Locust-Token of the hooks inside Locust
+
+locustClusters:
+{cluster}
+storage:
+  url: sqlite:///loadmanager.db   # beside this file; or postgresql://user@host/db
+  retentionDays: 90
+"""
+LAUNCHED_CLUSTER = """\
+  # A Locust master and workers that Load Manager starts itself on this machine.
+  - id: local-dev
+    tenantId: tenant-1
+    envId: dev
+    launcher:
+      type: process
+      locustfile: locust/locustfile.py
+      workers: 2
+      host: http://127.0.0.1:8000   # the system under test
+"""
+OTHER_CLUSTER = """\
+  # A Locust master that is started elsewhere, with locust/loadmanager_hooks.py if you can.
+  - id: staging-1
+    tenantId: tenant-1
+    envId: staging
+    baseUrl: http://127.0.0.1:8089
+"""
+
+
+class Installed(NamedTuple):
+    """A file of an installation. is_ours: replaced by an upgrade, with the former one beside it; what is
+    not ours is written once, and later the new one lies beside it. is_secret: made once, told nowhere."""
+
+    name: str  # in the prefix, with /
+    content: bytes
+    mode: int = 0o644
+    is_ours: bool = True
+    is_secret: bool = False
+
+
+def command_install(options: Any) -> int:
+    """Install this program below a folder, or upgrade what is there; needs no root and no network."""
+    prefix = install_prefix(options.prefix)
+    files = files_to_install(prefix)
+    is_upgrade = os.path.isfile(os.path.join(prefix, PROGRAM))
+    refuse_what_is_in_the_way(prefix, files)
+    for entry in files:
+        path = os.path.join(prefix, entry.name)
+        try:
+            done = _install_file(path, entry, options.dry_run)
+        except OSError as error:
+            why = f"{path} cannot be written: {error.strerror or error}"
+            raise CommandError(f"{why}; install again when that is put right", EXIT_FAILED) from None
+        print(f"would be {done}" if options.dry_run else done)
+    if not options.dry_run:
+        print("\n".join(["", *_next_steps(prefix, is_upgrade)]))
+    return EXIT_DONE
+
+
+def install_prefix(text: str) -> str:
+    """The folder to install into, absolute. CommandError when a unit or a shell would misread it."""
+    prefix = os.path.abspath(os.path.expanduser(text)) if text and "\0" not in text else ""
+    if not re.fullmatch(PREFIX_SHAPE, prefix):
+        allowed = "a folder named with letters, digits and @ _ + . - / only"
+        raise CommandError(f"--prefix must be {allowed}, got {_shown(text)}", EXIT_USAGE)
+    return prefix
+
+
+def files_to_install(prefix: str) -> list[Installed]:
+    """All files of an installation, the module before what starts it. CommandError when the running
+    program cannot be read."""
+    import secrets
+
+    here = os.path.abspath(__file__)
+    try:
+        with open(here, "rb") as file:
+            program = file.read()
+        hooks = list(_hooks_beside(os.path.dirname(here)))
+    except OSError as error:
+        raise CommandError(f"{error.filename} cannot be read: {error.strerror}", EXIT_FAILED) from None
+    can_launch = len(hooks) == len(HOOK_FILES)
+    config = FIRST_CONFIG.format(
+        prefix=prefix,
+        launcher=f"{prefix}/bin/loadmanager",
+        cluster=LAUNCHED_CLUSTER if can_launch else OTHER_CLUSTER,
+    )
+    tokens = [secrets.token_urlsafe(32).encode() + b"\n" for _ in TOKEN_FILES]
+    return [
+        Installed(PROGRAM, program),
+        Installed("bin/loadmanager", _launcher_script(prefix).encode(), 0o755),
+        *hooks,
+        *(Installed(f"grafana/{name}", text.encode()) for name, text in grafana_files().items()),
+        *(Installed(name, token, 0o600, False, True) for name, token in zip(TOKEN_FILES, tokens)),
+        Installed("config.yaml", config.encode(), 0o600, is_ours=False),
+        Installed("loadmanager.service", service_unit(prefix, sys.executable, _service_user()).encode()),
+    ]
+
+
+def _hooks_beside(folder: str) -> Iterator[Installed]:
+    for name, is_ours in HOOK_FILES:
+        path = next(
+            filter(os.path.isfile, (os.path.join(folder, "locust", name), os.path.join(folder, name))), None
+        )
+        if path:
+            with open(path, "rb") as file:
+                yield Installed(f"locust/{name}", file.read(), is_ours=is_ours)
+
+
+def _launcher_script(prefix: str) -> str:
+    import shlex
+
+    words = {"python": sys.executable, "code": RUN_FROM_BYTECODE, "program": f"{prefix}/{PROGRAM}"}
+    return LAUNCHER_SCRIPT.format(**{name: shlex.quote(word) for name, word in words.items()})
+
+
+def service_unit(prefix: str, python: str, user: str) -> str:
+    """The systemd unit of an installation in this folder."""
+    is_in_home = any(f"{path}/".startswith(f"{home}/") for home in HOMES for path in (prefix, python))
+    quoted = python.replace("%", "%%").replace("$", "$$")
+    if re.search(r"[\s\"'\\]", quoted):
+        quoted = json.dumps(quoted, ensure_ascii=False)
+    # a home that cannot be seen at all hides an installation inside it
+    protect_home = "read-only" if is_in_home else "true"
+    return UNIT.format(prefix=prefix, python=quoted, user=user, protect_home=protect_home)
+
+
+def _service_user() -> str:
+    """Who the service runs as: a user of its own, or, where we may not make one, who installs it."""
+    if os.name != "posix" or os.geteuid() == 0:
+        return "loadmanager"
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user may have no name
+        return str(os.geteuid())
+
+
+def refuse_what_is_in_the_way(prefix: str, files: Iterable[Installed]) -> None:
+    """Look at all places before the first is written. CommandError names the first that cannot be."""
+    for path in (prefix, *(os.path.join(prefix, entry.name) for entry in files)):
+        if path != prefix and os.path.isdir(path):
+            raise CommandError(f"{path} is in the way: must be a file, got a folder", EXIT_FAILED)
+        folder = path if path == prefix else os.path.dirname(path)
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder):
+            raise CommandError(f"{folder} is in the way: must be a folder, got a file", EXIT_FAILED)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            advice = "choose another --prefix, or install as a user who may"
+            raise CommandError(f"--prefix {prefix}: {folder} is not writable; {advice}", EXIT_FAILED)
+
+
+def _install_file(path: str, entry: Installed, is_dry: bool) -> str:
+    """Write one file, if it is to be written; what was done, as a line. OSError when that fails."""
+    there = _content_of(path)
+    if there == entry.content:
+        if entry.name == PROGRAM and not is_dry:
+            _compile_program(path)  # it may have been copied there by hand
+        return f"unchanged: {path}"
+    if there is not None and entry.is_secret:
+        return f"kept: {path}"
+    if there is not None and not entry.is_ours:
+        if not is_dry:
+            _put_in_place(path + NEW_SUFFIX, entry.content, entry.mode)
+        return f"kept: {path}; the new one is {path}{NEW_SUFFIX}"
+    if not is_dry:
+        os.makedirs(os.path.dirname(path), mode=0o700 if entry.is_secret else 0o755, exist_ok=True)
+        if there is not None:
+            _put_in_place(path + FORMER_SUFFIX, there, os.stat(path).st_mode & 0o777)
+        _put_in_place(path, entry.content, entry.mode)
+        if entry.name == PROGRAM:
+            _compile_program(path)
+    if there is None:
+        return f"new: {path}"
+    return f"replaced: {path}; the former one is {path}{FORMER_SUFFIX}"
+
+
+def _content_of(path: str) -> bytes | None:
+    if not os.path.lexists(path):
+        return None
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _put_in_place(path: str, content: bytes, mode: int) -> None:
+    """Put a file in its place in one step: who looks sees the former or the new one, never a part."""
+    copy = f"{path}.{os.getpid()}.part"
+    try:
+        descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "wb") as file:
+            os.chmod(copy, mode)  # whatever the umask says
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(copy, path)
+        _sync_folder(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(copy)
+
+
+def _compile_program(path: str) -> None:
+    """Keep the bytecode, so that even the first start is a fast one; without it the program works too."""
+    import py_compile
+
+    try:
+        os.chmod(py_compile.compile(path, doraise=True) or path, 0o644)
+    except (OSError, py_compile.PyCompileError) as error:
+        say(f"no bytecode is kept, each start compiles anew: {one_line(error)}")
+
+
+def _next_steps(prefix: str, is_upgrade: bool) -> Iterator[str]:
+    """What is left to do, as lines for a shell."""
+    import importlib.util
+
+    command, config = f"{prefix}/bin/loadmanager", f"{prefix}/config.yaml"
+    if importlib.util.find_spec("yaml") is None:
+        yield f"  {sys.executable} -m pip install PyYAML    # which a configuration in YAML needs"
+    if is_upgrade:
+        yield "Upgraded. Next:"
+        yield f"  {command} check -config {config}"
+        yield "  systemctl restart loadmanager    # or however it is started; loads go on and are adopted"
+        yield f"Back to the former one: mv {prefix}/{PROGRAM}{FORMER_SUFFIX} {prefix}/{PROGRAM}, and restart"
+        return
+    yield "Installed. Next:"
+    yield f"  edit {config}; the tokens are in {prefix}/secrets"
+    yield f"  {command} check -config {config}"
+    yield f"  {command} -config {config}    # serves; or, as a service of systemd, as root:"
+    user = _service_user()
+    if user == "loadmanager":
+        yield f"  useradd --system --home-dir {prefix} --shell /usr/sbin/nologin {user}"
+        yield f"  chown -R {user}: {prefix}"
+    yield f"  cp {prefix}/loadmanager.service /etc/systemd/system/ && systemctl enable --now loadmanager"
+
+
+# ============================================================================
+# 40. COMMAND LINE - which commands there are, what they take, and where the program begins
 # ============================================================================
 
 
@@ -24115,6 +24428,14 @@ COMMANDS = (
         calls_server=False,
     ),
     Command(
+        "install", command_install, "install below a folder, or upgrade what is there", "install --prefix /opt/loadmanager --dry-run",
+        (
+            argument("--prefix", required=True, metavar="DIR", completes="file", help="where to; made if it is missing"),
+            argument("--dry-run", action="store_true", help="only say what would be written"),
+        ),
+        calls_server=False,
+    ),
+    Command(
         "grafana", command_grafana, "write Grafana dashboards and Prometheus alert rules",
         "grafana --out deploy/grafana",
         (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),), calls_server=False,
@@ -24371,7 +24692,7 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 40. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 41. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 
 # A client like any other: no data inside; it reads the JSON API and the event streams,
