@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench soak gate chaos check page packages clean
+.PHONY: help run demo test bench soak year gate chaos check page packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -23,6 +23,9 @@ bench: $(VENV)/test.stamp packages  ## figures, beside those to reach: make benc
 
 soak: $(VENV)/test.stamp  ## 50 runs at once for long: is anything not flat? make soak MINUTES=120
 	$(PY) tests/soak.py --minutes $(or $(MINUTES),3)
+
+year: $(VENV)/test.stamp  ## what a year of hourly runs takes on disk: make year RUNS=8760
+	$(PY) tests/year.py --runs $(or $(RUNS),8760)
 
 gate: $(VENV)/test.stamp  ## the comparison on real Locust: false alarms, and slower runs found: make gate PAIRS=40
 	$(PY) tests/gate_campaign.py --pairs $(or $(PAIRS),40) $(if $(SEED),--seed $(SEED))

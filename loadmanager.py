@@ -95,6 +95,7 @@ notify-            delivers notifications of one channel             a receiver 
 keys               reads the keys of an identity provider            the provider     is counted
 retention, audit   remove what is older than the configuration says  disk             tried again
 mcp-call           makes one call of an assistant                   a server          is answered
+thinning           thins the history of old runs                     disk             tried again
 doctor             asks a port or a cluster, for the command         Locust, a server a problem is told
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
@@ -1641,6 +1642,24 @@ class StorageConfig:
         number_value(0, 36500),
         "days after which a final run and its samples go; 0: never",
     )
+    retention_runs: int = setting(
+        "retentionRuns",
+        0,
+        number_value(0, 1_000_000, whole=True),
+        "the newest final runs that each tenant and environment keeps; 0: all",
+    )
+    thin_after_days: float = setting(
+        "thinAfterDays",
+        7.0,
+        number_value(0, 36500),
+        "days after which the history of a final run has a sample per 10 s, and the extremes; 0: never",
+    )
+    thin_more_after_days: float = setting(
+        "thinMoreAfterDays",
+        30.0,
+        number_value(0, 36500),
+        "days after which it has a sample per 60 s, and the extremes; 0: never",
+    )
 
 
 @dataclass(frozen=True)
@@ -2730,6 +2749,14 @@ class Run:
     repeat_of: str | None = run_field("repeatOf", None, schema=ANSWER_TEXT)  # the first, for all but that
     locustfile_sha256: str | None = run_field("locustfileSha256", None, schema=ANSWER_TEXT)  # from the hooks
     imported_at: float | None = run_field("importedAt", None, schema=ANSWER_MOMENT, to_json=utc_text)
+    history_step_s: int | None = run_field(  # its history was thinned
+        "historyStepSeconds",
+        None,
+        schema={
+            "type": "integer",
+            "description": "its history was thinned: a sample per so many seconds, and extremes",
+        },
+    )
     plan: LoadProfile = run_field(
         "", LoadProfile(), group=LoadProfile, again=as_it_is, from_record=plan_from_record
     )
@@ -2774,6 +2801,11 @@ class Run:
     @property
     def is_final(self) -> bool:
         return self.status in FINAL
+
+    @property
+    def kept_since(self) -> float:
+        """From when on a final run and its history age."""
+        return max(self.finished_at or self.created_at, self.imported_at or 0.0)
 
     @property
     def deadline_at(self) -> float | None:
@@ -5506,6 +5538,7 @@ MIGRATIONS: dict[int, tuple[str | Callable[[Any], None], ...]] = {
         "ALTER TABLE samples ADD COLUMN counted_requests BIGINT",
         "ALTER TABLE samples ADD COLUMN counted_failures BIGINT",
     ),
+    9: (),  # what starts with BASE64 or DENSE, which older ones cannot read
 }
 
 
@@ -6409,12 +6442,42 @@ def _whose(name: str, row: Any) -> str:
     return row[0]
 
 
+BASE64 = "."  # begins what is packed since version 9; before it was in base 85, which takes long to read
+
+
 def _packed(content: bytes) -> str:
-    return base64.b85encode(zlib.compress(content)).decode()  # text: one type for both databases
+    return BASE64 + base64.b64encode(zlib.compress(content)).decode()  # text: one type for both databases
 
 
 def _unpacked(text: str) -> bytes:
+    if text.startswith(BASE64):
+        return zlib.decompress(base64.b64decode(text[len(BASE64) :]))
     return zlib.decompress(base64.b85decode(text))
+
+
+DENSE = ":"  # begins a row of histograms whose pairs are sorted, each time less the one before
+
+
+def _packed_dense(text: str) -> str:
+    """A record of histograms, of many requests, in less than half of what _packed() takes."""
+    rows = json.loads(text)
+    for row in rows:
+        pairs, before = sorted(zip(row[5][::2], row[5][1::2])), 0
+        row[5] = []
+        for ms, requests in pairs:
+            row[5] += (ms - before, requests)
+            before = ms
+    return DENSE + _packed(dump_json(rows).encode())
+
+
+def _histogram_text(content: str) -> str:
+    """The record of a row of histograms, however it was packed."""
+    if not content.startswith(DENSE):
+        return _unpacked(content).decode()
+    rows = json.loads(_unpacked(content[len(DENSE) :]))
+    for row in rows:
+        row[5][::2] = itertools.accumulate(row[5][::2])
+    return dump_json(rows)
 
 
 def _goes_on(before: HistogramPoint, point: HistogramPoint) -> bool:
@@ -6646,6 +6709,22 @@ class DatabaseWriter(threading.Thread):
     def read(self, work: Callable[[Database], Any], timeout_s: float = 30.0) -> Any:
         """The result of `work` on the database, after everything saved before it."""
         return self._enqueue(_Ticket(work), timeout_s).result
+
+    def change(self, work: Callable[[Database], Any], timeout_s: float = 30.0) -> Any:
+        """The result of `work`, which changes the database, in a transaction of its own that only
+        the one who leads can begin. NotReady, and nothing is changed, when it fails."""
+
+        def within(database: Database) -> Any:
+            try:
+                database.begin(self._number)
+                result = work(database)
+                database.commit()
+            except BaseException:
+                database.rollback()
+                raise
+            return result
+
+        return self.read(within, timeout_s)
 
     def _enqueue(self, ticket: _Ticket, timeout_s: float) -> _Ticket:
         with self._changed:
@@ -6964,7 +7043,7 @@ class StoredRun:
 def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[HistogramPoint]:
     so_far: Histograms | None = None
     for at, is_whole, content in rows:
-        so_far = histograms_from_record(_unpacked(content).decode(), None if is_whole else so_far)
+        so_far = histograms_from_record(_histogram_text(content), None if is_whole else so_far)
         yield HistogramPoint(at, so_far)
 
 
@@ -7232,8 +7311,7 @@ class Store:
         """The run's histograms as they are kept: epoch seconds, whether it holds all since the
         start or what came since the one before, and its record."""
         return [
-            (at, is_whole, _unpacked(content).decode())
-            for at, is_whole, content in self._histogram_rows(run_id)
+            (at, is_whole, _histogram_text(content)) for at, is_whole, content in self._histogram_rows(run_id)
         ]
 
     def _histogram_rows(self, run_id: str, to_at: float = 1e12) -> list[tuple[float, int, str]]:
@@ -7515,15 +7593,63 @@ class Store:
 
     def delete_older(self, before_at: float) -> int:
         """Remove final runs that finished before a moment; how many."""
+        return self._drop_in_steps(run for run in self._removable() if run.kept_since < before_at)
+
+    def delete_over(self, most: int) -> int:
+        """Remove final runs but for the newest `most` of each tenant and environment; how many."""
+        counted: dict[tuple[str, str], int] = {}
+        over = []
+        for run in self._removable():
+            place = run.tenant_id, run.env_id
+            counted[place] = counted.get(place, 0) + 1
+            if counted[place] > most:
+                over.append(run)
+        return self._drop_in_steps(over)
+
+    def _removable(self) -> list[Run]:
+        """Final runs that are no baseline, newest first."""
+        return [run for run in self.list_runs() if run.is_final and not self._is_baseline(run)]
+
+    DROPPED_AT_ONCE = 50  # runs: their history goes in one transaction, for which other writes wait
+
+    def _drop_in_steps(self, runs: Iterable[Run]) -> int:
+        waiting, gone = list(runs), 0
+        while waiting:
+            some, waiting = waiting[: self.DROPPED_AT_ONCE], waiting[self.DROPPED_AT_ONCE :]
+            with self._lock:  # a baseline may have been named meanwhile
+                ids = [run.id for run in some if run.id in self._records and not self._is_baseline(run)]
+                self._drop(*ids)
+            gone += len(ids)
+            if waiting:
+                self._writer.wait_durable()
+        return gone
+
+    # ---- history that thins ----
+
+    def ageing_runs(self) -> list[Run]:
+        """Final runs whose history may thin: all but baselines, which are compared with; oldest first."""
+        return self._removable()[::-1]
+
+    def read_database(self, work: Callable[[Database], Any]) -> Any:
+        """The result of `work`, done by the writer after all that was saved before; NotReady."""
+        return self._writer.read(work)
+
+    def change_history(self, run_id: str, work: Callable[[Database], None]) -> None:
+        """Change rows of a final run's history in one transaction; NotFound when it is gone."""
+        self._record(run_id)
+
+        def change(database: Database) -> None:
+            # A deletion that comes from now on comes after this.
+            if database.query("SELECT 1 FROM runs WHERE id = ?", (run_id,)):
+                work(database)
+
+        self._writer.change(change)
+
+    def note_thinned(self, run_id: str, step_s: int) -> None:
+        """Have a run say that its history has a sample per so many seconds only."""
         with self._lock:
-            final = (run for run in self.list_runs() if run.is_final and not self._is_baseline(run))
-            old = {
-                run.id
-                for run in final
-                if max(run.finished_at or run.created_at, run.imported_at or 0.0) < before_at
-            }
-            self._drop(*old)
-        return len(old)
+            record = self._record(run_id)
+            self._save(record, replace(record.run, history_step_s=step_s))
 
     # ---- schedules and deliveries ----
 
@@ -7831,6 +7957,195 @@ class Comparer:
             baseline = self._store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
             found = self._store.find(baseline.run_id) if baseline else None
         return [found] if found else []
+
+
+# ---- history that thins with age ---------------------------------------------
+
+THIN_STEP_S, THIN_MORE_STEP_S = 10, 60
+THIN_WINDOW_STEPS = 10  # the extremes of so many steps are kept beside the last sample of each
+KEPT_EXTREMES = (*EXTREMES, (max, "p99_ms"), (max, "avg_ms"), (max, "window_p50_ms"), (max, "error_percent"))
+
+
+def thinned_samples(samples: list[Sample], step_s: float) -> list[Sample]:
+    """The last sample of every step, whose counters hold all before it, and those at which a value
+    was the highest or lowest of THIN_WINDOW_STEPS steps. None is invented, and from the same
+    samples or from what was kept of them the same are kept."""
+    kept = {math.floor(sample.at / step_s): index for index, sample in enumerate(samples)}
+    keep = set(kept.values())
+    windows: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        windows.setdefault(math.floor(sample.at / (step_s * THIN_WINDOW_STEPS)), []).append(index)
+    for window in windows.values():
+        for choose, name in KEPT_EXTREMES:
+            known = [index for index in window if getattr(samples[index], name) is not None]
+            if known:
+                keep.add(choose(known, key=lambda index: getattr(samples[index], name)))
+    return [samples[index] for index in sorted(keep)]
+
+
+HistogramRow = tuple[float, int, str]  # epoch seconds, whether it holds all since the start, packed
+
+
+class _HistogramThinning:
+    """The histograms of one run, window by window in their order: the last of every step is kept,
+    as what came since the one kept before. Added up they are what they were."""
+
+    def __init__(self, step_s: float):
+        self._step_s = step_s
+        self._so_far: Histograms = {}  # as of the last row that was kept
+        self._part: Histograms = {}  # what came since
+        self._is_whole = True  # the next row that is kept must hold all
+        self._number = 0
+
+    def take(self, rows: list[HistogramRow]) -> list[HistogramRow]:
+        """The rows to keep of a window; the last one always is, which the next window goes on from."""
+        found = []
+        for (at, is_whole, content), later in itertools.zip_longest(rows, rows[1:]):
+            self._add(bool(is_whole), histograms_from_record(_histogram_text(content), None))
+            ends_step = later is None or math.floor(later[0] / self._step_s) > math.floor(at / self._step_s)
+            if ends_step or self._is_reset(later):
+                found.append(self._kept_row(at))
+        return found
+
+    def _add(self, is_whole: bool, read: Histograms) -> None:
+        if not is_whole:
+            _add_to(self._part, read)
+            return
+        more = _came_since(read, self._so_far) if self._so_far else None
+        self._part = {}
+        if more is None:  # the first one, or Locust's statistics were reset before it
+            self._so_far, self._is_whole, more = {}, True, read
+        _add_to(self._part, more)
+
+    def _is_reset(self, later: HistogramRow) -> bool:
+        """Whether the row after this one begins anew: then this one's counters are in none to come."""
+        if not later[1]:
+            return False
+        now: Histograms = {}
+        _add_to(now, self._so_far)
+        _add_to(now, self._part)
+        return _came_since(histograms_from_record(_histogram_text(later[2]), None), now) is None
+
+    def _kept_row(self, at: float) -> HistogramRow:
+        is_whole = self._is_whole or self._number % _RowWriter.WHOLE_EVERY == 0
+        _add_to(self._so_far, self._part)
+        record = histograms_to_record(self._so_far if is_whole else self._part, None)
+        self._part, self._is_whole, self._number = {}, False, self._number + 1
+        return at, int(is_whole), _packed_dense(record)
+
+
+def _add_to(sums: Histograms, part: Histograms) -> None:
+    """Add to `sums` in place, as only the one who made it may."""
+    for key, one in part.items():
+        known = sums.get(key)
+        if known is None:
+            sums[key] = one._replace(times=dict(one.times))
+            continue
+        times = known.times
+        for ms, requests in one.times.items():
+            times[ms] = times.get(ms, 0) + requests
+        counts = (known.requests + one.requests, known.failures + one.failures, known.total_ms + one.total_ms)
+        sums[key] = Histogram(*counts, times)
+
+
+def _came_since(now: Histograms, before: Histograms) -> Histograms | None:
+    """What came between two moments; None when counters went back meanwhile."""
+    if not _goes_on(HistogramPoint(0.0, before), HistogramPoint(0.0, now)):
+        return None
+    parts = {key: since(histogram, before.get(key)) for key, histogram in now.items()}
+    return {key: part for key, part in parts.items() if part is not None and part.requests}
+
+
+class HistoryThinner:
+    """Thins the history of runs as they age, in steps of THIN_WINDOW_STEPS samples to be kept: each
+    reads and writes little, in one transaction, so that other writes do not wait. One that was
+    interrupted begins again, and finds what was thinned as it is to be."""
+
+    def __init__(self, store: Store, share: float = 0.3):
+        self._store = store
+        self._share = share  # of the time: the rest it leaves to the others
+
+    def thin(self, now: float, after_s: dict[int, float]) -> int:
+        """Thin all runs that are due; how many were. after_s: the age in seconds from which on a
+        sample per key seconds is kept; 0: never. NotReady when the database does not do it."""
+        done = 0
+        for aged in self._store.ageing_runs():
+            run = self._store.find(aged.id) or aged  # a change is shown when it is on disk
+            due = [step_s for step_s, age_s in after_s.items() if age_s and now - run.kept_since > age_s]
+            step_s = max(due, default=0)
+            if step_s > (run.history_step_s or 0):
+                with contextlib.suppress(NotFound):  # deleted meanwhile
+                    self.thin_run(run, step_s)
+                    done += 1
+        return done
+
+    def thin_run(self, run: Run, step_s: int) -> None:
+        """Thin one run. What it is compared by is made of its whole history before."""
+        self._store.comparer.compared(run)
+        thinning = _HistogramThinning(step_s)
+        at = -math.inf
+        while (rows := self._timed(functools.partial(self._read, run.id, at, step_s))) is not None:
+            at, samples, histograms = rows
+            kept, points = thinned_samples(samples, step_s), thinning.take(histograms)
+            if len(kept) < len(samples) or len(points) < len(histograms):
+                self._timed(functools.partial(self._replace, run.id, (samples, kept), (histograms, points)))
+        self._store.note_thinned(run.id, step_s)
+
+    def _timed(self, work: Callable[[], Any]) -> Any:
+        """Do `work`, and rest so long that the others have their share."""
+        begun = monotonic_s()
+        result = work()
+        time.sleep((monotonic_s() - begun) * (1 / self._share - 1))
+        return result
+
+    def _read(
+        self, run_id: str, after_at: float, step_s: int
+    ) -> tuple[float, list[Sample], list[HistogramRow]] | None:
+        """The rows of the next window that has any, and a moment before all later ones; None: no more."""
+        columns = ", ".join(Sample._fields)
+
+        def read(database: Database) -> Any:
+            first = [
+                database.query(
+                    f"SELECT MIN(at) FROM {table} WHERE run_id = ? AND at > ?", (run_id, max(after_at, -1e15))
+                )[0][0]
+                for table in ("samples", "histograms")
+            ]
+            known = [at for at in first if at is not None]
+            if not known:
+                return None
+            width_s = step_s * THIN_WINDOW_STEPS
+            end_at = (math.floor(min(known) / width_s) + 1) * width_s
+            where = "WHERE run_id = ? AND at > ? AND at < ? ORDER BY at"
+            values = (run_id, max(after_at, -1e15), end_at)
+            samples = database.query(f"SELECT {columns} FROM samples {where}", values)
+            histograms = database.query(f"SELECT at, is_whole, content FROM histograms {where}", values)
+            return math.nextafter(end_at, -math.inf), [Sample(*row) for row in samples], histograms
+
+        return self._store.read_database(read)
+
+    def _replace(
+        self,
+        run_id: str,
+        samples: tuple[list[Sample], list[Sample]],
+        histograms: tuple[list[HistogramRow], list[HistogramRow]],
+    ) -> None:
+        """Put the second list of each pair in the place of the first."""
+
+        def write(database: Database) -> None:
+            new = {
+                "samples": (samples[0], samples[1]),
+                "histograms": (histograms[0], [(run_id, *row) for row in histograms[1]]),
+            }
+            for table, (old, rows) in new.items():
+                if len(rows) == len(old):
+                    continue
+                first, last = (row.at if isinstance(row, Sample) else row[0] for row in (old[0], old[-1]))
+                where = "WHERE run_id = ? AND at >= ? AND at <= ?"
+                database.execute(f"DELETE FROM {table} {where}", (run_id, first, last))
+                database.execute_many(insert_into(table), rows)
+
+        self._store.change_history(run_id, write)
 
 
 # ============================================================================
@@ -11489,6 +11804,7 @@ class Orchestrator:
         for monitor in overdue:
             monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
         self._forget_old()
+        self.timer.in_thread(0.0, "thinning", self._thin_old)
         self._dispatch_queue()
 
     def _take_over_or_later(self, run: Run) -> RunMonitor | None:
@@ -11597,14 +11913,35 @@ class Orchestrator:
         self._dispatch_queue()
 
     def _forget_old(self) -> None:
-        """Remove what storage.retentionDays says, now and every hour; sooner when less than 10 h are kept."""
-        kept_s = self.config.storage.retention_days * 86400
-        if not kept_s:
+        """Remove what storage.retentionDays and retentionRuns say, now and every hour; sooner when
+        less than 10 h are kept."""
+        kept_s, most = self.config.storage.retention_days * 86400, self.config.storage.retention_runs
+        again_s = min(3600, max(60, kept_s / 10)) if kept_s else 3600
+        self.timer.in_thread(again_s, "retention", self._forget_old)
+        try:
+            gone = self.store.delete_older(time.time() - kept_s) if kept_s else 0
+            gone += self.store.delete_over(most) if most else 0
+        except NotReady as error:
+            log("old runs not removed", why=error.message)
             return
-        gone = self.store.delete_older(time.time() - kept_s)
         if gone:
             log("old runs removed", runs=gone)
-        self.timer.in_thread(min(3600, max(60, kept_s / 10)), "retention", self._forget_old)
+
+    def _thin_old(self) -> None:
+        """Thin the history of runs as storage.thinAfterDays and thinMoreAfterDays say, and again in an hour."""
+        storage = self.config.storage
+        after_s = {
+            THIN_STEP_S: storage.thin_after_days * 86400,
+            THIN_MORE_STEP_S: storage.thin_more_after_days * 86400,
+        }
+        try:
+            done = HistoryThinner(self.store).thin(time.time(), after_s)
+            if done:
+                log("history of old runs thinned", runs=done)
+        except NotReady as error:
+            log("history of old runs not thinned", why=error.message)
+        finally:
+            self.timer.in_thread(3600, "thinning", self._thin_old)
 
     # ---- creating
 
@@ -14382,6 +14719,7 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "repeatOf": BodyKey("repeat_of", RUN_ID),
     "repeat": BodyKey("", ANY_JSON),
     "importedAt": BodyKey("", MOMENT),
+    "historyStepSeconds": BodyKey("history_step_s", number_value(1, 3600, whole=True)),
     "trust": BodyKey("", ANY_JSON),
     "trustReasons": BodyKey("", ANY_JSON),
     "queuePosition": BodyKey("", ANY_JSON),
