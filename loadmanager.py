@@ -5553,11 +5553,11 @@ def _schema_version_of(database: Any) -> int:
     return int(rows[0][0]) if rows else 0
 
 
-def _refuse_newer(version: int) -> None:
+def _refuse_newer(version: int, shown: str) -> None:
     """StartupError for a database that a newer Load Manager wrote; it is not changed."""
     if version > max(MIGRATIONS):
         raise StartupError(
-            f"the database has schema {version}, written by a newer Load Manager; this one reads up to "
+            f"{shown} has schema {version}, written by a newer Load Manager; this one reads up to "
             f"{max(MIGRATIONS)}; it is left untouched"
         )
 
@@ -5678,7 +5678,7 @@ class SqliteDatabase:
         checking = self._connect(f"file:{quote(self.path)}?{mode}", uri=True)
         self._connection = self._checking = checking
         self._check_content()
-        _refuse_newer(_schema_version_of(self))
+        _refuse_newer(_schema_version_of(self), f"database {self.path}")
         if not has_log:  # it cannot see what is written from now on, nor keep others from anything
             checking.close()
             self._checking = None
@@ -5932,7 +5932,7 @@ def _runs_of_copy(connection: Any, source: str) -> int:
     row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     if row is None or not re.fullmatch("[0-9]{1,6}", str(row[0])):
         raise StartupError(f"{source}: is not a Load Manager database")
-    _refuse_newer(int(row[0]))
+    _refuse_newer(int(row[0]), source)
     return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0]
 
 
@@ -6200,6 +6200,11 @@ def open_database(url: str, folder: str) -> Database:
     return SqliteDatabase(os.path.join(folder, url.removeprefix("sqlite:///")))
 
 
+def _called(database: Database) -> str:
+    """What a database is called where people read it: without a password."""
+    return database.shown if isinstance(database, PostgresDatabase) else f"database {database.path}"
+
+
 def open_tables(database: Database, read: Callable[[Database], None]) -> None:
     """Bring the tables to the newest version and `read` them in one transaction: what cannot be
     read is refused with StartupError, and left as it was."""
@@ -6207,6 +6212,7 @@ def open_tables(database: Database, read: Callable[[Database], None]) -> None:
     try:
         database.execute("BEGIN")
         _migrate(database)
+        _refuse_half_copied(database)
         read(database)
         database.take_lead()
         database.execute("COMMIT")
@@ -6220,6 +6226,17 @@ def open_tables(database: Database, read: Callable[[Database], None]) -> None:
         raise
 
 
+COPYING = "copying_from"  # in the table meta as long as `migrate` is at work
+
+
+def _refuse_half_copied(database: Database) -> None:
+    found = database.query("SELECT value FROM meta WHERE key = ?", (COPYING,))
+    if found:
+        raise StartupError(
+            f"the database holds a part of {found[0][0]}: its `migrate` was interrupted; run it again"
+        )
+
+
 def _give_back(database: Database) -> None:
     with contextlib.suppress(*database.errors):
         database.rollback()
@@ -6231,7 +6248,7 @@ def _migrate(database: Database) -> None:
     """Bring the tables to the newest version, within a transaction: old or new, never between."""
     database.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
     version = _schema_version_of(database)
-    _refuse_newer(version)
+    _refuse_newer(version, _called(database))
     for number in sorted(MIGRATIONS):
         if number > version:
             _take_step(database, number)
@@ -8146,6 +8163,147 @@ class HistoryThinner:
                 database.execute_many(insert_into(table), rows)
 
         self._store.change_history(run_id, write)
+
+
+# ---- all rows of one database in another -------------------------------------
+
+
+class TableCopy(NamedTuple):
+    """What became of one table: rows in the source, and in the target before and after."""
+
+    table: str
+    source: int
+    before: int
+    after: int
+
+
+class DatabaseCopy:
+    """Copies every table of one database into another, of which no one may serve meanwhile. A row,
+    and a run's samples or histograms as a whole, are there or not: one that was interrupted is gone
+    on with, and one that is complete changes nothing."""
+
+    KEYS = {  # the runs last: a run that is there has all that belongs to it
+        "samples": ("run_id",), "histograms": ("run_id",), "artefacts": ("run_id", "name"),
+        "idempotency": ("key",), "baselines": ("tenant_id", "env_id", "scenario_id"), "audit": ("seq",),
+        "schedules": ("id",), "outbox": ("id",), "cleanups": ("run_id",), "runs": ("id",),
+    }  # fmt: skip
+    OF_RUN = {  # tables without a key, and what of a run's rows must be equal
+        "samples": "COUNT(*), MIN(at), MAX(at), SUM(requests)",
+        "histograms": "COUNT(*), MIN(at), MAX(at), SUM(LENGTH(content))",
+    }
+    PAGE = 200  # rows that are read and written at once
+
+    def __init__(self, source: Database, target: Database, shown: str):
+        self._source = source
+        self._target = target
+        self._shown = shown  # of the source
+        self._number = 0
+
+    # ---- what is where -----------------------------------------------------
+
+    def prepare(self, replace_all: bool) -> None:
+        """Give the target its tables, or have it empty. StartupError for a database of another
+        version, or, unless replace_all, for a target that has what the source has not."""
+        newest = max(MIGRATIONS)
+        for database, is_target in ((self._source, False), (self._target, True)):
+            version = _schema_version_of(database)
+            _refuse_newer(version, _called(database))
+            if version != newest and not (is_target and version == 0):
+                raise StartupError(
+                    f"{_called(database)} has schema {version}, must be {newest}: serve from it once with this "
+                    "Load Manager, which brings it there"
+                )
+        if not replace_all and _schema_version_of(self._target):
+            self._refuse_others()
+        self._target.execute("BEGIN")
+        _migrate(self._target)
+        self._target.take_lead()
+        self._target.execute("DELETE FROM meta WHERE key = ?", (COPYING,))
+        self._target.execute("INSERT INTO meta (key, value) VALUES (?, ?)", (COPYING, self._shown))
+        for table in TABLES if replace_all else ():
+            self._target.execute(f"DELETE FROM {table}")
+        self._target.execute("COMMIT")
+
+    def _refuse_others(self) -> None:
+        for table in self.KEYS:
+            source, target = (self._units(database, table) for database in (self._source, self._target))
+            others = [unit for unit, known in target.items() if source.get(unit) != known]
+            if others:
+                count = f"{len(others)} of {len(target)}"
+                raise StartupError(
+                    f"{_called(self._target)} has {table} that the source has not or has otherwise ({count}, one of "
+                    f"{'/'.join(map(str, others[0]))}): name an empty database, or --replace to lose what is there"
+                )
+
+    def _units(self, database: Database, table: str) -> dict[tuple[Any, ...], Any]:
+        """By their keys what is copied at once, and a mark by which equal ones are known."""
+        if table in self.OF_RUN:
+            rows = database.query(f"SELECT run_id, {self.OF_RUN[table]} FROM {table} GROUP BY run_id")
+            return {row[:1]: (*row[1:4], row[4] and int(row[4])) for row in rows}
+        width = len(self.KEYS[table])
+        return {
+            row[:width]: hashlib.blake2b(repr(row[width:]).encode(), digest_size=16).digest()
+            for page in self._pages(database, table)
+            for row in page
+        }
+
+    def _pages(self, database: Database, table: str) -> Iterator[list[tuple[Any, ...]]]:
+        """All rows of a table, its key first, in the order of its key."""
+        keys = self.KEYS[table]
+        names, marks = ", ".join(keys), ", ".join("?" * len(keys))
+        select = f"SELECT {', '.join(self._columns(table))} FROM {table}"
+        order = f"ORDER BY {names} LIMIT {self.PAGE}"
+        page = database.query(f"{select} {order}")
+        while page:
+            yield page
+            page = database.query(f"{select} WHERE ({names}) > ({marks}) {order}", page[-1][: len(keys)])
+
+    def _columns(self, table: str) -> tuple[str, ...]:
+        keys = self.KEYS[table]
+        return (*keys, *(column for column in TABLES[table] if column not in keys))
+
+    # ---- copying -----------------------------------------------------------
+
+    def copy(self) -> Iterator[TableCopy]:
+        """Copy table by table what the target has not, and tell of each."""
+        for table in self.KEYS:
+            before = self._count(self._target, table)
+            known = self._units(self._target, table)
+            if table in self.OF_RUN:
+                self._copy_histories(table, known)
+            else:
+                self._copy_rows(table, known)
+            counts = (self._count(database, table) for database in (self._source, self._target))
+            source, after = counts
+            yield TableCopy(table, source, before, after)
+
+    def end(self) -> None:
+        """Have the target be one that a Load Manager serves from."""
+        self._target.execute("DELETE FROM meta WHERE key = ?", (COPYING,))
+
+    def _copy_rows(self, table: str, known: dict[tuple[Any, ...], Any]) -> None:
+        width = len(self.KEYS[table])
+        for page in self._pages(self._source, table):
+            self._insert(table, [row for row in page if row[:width] not in known])
+
+    def _copy_histories(self, table: str, known: dict[tuple[Any, ...], Any]) -> None:
+        select = f"SELECT {', '.join(self._columns(table))} FROM {table} WHERE run_id = ? ORDER BY at"
+        for unit in self._units(self._source, table):
+            if unit not in known:
+                self._insert(table, self._source.query(select, unit))
+
+    def _insert(self, table: str, rows: list[tuple[Any, ...]]) -> None:
+        if not rows:
+            return
+        columns = self._columns(table)
+        marks = ", ".join("?" * len(columns))
+        self._number += 1
+        self._target.begin(self._number)
+        self._target.execute_many(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
+        self._target.commit()
+
+    def _count(self, database: Database, table: str) -> int:
+        return int(database.query(f"SELECT COUNT(*) FROM {table}")[0][0])
 
 
 # ============================================================================
@@ -22380,6 +22538,70 @@ def command_restore(options: Any) -> int:
     return EXIT_DONE
 
 
+def command_migrate(options: Any) -> int:
+    """Copy a database into another one, table by table, while no server has either open."""
+    urls = [options.source, options.target]
+    opened: list[Database] = []
+    try:
+        _refuse_urls(urls)
+        for url in urls:
+            opened.append(open_database(url, os.getcwd()))
+        return _copied(opened[0], opened[1], options)
+    except StartupError as error:
+        raise CommandError(f"not migrated: {error}", EXIT_USAGE) from None
+    except tuple(kind for database in opened for kind in database.errors) as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        words = f"not migrated whole: {why}; run the same command again, it goes on"
+        raise CommandError(words, EXIT_FAILED) from None
+    finally:
+        for database in opened:
+            with contextlib.suppress(*database.errors):
+                database.rollback()
+            with contextlib.suppress(*database.errors):
+                database.close()
+
+
+def _refuse_urls(urls: list[str]) -> None:
+    """StartupError unless they are two databases, of which the first is there."""
+    for name, url in zip(("--from", "--to"), urls, strict=True):
+        try:
+            STORAGE_URL.accept(url)
+        except ValueError:
+            raise StartupError(f"{name} must be {STORAGE_URL.allowed}, got {url!r}") from None
+        if url == "memory:":
+            raise StartupError(f"{name} must be a database that stays, got memory:")
+    paths = [
+        os.path.realpath(url.removeprefix("sqlite:///")) if url.startswith("sqlite:") else url for url in urls
+    ]
+    if paths[0] == paths[1]:
+        raise StartupError("--from and --to must be two databases, got one")
+    if urls[0].startswith("sqlite:") and not os.path.isfile(paths[0]):
+        raise StartupError(f"--from must be a database, {paths[0]} does not exist")
+
+
+def _copied(source: Database, target: Database, options: Any) -> int:
+    """Copy, print what became of each table, and check the counts."""
+    copy = DatabaseCopy(source, target, _called(source))
+    copy.prepare(options.replace)
+    wrong, changed = [], 0
+    print(f"{'TABLE':<12} {'SOURCE':>10} {'COPIED':>10} {'WERE THERE':>10} {'TARGET':>10}")
+    for one in copy.copy():
+        new = one.after - one.before
+        changed += new
+        print(f"{one.table:<12} {one.source:>10} {new:>10} {one.before:>10} {one.after:>10}", flush=True)
+        if one.source != one.after:
+            wrong.append(one.table)
+    if wrong:
+        say(
+            f"the counts of {', '.join(wrong)} differ: do not use the target, and run this again with --replace"
+        )
+        return EXIT_FAILED
+    copy.end()
+    done = "every row is there" if changed else "every row was there already, nothing was changed"
+    print(f"{done}: set storage.url to the target to serve from it")
+    return EXIT_DONE
+
+
 def command_reload(options: Any) -> int:
     """Have a server on this machine read its file again by a signal, which needs no token: that may
     be the one that leaked. One elsewhere, or one that left no mark, by the API."""
@@ -24602,6 +24824,16 @@ COMMANDS = (
     Command(
         "restore", command_restore, "put a backup in the database's place while no server runs", "restore -config config.yaml lm-backup.db",
         (argument("file", metavar="FILE", completes="file", help="what `backup` wrote"),),
+        calls_server=False,
+    ),
+    Command(
+        "migrate", command_migrate, "copy all from one database into another, such as from SQLite to PostgreSQL",
+        "migrate --from sqlite:///loadmanager.db --to postgresql://loadmanager@db.example/loadmanager",
+        (
+            argument("--from", dest="source", required=True, metavar="URL", help="as storage.url; a relative file is of this folder"),
+            argument("--to", dest="target", required=True, metavar="URL", help="the same; PostgreSQL takes a password from PGPASSWORD, too"),
+            argument("--replace", action="store_true", help="lose what the target has"),
+        ),
         calls_server=False,
     ),
     Command("reload", command_reload, "have a running server read its configuration again", "reload -config config.yaml"),

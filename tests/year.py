@@ -157,7 +157,10 @@ def simulate(url: str, folder: str, runs: int, kinds: int) -> None:
     print(
         "runs by seconds between samples:", ", ".join(f"{step} s: {n}" for step, n in sorted(steps.items()))
     )
-    print("rows:", ", ".join(f"{table} {count:,}" for table, count in zip(lm.TABLES, rows, strict=True) if count))
+    print(
+        "rows:",
+        ", ".join(f"{table} {count:,}" for table, count in zip(lm.TABLES, rows, strict=True) if count),
+    )
     print(f"keeping: {kept_s:.0f} s; thinning: {thinned_s:.0f} s, the longest day {longest_s:.1f} s")
     print(f"database: {size / (1 << 20):.1f} MiB, {size / GIB:.3f} GiB of the 1 GiB a year may take")
 
