@@ -3,7 +3,9 @@ our hooks is kept through the store's own code; every simulated day the store's 
 due. Sizes and times are printed; nothing is asserted.
 
 `python tests/year.py --runs 8760 [--url postgresql://...] [--kinds 6]`: of so many different runs the
-numbers are simulated second by second; the others repeat them at their own times."""
+numbers are simulated second by second; the others repeat them at their own times. `--real-every 20`:
+of the runs of one kind that are thinned only every 20th is by the store's own code, the others get
+what that made of the first of their kind: the same statements, in a fraction of the time."""
 
 from __future__ import annotations
 
@@ -91,7 +93,7 @@ def kept_run(store: lm.Store, started_at: float, random_: random.Random, seconds
     return store.transition(run.id, lm.RunStatus.FINISHED, newest, finished_at=started_at + seconds)
 
 
-def keep_again(store: lm.Store, like: tuple, started_at: float) -> None:
+def keep_again(store: lm.Store, like: tuple, started_at: float, kind: int) -> None:
     """A run with the history of another one, at its own time."""
     run, snapshot, samples, histograms, figures = like
     later_s = started_at - run.started_at
@@ -101,6 +103,7 @@ def keep_again(store: lm.Store, like: tuple, started_at: float) -> None:
         created_at=started_at,
         started_at=started_at,
         finished_at=started_at + RUN_S,
+        metadata={"kind": kind},
     )
     store.add_imported(
         again, snapshot._replace(taken_at=snapshot.taken_at + later_s),
@@ -125,20 +128,59 @@ def templates(count: int) -> list[tuple]:
     return found
 
 
-def simulate(url: str, folder: str, runs: int, kinds: int) -> None:
+class RepeatingThinner(lm.HistoryThinner):
+    """Computes every so manieth run of a kind, and repeats for the others what came of the first."""
+
+    def __init__(self, store: lm.Store, real_every: int):
+        super().__init__(store, share=1.0)
+        self._real_every = real_every
+        self._seen: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int], tuple[list, list]] = {}
+        self.computed = self.repeated = 0
+
+    def thin_run(self, run: lm.Run, step_s: int) -> None:
+        kind = run.metadata["kind"], step_s
+        count = self._seen[kind] = self._seen.get(kind, -1) + 1
+        if count % self._real_every == 0:
+            self.computed += 1
+            super().thin_run(run, step_s)
+            if self._real_every > 1:
+                self._known.setdefault(kind, self._rows_of(run))
+        else:
+            self.repeated += 1
+            self._store.change_history(run.id, lambda database: self._repeat(database, run, *self._known[kind]))
+            self._store.note_thinned(run.id, step_s)
+
+    def _rows_of(self, run: lm.Run) -> tuple[list, list]:
+        samples = [one._replace(at=one.at - run.started_at) for one in self._store.samples(run.id)]
+        rows = self._store._histogram_rows(run.id)
+        return samples, [(at - run.started_at, is_whole, content) for at, is_whole, content in rows]
+
+    def _repeat(self, database: lm.Database, run: lm.Run, samples: list, histograms: list) -> None:
+        for table in ("samples", "histograms"):
+            database.execute(f"DELETE FROM {table} WHERE run_id = ?", (run.id,))
+        began = run.started_at
+        database.execute_many(
+            lm.insert_into("samples"), [one._replace(run_id=run.id, at=began + one.at) for one in samples]
+        )
+        rows = [(run.id, began + at, is_whole, content) for at, is_whole, content in histograms]
+        database.execute_many(lm.insert_into("histograms"), rows)
+
+
+def simulate(url: str, folder: str, runs: int, kinds: int, real_every: int) -> None:
     """Keep so many hourly runs, thin them day by day, and print what they take."""
     begun = time.monotonic()
     known = templates(kinds)
     print(f"{kinds} runs simulated second by second: {time.monotonic() - begun:.0f} s", flush=True)
     database = lm.open_database(url, folder)
     store = lm.Store(database)
-    thinner = lm.HistoryThinner(store, share=1.0)
-    first_at = time.time() - runs * 3600
+    thinner = RepeatingThinner(store, real_every)
+    first_at = (time.time() // 3600 - runs) * 3600
     kept_s = thinned_s = longest_s = 0.0
     for number in range(runs):
         at = first_at + number * 3600
         before = time.monotonic()
-        keep_again(store, known[number % kinds], at)
+        keep_again(store, known[number % kinds], at, number % kinds)
         kept_s += time.monotonic() - before
         if number % 24 == 23 or number == runs - 1:
             before = time.monotonic()
@@ -154,6 +196,7 @@ def simulate(url: str, folder: str, runs: int, kinds: int) -> None:
     rows = store.read_database(lambda one: [one.query(f"SELECT COUNT(*) FROM {t}")[0][0] for t in lm.TABLES])
     size = store.database_bytes() or 0
     store.close()
+    print(f"thinned by the store's code: {thinner.computed}; repeated: {thinner.repeated}")
     print(
         "runs by seconds between samples:", ", ".join(f"{step} s: {n}" for step, n in sorted(steps.items()))
     )
@@ -169,10 +212,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=8760)
     parser.add_argument("--kinds", type=int, default=6)
+    parser.add_argument("--real-every", type=int, default=1)
     parser.add_argument("--url", default="sqlite:///year.db")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="year-", dir=os.environ.get("TMPDIR")) as folder:
-        simulate(options.url, folder, options.runs, options.kinds)
+        simulate(options.url, folder, options.runs, options.kinds, options.real_every)
     return 0
 
 
