@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench soak year gate chaos check page packages clean
+.PHONY: help run demo test bench soak year gate chaos check page bundle packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -43,6 +43,9 @@ page: $(VENV)/test.stamp  ## the page's CSS and JavaScript as files in page/, an
 	@if [ -d page ]; then $(PY) tests/page.py in page && echo "page/ is in loadmanager.py; remove page/ when done"; \
 	else $(PY) tests/page.py out page && echo "work in page/, and serve it: LOADMANAGER_PAGE_DIR=page make run"; fi
 
+bundle: $(VENV)/bin/python  ## one archive for a host without a network: make bundle PYTHON_VERSION=3.12
+	$(PY) deploy/bundle.py --out dist $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION))
+
 # What the tests and figures take from Debian: a database, a browser, a load generator, a shell.
 packages:
 	@tests/packages.sh
@@ -59,4 +62,4 @@ $(VENV)/test.stamp: tests/requirements.txt $(VENV)/run.stamp
 	@touch $@
 
 clean:  ## remove the environment and what runs left
-	rm -rf $(VENV) .demo tests/output loadmanager-logs
+	rm -rf $(VENV) .demo dist tests/output loadmanager-logs
