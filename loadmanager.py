@@ -396,6 +396,9 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "run imported": _log_event("info", "a run came from a file", "run by"),
     "baseline named": _log_event("info", "a run became a baseline", "run by"),
     "old runs removed": _log_event("info", "retention removed runs", "runs"),
+    "old runs not removed": _log_event("warning", "the database failed", "why"),
+    "history of old runs thinned": _log_event("info", "retention thinned the samples of runs", "runs"),
+    "history of old runs not thinned": _log_event("warning", "the database failed", "why"),
     "cluster not read at the end": _log_event(
         "warning", "the final numbers are the last ones", "cluster run why"
     ),
