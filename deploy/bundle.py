@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MADE_AT = 1577836800  # 2020-01-01: the archive does not depend on when it is made
 FOLDERS = ("deploy", "locust")
-FILES = ("loadmanager.py", "README.md", "LICENSE", "config.yaml")
+FILES = ("loadmanager.py", "README.md", "LICENSE", "config.yaml", ".dockerignore")
 LEFT_OUT = ("__pycache__", "bundle.py", "bundle-install.sh", "dashboard.png")
 
 
