@@ -24025,6 +24025,8 @@ DOCTOR_READS_S = 30.0  # reading through the database
 FREE_FEW_BYTES, FREE_LITTLE_BYTES = 100 << 20, 1 << 30  # a problem, a warning below
 CLOCK_DIFFERENCE_S = 5.0
 OLDEST_PYTHON = (3, 11)
+OLDEST_LOCUST = (2, 20)  # with older ones nothing was ever tried
+FEW_CONNECTIONS = 5  # of a PostgreSQL server that are free: a warning below
 
 
 class Finding(NamedTuple):
@@ -24065,6 +24067,7 @@ def examine(config: Config, path: str) -> list[Finding]:
     findings = list(configuration_findings(config, path))
     is_bad = any(one.level == "problem" for one in findings)
     findings += [*package_findings(config), *permission_findings(config, path)]
+    findings += secret_file_findings(path)
     if is_bad:
         advice = "correct the configuration, and ask again"
         return [*findings, Finding("warning", "database, port, clusters", "are not looked at", advice)]
@@ -24131,6 +24134,40 @@ def permission_findings(config: Config, path: str) -> Iterator[Finding]:
         yield Finding("ok", "permissions", f"{file} is not readable by others")
 
 
+def secret_file_findings(path: str) -> Iterator[Finding]:
+    """Look at files that hold a secret of the configuration: apiTokenFile and the like."""
+    known = {entry["name"] + "File" for entry in _all_declared(Config) if entry["secret"]} | {"keyFile"}
+    waiting = [_read_config_file(path)]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, (dict, list)):
+            continue
+        waiting += item.values() if isinstance(item, dict) else item
+        for name, value in item.items() if isinstance(item, dict) else ():
+            if name in known and isinstance(value, str) and "${" not in value:
+                file = os.path.join(os.path.dirname(os.path.abspath(path)), value)
+                yield secret_file_finding(name, file)
+
+
+def secret_file_finding(name: str, file: str) -> Finding:
+    if not os.path.isfile(file) or not os.access(file, os.R_OK):
+        advice = "make it, and let this user read it"
+        return Finding("problem", "permissions", f"{file} ({name}) cannot be read", advice)
+    if os.name == "posix" and is_read_by_others(file):
+        advice = f"chmod o-rwx {file}, and replace what is in it"
+        return Finding("warning", "permissions", f"{file} ({name}) is readable by others", advice)
+    return Finding("ok", "permissions", f"{file} ({name}) is not readable by others")
+
+
+def _all_declared(section: type) -> Iterator[dict[str, Any]]:
+    """Every declared key of a section and of the sections within it."""
+    for entry in _declared(section):
+        yield entry
+        inner = entry["check"][0] if isinstance(entry["check"], list) else entry["check"]
+        if isinstance(inner, type):
+            yield from _all_declared(inner)
+
+
 def is_read_by_others(path: str) -> bool:
     try:
         return bool(os.stat(path).st_mode & 0o004)
@@ -24186,8 +24223,10 @@ def database_findings(config: Config) -> Iterator[Finding]:
     """Look at the disk of an SQLite database, and read it through."""
     file = sqlite_file(config)
     if file is None:
-        where = "in memory" if config.storage.url.startswith("memory:") else "on a PostgreSQL server"
-        yield Finding("ok", "database", f"is {where}: no file to look at")
+        if config.storage.url.startswith("memory:"):
+            yield Finding("ok", "database", "is in memory: no file to look at")
+        else:
+            yield from postgres_findings(config.storage.url)
         return
     folder = os.path.dirname(os.path.realpath(file))
     if not os.path.isdir(folder):
@@ -24196,6 +24235,108 @@ def database_findings(config: Config) -> Iterator[Finding]:
         return
     yield disk_finding(folder)
     yield integrity_finding(os.path.realpath(file))
+
+
+def postgres_findings(url: str) -> Iterator[Finding]:
+    """Ask a PostgreSQL server, on a connection of its own that can change nothing and takes no lock."""
+    try:
+        import psycopg
+    except ImportError:  # package_findings has told it
+        return
+    shown = re.sub(r"://([^:/@]*):[^@]*@", r"://\1@", url)
+    options = f"-c default_transaction_read_only=on -c statement_timeout={DOCTOR_READS_S * 1000:.0f}"
+    try:
+        with psycopg.connect(
+            url, autocommit=True, connect_timeout=int(DOCTOR_CALL_S), application_name="loadmanager doctor",
+            options=options,
+        ) as connection:  # fmt: skip
+            yield Finding("ok", "database", f"{shown} answers: {_server_words(connection)}")
+            yield connections_finding(connection)
+            yield from content_findings(connection)
+    except psycopg.errors.QueryCanceled:
+        found = f"{shown} could not be read through within {DOCTOR_READS_S:g} s"
+        yield Finding("warning", "database", found, "ask again when it is idle")
+    except psycopg.Error as error:
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        advice = "start the server, or correct storage.url; see pg_hba.conf when it refuses this user"
+        yield Finding("problem", "database", f"{shown} cannot be used: {why}", advice)
+
+
+def _asked(connection: Any, sql: str, *values: Any) -> Any:
+    """The only value of the only row."""
+    return connection.execute(sql, values).fetchone()[0]
+
+
+def _server_words(connection: Any) -> str:
+    version, encoding = _asked(connection, "SHOW server_version"), _asked(connection, "SHOW server_encoding")
+    return f"PostgreSQL {version}, {encoding}"
+
+
+def connections_finding(connection: Any) -> Finding:
+    """Look whether the server has connections left; superusers have some of their own."""
+    most = int(_asked(connection, "SHOW max_connections"))
+    kept = int(_asked(connection, "SHOW superuser_reserved_connections"))
+    used = _asked(connection, "SELECT COUNT(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
+    limits = connection.execute(
+        "SELECT datconnlimit, (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user)"
+        " FROM pg_database WHERE datname = current_database()"
+    ).fetchone()
+    found = f"{used} of {most} connections are used, {kept} of them kept for superusers"
+    smallest = min([limit for limit in limits if limit is not None and limit >= 0], default=most)
+    if most - kept - used < FEW_CONNECTIONS or smallest < 2:
+        found += f"; this user or database may have {smallest}" if smallest < most else ""
+        advice = "raise max_connections, or the limit of the user or database: two are needed at least"
+        return Finding("warning", "database", found, advice)
+    return Finding("ok", "database", found)
+
+
+def content_findings(connection: Any) -> Iterator[Finding]:
+    """Look at the tables: are they of this version, and does all in them belong to a run."""
+    if _asked(connection, "SHOW server_encoding") != "UTF8":
+        advice = "make another with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+        yield Finding("problem", "database", "its encoding is not UTF8", advice)
+    may_create = "SELECT has_schema_privilege(current_schema(), 'CREATE')"
+    if not _asked(connection, may_create):
+        advice = "GRANT CREATE, USAGE ON SCHEMA public TO this user"
+        yield Finding("problem", "database", "this user may not create tables in it", advice)
+    if _asked(connection, "SELECT to_regclass('meta')") is None:
+        yield Finding("ok", "database", "has no tables yet; they are made at the start")
+        return
+    rows = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    version, newest = rows.get("schema_version", ""), max(MIGRATIONS)
+    if not version.isdigit() or int(version) > newest:
+        advice = "serve from it with the Load Manager that wrote it, or name another database"
+        yield Finding("problem", "database", f"has schema {version or 'unknown'}, must be {newest}", advice)
+        return
+    if COPYING in rows:
+        advice = "run the same `migrate` again"
+        yield Finding("problem", "database", "holds a part of another one that was being copied", advice)
+    led = _asked(
+        connection,
+        "SELECT COUNT(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = %s"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+        PostgresDatabase.LOCK_ID,
+    )
+    used = "a Load Manager serves from it" if led else "no Load Manager serves from it"
+    yield Finding("ok", "database", f"has schema {version}; {used}")
+    yield from counts_findings(connection, int(version))
+
+
+def counts_findings(connection: Any, version: int) -> Iterator[Finding]:
+    """Look for rows that belong to no run: a deletion was cut off, or somebody changed the tables."""
+    runs = _asked(connection, "SELECT COUNT(*) FROM runs")
+    lost = []
+    for table in ("samples", "histograms", "artefacts"):
+        if _asked(connection, "SELECT to_regclass(%s)", table) is not None:
+            without = f"SELECT COUNT(*) FROM {table} WHERE run_id NOT IN (SELECT id FROM runs)"
+            count = _asked(connection, without)
+            lost += [f"{count} {table}"] if count else []
+    if lost:
+        advice = "stop Load Manager, keep a pg_dump, and delete them or restore a dump"
+        found = f"{', '.join(lost)} belong to none of its {runs} run(s)"
+        yield Finding("warning", "database", found, advice)
+    else:
+        yield Finding("ok", "database", f"{runs} run(s), and all that is kept belongs to one")
 
 
 def disk_finding(folder: str) -> Finding:
@@ -24277,7 +24418,8 @@ def cluster_findings(item: ClusterConfig, client: LocustClient, folder: str) -> 
         return [launched_finding(item, subject, folder)]
     try:
         reading = client.read_state(DOCTOR_CALL_S)
-        version = ".".join(map(str, client.version())) or "of unknown version"
+        numbers = client.version()
+        version = ".".join(map(str, numbers)) or "of unknown version"
         ahead_s = client.clock_ahead_s(DOCTOR_CALL_S)
     except LocustError as error:
         return [
@@ -24287,6 +24429,7 @@ def cluster_findings(item: ClusterConfig, client: LocustClient, folder: str) -> 
         f"{len(reading.live_workers)} worker(s)" if reading.distributed else "without workers of its own"
     )
     findings = [Finding("ok", subject, f"Locust {version} at {client.base_url}: {reading.state}, {workers}")]
+    findings += version_findings(subject, numbers)
     if reading.hooks:
         findings.append(Finding("ok", subject, "has our hooks"))
     else:
@@ -24310,9 +24453,39 @@ def clock_finding(subject: str, ahead_s: float | None) -> Finding:
 
 def launched_finding(item: ClusterConfig, subject: str, folder: str) -> Finding:
     file = os.path.join(folder, item.launcher.locustfile or "") if item.launcher else ""
-    if os.path.isfile(file):
-        return Finding("ok", subject, "is started by Load Manager itself")
-    return Finding("problem", subject, f"{file} does not exist", "put the locustfile there")
+    if not os.path.isfile(file):
+        return Finding("problem", subject, f"{file} does not exist", "put the locustfile there")
+    if item.launcher and item.launcher.python:
+        return launcher_python_finding(item.launcher.python, subject)
+    return Finding("ok", subject, "is started by Load Manager itself")
+
+
+def launcher_python_finding(python: str, subject: str) -> Finding:
+    """Ask the Python of a launcher which Locust it has."""
+    import subprocess
+
+    advice = "correct launcher.python, or install Locust for it: -m pip install locust"
+    ask = [python, "-c", "from importlib.metadata import version; print(version('locust'))"]
+    try:
+        done = subprocess.run(
+            ask, capture_output=True, text=True, timeout=DOCTOR_CALL_S * 2, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        return Finding("problem", subject, f"launcher.python {python} cannot be started: {why}", advice)
+    if done.returncode:
+        return Finding("problem", subject, f"launcher.python {python} has no Locust", advice)
+    return Finding(
+        "ok", subject, f"is started by Load Manager itself, with Locust {done.stdout.strip()[:20]}"
+    )
+
+
+def version_findings(subject: str, version: tuple[int, ...]) -> Iterator[Finding]:
+    """Look whether a Locust is too old to be driven."""
+    if version and version < OLDEST_LOCUST:
+        found = f"its Locust {'.'.join(map(str, version))} is too old"
+        advice = f"pip install 'locust>={'.'.join(map(str, OLDEST_LOCUST))}' for its master and workers"
+        yield Finding("problem", subject, found, advice)
 
 
 def port_finding(server: ServerConfig) -> Finding:

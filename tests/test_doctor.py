@@ -11,10 +11,12 @@ import sys
 from email.utils import formatdate
 from time import time
 
+import psycopg
 import pytest
 from conftest import API_TOKEN, CALLBACK_TOKEN, ROOT, base_config, cluster_config
 from fake_locust import hang
 from locust_process import LocustCluster, find_free_port
+from test_store import new_run, postgres_url  # noqa: F401 - a fixture
 
 import loadmanager
 
@@ -189,3 +191,82 @@ def test_little_free_space_is_told(monkeypatch, tmp_path, free, level):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     assert loadmanager.disk_finding(str(tmp_path)).level == level
+
+
+def postgres(url):
+    return {"storage": {"url": url}}
+
+
+def test_postgresql_is_asked_and_nothing_of_it_is_changed(doctor, postgres_url):  # noqa: F811
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS looked WITH (FORCE)")
+        connection.execute("CREATE DATABASE looked")
+        url = postgres_url.replace("/postgres", "/looked")
+        status, findings = doctor(**postgres(url))
+        told = of(findings, "database", "ok")
+        assert status == 0 and "answers: PostgreSQL" in told[0] and "connections are used" in told[1], (
+            findings
+        )
+        assert "has no tables yet" in told[2]
+        with psycopg.connect(url) as looked:
+            assert looked.execute(
+                "SELECT COUNT(*) FROM pg_tables WHERE schemaname = 'public'"
+            ).fetchone() == (0,)
+        store = loadmanager.Store(loadmanager.open_database(url, ""))
+        try:
+            store.add(new_run())
+            status, findings = doctor(**postgres(url))
+            told = " ".join(of(findings, "database", "ok"))
+            assert status == 0 and "a Load Manager serves from it" in told and "1 run(s)" in told, findings
+            store.add(new_run())
+            assert store.is_leading
+        finally:
+            store.close()
+        with psycopg.connect(url, autocommit=True) as looked:
+            looked.execute("INSERT INTO artefacts VALUES ('gone', 'x', 'y')")
+            status, findings = doctor(**postgres(url))
+            told = of(findings, "database", "warning")
+            assert status == 0 and "1 artefacts belong to none of its 2 run(s)" in told[0], findings
+            looked.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'")
+            status, findings = doctor(**postgres(url))
+            assert status == 1 and "has schema 999, must be" in of(findings, "database", "problem")[0], (
+                findings
+            )
+            connection.execute("ALTER DATABASE looked CONNECTION LIMIT 1")
+            looked.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+        status, findings = doctor(**postgres(url))
+        assert "may have 1" in of(findings, "database", "warning")[0], findings
+
+
+def test_files_of_secrets_are_looked_at(doctor, tmp_path):
+    secret = tmp_path / "token.txt"
+    secret.write_text("a-token-of-a-file-0123456789")
+    security = {"apiToken": None, "apiTokenFile": "token.txt", "locustCallbackToken": CALLBACK_TOKEN}
+    config = base_config()
+    config["security"] = {name: value for name, value in security.items() if value}
+    for mode, level, words in ((0o644, "warning", "chmod o-rwx"), (0o600, "ok", "is not readable by others")):
+        secret.chmod(mode)
+        status, findings = doctor(text=json.dumps(config))
+        told = [text for text in of(findings, "permissions", level) if "token.txt (apiTokenFile)" in text]
+        assert status == 0 and told and words in told[0], findings
+        assert "a-token-of-a-file" not in json.dumps(findings)
+
+
+@pytest.mark.parametrize("kind", ["missing", "without Locust", "with Locust"])
+def test_python_of_a_launcher_is_asked_for_its_locust(doctor, tmp_path, kind):
+    (tmp_path / "locustfile.py").write_text("")
+    python = tmp_path / "python"
+    if kind != "missing":
+        start = "exec" if kind == "with Locust" else "exec env -i"
+        more = "" if kind == "with Locust" else "-I -S"
+        python.write_text(f'#!/bin/sh\n{start} {sys.executable} {more} "$@"\n')
+        python.chmod(0o755)
+    cluster = cluster_config(None, launcher={"locustfile": "locustfile.py", "python": str(python)})
+    cluster.pop("baseUrl", None)
+    status, findings = doctor(cluster)
+    if kind == "with Locust":
+        assert status == 0 and "with Locust 2." in of(findings, "cluster one", "ok")[0], findings
+    else:
+        words = "cannot be started" if kind == "missing" else "has no Locust"
+        told = of(findings, "cluster one", "problem")
+        assert status == 1 and words in told[0] and "launcher.python" in told[0], findings
