@@ -24234,7 +24234,11 @@ def database_findings(config: Config) -> Iterator[Finding]:
         yield Finding("problem", "database", f"the folder {folder} does not exist", advice)
         return
     yield disk_finding(folder)
-    yield integrity_finding(os.path.realpath(file))
+    yield from writable_findings(os.path.realpath(file), folder)
+    whole = integrity_finding(os.path.realpath(file))
+    yield whole
+    if whole.level == "ok" and os.path.exists(file):
+        yield from schema_findings(os.path.realpath(file))
 
 
 def postgres_findings(url: str) -> Iterator[Finding]:
@@ -24352,6 +24356,37 @@ def disk_finding(folder: str) -> Finding:
         return Finding("ok", "disk", found)
     level = "problem" if free < FREE_FEW_BYTES else "warning"
     return Finding(level, "disk", found, "free some space, or lower storage.retentionDays")
+
+
+def writable_findings(file: str, folder: str) -> Iterator[Finding]:
+    """Look whether the database and what SQLite makes beside it can be written, without writing."""
+    for path in (folder, file, f"{file}-wal", f"{file}.lock"):
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            advice = "let the user that Load Manager runs as write it, or change storage.url"
+            yield Finding("problem", "database", f"{path} cannot be written", advice)
+
+
+def schema_findings(file: str) -> Iterator[Finding]:
+    """Look whose tables a whole SQLite file has, and of which version."""
+    import sqlite3
+
+    how = "mode=ro" if os.path.exists(f"{file}-wal") else "mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(f"file:{quote(file)}?{how}", uri=True, timeout=5)) as reader:
+        try:
+            tables = {row[0] for row in reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            rows = dict(reader.execute("SELECT key, value FROM meta")) if "meta" in tables else {}
+        except sqlite3.Error:  # the finding before this one says what there is
+            return
+    version, newest = str(rows.get("schema_version", "")), max(MIGRATIONS)
+    if tables and not re.fullmatch("[0-9]{1,6}", version):
+        found = f"{file} is no database of Load Manager"
+        yield Finding("problem", "database", found, "name another file in storage.url")
+    elif tables and int(version) > newest:
+        advice = "serve from it with the Load Manager that wrote it, or restore an older backup"
+        yield Finding("problem", "database", f"{file} has schema {version}, must be {newest}", advice)
+    if COPYING in rows:
+        advice = "run the same `migrate` again"
+        yield Finding("problem", "database", f"{file} holds a part of another one", advice)
 
 
 def integrity_finding(file: str) -> Finding:
