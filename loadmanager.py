@@ -5881,6 +5881,16 @@ class HeldDatabase(SqliteDatabase):
             os.unlink(self.path)
         self._unlock()
 
+    def _is_whole(self) -> bool:
+        """Whether the database can be read with its log. A connection that may write would move the
+        log into a damaged file when it is closed."""
+        name = f"file:{quote(self.path)}?mode=ro"
+        try:
+            with contextlib.closing(self._connect(name, uri=True)) as connection:
+                return connection.execute("PRAGMA quick_check(1)").fetchall() == [("ok",)]
+        except self._sqlite3.Error:
+            return False
+
     def replace_by(self, copy: str) -> str | None:
         """Put file `copy` in the database's place; the path of the former one, None if there was none."""
         former = None
@@ -5891,9 +5901,10 @@ class HeldDatabase(SqliteDatabase):
             former = f"{self.path}.before-restore-{moment}"
             if os.path.exists(former):
                 raise FileExistsError(f"{former} exists; try again in a second")
-            with contextlib.suppress(self._sqlite3.Error):  # damaged: its log is moved with it
-                with contextlib.closing(self._connect(self.path)) as connection:
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if self._is_whole():  # else its log is moved with it, and neither is changed
+                with contextlib.suppress(self._sqlite3.Error):
+                    with contextlib.closing(self._connect(self.path)) as connection:
+                        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             for end in self.SIDE_FILES:  # only beside a database that is damaged, or was killed
                 if os.path.exists(self.path + end):
                     os.rename(self.path + end, former + end)

@@ -6,12 +6,14 @@ import json
 import sqlite3
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, cluster_config
 from control_plane import ControlPlane
+from waiting import eventually
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -92,3 +94,82 @@ def test_other_storage_says_what_to_use_instead(served, url):
 def test_backup_into_a_missing_folder_is_one_line(served, tmp_path):
     refused = command(served.folder, "backup", str(tmp_path / "none" / "copy.db"))
     assert refused.returncode == 2 and "No such file" in refused.stderr, refused
+
+
+def samples_in(path: Path, run_id: str) -> list[tuple]:
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return connection.execute(
+            "SELECT at, requests FROM samples WHERE run_id = ? ORDER BY at, rowid", (run_id,)
+        ).fetchall()
+
+
+def test_backups_during_a_stream_of_writes_hold_all_up_to_a_moment(served, tmp_path):
+    run_id, stop, pushed = served.external_run(), threading.Event(), []
+
+    def push() -> None:
+        while not stop.is_set():
+            assert served.push(run_id, len(pushed) + 1) == 200
+            pushed.append(len(pushed) + 1)
+
+    pusher = threading.Thread(target=push)
+    pusher.start()
+    try:
+        counts = []
+        for number in range(4):
+            enough = len(pushed) + 20
+            eventually(lambda: len(pushed) >= enough, 30, what="numbers are pushed")  # noqa: B023 - called at once
+            made = command(served.folder, "backup", str(tmp_path / f"{number}.db"))
+            assert made.returncode == 0, made
+            counts.append(len(pushed))
+    finally:
+        stop.set()
+        pusher.join()
+    served.end()
+    whole = samples_in(served.folder / "lm.db", run_id)
+    assert len(whole) > 80 and len(pushed) > 80
+    lengths = []
+    for number in range(4):
+        copied = samples_in(tmp_path / f"{number}.db", run_id)
+        assert copied == whole[: len(copied)], "the copy is not what was there at a moment"
+        lengths.append(len(copied))
+    assert lengths == sorted(lengths) and lengths[0] > 0 and lengths[-1] > lengths[0], (lengths, counts)
+    restored = command(served.folder, "restore", str(tmp_path / "3.db"))
+    assert restored.returncode == 0 and samples_in(served.folder / "lm.db", run_id) == whole[: lengths[3]]
+
+
+def test_restore_over_a_damaged_database_with_a_log_keeps_both_beside_it(served, tmp_path):
+    run_id = served.external_run()
+    assert command(served.folder, "backup", str(tmp_path / "copy.db")).returncode == 0
+    served.restart()  # so that the log holds a part of the database only
+    later = [served.push(run_id, number) for number in range(1, 30)]
+    assert set(later) == {200}
+    eventually(
+        lambda: (served.folder / "lm.db-wal").stat().st_size > 0,
+        what="what was pushed is in the log of writes",
+    )
+    served.kill9()
+    damaged = b"no database at all " * 400
+    log_of_writes = (served.folder / "lm.db-wal").read_bytes()
+    assert log_of_writes, "the killed server left no log, so that this test proves nothing"
+    (served.folder / "lm.db").write_bytes(damaged)
+    restored = command(served.folder, "restore", str(tmp_path / "copy.db"))
+    assert restored.returncode == 0, restored
+    former = next(served.folder.glob("lm.db.before-restore-*Z"))
+    assert former.read_bytes() == damaged
+    assert Path(f"{former}-wal").read_bytes() == log_of_writes
+    assert not (served.folder / "lm.db-wal").exists(), "a log of another database is applied to this one"
+    served.start()
+    assert served.run(run_id)["id"] == run_id
+
+
+def test_a_newer_database_is_named(served, tmp_path):
+    copy = tmp_path / "copy.db"
+    assert command(served.folder, "backup", str(copy)).returncode == 0
+    served.end()
+    for path in (copy, served.folder / "lm.db"):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE meta SET value='9999' WHERE key='schema_version'")
+    words = "has schema 9999, written by a newer Load Manager"
+    assert f"{copy} {words}" in command(served.folder, "restore", str(copy)).stderr
+    assert f"{served.folder / 'lm.db'} {words}" in command(served.folder, "serve").stderr

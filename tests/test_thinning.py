@@ -212,6 +212,7 @@ def test_a_server_thins_and_counts_by_its_configuration_and_says_so(tmp_path, fa
         )
         assert plane.get(f"/v1/tests/{gone}").status == 404
         totals = [
-            plane.get(f"/v1/tests/{one}/metrics?maxPoints=10000").json["total"] for one in (month, week, young)
+            plane.get(f"/v1/tests/{one}/metrics?maxPoints=10000").json["total"]
+            for one in (month, week, young)
         ]
         assert totals[0] < totals[1] < totals[2]

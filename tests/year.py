@@ -148,7 +148,9 @@ class RepeatingThinner(lm.HistoryThinner):
                 self._known.setdefault(kind, self._rows_of(run))
         else:
             self.repeated += 1
-            self._store.change_history(run.id, lambda database: self._repeat(database, run, *self._known[kind]))
+            self._store.change_history(
+                run.id, lambda database: self._repeat(database, run, *self._known[kind])
+            )
             self._store.note_thinned(run.id, step_s)
 
     def _rows_of(self, run: lm.Run) -> tuple[list, list]:
