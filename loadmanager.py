@@ -77,7 +77,8 @@ big body           reads bodies over 64 KiB, one by one              -          
 timer              deadlines and other scheduled calls               -                goes on
 writer             the only one that writes to the database          the database     goes on
 database-deadline  cuts a PostgreSQL connection that hangs           -                is counted
-watch              looks at the cluster of one run                   Locust           the run is Failed
+polls              asks all masters for their numbers, notes them    -                the run is Failed
+watch              looks closer at the cluster of one run            Locust           the run is Failed
 end                stops the load of one run, and ends the run       Locust, disk     the run is Failed
 edge               ends a run as Failed when that failed before      disk             tried again
 queue              starts waiting runs on free clusters              disk             tried again
@@ -100,6 +101,7 @@ doctor             asks a port or a cluster, for the command         Locust, a s
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
 
+RunMonitor._turn          who looks at the cluster of a run, and acts; Locust is asked within
 Cluster.operation         a start, a stop or a change of users goes on there; Locust is asked within
 ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
 RunMonitor._lock          what is known of an active run
@@ -111,7 +113,7 @@ Timer._changed            the heap of scheduled calls
 
 The others guard one thing each, and are never taken while one of these is held, unless nothing
 else is taken within them: ThresholdWatch._lock,
-_Deadline._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
+_Deadline._lock, PollLoop._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
 Scheduler._lock, Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
 Service._reloading, RunCounts._lock, Channel._annotating, McpServer._writing, McpServer._changed.
@@ -2924,7 +2926,7 @@ class Snapshot(NamedTuple):
     resets: int | None = None  # of Locust's statistics since the test began; None: not known
 
 
-# The wire's keys, read in both directions; in the order of the tuples' fields.
+# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its second on).
 ENDPOINT_KEYS = {
     "method": "method",
     "name": "name",
@@ -2956,13 +2958,10 @@ def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
         "timestamp": utc_second_text(snapshot.taken_at),
         "timestampMs": epoch_ms(snapshot.taken_at),
     }
-    for name, attribute in SNAPSHOT_KEYS.items():
-        wire[name] = getattr(snapshot, attribute)
+    wire.update(zip(SNAPSHOT_KEYS, snapshot[1:], strict=False))  # by place: a fifth of the time of by name
     if snapshot.endpoints is not None:
         wire["requestStats"] = {
-            f"{row.method}_{row.name}": {
-                name: getattr(row, attribute) for name, attribute in ENDPOINT_KEYS.items()
-            }
+            f"{row.method}_{row.name}": dict(zip(ENDPOINT_KEYS, row, strict=False))
             for row in snapshot.endpoints
         }
     return wire
@@ -5353,21 +5352,29 @@ def _plain_endpoints(stats: dict[str, Any]) -> tuple[EndpointStats, ...] | None:
         if type(entry) is not dict:
             return None
         row = [*map(entry.get, _OF_ENDPOINT)]
-        method, name, requests, failures, *measures = row
-        if not (type(method) is type(name) is str and method.isascii() and name.isascii()):
+        if not is_plain_row(row):
             return None
-        if len(method) + len(name) > MAX_LOCUST_NAME or "\0" in method or "\0" in name:
-            return None
-        if not (type(requests) is type(failures) is int and 0 <= requests < 1e18 and 0 <= failures < 1e18):
-            return None
-        for value in measures:
-            if value is not None and not ((type(value) is float or type(value) is int) and 0 <= value < 1e18):
-                return None
         times = _checked_times(entry["responseTimes"], "", odd) if "responseTimes" in entry else None
         if odd:
             return None
         rows.append(EndpointStats(*row, times))
     return tuple(rows)
+
+
+def is_plain_row(row: list[Any]) -> bool:
+    """Whether method, name, two counts and measures (or None) are as they nearly always are, so that
+    nothing in them needs a closer look."""
+    method, name, requests, failures, *measures = row
+    if not (type(method) is type(name) is str and method.isascii() and name.isascii()):
+        return False
+    if len(method) + len(name) > MAX_LOCUST_NAME or "\0" in method or "\0" in name:
+        return False
+    if not (type(requests) is type(failures) is int and 0 <= requests < 1e18 and 0 <= failures < 1e18):
+        return False
+    for value in measures:
+        if value is not None and not ((type(value) is float or type(value) is int) and 0 <= value < 1e18):
+            return False
+    return True
 
 
 def host_allowed(host: str, patterns: Iterable[str]) -> bool:
@@ -8435,7 +8442,7 @@ class LocustClient:
         self._cookie = ""
         self._stop_method = "POST"  # since 2.47.0; GET before
         self._version: tuple[int, ...] | None = None
-        self._hooks_absent_until = 0.0
+        self._hooks_absent_until = self._not_plain_until = 0.0
         self._stats_times = StatsTimes()
         self.base_url = config.base_url or ""
 
@@ -8444,7 +8451,7 @@ class LocustClient:
         with self._lock:
             self.base_url = base_url
             self._idle_connections.clear()
-            self._version, self._hooks_absent_until = None, 0.0
+            self._version, self._hooks_absent_until, self._not_plain_until = None, 0.0, 0.0
             self._stats_times = StatsTimes()
 
     # ---- what a master can be asked ----------------------------------------
@@ -8462,6 +8469,10 @@ class LocustClient:
         """State and numbers from /stats/requests, up to STATS_CACHE_S old."""
         asked_at = monotonic_s()
         status, headers, body = self._call("GET", "/stats/requests", None, timeout_s)
+        return self.reading_of(status, headers, body, asked_at)
+
+    def reading_of(self, status: int, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
+        """What an answer of /stats/requests says; LocustBadAnswer when it is none."""
         document = self._decoded("/stats/requests", status, headers, body)
         if not isinstance(document.get("state"), str) or not isinstance(document.get("stats"), list):
             raise LocustBadAnswer(
@@ -8703,6 +8714,7 @@ class LocustClient:
                 connection.connect()
             if expired.is_set():
                 raise TimeoutError
+            connection.sock.settimeout(timeout_s)  # the polls' thread may have used it
             body = urlencode(form, doseq=True) if form is not None and method == "POST" else None
             sent = True
             connection.request(
@@ -8753,6 +8765,38 @@ class LocustClient:
         if self._cookie:
             headers["Cookie"] = self._cookie
         return headers
+
+    # ---- for the polls' thread, which sends and reads by itself
+
+    NOT_PLAIN_S = 60.0  # how long a client that answered in another way is left to the blocking calls
+
+    def plain_connection(self) -> http.client.HTTPConnection | None:
+        """A kept connection without TLS, for one poll; None: a blocking call is needed."""
+        if monotonic_s() < self._not_plain_until or not self.base_url.startswith("http://"):
+            return None
+        return self._kept_connection()
+
+    def give_back(self, connection: http.client.HTTPConnection) -> None:
+        self._keep(connection)
+
+    def is_not_plain(self) -> None:
+        """Its answers need more than PollLoop can: it is asked by blocking calls for a while."""
+        self._not_plain_until = monotonic_s() + self.NOT_PLAIN_S
+
+    def poll_request(self) -> bytes:
+        """The bytes that ask for the statistics."""
+        parts, path = urlsplit(self.base_url), "/stats/requests"
+        lines = [f"GET {parts.path}{path} HTTP/1.1", f"Host: {parts.netloc}", "Accept-Encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in self._headers(path, None).items()]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def took_too_long(self, timeout_s: float) -> LocustTimeout:
+        return LocustTimeout(f"{self._where('/stats/requests')} did not answer within {timeout_s:g} s")
+
+    @property
+    def has_no_hooks(self) -> bool:
+        """Its hooks' route was not there when it was asked for last, some seconds ago."""
+        return monotonic_s() < self._hooks_absent_until
 
     def _kept_connection(self) -> http.client.HTTPConnection | None:
         """A connection that Locust has not closed meanwhile, or None."""
@@ -9050,7 +9094,18 @@ def _percentile(row: dict[str, Any], which: str) -> float | None:
     return measure_or_none(row.get(f"response_time_percentile_{which}", row.get(older)))
 
 
+# Of a row of Locust, in the order of an endpoint's fields; the last two come after its `times`.
+_OF_STATS_ROW = (
+    "method", "name", "num_requests", "num_failures", "avg_response_time", "min_response_time",
+    "max_response_time", "median_response_time", "current_rps", "response_time_percentile_0.95",
+    "response_time_percentile_0.99", "current_fail_per_sec", "avg_content_length",
+)  # fmt: skip
+
+
 def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
+    values = [*map(row.get, _OF_STATS_ROW)]
+    if values[2] and None not in values[:11] and is_plain_row(values):  # a third of the time of what follows
+        return EndpointStats(*values[:11], None, *values[11:])
     requests = _whole(row.get("num_requests"))
     per_s = measure_or_none(row.get("current_rps", row.get("total_rps")))
     return EndpointStats(
@@ -9176,6 +9231,223 @@ def _json_in_page(page: str, name: str) -> Any:
         return json.JSONDecoder().raw_decode(page, match.end())[0] if match else None
     except (ValueError, RecursionError):
         return None
+
+
+class Poll:
+    """One question for statistics that is on its way."""
+
+    __slots__ = ("client", "connection", "asked_at", "give_up_at", "received", "then", "otherwise", "broken")
+
+    def __init__(
+        self,
+        client: LocustClient,
+        connection: http.client.HTTPConnection,
+        timeout_s: float,
+        then: Callable[[dict[str, str], bytes, float], None],
+        otherwise: Callable[[LocustTimeout | None], None],
+        broken: Callable[[Exception], None],
+    ):
+        self.client = client
+        self.connection = connection
+        self.asked_at = monotonic_s()
+        self.give_up_at = self.asked_at + timeout_s
+        self.received = b""
+        self.then = then
+        self.otherwise = otherwise
+        self.broken = broken
+
+
+class PollLoop(threading.Thread):
+    """Asks all masters for their statistics, in one thread over one selector: a hung master costs
+    nothing, and a poll a third of what a thread with a blocking call each took.
+
+    It knows the plain case alone: a kept connection without TLS, an answer 200 that says its length.
+    For all else `otherwise` is called, and a blocking call finds out and has the words."""
+
+    GRID_S = 0.05  # what is due within it is done in one go: code and data are in the processor's cache then
+    SWEEP_S = 0.25
+    MAX_WAIT_S = 1.0
+
+    def __init__(self) -> None:
+        super().__init__(name="polls", daemon=True)
+        self._lock = threading.Lock()  # guards the heap
+        self._heap: list[ScheduledCall] = []
+        self._selector = selectors.DefaultSelector()
+        self._polls: set[Poll] = set()
+        self._sweep_at = 0.0
+        self._closed = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
+
+    # ---- from any thread
+
+    def at(self, due: float, action: Callable[[], None]) -> ScheduledCall:
+        """Call `action` in this thread when monotonic_s() reaches `due`, or up to GRID_S later."""
+        scheduled = ScheduledCall(math.ceil(due / self.GRID_S) * self.GRID_S, action)
+        with self._lock:
+            heapq.heappush(self._heap, scheduled)
+            is_first = self._heap[0] is scheduled
+        if is_first and threading.current_thread() is not self:
+            self._wake()
+        return scheduled
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_writer.send(b"\0")
+        except OSError:
+            pass  # enough wake-ups are under way
+
+    # ---- in this thread
+
+    def run(self) -> None:
+        while not self._closed:
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 - the edge: all runs need this thread
+                log_unforeseen("polls", error)
+                time.sleep(0.02)  # should it come at each turn
+        for sock in (self._selector, self._wake_reader, self._wake_writer):
+            sock.close()
+
+    def _turn(self) -> None:
+        for event, _ in self._selector.select(self._wait_s()):
+            if event.data is None:
+                self._wake_reader.recv(4096)
+            else:
+                self._attend(event.data, self._receive)
+        for scheduled in self._due():
+            try:
+                scheduled.action()
+            except Exception as error:  # noqa: BLE001 - the edge: the others are due as well
+                log_unforeseen("polls", error)
+        if self._polls and monotonic_s() >= self._sweep_at:
+            self._sweep()
+
+    def _attend(self, poll: Poll, work: Callable[[Poll], None]) -> None:
+        try:
+            work(poll)
+        except Exception as error:  # noqa: BLE001 - the edge: it is one run's trouble
+            self._polls.discard(poll)
+            poll.connection.close()
+            poll.broken(error)
+
+    def _wait_s(self) -> float:
+        with self._lock:
+            wait_s = self._heap[0].due - monotonic_s() if self._heap else self.MAX_WAIT_S
+        return max(0.0, min(wait_s, self.SWEEP_S if self._polls else self.MAX_WAIT_S))
+
+    def _due(self) -> list[ScheduledCall]:
+        now, due = monotonic_s(), []
+        with self._lock:
+            while self._heap and (self._heap[0].cancelled or self._heap[0].due <= now):
+                due.append(heapq.heappop(self._heap))
+        return due
+
+    def ask(
+        self,
+        client: LocustClient,
+        timeout_s: float,
+        then: Callable[[dict[str, str], bytes, float], None],
+        otherwise: Callable[[LocustTimeout | None], None],
+        broken: Callable[[Exception], None],
+    ) -> None:
+        """Have `then` called with headers, body and the moment of asking (monotonic seconds), else
+        `otherwise`: with an error when the time is over, with None when a blocking call is needed.
+        `broken` is told what nobody foresaw, also in the other two."""
+        connection = client.plain_connection()
+        if connection is None:
+            otherwise(None)
+            return
+        poll = Poll(client, connection, timeout_s, then, otherwise, broken)
+        request = client.poll_request()
+        try:
+            connection.sock.setblocking(False)
+            if connection.sock.send(request) != len(request):
+                raise OSError("an idle connection takes some hundred bytes")
+            self._selector.register(connection.sock, selectors.EVENT_READ, poll)
+        except (OSError, ValueError):
+            connection.close()
+            otherwise(None)
+            return
+        self._polls.add(poll)
+
+    def _receive(self, poll: Poll) -> None:
+        try:
+            received = poll.connection.sock.recv(262144)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            received = b""
+        poll.received = poll.received + received if poll.received else received
+        try:
+            if not received:
+                raise OSError("closed without an answer")
+            answer = plain_answer(poll.received)
+        except ValueError:
+            poll.client.is_not_plain()
+            self._end(poll).otherwise(None)
+            return
+        except OSError:
+            self._end(poll).otherwise(None)
+            return
+        if answer is not None:
+            self._end(poll, keep=True).then(*answer, poll.asked_at)
+
+    def _end(self, poll: Poll, keep: bool = False) -> Poll:
+        self._polls.discard(poll)
+        self._selector.unregister(poll.connection.sock)
+        if keep:
+            poll.client.give_back(poll.connection)
+        else:
+            poll.connection.close()
+        return poll
+
+    def _sweep(self) -> None:
+        """Give up on those that have not answered in time."""
+        now = monotonic_s()
+        self._sweep_at = now + self.SWEEP_S
+        for poll in [one for one in self._polls if one.give_up_at <= now]:
+            self._attend(poll, self._give_up)
+
+    def _give_up(self, poll: Poll) -> None:
+        error = poll.client.took_too_long(poll.give_up_at - poll.asked_at)
+        self._end(poll).otherwise(error)
+
+
+MAX_ANSWER_HEAD_BYTES = 65536
+
+
+def plain_answer(raw: bytes) -> tuple[dict[str, str], bytes] | None:
+    """Headers (their names in lower case) and body of an answer 200 whose length is told, None while
+    it is not whole; ValueError for one of another kind."""
+    end = raw.find(b"\r\n\r\n", 0, MAX_ANSWER_HEAD_BYTES)
+    if end < 0:
+        if len(raw) >= MAX_ANSWER_HEAD_BYTES:
+            raise ValueError("a head without an end")
+        return None
+    status, *lines = raw[:end].decode("latin-1").split("\r\n")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name = name.lower()
+        if not colon or name in headers or name != name.strip():
+            raise ValueError("a header that stands twice, or is none")
+        headers[name] = value.strip()
+    length = headers.get("content-length", "")
+    if not status.startswith("HTTP/1.1 200") or not (length.isascii() and length.isdecimal()):
+        raise ValueError("not an answer 200 that says its length")
+    if "transfer-encoding" in headers or headers.get("connection", "keep-alive").lower() != "keep-alive":
+        raise ValueError("not an answer in one piece on a kept connection")
+    whole = end + 4 + int(length[:12])
+    if whole > LOCUST_ANSWER_BYTES or len(raw) > whole:
+        raise ValueError("too long, or longer than it says")
+    return (headers, raw[end + 4 :]) if len(raw) == whole else None
 
 
 # ============================================================================
@@ -10064,6 +10336,10 @@ class Cluster:
     def read_stats(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
         return self._note_reading(self.client.read_stats(timeout_s))
 
+    def polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
+        """The reading in an answer 200 of /stats/requests; as read_stats()."""
+        return self._note_reading(self.client.reading_of(200, headers, body, asked_at))
+
     def is_loaded(self, min_workers: int | None = None) -> bool:
         """A test runs there, or (where asked for) it has so many workers already."""
         try:
@@ -10621,8 +10897,9 @@ class RunMonitor:
     """What is known of one active run, and its two threads. Its methods are the only writers of
     its fields, under its lock; callbacks, readings and scheduled calls come to them.
 
-    The `watch` thread looks at the cluster on the interval and does what is posted to it; the
-    `end` thread waits for the one thing it is to do: stop the load and end the run."""
+    The polls' thread asks for numbers on the interval and notes those that need no more than that; the
+    `watch` thread does all else, which is posted to it: what waits for Locust, or is out of the ordinary.
+    The `end` thread waits for the one thing it is to do: stop the load and end the run."""
 
     def __init__(self, run: Run, cluster: Cluster, end: RunStopper):
         self.run_id = run.id
@@ -10630,11 +10907,14 @@ class RunMonitor:
         self._end = end
         self._store = end.store
         self._timer = end.timer
+        self._polls = end.polls
         self._rules = end.rules
+        self._turn = threading.Lock()  # who has it looks and acts; the polls' thread never waits for it
         self._lock = threading.RLock()  # guards the fields that follow
         self._wake = threading.Event()
         self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
         self._due = math.inf  # the next look, monotonic seconds
+        self._next_look: ScheduledCall | None = None
         self._unheard_since = math.inf  # the first of the looks in vain, by Timer.awake_s()
         self._polled_at = monotonic_s()  # the last look that was answered
         self.is_quiet = False  # its load has stopped; the final numbers are being read
@@ -10733,8 +11013,9 @@ class RunMonitor:
     def stop_watching(self) -> None:
         self.over.set()
         self._wake.set()
-        for scheduled in self.scheduled:
-            scheduled.cancel()
+        for scheduled in (*self.scheduled, self._next_look):
+            if scheduled is not None:
+                scheduled.cancel()
 
     def close(self) -> None:
         """Let both threads go: the run is final, or was not started."""
@@ -10746,17 +11027,21 @@ class RunMonitor:
         if self._end_work is not None:
             self._end_work()
 
+    LOST_LOOK_S = 10.0  # a look that is overdue for longer is made by the watch thread, whatever became of it
+
     def _watch(self) -> None:
         while not self.over.is_set():
             if self._tasks:
-                self._tasks.popleft()()
+                task = self._tasks.popleft()
+                with self._turn:
+                    task()
                 continue
-            wait_s = self._due - monotonic_s()
-            if wait_s > 0:
-                self._wake.wait(None if wait_s == math.inf else wait_s)
-                self._wake.clear()
-            else:
-                self._look_once()
+            wait_s = self._due + self.LOST_LOOK_S - monotonic_s()
+            if wait_s <= 0:
+                self.post(self._look_once)
+                continue
+            self._wake.wait(None if wait_s == math.inf else wait_s)
+            self._wake.clear()
 
     # ---- from the start on
 
@@ -10765,7 +11050,7 @@ class RunMonitor:
         with self._lock:
             self.started = monotonic_s()
             self.deadline = None if remaining_s is None else self.started + remaining_s
-            self._due = self.started + min(1.0, self._rules.poll_interval_s)
+        self._look_at(self.started + min(1.0, self._rules.poll_interval_s))
         if self.deadline is not None:
             self._schedule(self.deadline, functools.partial(self._end.begin_stop, run.id, "duration"))
         elapsed_s = time.time() - (run.started_at or time.time())
@@ -10775,7 +11060,6 @@ class RunMonitor:
                 self._schedule(at, functools.partial(self.post, self.begin_stage))
         proof_at = self.started + self._rules.start_timeout_s
         self._schedule(proof_at, functools.partial(self.post, self._check_proof))
-        self._wake.set()
 
     def _schedule(self, due: float, action: Callable[[], object]) -> None:
         """Call `action` at a point in time (monotonic seconds) unless the run is over before."""
@@ -10837,6 +11121,73 @@ class RunMonitor:
 
     # ---- looking
 
+    def _look_at(self, due: float) -> None:
+        """Look at the cluster at a moment (monotonic seconds)."""
+        self._due = due
+        if not self.over.is_set():
+            self._next_look = self._polls.at(due, self._look_is_due)
+
+    def _look_again(self) -> None:
+        """Look again after the interval."""
+        self._look_at(max(self._due + self._interval_s(), monotonic_s()))
+
+    def _broken(self, error: Exception) -> None:
+        """The edge of what the polls' thread does for the run: what nobody foresaw ends it as Failed."""
+        log_unforeseen("polls", error, run=self.run_id)
+        self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
+
+    def _look_is_due(self) -> None:
+        try:
+            self._ask()
+        except Exception as error:  # noqa: BLE001 - the edge
+            self._broken(error)
+
+    def _ask(self) -> None:
+        """In the polls' thread: ask for numbers, or have the watch thread look where these are not enough."""
+        run = self._store.find(self.run_id)
+        if self.over.is_set() or run is None or run.status is not RunStatus.RUNNING:
+            return
+        client = self.cluster.client
+        needs_state = not self.users_seen or (self._lease_needs_us(run) and not client.has_no_hooks)
+        if needs_state or self._tasks or self._turn.locked():
+            self.post(self._look_once)
+            return
+        otherwise = functools.partial(self._poll_failed, self._timer.awake_s())
+        self._polls.ask(client, self._look_timeout_s, self._polled, otherwise, self._broken)
+
+    def _poll_failed(self, asked_at: float, error: LocustTimeout | None) -> None:
+        """In the polls' thread: there is no answer in time, or a blocking call must find out more."""
+        failed = functools.partial(self._look_failed, asked_at, error)
+        self.post(self._look_once if error is None else failed)
+
+    def _polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> None:
+        """In the polls' thread: note numbers of a run that goes on; all else is looked at once more by
+        the watch thread, which may wait for Locust."""
+        run = self._store.find(self.run_id)
+        if self.over.is_set() or run is None:
+            return
+        if not self._turn.acquire(blocking=False):
+            self.post(self._look_once)
+            return
+        try:
+            reading = self.cluster.polled(headers, body, asked_at)
+            if not reading.is_loaded or self._is_over(run, reading):
+                self.post(self._look_once)
+                return
+            self._heard()
+            if not self._is_from_before(reading):
+                self.note_start(reading)
+                self._note_reading(run, reading)
+            self._look_again()
+        except LocustError:
+            self.post(self._look_once)
+        finally:
+            self._turn.release()
+
+    def _heard(self) -> None:
+        self._unheard_since = math.inf
+        self._polled_at = monotonic_s()
+
     def _look_once(self) -> None:
         run = self._store.find(self.run_id)
         if run is None or run.status is not RunStatus.RUNNING:
@@ -10845,13 +11196,21 @@ class RunMonitor:
         asked_at = self._timer.awake_s()
         try:
             self._look(run)
-            self._unheard_since = math.inf
-            self._polled_at = monotonic_s()
         except LocustError as error:
-            self._unheard_since = min(self._unheard_since, asked_at)
-            self.cluster.failed_polls += 1
-            self._not_heard(run, error)
-        self._due = max(self._due + self._interval_s(), monotonic_s())
+            self._look_failed(asked_at, error)
+        else:
+            self._heard()
+            self._look_again()
+
+    def _look_failed(self, asked_at: float, error: LocustError) -> None:
+        """Nothing was heard of the cluster; asked_at: of Timer.awake_s()."""
+        run = self._store.find(self.run_id)
+        if run is None or run.status is not RunStatus.RUNNING:
+            return
+        self._unheard_since = min(self._unheard_since, asked_at)
+        self.cluster.failed_polls += 1
+        self._not_heard(run, error)
+        self._look_again()
 
     def _interval_s(self) -> float:
         """Until the next look: short at first, so that a run of some seconds has a picture too."""
@@ -10931,8 +11290,8 @@ class RunMonitor:
             self._end.warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
             self._note_numbers(run, reading, reading.snapshot)
-        if before is not None:
-            self._mind_users(run, before, reading, workers_before)
+        if before is not None and not self._is_all_well(reading):
+            self.post(functools.partial(self._mind_users, run, before, reading, workers_before))
         self._replace_lost(reading)
 
     def _note_numbers(self, run: Run, reading: Reading, snapshot: Snapshot) -> None:
@@ -11012,6 +11371,11 @@ class RunMonitor:
         self._end.claim_end(self, "locust")
 
     # ---- users and workers
+
+    def _is_all_well(self, reading: Reading) -> bool:
+        """As many users as wanted run, and no worker waits for its share."""
+        is_waiting = any(worker.state == "ready" for worker in reading.workers)
+        return reading.users == self.target.users and not is_waiting and not self.rebalance_due
 
     def _mind_users(self, run: Run, before: Reading, reading: Reading, workers_before: int) -> None:
         """Rebalance the users after workers came or went; note users changed in Locust's page."""
@@ -11272,6 +11636,7 @@ class RunStopper:
         self.store = store
         self.timer = timer
         self.pool = pool
+        self.polls = PollLoop()
         self._judge = judge
         self.monitors: dict[str, RunMonitor] = {}  # of active runs
         self.counts = RunCounts()
@@ -11858,9 +12223,11 @@ class RunStarter:
             self._stopper.warn(run.id, "hooks_absent", _hooks_absent_sentence(run))
 
     def started(self, run_id: str) -> Run:
-        """Locust took the start: Pending becomes Running, once, whoever hears it first."""
+        """Locust took the start: Pending becomes Running, once, whoever hears it first. Not waited for:
+        an answer waits for its audit, and with that for this. A crash before finds the run Pending, as
+        one a moment earlier would."""
         try:
-            run = self._store.transition(run_id, RunStatus.RUNNING, started_at=time.time())
+            run = self._store.transition(run_id, RunStatus.RUNNING, durable=False, started_at=time.time())
         except Conflict:
             return self._store.get(run_id)  # a callback was faster, or it is over already
         monitor = self._stopper.monitors.get(run_id)
@@ -11975,6 +12342,7 @@ class Orchestrator:
         self._monitors = self._stopper.monitors
         self.counts = self._stopper.counts
         self._stopper.on_free = self._dispatch_queue
+        self._stopper.polls.start()
         self.pool.users_of = self._users_of
         self._queue_retry: ScheduledCall | None = None
         self._is_closing = False
@@ -12108,6 +12476,7 @@ class Orchestrator:
         for cluster in self.pool.all():
             if cluster.launched:
                 cluster.launched.stop(2.0)
+        self._stopper.polls.close()
 
     def _ends_with_us(self, run: Run) -> bool:
         cluster = self.pool.find(run.cluster_id)

@@ -330,7 +330,10 @@ def test_nothing_is_started_when_no_thread_can_be_had(patched_load_manager, fake
     [
         "raise_once(lm.RunMonitor, '_look')",
         "raise_once(lm.RunMonitor, '_note_reading')",
-        "raise_once(lm.RunMonitor, '_mind_users')",
+        "lm.RunMonitor._is_all_well = lambda *_: False\nraise_once(lm.RunMonitor, '_mind_users')",
+        "raise_once(lm.RunMonitor, '_ask')",
+        "raise_once(lm.RunMonitor, '_polled')",
+        "raise_once(lm.PollLoop, '_receive')",
         "raise_once(lm.RunStopper, 'stop_load')",
         "raise_once(lm.RunStopper, '_final_numbers')",
         "raise_once(lm.RunStopper, '_conclude')",
