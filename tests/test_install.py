@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -193,3 +194,26 @@ def test_unit_of_an_installation_is_read_by_systemd(tmp_path, prefix, python):
     # the programs and folders are not on this machine; the lines must be understood
     wrong = [line for line in told.stderr.splitlines() if str(unit) in line]
     assert not wrong, wrong
+
+
+def test_files_that_the_readme_of_installing_names_are_there():
+    text = (ROOT / "deploy/README.md").read_text()
+    named = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(
+        r"`(kubernetes/[\w.]*|compose/[\w.]+)`", text
+    )
+    assert len(named) > 4 and not [name for name in named if not (ROOT / "deploy" / name).exists()]
+    headings = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)", text, re.M)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+
+
+def test_tables_of_the_readme_of_installing_are_what_is_installed(tmp_path):
+    assert install(ROOT / "loadmanager.py", tmp_path / "prefix").returncode == 0
+    rows = re.findall(r"^\| (`.*?) \| (replaced|never)", (ROOT / "deploy/README.md").read_text(), re.M)
+    told = {name: what for names, what in rows for name in re.findall(r"`([^`]+)`", names)}
+    for entry in loadmanager.files_to_install(str(tmp_path / "prefix")):
+        what = told.get(entry.name) or told.get(entry.name.partition("/")[0] + "/")
+        assert what == ("replaced" if entry.is_ours else "never"), entry.name
+        assert (tmp_path / "prefix" / entry.name).is_file(), entry.name
