@@ -8157,14 +8157,12 @@ class HistoryThinner:
             due = [step_s for step_s, age_s in after_s.items() if age_s and now - run.kept_since > age_s]
             step_s = max(due, default=0)
             if step_s > (run.history_step_s or 0):
-                with contextlib.suppress(NotFound):  # deleted meanwhile
-                    self.thin_run(run, step_s)
-                    done += 1
+                done += self._thin_safely(run, step_s)
         return done
 
     def thin_run(self, run: Run, step_s: int) -> None:
         """Thin one run. What it is compared by is made of its whole history before."""
-        self._store.comparer.compared(run)
+        self._timed(functools.partial(self._keep_figures, run))
         thinning = _HistogramThinning(step_s)
         at = -math.inf
         while (rows := self._timed(functools.partial(self._read, run.id, at, step_s))) is not None:
@@ -8173,6 +8171,29 @@ class HistoryThinner:
             if len(kept) < len(samples) or len(points) < len(histograms):
                 self._timed(functools.partial(self._replace, run.id, (samples, kept), (histograms, points)))
         self._store.note_thinned(run.id, step_s)
+
+    def _thin_safely(self, run: Run, step_s: int) -> bool:
+        """Thin a run so that one which cannot be read does not keep the others from it; whether it was."""
+        try:
+            self.thin_run(run, step_s)
+        except NotReady:
+            raise
+        except NotFound:  # deleted meanwhile
+            return False
+        except Exception as error:  # noqa: BLE001 - the edge: the others must be thinned
+            log("history of a run not thinned", run=run.id, error=repr(error))
+            return False
+        return True
+
+    def _keep_figures(self, run: Run) -> None:
+        """Keep what a run is compared by, of its whole history, unless it is kept; NotReady."""
+        record = self._store.artefact(run.id, RUN_FIGURES)
+        if record is not None and run_figures_from_record(record) is not None:
+            return
+        document = json.loads(self._store.wire(run.id))
+        requests = (document.get("lastMetrics") or {}).get("totalRequests")
+        figures = run_figures(document, self._store.time_blocks(run.id, requests))
+        self._store.keep_artefact(run.id, RUN_FIGURES, run_figures_to_record(figures))
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         """Do `work`, and rest so long that the others have their share."""

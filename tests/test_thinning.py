@@ -216,3 +216,17 @@ def test_a_server_thins_and_counts_by_its_configuration_and_says_so(tmp_path, fa
             for one in (month, week, young)
         ]
         assert totals[0] < totals[1] < totals[2]
+
+
+def test_a_run_whose_history_cannot_be_read_does_not_keep_the_others_from_thinning(open_store):  # noqa: F811
+    store = open_store()
+    runs = [year.kept_run(store, 1e9 + number, random.Random(number), 30) for number in range(2)]
+    store.change_history(
+        runs[0].id,
+        lambda database: database.execute(
+            "UPDATE histograms SET content = '.x' WHERE run_id = ?", (runs[0].id,)
+        ),
+    )
+    assert lm.HistoryThinner(store).thin(1e9 + 40 * DAY_S, AFTER_S) == 1
+    assert store.get(runs[0].id).history_step_s is None and len(store.samples(runs[0].id)) > 30
+    assert store.get(runs[1].id).history_step_s == 60
