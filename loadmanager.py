@@ -7174,7 +7174,7 @@ class Store:
         self._lock = threading.RLock()  # guards _records, _keys and the records' fields
         self._records: dict[str, StoredRun] = {}  # oldest first
         # The same by tenant and environment, and those that are not shown as final: a list of some of
-        # 10,000 runs looks at these alone (a filter without a match 10 ms -> 0.1).
+        # 10,000 runs looks at these alone (a filter without a match 3 ms -> 0.3).
         self._places: dict[tuple[str, str], dict[str, StoredRun]] = {}
         self._unsettled_runs: dict[str, StoredRun] = {}
         self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
@@ -9280,7 +9280,7 @@ class Poll:
 
 class PollLoop(threading.Thread):
     """Asks all masters for their statistics, in one thread over one selector: a hung master costs
-    nothing, and a poll a third of what a thread with a blocking call each took.
+    nothing, and a poll half of what a thread with a blocking call each took (840 -> 436 us CPU).
 
     It knows the plain case alone: a kept connection without TLS, an answer 200 that says its length.
     For all else `otherwise` is called, and a blocking call finds out and has the words."""
