@@ -63,8 +63,9 @@ PART VI  FACE: what clients, browsers and shells meet
 37. PRINTED RUNS    how commands show runs, figures and comparisons
 38. DOCTOR          what an installation lacks, and what to do about it
 39. INSTALL         puts the program, its launcher, unit and first configuration below a folder
-40. COMMAND LINE    which commands there are, what they take, and where the program begins
-41. DASHBOARD PAGE  what a browser gets at / and at /docs
+40. REFERENCE       all that can be asked, set and read, as Markdown and at /docs
+41. COMMAND LINE    which commands there are, what they take, and where the program begins
+42. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
@@ -323,7 +324,7 @@ def _log_event(level: str, when: str, facts: str = "", text: str = "") -> LogEve
     return LogEvent(level, when, tuple(facts.split()), text)
 
 
-# Everything that log() is ever called with; a test holds the calls to it, and deploy/logs.md is made of it.
+# Everything that log() is ever called with; a test holds the calls to it, and the reference shows it.
 LOG_EVENTS: dict[str, LogEvent] = {
     # the program
     "listening": _log_event(
@@ -20049,9 +20050,10 @@ def get_docs(api: Api, request: Request) -> Response:
 
 @functools.cache
 def docs_page() -> tuple[bytes, dict[str, str]]:
-    """The reference as a page: the document is put into it as text, and shown by its script."""
-    page = DOCS_PAGE.replace("/*css*/", DOCS_CSS).replace("/*js*/", DOCS_JS).encode()
-    return page, _page_headers(DOCS_CSS, DOCS_JS)
+    """The reference as a page: its script shows the routes from the OpenAPI document, the rest is HTML."""
+    page = DOCS_PAGE.replace("/*css*/", DOCS_CSS).replace("/*js*/", DOCS_JS)
+    page = page.replace("<!--reference-->", reference_html())
+    return page.encode(), _page_headers(DOCS_CSS, DOCS_JS)
 
 
 def _page_headers(css: str, js: str) -> dict[str, str]:
@@ -20446,7 +20448,7 @@ ROUTES = (
     Route("GET", "/openapi.json", get_openapi, "anyone", "This reference as OpenAPI 3.1", waits=False, answer="Document"),
     Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False, answer="Session"),
     Route(
-        "POST", "/session", post_session, "anyone", "Sign in with an API token; sets a cookie", waits=False,
+        "POST", "/session", post_session, "anyone", "Sign in with an API token as `token`, JSON or a form; sets a cookie", waits=False,
         most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429, 503), more_body={"token": {"type": "string"}},
     ),
     Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider", success=302, errors=(404, 502)),
@@ -20457,10 +20459,10 @@ ROUTES = (
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("GET", "/v1/whoami", get_whoami, "viewer", "Who the token says the caller is", waits=False, answer="Caller"),
-    Route("GET", "/v1/sessions", get_sessions, "admin", "Who is signed in to the dashboard", waits=False, answer="Sessions"),
-    Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in", waits=False, success=204),
-    Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again", answer="Reloaded"),
-    Route("GET", "/health", get_health, "anyone", "Is Load Manager alive", waits=False, answer="Health", errors=(503,)),
+    Route("GET", "/v1/sessions", get_sessions, "admin", "Who is signed in to the dashboard, since when and from where", waits=False, answer="Sessions"),
+    Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in and its event streams", waits=False, success=204),
+    Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again: `needsRestart` has the keys that differ and were not taken; a file with a problem changes nothing", answer="Reloaded"),
+    Route("GET", "/health", get_health, "anyone", "Is Load Manager alive; 503 while the database cannot be written, or has not answered for 3 s", waits=False, answer="Health", errors=(503,)),
     Route(
         "GET", "/metrics", get_prometheus, "viewer", "Figures for Prometheus, as text or OpenMetrics",
         media=TEXT_METRICS_TYPE, other_media=(OPEN_METRICS_TYPE,),
@@ -20468,8 +20470,8 @@ ROUTES = (
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING, tool="start_run"),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs", tool="list_runs"),
     Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run", tool="show_run"),
-    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a final run and its history", success=204, errors=(409, 503), tool="delete_run"),
-    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS, tool="stop_run"),
+    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a Finished or Failed run and its history", success=204, errors=(409, 503), tool="delete_run"),
+    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run, or take it out of the queue; answers when the run is final", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS, tool="stop_run"),
     Route(
         "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
     ),
@@ -20479,19 +20481,19 @@ ROUTES = (
     Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios", tool="list_scenarios"),
     Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
-        "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times between two moments",
+        "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times by whole ms, with percentiles, of the whole run or between two moments",
         query=HISTOGRAMS_QUERY, answer="Histograms", errors=(409, 503),
     ),
-    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests and exceptions", answer="Failures", errors=LOCUST_ANSWERS, tool="show_failures"),
+    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests by endpoint and error, exceptions of the scenarios", answer="Failures", errors=LOCUST_ANSWERS, tool="show_failures"),
     Route(
-        "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run",
+        "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run, shown on charts and in reports; default: now",
         body=ANNOTATION_KEYS, answer="Annotation", success=201, errors=(409, 503),
     ),
     Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
-    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
-    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,), tool="report"),
-    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML", query=DOWNLOAD_QUERY, media=XML_TYPE),
-    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
+    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page without scripts, for mail and print; each report takes `?download=1`", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown, for a merge request", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,), tool="report"),
+    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE),
+    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown, for the summary of a CI job", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
     Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,), tool="compare_runs"),
     Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file", query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
     Route(
@@ -20507,12 +20509,12 @@ ROUTES = (
     Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer", "The Finished runs of the run's scenario, a row each, as Apache Otava reads them", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route(
-        "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report",
+        "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report, kept when the run ended",
         query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,),
     ),
     Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
-    Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
+    Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch, all clusters at once", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
     Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
     Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", answer="Schedules", tool="list_schedules"),
     Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself", body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
@@ -20520,17 +20522,17 @@ ROUTES = (
     Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule", body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
     Route("DELETE", "/v1/schedules/{id}", delete_schedule, "operator", "Have a schedule no more", success=204, errors=(409, 503)),
     Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run", success=201, errors=STARTING),
-    Route("GET", "/v1/notifications", get_notifications, "admin", "Who is told of what, and the newest deliveries", waits=False, answer="Notifications"),
-    Route("POST", "/v1/notifications/test", post_notification_test, "admin", "Send a message now", body=NOTIFICATION_TEST_KEYS, errors=(502,)),
+    Route("GET", "/v1/notifications", get_notifications, "admin", "Who is told of what, and the 200 newest deliveries", waits=False, answer="Notifications"),
+    Route("POST", "/v1/notifications/test", post_notification_test, "admin", "Send a message to one channel now; 502 says why it could not be", body=NOTIFICATION_TEST_KEYS, errors=(502,)),
     Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters", tool="list_clusters"),
     Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
-    Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of a cluster's processes", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
+    Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of each process of a cluster: its files if it was launched, else what Locust tells", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
     Route(
         "POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began",
         body=CALLBACK_KEYS, most_body_bytes=CALLBACK_BYTES, reserved=True,
     ),
     Route(
-        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust", "A test ended", body=CALLBACK_KEYS,
+        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust", "A test ended, with its final numbers", body=CALLBACK_KEYS,
         most_body_bytes=CALLBACK_BYTES, reserved=True, more_body={"finalMetrics": METRICS_SCHEMA, "complete": {"type": "boolean"}},
     ),
     Route(
@@ -20538,7 +20540,7 @@ ROUTES = (
         most_body_bytes=CALLBACK_BYTES, waits=False, more_body={"metrics": METRICS_SCHEMA},
     ),
     Route(
-        "POST", "/v1/internal/locust/register-external", locust_register, "locust", "A test began in Locust's own page",
+        "POST", "/v1/internal/locust/register-external", locust_register, "locust", "A test began in Locust's own page; the answer has its run id",
         body=REGISTER_KEYS, answer="Registered", errors=(409, 503),
     ),
 )  # fmt: skip
@@ -20698,6 +20700,7 @@ def openapi_document() -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "summary": route.summary,
+        "tags": [resource_of(route.path)],
         "operationId": route.handler.__name__ + ("_delete" if route.method == "DELETE" else ""),
         "x-access": route.access,
         "parameters": _parameters(route),
@@ -25338,7 +25341,807 @@ def _next_steps(prefix: str, is_upgrade: bool) -> Iterator[str]:
 
 
 # ============================================================================
-# 40. COMMAND LINE - which commands there are, what they take, and where the program begins
+# 40. REFERENCE - all that can be asked, set and read, as Markdown and at /docs
+# ============================================================================
+
+
+class Chapter(NamedTuple):
+    """A table of the reference, made of the declarations that the program itself uses. Its cells are
+    Markdown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    level: int = 3  # of its heading; 2 begins a new subject
+
+
+RESOURCES = (  # how a path begins, and the subject under which its routes stand; the first that fits counts
+    ("/v1/internal/", "Callbacks from Locust"),
+    ("/v1/tests/compare", "Comparison and baselines"),
+    ("/v1/baselines", "Comparison and baselines"),
+    ("/v1/trends", "Comparison and baselines"),
+    ("/v1/tests", "Runs"),
+    ("/v1/stop-all", "Runs"),
+    ("/v1/events", "Runs"),
+    ("/v1/scenarios", "Scenarios and clusters"),
+    ("/v1/clusters", "Scenarios and clusters"),
+    ("/v1/schedules", "Schedules"),
+    ("/v1/notifications", "Notifications"),
+    ("/v1/", "Administration"),
+    ("/session", "Pages and sign-in"),
+    ("/health", "Health and figures"),
+    ("/ready", "Health and figures"),
+    ("/metrics", "Health and figures"),
+    ("/", "Pages and sign-in"),
+)
+
+
+def resource_of(path: str) -> str:
+    """The subject under which the reference, /docs and the OpenAPI document (its tags) have a route."""
+    return next(resource for start, resource in RESOURCES if path.startswith(start))
+
+
+def reference_markdown() -> str:
+    """The whole reference: the guide, and the tables after it."""
+    tables = "\n".join(markdown_of_chapter(chapter) for chapter in [*route_chapters(), *reference_chapters()])
+    title = f"# Load Manager {VERSION}: reference\n"
+    return f"{title}\n{GUIDE.strip()}\n\n## Routes of the API\n\n{tables}"
+
+
+def reference_chapters() -> list[Chapter]:
+    """All tables but that of the routes."""
+    return [
+        *command_chapters(),
+        *config_chapters(),
+        Chapter("Words of thresholds", ("Metric", "Of", "Also written"), threshold_rows(), 2),
+        Chapter("Events that notifications tell", ("Event",), [(_code(name),) for name in NOTIFY_EVENTS], 2),
+        Chapter("Figures for Prometheus", ("Metric", "Type", "Labels", "Meaning"), metric_rows(), 2),
+        Chapter("Events of the log", ("Event", "Level", "When", "Facts"), log_event_rows(), 2),
+    ]
+
+
+def route_chapters() -> list[Chapter]:
+    """The routes by subject: who may, what it does, and what a query and a body may have."""
+    subjects: dict[str, list[tuple[str, ...]]] = {}
+    for route in ROUTES:
+        success = f" ({route.success})" if route.success != 200 else ""
+        row = (
+            _code(f"{route.method} {route.path}"),
+            route.access,
+            route.summary + success,
+            ", ".join(_takes(route)),
+        )
+        subjects.setdefault(resource_of(route.path), []).append(row)
+    columns = ("Method and path", "Who may", "What", "Query and body; in bold what must be there")
+    return [Chapter(subject, columns, rows) for subject, rows in subjects.items()]
+
+
+def _takes(route: Route) -> Iterator[str]:
+    yield from (_code(f"?{name}=") for name in route.query)
+    for name, entry in (route.body or {}).items():
+        yield f"**{_code(name)}**" if entry.required else _code(name)
+    yield from (_code(name) for name in route.more_body)
+
+
+def command_chapters() -> Iterator[Chapter]:
+    """The commands, what each takes, their exit statuses and variables."""
+    columns = ("Command", "What", "Example (`python loadmanager.py ...`)")
+    rows = [(_code(command.name), command.about, _code(command.example)) for command in COMMANDS]
+    yield Chapter("Commands", columns, rows, 2)
+    for command in COMMANDS:
+        if command.arguments:
+            yield Chapter(f"Options of {command.name}", ("Option", "Meaning"), option_rows(command.arguments))
+    shared = (*SERVER_ARGUMENTS, CONFIG_ARGUMENT)
+    yield Chapter("Options of all commands that ask a server", ("Option", "Meaning"), option_rows(shared))
+    exits = [(_code(str(number)), about) for number, about in EXITS.items()]
+    yield Chapter("Exit statuses", ("Exit status", "Meaning"), exits)
+    variables = [(_code(name), about) for name, about in VARIABLES.items()]
+    yield Chapter("Environment variables", ("Variable", "Meaning"), variables)
+
+
+def option_rows(arguments: Iterable[Argument]) -> list[tuple[str, ...]]:
+    rows = []
+    for one in arguments:
+        what = one.options.get("metavar") or "|".join(one.options.get("choices") or ())
+        names = ", ".join(one.names) if not one.is_positional else what or one.names[0]
+        shown = f"{names} {what}" if what and not one.is_positional else names
+        needed = "; required" if one.options.get("required") else ""
+        rows.append((_code(shown), str(one.options.get("help", "")).replace("%%", "%") + needed))
+    return rows
+
+
+def config_chapters() -> Iterator[Chapter]:
+    """Every key of the configuration, a table for each section."""
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for path, declared in config_keys():
+        meaning = f"{declared['about']}; {declared['check'].allowed}"
+        sections.setdefault(re.split(r"\.|\[", path)[0], []).append(
+            (_code(path), default_words(declared), meaning)
+        )
+    yield Chapter("Keys of the configuration", ("Section", "Keys"), [
+        (_code(name), str(len(rows))) for name, rows in sections.items()
+    ], 2)  # fmt: skip
+    for name, rows in sections.items():
+        yield Chapter(f"Section {name}", ("Key", "Default", "Meaning"), rows)
+
+
+def default_words(declared: dict[str, Any]) -> str:
+    """A key's default as it is written in the file."""
+    default = declared["default"]
+    if default is REQUIRED:
+        return f"required in `{declared['within']}`" if declared["within"] else "required"
+    if default in (None, "", (), {}):
+        return ""
+    if isinstance(default, bool):
+        return _code(str(default).lower())
+    if isinstance(default, tuple):
+        return _code(f"[{', '.join(default)}]")
+    return _code(str(int(default) if isinstance(default, float) and default == int(default) else default))
+
+
+def threshold_rows() -> list[tuple[str, ...]]:
+    written: dict[str, list[str]] = {}
+    for word, metric in METRIC_WORDS.items():
+        written.setdefault(metric, []).append(_code(word))
+    names = [*TOTAL_METRICS, *(name for name in ENDPOINT_METRICS if name not in TOTAL_METRICS)]
+    of_totals, of_endpoints = set(TOTAL_METRICS), set(ENDPOINT_METRICS) | {"errorRate"}
+    return [
+        (
+            _code(name),
+            " and ".join(
+                word for word, has in (("totals", of_totals), ("endpoints", of_endpoints)) if name in has
+            ),
+            ", ".join(written.get(name, [])),
+        )
+        for name in names
+    ]
+
+
+def metric_rows() -> list[tuple[str, ...]]:
+    return [
+        (_code(metric.sample_name), metric.kind, ", ".join(metric.labels), metric.about) for metric in METRICS
+    ]
+
+
+def log_event_rows() -> list[tuple[str, ...]]:
+    return [
+        (_code(name), event.level, event.when, ", ".join(event.facts)) for name, event in LOG_EVENTS.items()
+    ]
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def markdown_of_chapter(chapter: Chapter) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [line(chapter.columns), line("---" for _ in chapter.columns), *map(line, chapter.rows)]
+    return "#" * chapter.level + f" {chapter.title}\n\n" + "\n".join(rows) + "\n"
+
+
+def reference_html() -> str:
+    """The reference without the routes, which the page shows by itself: a `section` for each heading,
+    so that a search can hide what does not fit."""
+    tables = "\n".join(markdown_of_chapter(chapter) for chapter in reference_chapters())
+    return html_of_markdown(f"{GUIDE.strip()}\n\n{tables}")
+
+
+# ---- the Markdown that the reference uses, as HTML: headings, paragraphs, lists, tables, code ----
+
+
+def html_of_markdown(text: str) -> str:
+    """HTML of the guide and of the chapters' Markdown; not of Markdown in general."""
+    parts = re.split(r"^(#{2,3}) (.+)$", text, flags=re.MULTILINE)
+    made = [_html_blocks(parts[0])]
+    for hashes, title, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        heading = f"h{len(hashes)}"
+        made.append(f"<section><{heading}>{_html_inline(title)}</{heading}>{_html_blocks(body)}</section>")
+    return "\n".join(made)
+
+
+def _html_blocks(text: str) -> str:
+    blocks = re.split(r"(^```.*?^```$)|\n{2,}", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(_html_block(block.strip("\n")) for block in blocks if block and block.strip())
+
+
+def _html_block(block: str) -> str:
+    if block.startswith("```"):
+        return f"<pre>{html.escape(block.partition(chr(10))[2].removesuffix('```'))}</pre>"
+    if block.startswith("|"):
+        head, _, *rows = block.splitlines()
+        body = "".join(_html_row(row, "td") for row in rows)
+        return f"<table><thead>{_html_row(head, 'th')}</thead><tbody>{body}</tbody></table>"
+    if block.startswith("- "):
+        items = re.split(r"^- ", block, flags=re.MULTILINE)[1:]
+        return "<ul>" + "".join(f"<li>{_html_inline(item)}</li>" for item in items) + "</ul>"
+    return f"<p>{_html_inline(block)}</p>"
+
+
+def _html_row(row: str, tag: str) -> str:
+    cells = re.split(r"(?<!\\)\|", row.strip()[1:-1])
+    shown = (_html_inline(cell.strip().replace("\\|", "|")) for cell in cells)
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
+
+
+def _html_inline(text: str) -> str:
+    """Code first, so that nothing within it is taken for something else."""
+    pieces = re.split(r"`([^`]+)`", text)
+    for index, piece in enumerate(pieces):
+        escaped = html.escape(piece)
+        if index % 2:
+            pieces[index] = f"<code>{escaped}</code>"
+            continue
+        escaped = re.sub(r"\[([^\]]+)\]\((https://[^)\s]+)\)", r'<a href="\2">\1</a>', escaped)
+        escaped = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", escaped)
+        pieces[index] = re.sub(r"(?<!\*)\*([^*]+)\*(?!\*)", r"<em>\1</em>", escaped)
+    return "".join(pieces)
+
+
+def command_reference(options: Any) -> int:
+    print(reference_markdown(), end="")
+    return EXIT_DONE
+
+
+# What is written down nowhere else: how things work together. The tables above hold every single one.
+GUIDE = r"""
+## Commands of a shell
+
+`--help` of each command lists its options. Wherever a run is named, `latest`, its id, or the first 6 or
+more characters of it will do. Durations are `90s`, `5m`, `1h30m`; counts `1000`, `1_000`, `1k`. With
+`--json` stdout has exactly the API's JSON and nothing else; notices and errors are one line each on
+stderr. When the server goes away while a run is followed, the run goes on: it is asked again for
+`--patience` (5 minutes). Ctrl-C (and SIGTERM) during `run` and `rerun` has the server stop the run and
+waits for its end; a second one leaves at once and says what is still running. Ctrl-C during `watch` and
+`wait` only leaves.
+
+The configuration file of a client command is the one of `-config`, else `config.yaml` in the current
+directory, else beside `loadmanager.py` (`serve`, `check` and `doctor` look only in the current
+directory); its token is sent only to its own server or to this machine, unless `-config` names it. A
+token on the command line can be read by others on the machine: `--token-file` cannot.
+
+Installed as `loadmanager` (`install -m 755 loadmanager.py /usr/local/bin/loadmanager`) it completes on
+Tab: `eval "$(loadmanager completion bash)"` in `~/.bashrc`, or `source <(loadmanager completion zsh)` in
+`~/.zshrc`.
+
+`doctor`: it examines an installation and changes nothing of it. Each line is `ok`, `warning` or
+`problem`, what was looked at, what was found and, where something is to be done, what: the configuration
+(all that `check` says), Python and the packages that the configuration needs, whether others can read the
+configuration with its secrets or the database, free disk space (a warning below 1 GiB, a problem below
+100 MiB), SQLite's `quick_check` of the database, whether the port is free or a Load Manager answers
+there, and each Locust cluster, all asked at once within 10 s: version, state, workers, our hooks, and its
+clock (a warning beyond 5 s). `--json` prints `{"findings": [{"level", "subject", "found", "advice"}]}`.
+No token is ever printed. Exit status: 0 no problem, 1 a problem, 2 the configuration cannot be read.
+
+## Runs
+
+**Create**: `tenantId`, `envId`, `scenarioId` (strings), `targetUsers` (integer from 1), `spawnRate`
+(users/s from 0.1); optional `durationSeconds` (integer from 1), `metadata` (object), `queue` (true: wait
+for a free cluster), `thresholds`, `compareWith`, `repeat` (so many runs, one after another, until one
+fails or is stopped; each has `repeatOf`, the first one's id) (Thresholds, comparison and baselines), and
+what is run: `host, userClasses, tags, excludeTags, options, stages` (Scenarios), `confirm` (the id of a
+protected environment). Unknown keys are refused. With the header `Idempotency-Key` the same request can
+be sent again for 24 hours and gets the same run (`Idempotent-Replayed: true`); the same key with another
+body is a 422.
+
+**Run**: `id, tenantId, envId, locustClusterId, scenarioId, targetUsers, spawnRate, durationSeconds,
+status, createdAt, createdBy, source (api|ui|schedule), startedAt, finishedAt, stopReason
+(duration|user|threshold|locust|lost|shutdown), failureReason, queuePosition, warnings, annotations,
+thresholds, verdict, compareWith, comparison, repeat, repeatOf, trust, trustReasons, locustfileSha256,
+importedAt, historyStepSeconds, metadata, host, userClasses, tags, excludeTags, options, stages,
+usersChanges, lastMetrics`; a key without a value is absent. `status` is `Pending → Running → Stopping →
+Finished`, or `Failed` with `failureReason`. Finished and Failed runs never change again; a person may
+still annotate them.
+
+**lastMetrics**: `timestamp, totalRps` (req/s now; of the whole run in the final numbers)`, totalRequests,
+totalFailures, errorRate` (percent)`, avgResponseMs, p50ResponseMs, p95ResponseMs, p99ResponseMs,
+currentUsers, requestStats`. Every figure is Locust's own: what Locust did not give is `null`. The final
+numbers equal Locust's own CSV report. Locust cuts off requests that are under way when it stops, and does
+not count them though the target has seen them; started with `--stop-timeout 10` it finishes and counts
+them.
+
+**warnings** tell what makes the numbers doubtful: `workers_lost`, `workers_missing` (fewer came than the
+run needs), `cpu_high` (a generator over 90%), `users_not_reached`, `users_changed`, `ended_early`,
+`stats_reset`, `endpoints_cut` (over 500), `hooks_absent`, `final_numbers_missing`, `stop_unconfirmed`.
+
+**Errors** are `{"error": "<short>", "message": "<what, and what is allowed>"}`, on invalid input with
+`fields` naming all of it at once. 400 invalid input, 401 credentials, 403 not allowed, 404 unknown run or
+path, 405 with `Allow`, 409 conflict (a busy cluster, with `activeRunId`), 413 body too large, 415 not
+JSON, 422 key reused, 429 too many wrong tokens or requests (`Retry-After`), 502 Locust refused or is
+unreachable, 503 not ready, 504 Locust did not answer in time. A create that Locust did not take names the
+run it keeps as Failed in `runId`.
+
+- **One run per cluster.** Several clusters may serve one tenant and environment: the first free one
+  takes the run. Before the start the cluster is asked what it is doing: a test that Load Manager did
+  not start there is a 409, no worker a 502.
+- **Stopped on time**, by a timer at the deadline. A stop that fails is tried until it succeeds or the
+  cluster has been silent for `lostAfterSeconds`; a lost cluster that comes back with the load still
+  running is stopped then.
+- **A load does not outlive its controller.** Locust itself is told to stop 5 s after the deadline
+  (`run_time`, from Locust 2.47 on, and the hooks' own timer on every version). A run without a duration
+  holds a lease that the hooks renew; after `leaseSeconds` without contact they stop the test. *Without
+  the hooks a run without duration has no such protection*, and its run says so in a warning.
+- **Restart.** After `kill -9` or a reboot every run that was not over is adopted with its remaining
+  time, stopped if it is overdue, or ended with the reason. SIGTERM leaves loads running for the next
+  start (`onShutdown: stop` ends them); launched clusters end with Load Manager.
+- **A start needs proof**: a run whose users do not show up within `startTimeoutSeconds` is Failed with
+  the reason, and its load is stopped.
+
+## Thresholds, comparison and baselines
+
+**Thresholds** are limits declared on create; the run then says `verdict: passed|failed` and for each
+threshold its `value`, `result` and `firstFailedAt`. A wrong expression is a 400 with the position and
+what was expected. `stopReason` is `threshold` when one aborted the run.
+
+```json
+{"tenantId": "tenant-1", "envId": "dev", "scenarioId": "browse", "targetUsers": 20, "spawnRate": 10, "durationSeconds": 60,
+ "compareWith": "baseline",
+ "thresholds": ["p95ResponseMs < 500", "errorRate < 1", "totalRps >= 100",
+  "GET /api/items: p99ResponseMs < 800", "GET /api/*: errorRate < 0.5", "p95ResponseMs < 700 over 30s after 60s",
+  {"expr": "p95ResponseMs < 2000 over 10s", "abortOnFail": true, "delaySeconds": 10},
+  {"metric": "p95ResponseMs", "op": "<", "value": 500, "endpoint": "GET /a: odd*name", "warnOnly": true}]}
+```
+
+- Metrics: `totalRequests, totalFailures, totalRps, errorRate, avgResponseMs, p50ResponseMs,
+  p95ResponseMs, p99ResponseMs`, of endpoints also `minResponseMs, maxResponseMs`. Operators: `< <= > >=
+  ==`. Also understood, and printed in the one form above: `p(95) < 500`, `p95 < 0.5s`, `error_rate <
+  1%`, `fail_ratio < 0.01`, `rps > 5`, `median`, `avg`, `failures = 0`.
+- An endpoint is `METHOD name` or the name alone; `*` stands for any text, and then the worst endpoint
+  counts. In double quotes (a JSON string) or as `endpoint` of the long form it is a name as it stands.
+- Without `over`, the final numbers of the whole run decide: Locust's own, never computed from others.
+  While the run goes on, `abortOnFail` looks at the numbers so far. `over 30s` must hold in every window
+  of that length, `after 60s` ignores what was before.
+- `over` and `after` take any length and also endpoints; only `minResponseMs` and `maxResponseMs` are of
+  the whole run alone. Counters of the totals, and p50 and p95 of the totals `over 10s`, which Locust
+  gives itself, need nothing more. Rates and counts in windows are exact with `loadmanager_hooks`, which
+  count by the second; without them Locust's own rate serves, which covers 10 s: a shorter window has no
+  data then, as Locust's answers are up to 2 s old and its workers report every 3 s. All other windows
+  are made from the histograms of response times that `loadmanager_hooks` push, never by averaging
+  percentiles: a window ends with each push and is as long as asked or at most one push longer; for such
+  a run the hooks push every fifth of its shortest window (1 to 10 s), or every `METRICS_PUSH_INTERVAL`
+  if that is less. Histograms go along for the totals and the 100 endpoints with the most requests, with
+  response times to the ms up to 1 s and in three digits above it (Locust's own report keeps two: 147 ms
+  is 150 there), kept by the hooks in the workers for the first 500 endpoints; without hooks such a
+  threshold has no data, and fails.
+- `abortOnFail` stops the run when the threshold has failed for `delaySeconds` without a break; the
+  cluster is then read every 2 s at least.
+- A threshold without data (no such endpoint, no requests) fails and says so. A `warnOnly` one never
+  makes the verdict `failed`. A Failed run that has thresholds has the verdict `failed`. A run with
+  neither thresholds nor a comparison that could be made has no `verdict`.
+
+**Trust.** A run that is over has `trust: ok|doubtful` with `trustReasons`: lost workers, saturated
+generators, users never reached or changed, statistics reset, final numbers missing, or a run that failed.
+`run --require-trusted` exits with 99 then.
+
+**Comparison.** Equal code on the same machine never gives the same figures. So a run is judged against
+*several* comparable runs: how far these lie apart says what a change must exceed. `"compareWith":
+"history"` judges against the newest 10 comparable runs, `baseline` and `previous` against one run, with
+the scatter learned from the comparable ones. `GET
+/v1/tests/compare?baseline=ID&candidate=ID&tolerance=p95ResponseMs:10%,errorRate:0.5` compares any two;
+`baseline=ID,ID,...` several with one, `baseline=history` the history.
+
+- **Comparable** are Finished runs of the same tenant, environment, scenario, cluster, locustfile (its
+  hash), users, spawn rate, duration and load profile, with reliable data, unchanged users and without a
+  regression. To accept a new level, name a run as baseline: the history begins there.
+- Each figure (average, p50, p95, p99, error rate; req/s of the totals) is a `regression`, an
+  `improvement`, `within noise`, or `cannot tell` with the `reason`. `equalRuns` is where the figure of
+  an equal run lies, `interval` holds the change with 95 % certainty. A regression lies beyond
+  `equalRuns` **and** is larger than its tolerance (average and p50 5 %, p95 10 %, p99 20 %, errorRate
+  0.5, totalRps 10 % unless given; percent of the reference, or the figure's own unit).
+- All figures of a comparison are judged together: of 100 comparisons of equal runs at most 2 have any
+  false alarm (`falseAlarmRate`).
+- **Fewer than 5 comparable runs**, or no baseline yet, are `cannot tell`, "not enough runs to tell: 2
+  of 5", and no verdict: `run` exits with 0 and says so (with `--require-trusted`: 99). Only what is far
+  beyond what equal runs ever differed by (with one baseline about 1.8 times the average or p50, 2.8
+  times the p95, or 2 % errors after none) is a regression all the same. `run --repeat 6` makes runs
+  (with `--detach`, and in schedules, `repeat` has the server make them). `run --confirm-regression`
+  runs once more what got worse, and exits with 99 only if a figure got worse in both.
+- **Different load** (users, also those changed during the run, spawn rate, profile, duration,
+  locustfile, cluster) and unreliable data (lost workers, saturated generators) are named in
+  `differences` and `warnings`, and nothing is told of such a pair. Too few requests (p50 20, p95 100,
+  p99 500) are `cannot tell` too.
+
+*The method.* A figure is a random effect over runs (DerSimonian and Laird), on a logarithmic scale (error
+rate: arcsine). Its scatter within a run comes from up to 20 time blocks: Woodruff's interval for
+percentiles with Kish's design effect, as requests of one moment are alike, and the block jackknife
+(Künsch), as one burst may be all of a p99. Alarms are beyond the prediction interval of the next run
+(Higgins, Thompson, Spiegelhalter) with Satterthwaite's degrees of freedom, by Holm's procedure with
+weights for all figures. Runs are never taken to be more alike than 1 %. `make bench` prints false alarms
+and detections of simulated runs, `make gate` those of real Locust. Its limits: the newest runs must be of
+the same kind of hour as the one judged; a level that wanders from run to run looks like scatter; where
+runs differ by 6 %, five of them cannot show 20 %. Times are exact where the hooks kept them
+(`exactTimes`), else Locust's two digits, of which a change must be 1.5.
+
+**Baselines.** `PUT /v1/baselines/{tenantId}/{envId}/{scenarioId}` with `{"runId": "..."}` names one; a
+run created with `"compareWith": "baseline"` (`previous`, the newest Finished run before it, or `history`)
+has the `comparison`, and a regression makes its verdict `failed`. A baseline is not deleted and not aged
+out. `GET /v1/trends?tenantId=&envId=&scenarioId=&metric=p95ResponseMs` shows a figure over past runs,
+with `normal` (where 95 of 100 runs of the level lie) and `changePoints`: the first run of a new level
+(`runId`) and the one after which it changed (`afterRunId`), found as Apache Otava does (E-divisive, p ≤
+0.001). `GET /v1/tests/{id}/scenario.csv` has the scenario's runs as one CSV for Otava itself
+(`time_column: time`, `attributes: [run]`, metrics such as `p95ResponseMs`).
+
+**Export and import.** `export` writes a final run with all samples, histograms, failures and its verdict
+as one JSON file (all but Locust's own report page); `import` keeps it elsewhere under the same id, once:
+the same id again is a 409. An imported run says `importedAt`, is compared and shown like any other, and
+ages from its import. What `locust --headless --json-file` or `--csv` wrote becomes a run too: in the API
+`{"format": "locust-json", "tenantId", "envId", "scenarioId", "stats": [...]}` with the file's list, or
+`{"format": "locust-csv", ..., "stats", "history", "failures", "exceptions"}` with the files' texts;
+optional `targetUsers, spawnRate, startedAt, finishedAt, metadata`. Files have at most 64 MiB.
+
+## Scenarios
+
+Without `scenarios` in the configuration any `scenarioId` is taken, as a name. With them it must be one of
+them, and a create may leave out what the scenario gives:
+
+```yaml
+scenarios:
+  - id: checkout
+    description: buyers with full baskets
+    host: http://shop.test            # what the load is aimed at
+    userClasses: [Buyer]              # needs a Locust that was started with --class-picker; launched ones are
+    tags: [read]                      # and excludeTags; need loadmanager_hooks in the locustfile
+    options: {page-size: 25}          # custom arguments of the locustfile
+    targetUsers: 50
+    spawnRate: 5
+    durationSeconds: 600
+    thresholds: ["p95ResponseMs < 500"]
+    tenants: [tenant-1]               # default: all
+  - id: waves
+    stages:                           # instead of the three numbers; also on a create
+      - {targetUsers: 50, spawnRate: 5, durationSeconds: 60}
+      - {targetUsers: 200, spawnRate: 10, durationSeconds: 300}
+```
+
+All of it can stand in a create, too, and goes before what the scenario says. User classes, custom
+arguments and tags that the cluster does not have are a 400 that names those it has. With the hooks
+nothing of it stays in Locust for the next run; Locust itself keeps the last host and options, so without
+hooks give each run its own. A run with stages shows the most users of them as `targetUsers` and their sum
+as `durationSeconds`. `POST /v1/tests/{id}/users` changes a running load; the change holds until the next
+stage, is kept in `usersChanges`, and survives a restart of Load Manager, as stages do.
+
+## The dashboard and events
+
+Open `http://127.0.0.1:8080/` and sign in with an API token; you see and may do what the token may. It
+shows the clusters, running and recent runs with filters, and the page of each run, with the columns and
+colours of Locust's own page and the history of its scenario, of which any run can be laid over the
+charts; it starts (with thresholds, stages, tags and user classes), stops, repeats and deletes runs, makes
+and changes schedules, and the red button stops all of yours. *Status* is how a run ended, *Verdict*
+whether its thresholds and its comparison passed, *Data* whether its numbers are reliable. Everything is
+in `loadmanager.py`; the browser asks no other host for anything. `/` jumps to the filter; on a chart,
+drag or press `+` and `-` to zoom, arrow keys read values, Escape resets.
+
+Of all tabs of a browser the four that were opened or looked at last have a stream of events, as a browser
+has six connections to a server; the others say `Every 5 s` and ask so often.
+
+The token is exchanged for an HttpOnly, SameSite=Strict cookie, valid 12 hours and until Load Manager
+restarts. The cookie works wherever a Bearer token does; what changes something also needs our own
+`Origin` and the `X-CSRF-Token` that `GET /session` gives. It counts only under `localhost`, an IP
+address, `server.host`, and the names in `server.publicUrl` and `server.allowedHosts`: set `publicUrl`
+when a proxy or a DNS name is in front.
+
+**Events.** `curl -N -H "Authorization: Bearer $TOKEN" $URL/v1/events` follows all runs,
+`/v1/tests/{id}/events` one. Events are `ready` at the start, `run` (the run's JSON, at most four a second
+for each run; in `/v1/events` without `requestStats`), `sample` (a point of the time series, in the stream
+of one run), `deleted` and, when a `Last-Event-ID` is too old to resume, `reset`: read everything anew. A
+run that changed while you were away is told once, in its newest state. A comment every 15 s keeps proxies
+from closing the stream; a client that leaves 1 MiB unread is dropped. Streams may take half of
+`server.maxConnections`.
+
+
+## Who may do what
+
+`security.apiToken` is an administrator of everything. `token new` makes more, and prints each once
+together with the line for the configuration, which has only its hash:
+
+```yaml
+security:
+  apiTokens:
+    - {name: ci, tokenSha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08, role: operator, tenants: [tenant-1]}
+    - {name: wall, tokenFile: /run/secrets/wall, role: viewer, tenants: ["*"], environments: [dev], expiresAt: 2027-01-31}
+```
+
+- **Roles**: a viewer reads, an operator also starts, stops, marks and deletes, an admin also reads the
+  audit.
+- **Tenants**: another tenant's run is a 404, as if it were not there; lists, events, trends, clusters,
+  baselines, reports and the dashboard have only one's own; a create elsewhere is a 403 that names the
+  field. `environments` narrows that further. An expired token is a 401.
+- **Callbacks**: a cluster with `callbackToken` of its own is reached by that alone, and that reaches
+  only this cluster's runs; one that Load Manager launches has a random one. Of a token that several
+  tenants share, `check` and the start warn, and it is not told the id of an active run.
+- **A token that leaked**: take it out of the file and `python loadmanager.py reload`. Its requests,
+  sign-ins and event streams end at once; `sessions` lists and ends single sign-ins.
+- After 30 wrong tokens in a minute an address gets 429 for wrong ones; a good token from the same
+  address is served as ever.
+- Tokens are compared in constant time, and never written to logs, the audit or the database.
+
+**Single sign-on.** With `security.jwt` the tokens of an identity provider are Bearer tokens; with
+`security.oidc` the dashboard's sign-in has a link to it (authorization code with PKCE).
+
+```yaml
+security:
+  jwt:
+    issuer: https://id.example/realms/load
+    audience: loadmanager
+    jwksUrl: https://id.example/realms/load/keys   # or jwksFile: where there is no network; or secretFile: of HS256
+    tenantsClaim: tenants                          # a list or words; "*" is all; without it nothing is seen
+    roleClaim: realm_access.roles
+    roleMap: {load-testers: operator, everybody: viewer}
+  oidc:                                            # its claims mean what security.jwt says
+    issuer: https://id.example/realms/load
+    clientId: loadmanager
+    clientSecretFile: /run/secrets/oidc
+    redirectUrl: https://load.example/session/oidc/callback
+```
+
+Issuer, audience, `exp`, `nbf` and `iat` are checked with `leewaySeconds`. The configuration says which
+algorithms count: HS256 only with a secret, and needs no package; RS256, ES256 and EdDSA (and RS384 to
+ES512 when listed) need `pip install 'PyJWT[crypto]'`. A key that is not known has the keys read again,
+once a minute at most; meanwhile nobody else waits. A token is looked at again every 5 minutes at the
+latest. Runs and the audit name the caller `sso:<sub>` (`nameClaim`). A sign-in to the dashboard lasts 12
+hours, whatever the provider does meanwhile. The command line takes such tokens from
+`LOADMANAGER_TOKEN_COMMAND`.
+
+**Safety of a load.** What breaks a limit is refused with every field at once, 403 (409 when only the
+tenant's other runs are in the way; with `queue` the run waits).
+
+```yaml
+tenants:
+  - {id: tenant-1, maxUsers: 5000, maxConcurrentRuns: 3, maxDurationSeconds: 7200, allowedHosts: ["*.staging.example", "10.0.0.0/8"]}
+environments:
+  - {tenantId: tenant-1, id: prod, protected: true, allowedHosts: [shop.example]}
+```
+
+A start on a protected environment needs `"confirm": "prod"` (`run --confirm prod`; the dashboard asks),
+else it is a 400. Where hosts are limited, the run's `host`, or that of the launched cluster, must be one
+of them; names are compared, not resolved. *A locustfile with absolute URLs of its own, and a test that
+somebody starts in Locust's own page, are beyond this.*
+
+**Limits** of one caller, whatever the token, are under `limits`: requests in a second, open event
+streams, sizes of bodies. Beyond them it is a 429 with `Retry-After`, or a 413 before the body is read.
+The defaults are above what a person, a dashboard or a CI does; lower them where tenants share one Load
+Manager.
+
+**Audit.** Everything that changes something (starts, stops, deletions, annotations, baselines, sign-ins)
+and every refusal (401, 403, another tenant's 404) is in the database with `at, who, role, address,
+action, tenantId, envId, runId, status, outcome` (`done|refused|failed`) and `detail`; never a token,
+header or body. Nothing changes an entry. It is on disk before a start or stop is answered. With
+`audit.file` it is also appended there as lines of JSON. Those who have proven nothing cause 30 entries of
+one address (a /64 of IPv6) and then one in 10 s, 300 and then one in a second in all; what is beyond is
+counted, and is one entry each minute. Entries go after `security.auditDays` (365). An admin of some
+tenants sees only their entries.
+
+## Launched clusters and workers that come and go
+
+A cluster with `launcher: {type: process, locustfile: ...}` is a master and workers on this machine. What
+dies is started again, with growing pauses; no death of Load Manager, `kill -9` included, leaves a process
+behind. With `idleSeconds` it runs only while runs need it: a create wakes it, and waits for its workers.
+A scenario's `locustfile` is what it is started with for that scenario. Its logs are in
+`loadmanager-logs/` (20 MiB of each process at most), and in `logs`.
+
+Such a Locust has a random callback token, and gets PATH, LANG and the like of our environment, and what
+`launcher.environment` names (`[AWS_*]`), nothing else. Its web page answers no one without its password,
+whatever the locustfile, own routes included: a browser asks for it (user `locust`, password the cluster's
+`authToken`); without `authToken` it is a random one that only Load Manager knows. Its logs, as all files
+that Load Manager writes, are for its own user alone, whatever the umask.
+
+`usersPerWorker` counts workers from a run's users: they are brought up before the start (for
+`scaleTimeoutSeconds`; a run that gets fewer starts with a warning, one that gets none fails), never more
+than `maxWorkers`, and go down after `idleSeconds`. `scale` changes them by hand, also under a running
+load: Locust spreads its users again.
+
+Workers elsewhere come by a command of yours, `launcher: {type: command}` beside `baseUrl`. `{workers}`
+and `{clusterId}` are put into its arguments; no shell reads them. `status` prints how many there are (or
+a line for each) and is quoted when too few came. With `replaceLostWorkers` it scales again when some are
+lost. For Docker Compose:
+
+```yaml
+launcher:
+  type: command
+  usersPerWorker: 500
+  idleSeconds: 600
+  scale: [docker, compose, -f, /srv/locust/docker-compose.yml, up, --detach, --no-recreate, --scale, "worker={workers}", worker]
+  status: [docker, compose, -f, /srv/locust/docker-compose.yml, ps, --quiet, worker]
+```
+
+Kubernetes:
+
+```yaml
+launcher:
+  type: command
+  usersPerWorker: 500
+  replaceLostWorkers: false           # the deployment does that
+  scale: [kubectl, --namespace, load, scale, deployment/locust-worker, "--replicas={workers}"]
+  status: [kubectl, --namespace, load, get, deployment/locust-worker, --output, "jsonpath={.status.readyReplicas}"]
+```
+
+A machine with ssh, where `locust-workers` is a script of yours that runs so many workers:
+
+```yaml
+launcher:
+  type: command
+  usersPerWorker: 500
+  scale: [ssh, -o, BatchMode=yes, generator-1, locust-workers, "{workers}"]
+  status: [ssh, -o, BatchMode=yes, generator-1, pgrep, --full, locust.*--worker]
+```
+
+## Schedules
+
+```yaml
+schedules:
+  - id: nightly
+    cron: 0 2 * * mon-fri             # or @hourly @daily @weekly @monthly @yearly; or runAt: "2027-01-31T02:00:00Z", once
+    timezone: Europe/Berlin           # the clock that cron means; default UTC
+    concurrencyPolicy: Queue          # while its last run is still active: Forbid (default: not again), Queue, or Replace (stop that one)
+    startingDeadlineSeconds: 600      # how late what was missed may still start; default 300
+    test: {tenantId: tenant-1, envId: dev, scenarioId: browse, targetUsers: 100, spawnRate: 10, durationSeconds: 600}
+```
+
+The same keys (without `id`) are the body of `POST /v1/schedules`. `test` is the body of a create and is
+checked as one, at once and again at each start. Schedules of the configuration are shown by the API
+(`readOnly`) and changed in the file. Fields take names, lists, ranges and steps; where day of month and
+day of week both say something other than `*`, a day that fits either is meant, as in cron. When clocks
+are put forward, a time that does not exist runs at the first moment that does; when they are put back,
+one that exists twice runs once. Of what was missed while Load Manager was away the newest starts, if it
+is not later than the deadline; no moment starts two runs, `kill -9` included. `lastOutcome` tells what
+became of the last moment.
+
+When the local clock is set back, a schedule's next run comes with its first time that is more than half
+an interval after the last one in truth: a nightly run does not start twice, a minutely one does not wait
+until the clock has caught up.
+
+## Notifications
+
+```yaml
+notifications:
+  - id: chat
+    type: slack
+    urlFile: /run/secrets/slack-url   # a Slack incoming webhook; secrets have a File twin
+  - id: hook
+    type: webhook
+    url: https://ci.example.com/hooks/load
+    secretFile: /run/secrets/hook     # whsec_...: signed as Standard Webhooks say (webhook-id, webhook-timestamp, webhook-signature)
+    events: [failed, aborted, lost]   # of started, finished, passed, failed, aborted, lost, scheduleMissed; default: all but started
+    tenants: [tenant-1]               # and environments, scenarios; default: all
+  - id: team
+    type: email
+    from: Load Manager <lm@example.com>
+    to: [sre@example.com]
+    smtp: {host: mail.example.com, port: 587, security: starttls, username: robot, passwordFile: /run/secrets/mail}
+  - id: dashboards
+    type: grafana                     # an annotation from start to end of each run: every dashboard shows when load ran
+    url: https://grafana.example.com
+    tokenFile: /run/secrets/grafana   # of a service account that may read and write annotations (role Editor)
+```
+
+A run's change is one message to each that wants it, named by the most telling event: `lost`, `aborted`,
+`passed` or `failed`, `finished`. It carries the numbers, the verdict with what failed, and a link
+(`server.publicUrl`). Messages are written in the commit of the change they tell of and delivered at least
+once: tried again for 24 hours with growing pauses, also after a restart; a receiver that sees a
+`webhook-id` twice has seen it before. No run waits for them. Webhooks to this machine and private
+networks need `allowPrivateAddresses: true`; redirects are not followed; a password is never sent in plain
+text.
+
+## Prometheus and Grafana
+
+`GET /metrics` answers in the text format 0.0.4, or as OpenMetrics to who asks for it. A token of role
+viewer sees the series of its tenants; Load Manager's own figures need one without a limit (`tenants:
+["*"]`), or `metrics.anonymous: true`, which opens this one path to everybody who reaches it. The series
+of a run begin with it and end with it.
+
+`deploy/grafana/`, written by `python loadmanager.py grafana --out deploy/grafana`, has two dashboards
+(runs; Load Manager's health), provisioning files for Grafana, a scrape configuration and alert rules for
+Prometheus: a cluster that does not answer, a load that has not stopped, a database that is not written, a
+lost run, an unforeseen error, Load Manager gone.
+
+```bash
+python loadmanager.py token new --name prometheus --role viewer --tenant '*'    # the token to /etc/prometheus/loadmanager.token, its hash to config.yaml
+cp deploy/grafana/prometheus/*.yml /etc/prometheus/                             # or add the job to a prometheus.yml that is there already
+cp -r deploy/grafana/provisioning /etc/grafana/
+mkdir -p /var/lib/grafana/dashboards/loadmanager && cp deploy/grafana/dashboards/*.json /var/lib/grafana/dashboards/loadmanager/
+```
+
+Response times come as Locust's own percentiles (`quantile`), of the whole run and of the last 10 s; where
+the hooks push histograms also as a classic histogram, which can be summed over runs and time. Endpoints
+have series up to `metrics.maxEndpoints` of each run. With `metrics.locustExporterNames: true` there are
+also the names of `locust_exporter` (`locust_users`, `locust_requests_current_rps`, ...), with percentiles
+that work, so that Grafana's dashboards 11985 and 19321 and what was built on them go on; as from the
+exporter, a sum over all rows has the row `Aggregated` in it.
+
+A notification of type `grafana` (Notifications) marks each run in Grafana, with the tags `loadmanager`,
+`run:ID`, `tenant:`, `environment:`, `scenario:` and `verdict:`; a dashboard of your own shows them with
+an annotation query on the tag `loadmanager`, as ours do.
+
+## Assistants
+
+`python loadmanager.py mcp` lets a model inside the closed network drive Load Manager: it speaks the
+[Model Context Protocol](https://modelcontextprotocol.io) (2024-11-05 to 2025-11-25) on stdin and stdout,
+and finds server and token as the other commands do. Each route of the API that the token's role may call
+is a tool (`list_runs`, `show_run`, `compare_runs`, `report`, ...); those that change something
+(`start_run`, `stop_run`, ...) are there with `--allow-writes` only. Long results are cut, and say so.
+
+```json
+{"mcpServers": {"loadmanager": {"command": "python3", "args": ["/opt/loadmanager/loadmanager.py", "mcp", "--url", "http://127.0.0.1:8080", "--token-file", "/home/me/token"]}}}
+```
+
+## Logs
+
+Load Manager writes its log to stderr: lines for people, or with `logging.format: json` one object a line
+with `time`, `level`, `event`, and where they are known `run`, `cluster`, `tenant`, `environment`,
+`requestId`, `traceId`. `logging.level` (`debug` has a line for each request) and the format change with a
+reload. Each answer has an `X-Request-Id`: the caller's, when it is 1 to 128 letters, digits or
+`._:/+=@-`, else a new one; lines that are logged while a request is served have it, too. A
+[`traceparent`](https://www.w3.org/TR/trace-context/) that comes with a create, a rerun or the start of a
+schedule is kept with the run, and passed on to Locust's hooks, whose calls carry it back, and to webhooks
+as header and as `traceId`; without a valid one a new trace begins. The table "Events of the log" has every event with its level and its facts. Secrets of the configuration are shown as `***`.
+
+## The configuration and storage
+
+YAML, or JSON (then nothing needs to be installed). `check` reports every problem at once. `${NAME}` and
+`${NAME:-default}` in values come from the environment; a key outside lists can be set as
+`LOADMANAGER_SERVER_PORT=9090`; a secret key also exists with `File` appended (`apiTokenFile:
+/run/secrets/api`).
+
+**Changes without a restart.** SIGHUP, `python loadmanager.py reload` (beside the file it needs no token:
+a signal is sent to the server that the file `config.yaml.pid` names, and its answer printed) and `POST
+/v1/admin/reload` have the file read again: `locustClusters`, `tenants`, `environments`, `scenarios`,
+`schedules`, `notifications` and `security` are taken at once, other keys that differ are named as needing
+a restart. A file with a problem is refused as a whole, every problem is told, and all stays as it was.
+Runs go on: a cluster that is gone or has another address is left as it is until its run is over.
+
+A missing or empty token is a refusal to start unless `security.allowAnonymous: true`; so is listening
+beyond loopback with a token of the shipped example.
+
+**Storage.** SQLite by default, one file beside the configuration, locked for one Load Manager. What was
+answered with 2xx is on disk; of metric samples at most the last second can be lost.
+`postgresql://user@host/database` needs `pip install 'psycopg[binary]'`. `memory:` keeps nothing. A new
+run, and that a run is over, is shown when it is on disk. The files are readable by their owner only. A
+SQLite file that is deleted while Load Manager runs is written again from what is open; where that is
+impossible, or another file is in its place, creates are answered 503 and `/health` says why. A row that
+the database can never take is left out and logged (`row cannot be written`); everything else is kept. An
+older database is brought to the newest version at the start; a damaged or newer one is refused and left
+as it was. A PostgreSQL database must be encoded in UTF8. One Load Manager leads on it, by a lock and an
+epoch that each transaction checks: one whose connection was lost answers creates with 503 until it is
+back (about 5 s), and ends with exit status 4 when another one led meanwhile, so that it can never
+overwrite what that one wrote; systemd and Docker start it again, and it is refused as long as the other
+one leads.
+
+**https.** `server.tls: {certFile, keyFile}` serves https (TLS 1.2 and newer) instead of http; with
+`clientCaFile` every client, Locust and health checks included, must show a certificate signed by one of
+these, besides its token. The files are read again within a second or two when they change; open
+connections go on, and a pair that does not fit together is logged and left. A handshake that hangs is
+ended after 10 s and delays nobody. Clusters that Load Manager launches call back on a loopback port of
+their own, in plain HTTP, which answers nothing but callbacks. `locustClusters[].tls.caFile` trusts an
+https master; a certificate that has expired or is of another name is a 502 that says so.
+
+Behind a proxy, pass `Host` and `Authorization` on, set `server.publicUrl`, name it in
+`server.trustedProxies` so that its `X-Forwarded-For` counts, and let it not buffer event streams.
+
+## Backup, restore and old runs
+
+`backup FILE` copies the SQLite database while the server runs, checks the copy, and says how many runs it
+holds; a FILE that exists is replaced only with `--force`. `restore FILE` needs the server stopped. It
+refuses a file that is damaged, foreign or of a newer version, and keeps the former database beside the
+new one as `<name>.before-restore-<UTC time>`. PostgreSQL has `pg_dump` and `pg_restore`.
+
+`migrate --from URL --to URL` copies every table from SQLite to PostgreSQL, or back, counts the rows of
+each in both, and prints them. No Load Manager may have either open. An interrupted one goes on when it is
+run again (nothing serves from the target before), and one more run changes nothing. A target that holds
+anything else is refused; `--replace` empties it first.
+
+
+`storage.retentionDays` removes runs by age, `storage.retentionRuns` by their number in each tenant and
+environment. The history of those that stay thins: a sample per 10 s after a week (`thinAfterDays`), per
+60 s after 30 days (`thinMoreAfterDays`), and those at which a value was highest or lowest of ten such
+steps. Then the run says `historyStepSeconds`. Its final figures, verdict and what it is compared by stay
+as they were, sums stay exact; active runs and baselines are left alone. `make year` measures it: a year
+of hourly runs takes less than 1 GiB.
+"""
+
+
+# ============================================================================
+# 41. COMMAND LINE - which commands there are, what they take, and where the program begins
 # ============================================================================
 
 
@@ -25668,6 +26471,10 @@ COMMANDS = (
         (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),), calls_server=False,
     ),
     Command(
+        "reference", command_reference, "print the whole reference as Markdown: all that /docs shows", "reference | less",
+        calls_server=False,
+    ),
+    Command(
         "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
         (argument("shell", choices=["bash", "zsh"], help="bash or zsh"),), calls_server=False,
     ),
@@ -25919,7 +26726,7 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 41. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 42. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 
 # A client like any other: no data inside; it reads the JSON API and the event streams,
@@ -29236,6 +30043,7 @@ input, textarea, button { font: inherit; color: inherit; background: var(--soft)
 textarea { width: 100%; min-height: 6rem; font-family: ui-monospace, monospace; } button { cursor: pointer; background: var(--accent); color: #fff; border: 0; }
 @media (prefers-color-scheme: dark) { button { color: #06121f; } }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.search { position: sticky; top: 0; background: var(--back); padding: .5rem 0; margin: 0; } h2 { margin: 2rem 0 .5rem; } #reference code { background: var(--soft); padding: 0 .2rem; border-radius: .2rem; }
 pre { background: var(--soft); border-radius: .35rem; padding: .6rem; overflow: auto; max-height: 26rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -29382,12 +30190,45 @@ function pretty(text) {
   }
 }
 
-async function start() {
-  documentOfApi = await (await fetch("/openapi.json")).json();
-  const routes = document.getElementById("routes");
-  for (const [path, methods] of Object.entries(documentOfApi.paths)) {
-    for (const [method, operation] of Object.entries(methods)) routes.append(route(path, method, operation));
+// ---- search: what does not have all the words is hidden; a heading that fits shows all below it ----
+
+function search(text) {
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  const fits = (element) => words.every((word) => element.textContent.toLowerCase().includes(word));
+  let found = 0;
+  for (const section of document.querySelectorAll("section")) {
+    const whole = fits(section.querySelector("h2, h3"));
+    const parts = [...section.querySelectorAll("details, tbody tr, p, li, pre")].filter((part) => !part.closest(".inside"));
+    for (const part of parts) {
+      part.hidden = !whole && !fits(part);
+      found += !part.hidden;
+    }
+    for (const rows of section.querySelectorAll("table")) {
+      if (!rows.closest(".inside")) rows.hidden = !rows.querySelector("tbody tr:not([hidden])");
+    }
+    section.hidden = !parts.some((part) => !part.hidden);
   }
+  document.getElementById("found").textContent = words.length ? (found ? found + " found" : "nothing has all these words") : "";
+}
+
+async function start() {
+  const field = document.getElementById("search");
+  field.addEventListener("input", () => search(field.value));
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "/" || /^(INPUT|TEXTAREA)$/.test(event.target.tagName)) return;
+    event.preventDefault();
+    field.focus();
+  });
+  documentOfApi = await (await fetch("/openapi.json")).json();
+  const subjects = new Map();
+  for (const [path, methods] of Object.entries(documentOfApi.paths)) {
+    for (const [method, operation] of Object.entries(methods)) {
+      const subject = operation.tags[0];
+      if (!subjects.has(subject)) subjects.set(subject, make("section", "", make("h3", subject)));
+      subjects.get(subject).append(route(path, method, operation));
+    }
+  }
+  document.getElementById("routes").append(...subjects.values());
   const schemas = document.getElementById("schemas");
   for (const [name, schema] of Object.entries(documentOfApi.components.schemas)) {
     const rows = properties(schema);
@@ -29403,17 +30244,20 @@ DOCS_PAGE = r"""<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Load Manager: API reference</title>
+<title>Load Manager: reference</title>
 <link rel="icon" href="data:,">
 <style>/*css*/</style>
 </head>
 <body>
-<h1>Load Manager: API reference</h1>
-<p class="dim">Made from the route table; also as <a href="/openapi.json">OpenAPI 3.1</a>. Back to the <a href="/">dashboard</a>.</p>
+<h1>Load Manager: reference</h1>
+<p class="dim">Made from the tables that the program itself uses; the API also as <a href="/openapi.json">OpenAPI 3.1</a>, all of it as Markdown by <code>python loadmanager.py reference</code>. Back to the <a href="/">dashboard</a>.</p>
+<p class="search"><input id="search" type="search" size="40" placeholder="Search (press /)" aria-label="Search the reference"> <span id="found" class="dim" role="status"></span></p>
 <label class="token">Token for trying calls <input id="token" type="password" autocomplete="off" size="32"></label>
+<h2>Routes of the API</h2>
 <main id="routes"></main>
-<h2>Schemas</h2>
-<div id="schemas"></div>
+<section><h2>Schemas</h2>
+<div id="schemas"></div></section>
+<div id="reference"><!--reference--></div>
 <script>/*js*/</script>
 </body>
 </html>

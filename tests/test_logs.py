@@ -20,7 +20,6 @@ from waiting import eventually
 import loadmanager
 
 TREE = ast.parse(Path(loadmanager.__file__).read_text(encoding="utf-8"))
-TABLE = ROOT / "deploy" / "logs.md"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 OURS = re.compile(rf"00-{TRACE_ID}-(?!b7ad6b7169203331)[0-9a-f]{{16}}-01")
@@ -87,20 +86,6 @@ def test_no_fact_takes_the_name_of_a_key_that_each_json_line_has():
     taken = {"time", "level", "event", "tenant", "environment", "traceId"}
     assert not [event for event, one in loadmanager.LOG_EVENTS.items() if taken & set(one.facts)]
     assert {one.level for one in loadmanager.LOG_EVENTS.values()} == set(loadmanager.LOG_LEVELS)
-
-
-def table_of_events():
-    names = loadmanager.LOG_NAMES
-    for event, one in sorted(loadmanager.LOG_EVENTS.items(), key=lambda item: item[0].lower()):
-        facts = ", ".join(f"`{names.get(name, name)}`" for name in one.facts)
-        yield f"| {event} | {one.level} | {one.when} | {facts} |"
-
-
-def test_documented_table_of_events_is_the_program_s():
-    """Each row as its declaration has it: to be copied from this failure into deploy/logs.md."""
-    head = "| Event | Level | When | Facts |\n| --- | --- | --- | --- |\n"
-    shown = TABLE.read_text(encoding="utf-8").partition(head)[2].strip()
-    assert shown == "\n".join(table_of_events())
 
 
 # ---- lines ----

@@ -1,4 +1,4 @@
-"""What README.md shows works: its examples are run as they stand, its tables are the program's own."""
+"""What README.md shows works: its examples, and those of the reference, are run as they stand."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import loadmanager
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = loadmanager.reference_markdown()
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_every_example_of_the_api_works_as_it_stands(shipped_program, tmp_path):
 
 
 def test_every_example_of_the_command_line_works_as_it_stands(shipped_program, tmp_path):
-    script = re.search(r"## Command line.*?```bash\n(.*?)```", README, re.S).group(1)
+    script = re.search(r"## First run.*?```bash\n(.*?)```", README, re.S).group(1)
     script = script.replace("http://127.0.0.1:8080", shipped_program).replace("-d 5m", "-d 9s")
     script = script.replace(
         "python loadmanager.py", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'loadmanager.py'))}"
@@ -83,23 +84,14 @@ def test_every_example_of_the_command_line_works_as_it_stands(shipped_program, t
     assert json.loads((tmp_path / "run.json").read_text())["stopReason"] == "user"
 
 
-def test_tables_of_the_command_line_are_the_program_s():
-    section = re.search(r"\n## Command line\n(.*?)\n## ", README, re.S).group(1)
-    shown = set(re.findall(r"^\| `([^`]+)` \| (.*?) \|", section, re.M))
-    real = {(command.name, command.about) for command in loadmanager.COMMANDS}
-    real |= {(str(number), about) for number, about in loadmanager.EXITS.items()} | set(
-        loadmanager.VARIABLES.items()
-    )
-    assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
-
-
 def test_thresholds_of_the_example_are_accepted():
-    example = re.search(r"## Did it pass.*?```json\n(.*?)```", README, re.S).group(1)
-    assert len(loadmanager.check_body(json.loads(example), loadmanager.CREATE_KEYS)["thresholds"]) == 8
+    for text in (README, REFERENCE):
+        example = re.search(r"## Thresholds.*?```json\n(.*?)```", text, re.S).group(1)
+        assert len(loadmanager.check_body(json.loads(example), loadmanager.CREATE_KEYS)["thresholds"]) == 8
 
 
 EXAMPLES = [block for section in ("Scenarios", "Who may do what", "Schedules", "Notifications")
-            for block in re.findall(r"```yaml\n(.*?)```", README.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)]  # fmt: skip
+            for block in re.findall(r"```yaml\n(.*?)```", REFERENCE.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)]  # fmt: skip
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split(":")[0])
@@ -138,7 +130,7 @@ def test_examples_of_the_configuration_are_good(tmp_path, example):
 
 
 def ci_steps():
-    section = README.split("## Did it pass")[1].split("\n## ")[0]
+    section = README.split("## In CI")[1].split("\n## ")[0]
     gitlab, github = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", section, re.S))
     steps = [step["run"] for step in github["jobs"]["load-test"]["steps"] if "run" in step]
     return {"gitlab": gitlab["load-test"]["script"], "github": steps}
@@ -184,34 +176,32 @@ def test_a_failed_threshold_makes_the_ci_step_exit_99(shipped_program, tmp_path)
     assert ElementTree.parse(tmp_path / "loadtest.xml").find("testsuite").attrib["failures"] == "1"
 
 
-def test_table_of_routes_is_the_route_table():
-    shown = set(re.findall(r"^\| `([A-Z]+) (/\S*)` \| (\w+) \|", README, re.M))
-    real = {(route.method, route.path, route.access) for route in loadmanager.ROUTES}
-    assert shown == real, f"only in README: {shown - real}; missing in README: {real - shown}"
+def test_a_newcomer_reads_the_readme_in_ten_minutes():
+    assert len(README.splitlines()) <= 300, "what is reference belongs into `python loadmanager.py reference`"
 
 
-def default_words(declared):
-    """A key's default as the table shows it: as it is written in the file."""
-    default = declared["default"]
-    if default is loadmanager.REQUIRED:
-        return f"required in `{declared['within']}`" if declared["within"] else "required"
-    if default in (None, "", (), {}):
-        return ""
-    if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    if isinstance(default, tuple):
-        return f"`[{', '.join(default)}]`"
-    return f"`{int(default) if isinstance(default, float) and default == int(default) else default}`"
+def test_commands_and_keys_that_are_named_exist():
+    """In README.md and the other pages: `python loadmanager.py x` is a command, `section.key` a key."""
+    pages = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("*/README.md")), REFERENCE]
+    text = "\n".join(pages)
+    commands = {command.name for command in loadmanager.COMMANDS}
+    named = set(re.findall(r"(?<!m )\bloadmanager\.py ([a-z]+)", text))
+    assert named <= commands, f"no commands: {named - commands}"
+    keys = {path for path, _ in loadmanager.config_keys()}
+    sections = {re.split(r"[.\[]", key)[0] for key in keys}
+    named = {
+        word for word in re.findall(r"`([a-z]\w*\.[a-zA-Z.]+)[`:]", text) if word.split(".")[0] in sections
+    }
+    unknown = {word for word in named if not any(key.replace("[]", "").startswith(word) for key in keys)}
+    unknown -= {word for word in named if word.endswith((".py", ".yaml", ".md", ".File"))}
+    assert not unknown, f"no keys of the configuration: {unknown}"
+    makes = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z]+)\b(?=[ `\n]*(?:`|#|[A-Z]+=))", text)) <= makes
 
 
-def config_rows():
-    for path, declared in loadmanager.config_keys():
-        meaning = f"{declared['about']}; {declared['check'].allowed}"
-        yield f"| `{path}` | {default_words(declared)} | {meaning} |"
-
-
-def test_table_of_configuration_keys_is_the_program_s():
-    """Each row as its declaration has it: to be copied from this failure into README.md."""
-    head = "| Key | Default | Meaning |\n| --- | --- | --- |\n"
-    table = README.partition(head)[2].partition("\n\n")[0]
-    assert table == "\n".join(config_rows())
+def test_links_between_the_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("*/README.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (
+                f"{page.relative_to(ROOT)} links to {link}, which is not there"
+            )
