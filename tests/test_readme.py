@@ -185,7 +185,7 @@ def test_commands_and_keys_that_are_named_exist():
     pages = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("*/README.md")), REFERENCE]
     text = "\n".join(pages)
     commands = {command.name for command in loadmanager.COMMANDS}
-    named = set(re.findall(r"(?<!m )\bloadmanager\.py ([a-z]+)", text))
+    named = set(re.findall(r"python3? loadmanager\.py ([a-z]+)\b(?!\.)", text))
     assert named <= commands, f"no commands: {named - commands}"
     keys = {path for path, _ in loadmanager.config_keys()}
     sections = {re.split(r"[.\[]", key)[0] for key in keys}
