@@ -402,7 +402,7 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "old runs not removed": _log_event("warning", "the database failed", "why"),
     "history of old runs thinned": _log_event("info", "retention thinned the samples of runs", "runs"),
     "history of old runs not thinned": _log_event("warning", "the database failed", "why"),
-    "history of a run not thinned": _log_event("warning", "it cannot be read", "run why"),
+    "history of a run not thinned": _log_event("error", "unforeseen, of one run", "run error"),
     "cluster not read at the end": _log_event(
         "warning", "the final numbers are the last ones", "cluster run why"
     ),
