@@ -7226,9 +7226,11 @@ class Store:
             self._schedules = dict(database.query("SELECT id, record FROM schedules"))
             for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
                 delivery = Delivery(*json.loads(record))
-                self._deliveries[delivery.id] = delivery
                 if delivery.ended_at is None:
                     self._waiting[delivery.id] = delivery
+                else:
+                    delivery = delivery._replace(facts={})
+                self._deliveries[delivery.id] = delivery
             self._cleanups = dict(database.query("SELECT run_id, cluster_id FROM cleanups"))
             self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
         except database.errors as error:
@@ -7498,26 +7500,29 @@ class Store:
                 record.clock_shift_s = 0.0
             elif changes.get("finished_at") is not None:
                 changes["finished_at"] += self._clock_shift_s(record)
+            run = replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
             if snapshot is not None:
                 snapshot = self._in_run_time(record, snapshot)
+            # First: when it raises, nothing is changed yet, and the one who tries again has it told.
+            deliveries = self._deliveries_of(run, snapshot or (record.numbers and record.numbers.snapshot))
+            if snapshot is not None:
                 self._keep_sample(run_id, snapshot, "final")
                 if to in FINAL:
                     record.final_numbers = Numbers(snapshot, "final")
                 else:
                     record.numbers = Numbers(snapshot, "final")
-            run = self._save(
-                record, replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
-            )
-            newest = record.numbers.snapshot if record.numbers else None
-            self._keep_deliveries_of(run, snapshot or newest)
+            run = self._save(record, run)
+            self._keep_new_deliveries(deliveries)
             if cleanup_on:
                 self.keep_cleanup(run_id, cleanup_on)
         if durable:
             self.wait_durable_or_log()
         return run
 
-    def _keep_deliveries_of(self, run: Run, snapshot: Snapshot | None) -> None:
-        found = self.deliveries_for(run, snapshot) if self.deliveries_for else []
+    def _deliveries_of(self, run: Run, snapshot: Snapshot | None) -> list[Delivery]:
+        return self.deliveries_for(run, snapshot) if self.deliveries_for else []
+
+    def _keep_new_deliveries(self, found: list[Delivery]) -> None:
         if not found:
             return
         for delivery in found:
@@ -7729,6 +7734,8 @@ class Store:
 
     def keep_delivery(self, delivery: Delivery) -> None:
         """Keep a new delivery, or how an old one fares."""
+        if delivery.ended_at is not None:
+            delivery = delivery._replace(facts={})  # it is not sent again, and 2,000 of them are kept
         record = storable_json(list(delivery)).decode()
         with self._lock:
             self._deliveries[delivery.id] = delivery
@@ -9356,8 +9363,8 @@ class PollLoop(threading.Thread):
         try:
             work(poll)
         except Exception as error:  # noqa: BLE001 - the edge: it is one run's trouble
-            self._polls.discard(poll)
-            poll.connection.close()
+            if poll in self._polls:  # else its connection was given back, and may be another's already
+                self._end(poll)
             poll.broken(error)
 
     def _wait_s(self) -> float:
@@ -9394,7 +9401,7 @@ class PollLoop(threading.Thread):
             if connection.sock.send(request) != len(request):
                 raise OSError("an idle connection takes some hundred bytes")
             self._selector.register(connection.sock, selectors.EVENT_READ, poll)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):
             connection.close()
             otherwise(None)
             return
@@ -11901,16 +11908,28 @@ class RunStopper:
                 return monitor.reported
             try:
                 final = monitor.cluster.client.read_final(timeout_s)
+                has_begun_another = self._has_begun_another(monitor, reading)
             except LocustError as error:
                 why = error.message
                 continue
-            if (final.requests or 0) >= self.last_requests(monitor.run_id):
+            if has_begun_another:
+                why = "another test has begun in Locust meanwhile"
+            elif (final.requests or 0) >= self.last_requests(monitor.run_id):
                 return final._replace(resets=reading.resets if reading else None)
-            why = "Locust's statistics were reset"
+            else:
+                why = "Locust's statistics were reset"
             break
         words = f"the numbers are the last ones seen, not the final ones: {why}"
         self.warn(monitor.run_id, "final_numbers_missing", words)
         return None
+
+    def _has_begun_another(self, monitor: RunMonitor, reading: Reading | None) -> bool:
+        """Whether a test runs although the load of this one was stopped: what was just read may be of that
+        one. The hooks alone tell the state of this moment; without them it is up to 2 s old."""
+        if reading is None or not reading.hooks:
+            return False
+        now = monitor.cluster.read_state(5.0)
+        return now.hooks and (now.is_loaded or monitor.run_id not in (now.run_id, now.last_run_id, ""))
 
     def last_requests(self, run_id: str) -> int:
         document = json.loads(self.store.wire(run_id)).get("lastMetrics") or {}
@@ -17046,6 +17065,8 @@ class ConnectionLoop(threading.Thread):
             return
         finally:
             self._has_added()
+        if sock.fileno() < 0 and not self._tls:  # who accepted it met an error after that, and closed it
+            return
         self._connections.add(connection)
         self.watch(connection, selectors.EVENT_READ)
 

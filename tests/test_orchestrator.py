@@ -484,3 +484,25 @@ def test_unforeseen_error_in_a_thread_that_waits_for_times_does_not_end_it(patch
     (run,) = eventually(lambda: lm.get("/v1/tests").json, 20, what="the schedule starts its run")
     assert lm.wait_for(run["id"], "Finished")["stopReason"] == "duration"
     assert "nobody foresaw" in lm.log() and "Exception in thread" not in lm.log()
+
+
+def test_final_numbers_are_not_those_of_a_test_that_began_before_they_were_read(load_manager, fake_locust):
+    """A user starts a test in Locust's own page just as the final numbers of a run are read."""
+    fake = fake_locust(hooks=True)
+    lm = load_manager(cluster_config(fake.url))
+    run_id = lm.create().json["id"]
+    eventually(
+        lambda: (lm.run(run_id).get("lastMetrics") or {}).get("totalRequests"), what="numbers of the run"
+    )
+
+    def begin_another(path, when):
+        if path == "/stats/requests/csv" and fake.state != "running":
+            fake.swarm({"user_count": "3"})
+            fake.requests = 1_000_000
+
+    fake.reached = begin_another
+    assert lm.post(f"/v1/tests/{run_id}/stop").status == 200
+    run = lm.wait_for(run_id, "Finished")
+    assert 0 < run["lastMetrics"]["totalRequests"] < 1_000_000, "they are of the other test"
+    warnings = {warning["code"]: warning["message"] for warning in run["warnings"]}
+    assert "another test has begun" in warnings["final_numbers_missing"], warnings

@@ -99,7 +99,9 @@ def open_store(request, tmp_path):
 
 
 def new_run(**changes):
-    request = lm.RunRequest("acme", "dev", "browse", 5, 5.0, duration_s=60, metadata={"ticket": "PERF-1 🦗", "nul": "a\u0000b"})
+    request = lm.RunRequest(
+        "acme", "dev", "browse", 5, 5.0, duration_s=60, metadata={"ticket": "PERF-1 🦗", "nul": "a\u0000b"}
+    )
     return lm.replace(lm._new_run(request, "tester", "api"), cluster_id="one", **changes)
 
 
@@ -1213,3 +1215,36 @@ def test_postgresql_that_does_not_answer_is_one_line_without_the_password(tmp_pa
         and "Traceback" not in done.stderr
         and "127.0.0.1" in done.stderr
     )
+
+
+def test_transition_whose_notifications_fail_is_not_made_and_is_told_when_tried_again(open_store):
+    store = open_store()
+    run = store.add(new_run())
+    told = lm.Delivery("msg_1", "hook", "failed", run.id, "acme", time.time(), "failed", {"a": 1})
+    outcomes = [ZeroDivisionError("nobody foresaw this"), [told]]
+
+    def deliveries(run, snapshot):
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    store.deliveries_for = deliveries
+    with pytest.raises(ZeroDivisionError):
+        store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x")
+    assert store.find(run.id).status is lm.RunStatus.PENDING
+    store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x")
+    assert [one.id for one in store.list_deliveries(9)] == ["msg_1"]
+
+
+def test_what_a_delivery_told_is_kept_until_it_ended_and_no_longer(open_store):
+    """2,000 ended ones are kept: with a comparison in each that was 75 MiB."""
+    store = open_store()
+    one = lm.Delivery(
+        "msg_1", "hook", "failed", "r", "acme", time.time(), "failed", {"comparison": "x" * 999}
+    )
+    store.keep_delivery(one)
+    store.keep_delivery(one._replace(ended_at=time.time()))
+    assert [kept.facts for kept in store.list_deliveries(9)] == [{}]
+    store.close()
+    assert [(kept.title, kept.facts) for kept in open_store().list_deliveries(9)] == [("failed", {})]
