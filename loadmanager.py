@@ -445,7 +445,6 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "notification not delivered": _log_event(
         "warning", "the first try failed, or the last", "channel about run why given_up"
     ),
-    "notification failed": _log_event("error", "unforeseen, of one notification", "channel error"),
     # the database
     "database was deleted, written again": _log_event("error", "its files are gone", "files"),
     "database cannot be written": _log_event("error", "writes wait and are tried again", "error trace"),
@@ -14301,24 +14300,31 @@ class Notifier:
     def _deliver_all(self, channel: Channel) -> None:
         """One thread of a channel: what is due is sent, each thing by one of them."""
         while not self._closed and self.channels.get(channel.config.id) is channel:
-            delivery, wait_s = self._pick(channel)
-            if delivery is None:
+            try:
+                self._deliver_next(channel)
+            except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must go on
+                log_unforeseen(f"notify-{channel.config.id}", error)
+                time.sleep(1)
+
+    def _deliver_next(self, channel: Channel) -> None:
+        """Send what is due, or wait until there may be something."""
+        in_hand: list[Delivery] = []
+        try:
+            wait_s = self._pick(channel, in_hand)
+            if not in_hand:
                 with self._changed:
                     self._changed.wait(wait_s)
-                continue
-            try:
-                self._deliver(channel, delivery)
-            except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must go on
-                log("notification failed", channel=channel.config.id, error=repr(error))
-                time.sleep(1)
-            finally:
-                with self._picking:
+                return
+            self._deliver(channel, in_hand[0])
+        finally:
+            with self._picking:
+                for delivery in in_hand:
                     self._in_hand.pop(delivery.id, None)
 
-    def _pick(self, channel: Channel) -> tuple[Delivery | None, float]:
-        """What is to be sent next, or None and the seconds until there may be something. What was
-        not tried yet comes first: a receiver that refuses some delays no others. Of one run one
-        thing after the other is sent, that its end does not come before its start."""
+    def _pick(self, channel: Channel, in_hand: list[Delivery]) -> float:
+        """Take in hand what is to be sent next, if anything; the seconds until there may be something.
+        What was not tried yet comes first: a receiver that refuses some delays no others. Of one run
+        one thing after the other is sent, that its end does not come before its start."""
         with self._picking:
             now, wait_s = time.time(), 2.0
             runs = {one.run_id for one in self._in_hand.values() if one.channel_id == channel.config.id}
@@ -14331,8 +14337,9 @@ class Notifier:
                     if best is None or _is_sooner(one, best):
                         best = one
             if best is not None:
+                in_hand.append(best)
                 self._in_hand[best.id] = best
-            return best, wait_s
+            return wait_s
 
     def _deliver(self, channel: Channel, delivery: Delivery) -> None:
         problem, is_final = self._try(channel, delivery)
@@ -26493,7 +26500,7 @@ COMMANDS = (
         (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),), calls_server=False,
     ),
     Command(
-        "reference", command_reference, "print the whole reference as Markdown: all that /docs shows", "reference | less",
+        "reference", command_reference, "print the whole reference as Markdown: all that /docs shows", "reference",
         calls_server=False,
     ),
     Command(

@@ -895,7 +895,7 @@ def bash_offers(tmp_path: Path, *words: str) -> list[str]:
 
 
 def test_bash_completes_commands_options_and_values(tmp_path):
-    assert bash_offers(tmp_path, "loadmanager", "re") == ["restore", "reload", "rerun", "report"]
+    assert bash_offers(tmp_path, "loadmanager", "re") == ["restore", "reload", "rerun", "report", "reference"]
     assert set(bash_offers(tmp_path, "loadmanager", "")) >= {command.name for command in loadmanager.COMMANDS}
     assert bash_offers(tmp_path, "loadmanager", "run", "--sp") == ["--spawn-rate"]
     assert bash_offers(tmp_path, "loadmanager", "-config", "config.json", "show", "l") == ["latest"]

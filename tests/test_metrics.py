@@ -335,19 +335,6 @@ def test_database_of_postgresql_says_its_size(postgres_url):  # noqa: F811
         store.close()
 
 
-def test_readme_lists_every_metric():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(
-        r"^\| `((?:loadmanager|process)_\w+)` \| (\w+) \| ([^|]*) \| ([^|]*) \|$", readme, re.M
-    )
-    real = [
-        (row.sample_name, row.kind, ", ".join(row.labels), row.about)
-        for row in loadmanager.METRICS
-        if not row.is_of_exporter
-    ]
-    assert shown == real
-
-
 # ---- a real Prometheus ----------------------------------------------------------
 
 
