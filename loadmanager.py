@@ -923,6 +923,7 @@ class Check:
     schema: dict[str, Any] = field(
         default_factory=lambda: {"type": "string"}, compare=False
     )  # for the API's document
+    repeats: bool = False  # a query may have it more than once: its value is a tuple
 
 
 def text_value(allowed: str = "a non-empty string", pattern: str | None = None, empty: bool = False) -> Check:
@@ -2348,6 +2349,7 @@ class RunField:
     required: bool = False  # a create must have it
     again: Callable[[Any], Any] | None = None  # what a rerun takes over; None: nothing
     may_change: bool = False  # a rerun may say something else
+    carried: bool = False  # said with a file of a headless Locust, which does not say it itself
     always: bool = False  # it stands in every answer
     is_list: bool = False
     group: Any = None  # the class whose fields stand in JSON beside the run's own
@@ -2715,10 +2717,10 @@ class Run:
     order of the JSON."""
 
     id: str = run_field("id", always=True, schema=ANSWER_TEXT)
-    tenant_id: str = asked_field("tenantId", ID_TEXT, required=True, always=True)
-    env_id: str = asked_field("envId", ID_TEXT, required=True, always=True)
+    tenant_id: str = asked_field("tenantId", ID_TEXT, required=True, always=True, carried=True)
+    env_id: str = asked_field("envId", ID_TEXT, required=True, always=True, carried=True)
     cluster_id: str = run_field("locustClusterId", always=True, schema=ANSWER_TEXT)  # "" in the queue
-    scenario_id: str = asked_field("scenarioId", ID_TEXT, required=True, always=True)
+    scenario_id: str = asked_field("scenarioId", ID_TEXT, required=True, always=True, carried=True)
     target_users: int = asked_field("targetUsers", USERS, always=True)
     spawn_rate: float = asked_field("spawnRate", SPAWN_RATE, always=True)
     status: RunStatus = run_field(
@@ -2743,7 +2745,7 @@ class Run:
     queue_position: int | None = run_field(
         "queuePosition", None, schema=ANSWER_WHOLE, stored=False
     )  # 1: next
-    metadata: dict[str, Any] | None = asked_field("metadata", METADATA, None, may_change=True)
+    metadata: dict[str, Any] | None = asked_field("metadata", METADATA, None, may_change=True, carried=True)
     repeat: int = asked_field(  # runs to make, with this one
         "repeat",
         number_value(1, MAX_REPEAT, whole=True),
@@ -4922,11 +4924,11 @@ def body_keys(cls: type) -> dict[str, BodyKey]:
     return found
 
 
-RUN_KEYS = body_keys(Run)
+ASKED_KEYS = body_keys(Run)
 CREATE_KEYS = body_keys(RunRequest)
 PLAN_KEYS = body_keys(LoadProfile)
 # Stages, or a scenario of the configuration, stand for them.
-LOAD_KEYS = {name: RUN_KEYS[name] for name in ("targetUsers", "spawnRate", "durationSeconds")}
+LOAD_KEYS = {name: ASKED_KEYS[name] for name in ("targetUsers", "spawnRate", "durationSeconds")}
 RERUN_KEYS = {one.name: CREATE_KEYS[one.name] for _, one in run_fields(RunRequest) if one.may_change}
 SCALE_KEYS = {"workers": BodyKey("workers", number_value(0, MAX_WORKERS, whole=True), required=True)}
 USERS_KEYS = {
@@ -5037,7 +5039,7 @@ def _joined(problems: dict[str, str]) -> str:
 
 
 SCENARIO_GIVES = {one.name for one in fields(ScenarioConfig)} & {
-    *(entry.to for entry in RUN_KEYS.values()),
+    *(entry.to for entry in ASKED_KEYS.values()),
     *(attribute for attribute, _ in run_fields(LoadProfile)),
 }
 
@@ -5141,11 +5143,12 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
         check = allowed.get(name)
         if check is None:
             problems[name[:MAX_TEXT]] = "unknown parameter; allowed are " + (", ".join(allowed) or "none")
-        elif name in values:
+        elif name in values and not check.repeats:
             problems[name] = "stands twice"
         elif text:
             try:
-                values[name] = check.accept(check.from_text(text))
+                value = check.accept(check.from_text(text))
+                values[name] = (*values.get(name, ()), value) if check.repeats else value
             except InvalidValue as error:
                 problems[name] = str(error)
             except (ValueError, TypeError, OverflowError):
@@ -14971,14 +14974,18 @@ def _xml(text: object) -> str:
     return html.escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(text)))
 
 
+def _what_md(run: dict[str, Any]) -> str:
+    """What was loaded, how, and when."""
+    where = f"{_md(run['tenantId'])} / {_md(run['envId'])}"
+    return f"{where}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`"
+
+
 def summary_md(run: dict[str, Any]) -> str:
     """The verdict as Markdown for a job's summary on GitHub or GitLab."""
     metrics = run.get("lastMetrics") or {}
     words = run.get("verdict") or run["status"]
     lines = [f"## Load test {_md(run['scenarioId'])}: {words}", ""]
-    lines.append(
-        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`"
-    )
+    lines.append(_what_md(run))
     if run.get("failureReason"):
         lines += ["", f"> {_md(run['failureReason'])}"]
     if run.get("thresholds"):
@@ -15052,7 +15059,7 @@ def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, An
         f"## Load test {_md(run['scenarioId'])}: {words}"
         + (f", verdict {run['verdict']}" if run.get("verdict") else ""),
         "",
-        f"{_md(run['tenantId'])} / {_md(run['envId'])}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`",
+        _what_md(run),
         "",
         f"**{_figure(metrics.get('totalRequests'))} requests**, {_figure(metrics.get('errorRate'), 2)} % failed, "
         f"{_figure(metrics.get('totalRps'), 1)} req/s, median {_figure(metrics.get('p50ResponseMs'))} ms, "
@@ -15329,7 +15336,7 @@ COMPARISON = Check(
     lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)},
 )
 IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attribute are derived, and ignored
-    **RUN_KEYS,  # what a caller sets, and where what came of it differs:
+    **ASKED_KEYS,  # what a caller sets, and where what came of it differs:
     "id": BodyKey("id", RUN_ID, required=True),
     "locustClusterId": BodyKey("cluster_id", text_value("a string", empty=True), required=True),
     "targetUsers": BodyKey("target_users", USERS_OR_NONE, required=True),
@@ -15365,10 +15372,13 @@ SAMPLE_NUMBERS = tuple(
     for name in SAMPLE_KEYS
     if name != "source"
 )
-CARRIED_KEYS = {  # of a file of Locust: what it does not say itself
-    **{name: RUN_KEYS[name] for name in ("tenantId", "envId", "scenarioId", "metadata")},
+CARRIED = {  # of a file of Locust: what it does not say itself
+    **{one.name: ASKED_KEYS[one.name] for _, one in run_fields(Run) if one.carried},
     "targetUsers": BodyKey("target_users", USERS_OR_NONE),
     "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE)),
+}
+CARRIED_KEYS = {
+    **CARRIED,
     "startedAt": BodyKey("started_at", MOMENT),
     "finishedAt": BodyKey("finished_at", MOMENT),
 }
@@ -15754,13 +15764,21 @@ def _run_of_file(
     """The run a file of Locust tells of. Its id is made from the content, so that a file is imported once."""
     import uuid
 
+    digest = hashlib.sha256(dump_json(body).encode()).hexdigest()
+    asked = {"target_users": most_users, "spawn_rate": 0, **values}
     return Run(
-        id=str(uuid.uuid5(uuid.UUID(IMPORT_NAMESPACE), hashlib.sha256(dump_json(body).encode()).hexdigest())),
-        tenant_id=values["tenant_id"], env_id=values["env_id"], cluster_id="", scenario_id=values["scenario_id"],
-        target_users=values.get("target_users", most_users), spawn_rate=values.get("spawn_rate", 0),
-        status=RunStatus.FINISHED, created_at=began, started_at=began, finished_at=ended, metadata=values.get("metadata"),
-        created_by="locust", source="ui", stop_reason="locust", imported_at=now,
-    )  # fmt: skip
+        id=str(uuid.uuid5(uuid.UUID(IMPORT_NAMESPACE), digest)),
+        cluster_id="",
+        status=RunStatus.FINISHED,
+        created_at=began,
+        started_at=began,
+        finished_at=ended,
+        created_by="locust",
+        source="ui",
+        stop_reason="locust",
+        imported_at=now,
+        **{entry.to: asked[entry.to] for entry in CARRIED.values() if entry.to in asked},
+    )
 
 
 def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
@@ -19726,8 +19744,8 @@ def get_tests(api: Api, request: Request) -> Response:
     page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
     if last_seq is not None:
-        again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
-        again["cursor"] = _cursor_text(last_seq)
+        again = [pair for pair in parse_qsl(request.head.query) if pair[0] != "cursor"]
+        again.append(("cursor", _cursor_text(last_seq)))
         headers["Link"] = f'</v1/tests?{urlencode(again)}>; rel="next"'
     pieces = [b"["]
     for number, parts in enumerate(page):
@@ -20751,8 +20769,9 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
         for name in re.findall(r"\{(\w+)\}", route.path)
     ]
     in_query = [
-        {"name": name, "in": "query", "required": False, "schema": check.schema, "description": check.allowed}
+        {"name": name, "in": "query", "required": False, "schema": schema, "description": check.allowed}
         for name, check in route.query.items()
+        for schema in [{"type": "array", "items": check.schema} if check.repeats else check.schema]
     ]
     if route.handler is post_test:
         key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
@@ -22261,7 +22280,7 @@ class ApiClient:
     def get(self, path: str, **query: Any) -> ApiAnswer:
         """The answer to a GET; parameters that are None are left out."""
         given = {name: value for name, value in query.items() if value is not None}
-        return self.request("GET", path + ("?" + urlencode(given) if given else ""))
+        return self.request("GET", path + ("?" + urlencode(given, doseq=True) if given else ""))
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
