@@ -1059,6 +1059,21 @@ def _accept_stages(value: Any) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+MAX_LABELS = 20  # of one run
+
+
+def _accept_labels(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MAX_LABELS or len(set(map(str, value))) < len(value):
+        raise ValueError
+    return tuple(LABEL.accept(label) for label in value)
+
+
+LABEL = text_value("a text of 1 to 60 printable characters", r"(?s:.{1,60})")
+LABELS = Check(
+    f"a list of at most {MAX_LABELS} different texts of 1 to 60 printable characters",
+    _accept_labels,
+    schema={"type": "array", "items": {"type": "string"}, "maxItems": MAX_LABELS, "uniqueItems": True},
+)
 SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
     "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_push lm_tags lm_exclude_tags"
     " lm_traceparent tags exclude_tags num_users users".split()
@@ -1689,6 +1704,7 @@ class ScenarioConfig:
     stages: tuple[Stage, ...] = setting("stages", (), STAGES, "instead of the three numbers")
     thresholds: tuple[Any, ...] = setting("thresholds", (), RAW_LIST, "as on create")
     tenants: tuple[str, ...] = setting("tenants", (), NAMES, "who may run it; default: all")
+    labels: tuple[str, ...] = setting("labels", (), LABELS, "what its runs are found by")
 
 
 @dataclass(frozen=True)
@@ -2799,6 +2815,8 @@ class Run:
     compare_with: str | None = asked_field("compareWith", one_of(*COMPARE_WITH), None)
     # what came of it
     comparison: dict[str, Any] | None = run_field("comparison", None, schema=ANSWER_OBJECT, also=_trust)
+    # what it is found by
+    labels: tuple[str, ...] = asked_field("labels", LABELS, (), may_change=True, carried=True)
     traceparent: str = run_field("", "")  # is passed on to Locust and to receivers of notifications
     seq: int = run_field("", 0)  # order of creation, the list's cursor
 
@@ -7103,7 +7121,8 @@ class RunFilter(NamedTuple):
     env_id: str | None = None
     statuses: frozenset[str] | None = None
     scope: Scope = EVERYTHING  # what the caller may see
-    search: str | None = None  # lower case; somewhere in the run's id, names or creator
+    search: str | None = None  # lower case; somewhere in the run's id, names, labels or creator
+    labels: frozenset[str] = frozenset()  # it has all of them
 
     def reaches(self, tenant_id: str, env_id: str) -> bool:
         """Whether runs of a tenant's environment may be among those wanted."""
@@ -7117,11 +7136,13 @@ class RunFilter(NamedTuple):
         return (
             (self.statuses is None or run.status.value in self.statuses)
             and self.reaches(run.tenant_id, run.env_id)
+            and self.labels.issubset(run.labels)
             and (self.search is None or self._finds(run))
         )
 
     def _finds(self, run: Run) -> bool:
         words = (run.scenario_id, run.tenant_id, run.env_id, run.cluster_id, run.created_by, run.id)
+        words += run.labels
         return any(self.search in word.lower() for word in words)  # type: ignore[operator]
 
 
@@ -14598,6 +14619,7 @@ def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, 
 
 def _report_head(run: dict[str, Any]) -> str:
     where = f"{run['tenantId']} / {run['envId']} on {run.get('locustClusterId') or 'no cluster'}"
+    labels = f'<p class="dim">{html.escape(", ".join(run["labels"]))}</p>' if run.get("labels") else ""
     words = run["status"] + (f" ({run['stopReason']})" if run.get("stopReason") else "")
     kind = (
         "bad"
@@ -14609,7 +14631,7 @@ def _report_head(run: dict[str, Any]) -> str:
     reason = f'<p class="bad">{html.escape(run["failureReason"])}</p>' if run.get("failureReason") else ""
     return (
         f'<header><h1>{html.escape(run["scenarioId"])}</h1><p><strong class="{kind}">{html.escape(words)}</strong> '
-        f'<span class="dim">{html.escape(where)} · {html.escape(_period(run))} · run {html.escape(run["id"])}</span></p>{reason}</header>'
+        f'<span class="dim">{html.escape(where)} · {html.escape(_period(run))} · run {html.escape(run["id"])}</span></p>{labels}{reason}</header>'
     )
 
 
@@ -14977,7 +14999,8 @@ def _xml(text: object) -> str:
 def _what_md(run: dict[str, Any]) -> str:
     """What was loaded, how, and when."""
     where = f"{_md(run['tenantId'])} / {_md(run['envId'])}"
-    return f"{where}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`"
+    labels = "".join(f", **{_md(label)}**" for label in run.get("labels", ()))
+    return f"{where}, {_md(load_words(run))}, {_period(run)}, run `{run['id']}`{labels}"
 
 
 def summary_md(run: dict[str, Any]) -> str:
@@ -15134,7 +15157,7 @@ def scenario_csv(runs: list[dict[str, Any]]) -> str:
         "medianResponseTime": "p50ResponseMs",
         "p95ResponseTime": "p95ResponseMs",
     }
-    titles = ["time", "run", "users", *TOLERABLE]
+    titles = ["time", "run", "users", "labels", *TOLERABLE]
     titles += [
         f"{newest[name]['method']} {newest[name]['name']} {title}".strip()
         for name in names
@@ -15145,6 +15168,7 @@ def scenario_csv(runs: list[dict[str, Any]]) -> str:
         metrics = run.get("lastMetrics") or {}
         stats = metrics.get("requestStats") or {}
         row = [run.get("startedAt") or run["createdAt"], run["id"], run["targetUsers"]]
+        row.append(", ".join(run.get("labels", ())))
         row += [metrics.get(name) for name in TOLERABLE]
         rows.append(row + [(stats.get(name) or {}).get(figure) for name in names for figure in figures])
     return _csv_text(titles, rows)
@@ -19737,9 +19761,9 @@ def post_test(api: Api, request: Request) -> Response:
 def get_tests(api: Api, request: Request) -> Response:
     query = request.query
     search = query["search"].lower() if "search" in query else None
-    wanted = RunFilter(
-        query.get("tenantId"), query.get("envId"), query.get("status"), request.principal.scope, search
-    )
+    labels = frozenset(query.get("label", ()))
+    place = (query.get("tenantId"), query.get("envId"))
+    wanted = RunFilter(*place, query.get("status"), request.principal.scope, search, labels)
     limit = query.get("limit")
     page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
@@ -20412,6 +20436,7 @@ LIST_QUERY = {
         _accept_statuses,
     ),
     "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT),
+    "label": replace(LABEL, repeats=True),
     "brief": BOOLEAN,
     "limit": number_value(1, 1000, whole=True),
     "cursor": Check("the cursor of a Link header", _accept_cursor),
@@ -23214,6 +23239,7 @@ def command_list(options: Any) -> int:
         "envId": options.env,
         "status": options.status,
         "search": options.search,
+        "label": options.label or None,
     }
     answer = client.get("/v1/tests", **query, limit=options.limit, brief=None if options.json else "true")
     if options.json:
@@ -23938,6 +23964,7 @@ def create_body(options: Any) -> dict[str, Any]:
         "spawnRate": options.spawn_rate,
         "durationSeconds": options.duration,
         "metadata": metadata or None,
+        "labels": options.label or None,
         "thresholds": options.threshold or None,
         "compareWith": options.compare_with or ("baseline" if options.fail_on_regression else None),
         "queue": options.queue or None,
@@ -24386,6 +24413,7 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
         + (f"; for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
         "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name))
         or "not started",
+        "labels": ", ".join(run.get("labels") or ()),
         "metadata": ", ".join(
             f"{name}={value if isinstance(value, str) else dump_json(value)}"
             for name, value in (run.get("metadata") or {}).items()
@@ -25677,10 +25705,13 @@ body is a 422.
 status, createdAt, createdBy, source (api|ui|schedule), startedAt, finishedAt, stopReason
 (duration|user|threshold|locust|lost|shutdown), failureReason, queuePosition, warnings, annotations,
 thresholds, verdict, compareWith, comparison, repeat, repeatOf, trust, trustReasons, locustfileSha256,
-importedAt, historyStepSeconds, metadata, host, userClasses, tags, excludeTags, options, stages,
+importedAt, historyStepSeconds, metadata, labels, host, userClasses, tags, excludeTags, options, stages,
 usersChanges, lastMetrics`; a key without a value is absent. `status` is `Pending → Running → Stopping →
 Finished`, or `Failed` with `failureReason`. Finished and Failed runs never change again; a person may
 still annotate them.
+
+**labels** are up to 20 different texts of 1 to 60 characters that a run is found by: those of its create,
+else its scenario's; `GET /v1/tests?label=nightly&label=4.2` lists the runs that have all of them.
 
 **lastMetrics**: `timestamp, totalRps` (req/s now; of the whole run in the final numbers)`, totalRequests,
 totalFailures, errorRate` (percent)`, avgResponseMs, p50ResponseMs, p95ResponseMs, p99ResponseMs,
@@ -25836,6 +25867,7 @@ scenarios:
     durationSeconds: 600
     thresholds: ["p95ResponseMs < 500"]
     tenants: [tenant-1]               # default: all
+    labels: [nightly]                 # of its runs
   - id: waves
     stages:                           # instead of the three numbers; also on a create
       - {targetUsers: 50, spawnRate: 5, durationSeconds: 60}
@@ -26356,6 +26388,7 @@ COMMANDS = (
             argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started per second; default: the scenario's"),
             argument("-d", "--duration", metavar="TIME", value=duration_value, help="90s, 5m, 1h30m; default: until it is stopped"),
             argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value, help="kept with the run; repeatable"),
+            argument("--label", action="append", default=[], metavar="TEXT", help="what the run is found by, instead of the scenario's; repeatable"),
             argument("--stage", action="append", default=[], metavar="N:RATE:TIME", value=stage_value, help="instead of -u, -r and -d, e.g. 50:5:60s; repeatable"),
             argument("--host", metavar="URL", help="the target system; default: the scenario's, or the cluster's"),
             argument("--user-class", action="append", default=[], metavar="NAME", help="run only this user class; repeatable"),
@@ -26379,6 +26412,7 @@ COMMANDS = (
             argument(*ENV, metavar="ID", help="only of this environment"),
             argument("--status", metavar="WORDS", help="one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus)),
             argument("--search", metavar="TEXT", help="only with this text in scenario, tenant, environment, cluster or id"),
+            argument("--label", action="append", default=[], metavar="TEXT", help="only with this label; repeatable: with all of them"),
             argument("--limit", metavar="N", value=count_value, default=20, help="how many; default: 20"),
         ),
     ),
@@ -27745,6 +27779,7 @@ class TestForm extends Fields {
       userClasses: list("userClasses", "all"),
       tags: list("tags", "all"),
       excludeTags: list("excludeTags", "none"),
+      labels: area((start.labels || []).join("\n"), "the scenario's"),
       host: text("host", {type: "url", placeholder: "the cluster's own"}),
       metadata: area(pairsText(start.metadata), "version=2.1"),
       options: area(pairsText(start.options), "think-time=2"),
@@ -27785,7 +27820,9 @@ class TestForm extends Fields {
         h("div", {class: "three"}, row("userClasses", "User classes"), row("tags", "Tags"), row("excludeTags", "Tags left out")),
         row("host", "Target system"),
         row("options", "Custom options of the locustfile, key=value on each line")),
-      folded("Metadata", ["metadata"], row("metadata", "Metadata, key=value on each line")),
+      folded("Labels and metadata", ["labels", "metadata"],
+        row("labels", "Labels, one on each line", "What the run is found by."),
+        row("metadata", "Metadata, key=value on each line")),
     ];
   }
 
@@ -27836,6 +27873,7 @@ class TestForm extends Fields {
     };
     const listOf = (text) => (wordsOf(text).length ? wordsOf(text) : undefined);
     for (const name of ["host", "compareWith"]) set(name, () => inputs[name].value.trim());
+    set("labels", () => (linesOf(inputs.labels.value).length ? linesOf(inputs.labels.value) : undefined));
     for (const name of LIST_FIELDS) set(name, () => listOf(inputs[name].value));
     for (const name of PAIR_FIELDS) {
       const isChanged = inputs[name].value !== this.first[name]; // else numbers and lists stay what they are
@@ -28209,7 +28247,7 @@ class Overview {
       type: "search",
       id: "filter",
       placeholder: "Filter runs  ( / )",
-      "aria-label": "Filter runs by scenario, tenant, cluster or id",
+      "aria-label": "Filter runs by scenario, label, tenant, cluster or id",
       oninput: change("search"),
     });
     this.status = h(
@@ -28361,7 +28399,7 @@ class Overview {
     return (
       place &&
       (!word ||
-        [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id].some((text) => text.toLowerCase().includes(word)))
+        [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id, ...(run.labels || [])].some((text) => text.toLowerCase().includes(word)))
     );
   }
 
@@ -29916,6 +29954,7 @@ class RunView {
             ["Started", run.startedAt && zonedMoment(run.startedAt)],
             ["Finished", run.finishedAt && zonedMoment(run.finishedAt)],
             ["Stop reason", run.stopReason],
+            ["Labels", (run.labels || []).join(", ")],
           ]),
         ),
         h("div", {class: "panel"}, h("h2", {}, "Load"), pairs(loadFacts(run))),
