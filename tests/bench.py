@@ -235,7 +235,7 @@ def polling_figures() -> None:
     row(
         "  of one poll",
         f"{each_us:.0f} us",
-        "<= 425 us, the original's",
+        "<= 425 us (the original)",
         each_us <= 425,
         f"{each_us / plain_us:.1f} x http.client and json",
     )

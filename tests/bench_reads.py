@@ -92,7 +92,8 @@ def read_figures() -> None:
             load = wrk(program.url + one, connections, BEARER)
             goal, is_reached = "", None
             if connections == CONNECTIONS:
-                goal, is_reached = "p99 <= 18.9 ms, the original's", load.p99_ms <= 18.9
+                goal = ">= 25,518 /s, p99 <= 18.9 ms"  # twice the original's rate; its p99
+                is_reached = load.rate >= 25_518 and load.p99_ms <= 18.9
             ratio = f"{load.rate / health.rate:.2f} x /health"
             row(
                 f"status of a run ({size:,} bytes), {connections} connections",
@@ -152,7 +153,8 @@ def callback_figures() -> None:
             what = f"{endpoints or 'no'} endpoints, {connections} connections"
             goal, is_reached = "", None
             if (endpoints, connections) == (10, 64):
-                goal, is_reached = "CPU each <= 144 us, the original's", each_us <= 144
+                goal = ">= 10,499 /s, CPU each <= 144 us"  # the original's
+                is_reached = load.rate >= 10_499 and each_us <= 144
             ratio = f"CPU each {each_us:.0f} us; {load.rate / health.rate:.2f} x /health"
             row(what, str(load), goal, is_reached, ratio)
 
