@@ -55,17 +55,18 @@ PART VI  FACE: what clients, browsers and shells meet
 29. SIGN ON         tokens and sign-ins of an identity provider
 30. SESSIONS        browsers that signed in, and what they must prove
 31. HTTP API        routes, authentication, handlers
-32. SERVICE         the whole program put together, and its configuration checked
-33. TERMINAL        text, tables and a live view that any terminal can show
-34. API CLIENT      which server a command talks to, and requests to it
-35. ASSISTANTS      the API's routes as tools of the Model Context Protocol
-36. COMMANDS        what each command does
-37. PRINTED RUNS    how commands show runs, figures and comparisons
-38. DOCTOR          what an installation lacks, and what to do about it
-39. INSTALL         puts the program, its launcher, unit and first configuration below a folder
-40. REFERENCE       all that can be asked, set and read, as Markdown and at /docs
-41. COMMAND LINE    which commands there are, what they take, and where the program begins
-42. DASHBOARD PAGE  what a browser gets at / and at /docs
+32. STANDBY         which of several Load Managers leads, and what the others answer
+33. SERVICE         the whole program put together, and its configuration checked
+34. TERMINAL        text, tables and a live view that any terminal can show
+35. API CLIENT      which server a command talks to, and requests to it
+36. ASSISTANTS      the API's routes as tools of the Model Context Protocol
+37. COMMANDS        what each command does
+38. PRINTED RUNS    how commands show runs, figures and comparisons
+39. DOCTOR          what an installation lacks, and what to do about it
+40. INSTALL         puts the program, its launcher, unit and first configuration below a folder
+41. REFERENCE       all that can be asked, set and read, as Markdown and at /docs
+42. COMMAND LINE    which commands there are, what they take, and where the program begins
+43. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
@@ -96,6 +97,8 @@ repeat             starts the next run of a repetition               Locust     
 notify-            delivers notifications of one channel             a receiver       goes on
 keys               reads the keys of an identity provider            the provider     is counted
 retention, audit   remove what is older than the configuration says  disk             tried again
+standby            accepts connections while another one leads        -                goes on
+standby-request    passes one request on to the one that leads       the leader       502, goes on
 mcp-call           makes one call of an assistant                   a server          is answered
 thinning           thins the history of old runs                     disk             tried again
 doctor             asks a port or a cluster, for the command         Locust, a server a problem is told
@@ -117,7 +120,8 @@ else is taken within them: ThresholdWatch._lock,
 _Deadline._lock, PollLoop._lock, Comparer._lock, StatsTimes._lock, LocustClient._lock, LaunchedCluster._lock,
 Scheduler._lock, Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock, Channel._annotating, McpServer._writing, McpServer._changed.
+Service._reloading, RunCounts._lock, StandbyFront.places, Channel._annotating,
+McpServer._writing, McpServer._changed.
 """
 
 from __future__ import annotations
@@ -458,6 +462,9 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "audit file not written": _log_event("error", "audit.file cannot be written", "file entries why"),
     "old entries of the audit removed": _log_event("info", "as security.auditDays says", "entries"),
     "old entries of the audit not removed": _log_event("warning", "the database failed", "why"),
+    "standing by": _log_event("info", "another Load Manager leads on the database", "url"),
+    "taking over": _log_event("info", "the one that led is gone"),
+    "database of a standby does not answer": _log_event("warning", "it is tried again", "why"),
     "ending: this Load Manager leads no more": _log_event(
         "error", "another one has the database", "why status"
     ),
@@ -1558,6 +1565,18 @@ class AuditConfig:
 
 
 @dataclass(frozen=True)
+class StandbyConfig:
+    """Several Load Managers on one PostgreSQL: one leads, the others pass requests on to it."""
+
+    enabled: bool = setting(
+        "enabled", False, BOOLEAN, "wait while another one leads, and lead when it is gone"
+    )
+    advertised_url: str | None = setting(
+        "advertisedUrl", None, BASE_URL, "where the other Load Managers reach this one; needed with enabled"
+    )
+
+
+@dataclass(frozen=True)
 class LimitsConfig:
     """How much one caller may ask. A normal user never meets the defaults."""
 
@@ -1858,6 +1877,7 @@ class Config:
         "environments", (), [EnvironmentConfig], "protected environments", live=True
     )
     audit: AuditConfig = setting("audit", {}, AuditConfig, "who did what")
+    standby: StandbyConfig = setting("standby", {}, StandbyConfig, "several Load Managers on one PostgreSQL")
     limits: LimitsConfig = setting("limits", {}, LimitsConfig, "how much one caller may ask")
     metrics: MetricsConfig = setting("metrics", {}, MetricsConfig, "what Prometheus gets")
     logging: LoggingConfig = setting("logging", {}, LoggingConfig, "what is logged, and how", live=True)
@@ -2185,11 +2205,25 @@ def token_digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
+def _standby_problems(config: Config) -> Iterator[str]:
+    if not config.standby.enabled:
+        return
+    if not config.storage.url.startswith("postgres"):
+        yield "storage.url: must be a postgresql: database with standby.enabled; a SQLite file has one server"
+    if not config.standby.advertised_url:
+        yield "standby.advertisedUrl: is required with standby.enabled"
+    if config.server.tls:
+        yield "server.tls: must be absent with standby.enabled; a proxy before both can speak TLS"
+    if config.server.port == 0:
+        yield "server.port: must not be 0 with standby.enabled: others must find it"
+
+
 def _whole_config_problems(config: Config) -> Iterator[str]:
     """Problems that no key has alone."""
     yield from _cluster_problems(config)
     yield from _token_problems(config)
     yield from _sign_on_problems(config)
+    yield from _standby_problems(config)
     yield from _twice("tenants", [(item.id,) for item in config.tenants])
     yield from _twice("environments", [(item.tenant_id, item.id) for item in config.environments])
     tls = config.server.tls
@@ -5602,6 +5636,10 @@ class LeadershipLost(Exception):
     """Another Load Manager leads on this database: nothing of ours may be written any more."""
 
 
+class DatabaseInUse(StartupError):
+    """Another Load Manager leads on this database."""
+
+
 class SqliteDatabase:
     """One SQLite file, locked for this process; StartupError when it cannot be used.
 
@@ -5979,6 +6017,9 @@ def _runs_of_copy(connection: Any, source: str) -> int:
     return connection.execute("SELECT COUNT(*) FROM runs").fetchone()[0]
 
 
+LEASE_S = 1.5  # s: with standby.enabled commands need a proof so young; who takes over waits for longer
+
+
 class PostgresDatabase:
     """A PostgreSQL database, held by an advisory lock so that only one Load Manager leads on it.
 
@@ -6017,11 +6058,16 @@ class PostgresDatabase:
         self._is_open = False
         self._backend: tuple[Any, ...] | None = None  # of the connection that has, or had, the lock
         self.is_leading = False
+        self.address = ""  # where other Load Managers reach the one that leads
         self._deadline = _Deadline(self._cut)
         try:
             self._connect()
             self._refuse_encoding()
+        except StartupError:
+            self._deadline.close()
+            raise
         except psycopg.Error as error:
+            self._deadline.close()
             raise StartupError(f"database {self.shown}: {str(error).strip().splitlines()[0]}") from None
 
     @property
@@ -6050,7 +6096,7 @@ class PostgresDatabase:
                 time.sleep(0.1)
                 continue
             self._connection.close()
-            raise StartupError(f"database {self.shown}: is in use by another Load Manager")
+            raise DatabaseInUse(f"database {self.shown}: is in use by another Load Manager")
         self.execute(f"SET statement_timeout = {self._patience_s(self.READ_S) * 1000:.0f}")
         self._backend = self.query(
             "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
@@ -6090,6 +6136,9 @@ class PostgresDatabase:
         self.execute("DELETE FROM meta WHERE key = 'leader'")
         row = ("leader", f"{self._epoch}/{number}")
         self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", row)
+        self.execute("DELETE FROM meta WHERE key = 'leader_url'")
+        if self.address:
+            self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", ("leader_url", self.address))
 
     def check(self) -> None:
         """LeadershipLost when another one leads; any error when the database does not answer."""
@@ -7215,6 +7264,7 @@ class Store:
         self._unsettled: set[str] = set()  # those that are not to be sent yet
         self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
         self.deliveries_ready: Callable[[], None] | None = None  # some of them are
+        self._lead_proved_at = -math.inf  # monotonic: see prove_lead()
         self._next_seq = self._next_audit_seq = 1
         self._clock_offset_s = time.time() - monotonic_s()
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
@@ -7433,6 +7483,23 @@ class Store:
         """Whether this process leads on the database: False as long as its connection to PostgreSQL
         is gone, and for ever once another Load Manager has led. Who does not lead commands nothing."""
         return self._database.is_leading and self._writer.lost is None
+
+    def prove_lead(self) -> None:
+        """Return when no other Load Manager can command anything yet: a query on the connection that
+        has the lock was answered less than LEASE_S ago, on a clock that also counts while this process
+        is stopped, and who takes the lock waits for longer. LocustUnreachable when that is not so."""
+        if monotonic_s() - self._lead_proved_at < LEASE_S:
+            return
+        asked_at = monotonic_s()
+        try:
+            self._writer.read(lambda database: database.check(), LEASE_S)
+        except NotReady as error:
+            raise LocustUnreachable(
+                f"no command without proof that this one leads: {error.message}"
+            ) from None
+        if monotonic_s() - asked_at >= LEASE_S or not self.is_leading:
+            raise LocustUnreachable("no command without proof that this Load Manager leads")
+        self._lead_proved_at = asked_at
 
     @property
     def rows_left_out(self) -> int:
@@ -8482,6 +8549,7 @@ MAX_LOCUST_FAILURES = 1000  # different failures, or exceptions, of one run
 class LocustClient:
     """Speaks to one Locust master (2.0 to 2.47). Safe from any thread."""
 
+    before_command: Callable[[], None] | None = None  # raises LocustError when we may not command
     HOOKS_ABSENT_S = 30.0  # how long a 404 of the hooks' route is believed
 
     def __init__(self, config: ClusterConfig, callback_token: str, folder: str, timer: Timer):
@@ -8590,6 +8658,8 @@ class LocustClient:
 
     def swarm(self, form: dict[str, Any]) -> None:
         """Start a test, or change the users of a running one; LocustRefused with its words."""
+        if self.before_command:
+            self.before_command()
         answer = self._json("POST", "/swarm", form)
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
@@ -8624,6 +8694,8 @@ class LocustClient:
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
         for _ in range(2):
+            if self.before_command:
+                self.before_command()
             status, headers, body = self._call(self._stop_method, "/stop", {}, LOCUST_STOP_S)
             # 2.20 wraps its own 405 in a 500.
             if status != 405 and not (status == 500 and body[:3] == b"405"):
@@ -19742,6 +19814,16 @@ def get_health(api: Api, request: Request) -> Response:
     )
 
 
+def get_ready(api: Api, request: Request) -> Response:
+    """Answer whether requests are served here: leading, or not ready and why. A standby answers itself."""
+    problem = api.store.problem
+    if problem is None and not api.store.is_leading:
+        problem = "the connection to the database is gone"
+    if problem is None:
+        return json_response({"status": "leading"})
+    return json_response({"status": "not ready", "message": problem}, 503)
+
+
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
     api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
@@ -20535,6 +20617,7 @@ ROUTES = (
     Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in and its event streams", waits=False, success=204),
     Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again: `needsRestart` has the keys that differ and were not taken; a file with a problem changes nothing", answer="Reloaded"),
     Route("GET", "/health", get_health, "anyone", "Is Load Manager alive; 503 while the database cannot be written, or has not answered for 3 s", waits=False, answer="Health", errors=(503,)),
+    Route("GET", "/ready", get_ready, "anyone", "Does it lead, stand by, or why neither", waits=False, answer="Ready", errors=(503,)),
     Route(
         "GET", "/metrics", get_prometheus, "viewer", "Figures for Prometheus, as text or OpenMetrics",
         media=TEXT_METRICS_TYPE, other_media=(OPEN_METRICS_TYPE,),
@@ -20651,6 +20734,7 @@ SCHEMAS: dict[str, Any] = {
     "Audit": array_schema("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
     "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT, unforeseenErrors=_WHOLE),
+    "Ready": _object("status", status={"enum": ["leading", "standby", "not ready"]}, message=_TEXT),
     "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "SignIn": _object(
         "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT, role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
@@ -20832,10 +20916,10 @@ def _responses(route: Route) -> dict[str, Any]:
     statuses |= {404} if "{" in route.path or route.access == "locust" else set()
     statuses |= {413, 415} if route.body is not None else {413}
     error = {"content": {JSON_TYPE: {"schema": {"$ref": "#/components/schemas/Error"}}}}
-    if route.answer == "Health":
+    if route.answer in ("Health", "Ready"):
         statuses.discard(503)
     answers = {str(status): {"description": REASONS[status], **error} for status in sorted(statuses)}
-    if route.answer == "Health":
+    if route.answer in ("Health", "Ready"):
         answers["503"] = {**good, "description": REASONS[503]}
     return {str(route.success): good, **answers}
 
@@ -21452,7 +21536,256 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 32. SERVICE - the whole program put together, and its configuration checked
+# 32. STANDBY - which of several Load Managers leads, and what the others answer
+# ============================================================================
+
+# One leads: it has the advisory lock of PostgresDatabase and its epoch, which each transaction checks.
+# A standby has neither store nor timers: it passes every request on to the one that leads, reads too, so
+# that no one reads what is older than what they wrote. Once the lock is free it takes it, waits until the
+# proof of the former leader is too old to command Locust (Store.prove_lead), and starts as after a
+# restart: that adopts runs and timers. Who lost the lead ends with status 4; its supervisor starts it
+# again, as a standby. That is simpler than to take a running service apart, and leaves nothing behind.
+# Launched clusters are processes of one machine: a standby elsewhere cannot launch or adopt them.
+
+STANDBY_LOOK_S = 0.25
+STANDBY_HOP = "X-LoadManager-Hop"
+STANDBY_MOST_REQUESTS = 128  # at once
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect content-length".split()
+)
+
+
+def lead_or_end(config: Config, is_ending: Callable[[], bool]) -> PostgresDatabase | None:
+    """The database once this process leads on it, None when it is to end before that. StartupError
+    when the database cannot be used at all, or the port is taken."""
+    database = _try_to_lead(config)
+    if database is None:
+        try:
+            front = StandbyFront(config.server.host, config.server.port)
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on {config.server.host}:{config.server.port}: {error.strerror or error}"
+            ) from None
+        start_thread("standby", front.serve_forever)
+        log("standing by", url=config.standby.advertised_url)
+        watch = _LeaderWatch(config.storage.url)
+        while database is None and not is_ending():
+            database = _look_or_lead(config, front, watch)
+            if database is None:
+                time.sleep(STANDBY_LOOK_S)
+        watch.close()
+        if database is not None:
+            log("taking over")
+            front.leader_url, front.problem = None, "it is just taking over"
+            time.sleep(LEASE_S + 0.25)  # the former leader's last proof is older now
+        front.shutdown()
+        front.server_close()
+    else:
+        time.sleep(LEASE_S + 0.25)
+    return database
+
+
+def _try_to_lead(config: Config) -> PostgresDatabase | None:
+    try:
+        database = PostgresDatabase(config.storage.url)
+    except DatabaseInUse:
+        return None
+    database.address = config.standby.advertised_url or ""
+    return database
+
+
+def _look_or_lead(config: Config, front: StandbyFront, watch: _LeaderWatch) -> PostgresDatabase | None:
+    """Look once: note who leads, or lead when no one does."""
+    try:
+        is_led, url = watch.look()
+        front.leader_url, front.problem = (url if is_led else None), None
+        return None if is_led else _try_to_lead(config)
+    except (StartupError, *watch.errors) as error:
+        why = (str(error).strip() or repr(error)).partition("\n")[0]
+        if front.problem is None:
+            log("database of a standby does not answer", why=why)
+        front.problem = f"the database does not answer: {why}"
+        watch.close()
+        return None
+
+
+class _LeaderWatch:
+    """Asks the database, on a connection of its own, whether someone leads, and where they are."""
+
+    LOOK = (
+        "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND granted AND classid = 0 "
+        "AND objid = %s AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+    )
+
+    def __init__(self, url: str):
+        import psycopg
+
+        self._psycopg, self._url = psycopg, url
+        self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
+        self._connection: Any = None
+
+    def look(self) -> tuple[bool, str | None]:
+        """Whether someone leads, and their address; one of `errors` when the database does not say."""
+        if self._connection is None:
+            self._connection = self._psycopg.connect(
+                self._url,
+                autocommit=True,
+                connect_timeout=3,
+                tcp_user_timeout=2000,
+                application_name="loadmanager-standby",
+                options="-c statement_timeout=2000",
+                **PostgresDatabase.PATIENCE,
+            )
+        is_led = self._connection.execute(self.LOOK, (PostgresDatabase.LOCK_ID,)).fetchone()[0]
+        try:
+            row = self._connection.execute("SELECT value FROM meta WHERE key = 'leader_url'").fetchone()
+        except self._psycopg.errors.UndefinedTable:  # the one that leads has yet to make it
+            row = None
+        return is_led, row[0] if row else None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class StandbyFront(ThreadingHTTPServer):
+    """Answers for a standby: /health and /ready itself, all else by the one that leads."""
+
+    daemon_threads = True
+    request_queue_size = 512
+    allow_reuse_address = os.name == "posix"
+
+    def __init__(self, host: str, port: int):
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        self.leader_url: str | None = None
+        self.problem: str | None = None  # why there is no one to ask
+        self.places = threading.BoundedSemaphore(STANDBY_MOST_REQUESTS)
+        super().__init__((host, port), StandbyRequest)
+
+    def server_bind(self) -> None:
+        """As ApiServer's: our name is not asked of DNS."""
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self.places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+
+        def work() -> None:
+            try:
+                self.process_request_thread(request, client_address)
+            finally:
+                self.places.release()
+
+        try:
+            start_thread("standby-request", work)
+        except NotReady:
+            self.places.release()
+            self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a client went away, or sent what is no HTTP."""
+
+
+class StandbyRequest(BaseHTTPRequestHandler):
+    """One request to a standby. It is passed on once: the one that gets it with the hop's header and
+    does not lead either says 503."""
+
+    server: StandbyFront
+    timeout = 30
+    LEADER_S = 60.0  # as long as the slowest handler
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self.raw_requestline = self.rfile.readline(65537)
+        if not self.raw_requestline or len(self.raw_requestline) > 65536 or not self.parse_request():
+            return
+        self.close_connection = True
+        path = self.path.partition("?")[0]
+        if self.command == "GET" and path == "/health":
+            self._say({"status": "healthy"})
+        elif self.command == "GET" and path == "/ready":
+            self._say_ready()
+        else:
+            self._pass_on()
+        self.wfile.flush()
+
+    def _say_ready(self) -> None:
+        if self.server.problem:
+            self._say({"status": "not ready", "message": self.server.problem}, 503)
+        else:
+            self._say({"status": "standby"})
+
+    def _say(self, document: dict[str, Any], status: int = 200) -> None:
+        body = dump_json(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", JSON_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        if status == 503:
+            self.send_header("Retry-After", "2")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _refuse(self, status: int, error: str, message: str) -> None:
+        self._say({"error": error, "message": message}, status)
+
+    def _pass_on(self) -> None:
+        url = self.server.leader_url
+        if url is None or self.headers.get(STANDBY_HOP):
+            why = self.server.problem or "no Load Manager leads at the moment; try again in 2 s"
+            self._refuse(503, "not ready", why)
+            return
+        length = self.headers.get("Content-Length", "0")
+        if self.headers.get("Transfer-Encoding") or not re.fullmatch("[0-9]{1,12}", length):
+            self._refuse(411, "length required", "a request to a standby must have a Content-Length")
+            return
+        most = max(route.most_body_bytes for route in ROUTES)
+        if int(length) > most:
+            self._refuse(413, "too large", f"the body must have at most {most} bytes")
+            return
+        parts = urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=self.LEADER_S)
+        try:
+            self._exchange(connection, parts.path.rstrip("/") + self.path, self.rfile.read(int(length)))
+        finally:
+            connection.close()
+
+    def _exchange(self, connection: http.client.HTTPConnection, path: str, body: bytes) -> None:
+        try:
+            connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in HOP_BY_HOP:
+                    connection.putheader(name, value)
+            connection.putheader(STANDBY_HOP, "1")
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self._refuse(503, "not ready", f"the Load Manager that leads does not answer: {error}")
+            return
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.getheaders():
+            if name.lower() not in HOP_BY_HOP or (name.lower() == "content-length"):
+                self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        while chunk := answer.read1(65536):  # a stream of events goes on as it comes
+            self.wfile.write(chunk)
+            self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: the one that leads does."""
+
+
+# ============================================================================
+# 33. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -21496,7 +21829,10 @@ def serve(config_path: str) -> int:
     os.umask(0o077)  # what we write, and what programs of ours write, is for us alone
     signals = _Signals()
     try:
-        service = Service(config, config_path)
+        database = lead_or_end(config, lambda: bool(signals.ending)) if config.standby.enabled else None
+        if signals.ending:
+            os._exit(0)
+        service = Service(config, config_path, database)
     except StartupError as error:
         print(f"loadmanager: {error}", file=sys.stderr)
         return 1
@@ -21513,7 +21849,7 @@ class Service:
 
     STOP_S = 4.8
 
-    def __init__(self, config: Config, config_path: str):
+    def __init__(self, config: Config, config_path: str, database: Database | None = None):
         self._config = config
         self._config_path = config_path
         self._reloading = threading.Lock()
@@ -21530,10 +21866,12 @@ class Service:
             ) from None
         try:
             audit_file = os.path.join(config.folder, config.audit.file) if config.audit.file else None
-            self._store = Store(open_database(config.storage.url, config.folder), audit_file)
+            self._store = Store(database or open_database(config.storage.url, config.folder), audit_file)
         except BaseException:
             self._server.server_close()
             raise
+        if config.standby.enabled:
+            LocustClient.before_command = staticmethod(self._store.prove_lead)
         self._timer = Timer()
         self._engine = Orchestrator(config, self._store, self._timer)
         feed = EventFeed(
@@ -21885,7 +22223,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 33. TERMINAL - text, tables and a live view that any terminal can show
+# 34. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 
 # Names come from users and from Locust: printable() lets none of them move the cursor,
@@ -22118,7 +22456,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 34. API CLIENT - which server a command talks to, and requests to it
+# 35. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 
 # Commands are clients like any other: they know the API and the configuration file, and
@@ -22436,7 +22774,7 @@ def _client_words(error: Exception) -> str:
 
 
 # ============================================================================
-# 35. ASSISTANTS - the API's routes as tools of the Model Context Protocol
+# 36. ASSISTANTS - the API's routes as tools of the Model Context Protocol
 # ============================================================================
 # JSON-RPC 2.0, a message a line, over stdin and stdout (https://modelcontextprotocol.io). A tool is a
 # route of ROUTES, called with the caller's own token: the API decides what is allowed, as for anyone.
@@ -22861,7 +23199,7 @@ def _error_json(error: RpcError, message_id: Any) -> dict[str, Any]:
 
 
 # ============================================================================
-# 36. COMMANDS - what each command does
+# 37. COMMANDS - what each command does
 # ============================================================================
 
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
@@ -24160,7 +24498,7 @@ def follow_only(options: Any, quiet: bool) -> int:
 
 
 # ============================================================================
-# 37. PRINTED RUNS - how commands show runs, figures and comparisons
+# 38. PRINTED RUNS - how commands show runs, figures and comparisons
 # ============================================================================
 
 STATUS_COLOURS = {
@@ -24541,7 +24879,7 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
 
 
 # ============================================================================
-# 38. DOCTOR - what an installation lacks, and what to do about it
+# 39. DOCTOR - what an installation lacks, and what to do about it
 # ============================================================================
 
 DOCTOR_CALL_S = 3.0  # one call to a Locust master
@@ -25105,7 +25443,7 @@ def taken_port_finding(server: ServerConfig, where: str) -> Finding:
 
 
 # ============================================================================
-# 39. INSTALL - puts the program, its launcher, unit and first configuration below a folder
+# 40. INSTALL - puts the program, its launcher, unit and first configuration below a folder
 # ============================================================================
 
 FORMER_SUFFIX, NEW_SUFFIX = ".former", ".new"
@@ -25417,7 +25755,7 @@ def _next_steps(prefix: str, is_upgrade: bool) -> Iterator[str]:
 
 
 # ============================================================================
-# 40. REFERENCE - all that can be asked, set and read, as Markdown and at /docs
+# 41. REFERENCE - all that can be asked, set and read, as Markdown and at /docs
 # ============================================================================
 
 
@@ -26221,7 +26559,7 @@ of hourly runs takes less than 1 GiB.
 
 
 # ============================================================================
-# 41. COMMAND LINE - which commands there are, what they take, and where the program begins
+# 42. COMMAND LINE - which commands there are, what they take, and where the program begins
 # ============================================================================
 
 
@@ -26808,7 +27146,7 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 42. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 43. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 
 # A client like any other: no data inside; it reads the JSON API and the event streams,

@@ -205,7 +205,7 @@ RULES = {
     "DELETE /session": plain("/session", None, (204,)),
     "POST /session/end": plain("/session/end", None, (204,)),
     # of anyone: they tell nothing of any tenant
-    **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health")},
+    **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health", "/ready")},
     **{f"GET {path}": plain(path, own=(404,)) for path in ("/session/oidc", "/session/oidc/callback")},  # not configured here
     "POST /session": plain("/session", {"token": "wrong"}, (401, 429)),
     # callbacks: with the token of acme's cluster

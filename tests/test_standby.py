@@ -1,0 +1,161 @@
+"""Several Load Managers on one PostgreSQL: one leads, the others pass on, and one takes over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psycopg
+import pytest
+from conftest import ROOT, base_config, cluster_config
+from locust_process import LocustCluster, find_free_port
+from target import Target
+from test_store import postgres_url  # noqa: F401 - a fixture
+from waiting import eventually, holds_for
+
+import loadmanager
+
+
+@pytest.fixture
+def empty_postgres(postgres_url):  # noqa: F811
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        for table in ("meta", *loadmanager.TABLES):
+            connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
+    return postgres_url
+
+
+@pytest.fixture
+def member(load_manager, empty_postgres, monkeypatch):
+    """Starts a Load Manager that may lead or stand by, and returns once it answers."""
+
+    def start(cluster_url):
+        import conftest
+
+        port = find_free_port()
+        url = f"http://127.0.0.1:{port}"
+        # A standby listens without saying so: wait for its own words.
+        listening = conftest.LoadManager._listening
+
+        def answers(self, seen):
+            return url if "standing by" in self.log()[seen:] else listening(self, seen)
+
+        monkeypatch.setattr(conftest.LoadManager, "_listening", answers)
+        return load_manager(
+            cluster_config(cluster_url),
+            server={"port": port},
+            storage={"url": empty_postgres},
+            standby={"enabled": True, "advertisedUrl": url},
+        )
+
+    return start
+
+
+def status_of(manager):
+    try:
+        return manager.get("/ready", token=None).json["status"]
+    except OSError:
+        return "nobody answers"
+
+
+def both(member, url):
+    leader = member(url)
+    standby = member(url)
+    assert status_of(leader) == "leading"
+    eventually(lambda: status_of(standby) == "standby", 10, what="the second stands by")
+    return leader, standby
+
+
+def cut_leader(url):
+    """End the connection that has the lock, as an administrator would."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s",
+            (loadmanager.PostgresDatabase.LOCK_ID,),
+        )
+
+
+def test_standby_passes_reads_creates_and_stops_on(member, fake):
+    leader, standby = both(member, fake.url)
+    created = standby.create()
+    assert created.status == 201, created.body
+    run_id = created.json["id"]
+    assert standby.run(run_id)["id"] == leader.run(run_id)["id"] == run_id
+    assert standby.post(f"/v1/tests/{run_id}/stop").status == 200
+    assert standby.get("/health", token=None).status == 200
+    assert standby.get("/v1/tests", token="wrong").status == 401
+
+
+def test_request_is_passed_on_only_once(member, fake):
+    _, standby = both(member, fake.url)
+    sent = f"GET /v1/tests HTTP/1.1\r\nHost: x\r\n{loadmanager.STANDBY_HOP}: 1\r\n\r\n".encode()
+    answer = standby.raw(sent, until_closed=True)
+    assert b" 503 " in answer.splitlines()[0] and b"Retry-After: 2" in answer, answer
+
+
+def test_standby_leads_after_kill_and_stops_the_run_of_a_real_locust_on_time(member):
+    with (
+        Target() as target,
+        LocustCluster(
+            ROOT / "locust" / "locustfile.py", workers=1, extra_args=["--host", target.url]
+        ) as locust,
+    ):
+        leader, standby = both(member, locust.base_url)
+        run_id = leader.create(durationSeconds=15).json["id"]
+        leader.wait_for(run_id, "Running")
+        leader.kill9()
+        eventually(lambda: status_of(standby) == "leading", 5, what="the standby leads within 5 s")
+        assert standby.run(run_id)["status"] == "Running"
+        run = standby.wait_for(run_id, "Finished", within_s=30)
+        assert run["id"] == run_id
+        eventually(lambda: locust.stats()["user_count"] == 0, 10, what="no load is left")
+
+
+def epoch_in(url):
+    with psycopg.connect(url) as connection:
+        return connection.execute("SELECT value FROM meta WHERE key = 'leader'").fetchone()[0].split("/")[0]
+
+
+def test_former_leader_that_was_frozen_commands_and_writes_nothing(member, fake, empty_postgres):
+    leader, standby = both(member, fake.url)
+    run_id = leader.create(durationSeconds=12).json["id"]
+    leader.wait_for(run_id, "Running")
+    os.kill(leader.process.pid, signal.SIGSTOP)
+    try:
+        cut_leader(empty_postgres)
+        eventually(lambda: status_of(standby) == "leading", 10, what="the standby leads")
+        standby.wait_for(run_id, "Finished", within_s=30)
+        assert len(fake.stops) == 1, "the run was not stopped exactly once by the one that took over"
+        following = standby.create(durationSeconds=60).json["id"]
+        standby.wait_for(following, "Running")
+        epoch, starts = epoch_in(empty_postgres), len(fake.swarms)
+    finally:
+        os.kill(leader.process.pid, signal.SIGCONT)  # the end of its run is overdue for it
+    status = leader.process.wait(15)
+    assert status == loadmanager.EXIT_LEAD_LOST, leader.log()
+    holds_for(lambda: standby.run(following)["status"] == "Running", 1)
+    assert (len(fake.stops), len(fake.swarms)) == (1, starts), "the former leader commanded Locust"
+    assert epoch_in(empty_postgres) == epoch, "the former leader counted an epoch"
+    assert standby.run(run_id)["stopReason"] == "duration"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"storage": {"url": "sqlite:///x.db"}}, "storage.url"),
+        ({"standby": {"enabled": True}}, "standby.advertisedUrl"),
+        ({"server": {"port": 0}}, "server.port"),
+    ],
+)
+def test_standby_that_cannot_be_is_refused(tmp_path, change, named):
+    sections = {
+        "server": {"port": 8080},
+        "storage": {"url": "postgresql://lm@127.0.0.1/x"},
+        "standby": {"enabled": True, "advertisedUrl": "http://127.0.0.1:8080"},
+        **change,
+    }
+    (tmp_path / "config.json").write_text(loadmanager.dump_json(base_config(**sections)))
+    command = [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
