@@ -28,6 +28,7 @@ class SeededRuns:
 
     def __init__(self, path: Path) -> None:
         self._store = lm.Store(lm.open_database(f"sqlite:///{path}", str(path.parent)))
+        self._noise = random.Random(7)  # the same runs each time: a trend must not change now and then
 
     def __enter__(self) -> SeededRuns:
         return self
@@ -66,16 +67,19 @@ class SeededRuns:
         self._store.transition(run.id, lm.RunStatus.RUNNING, durable=False, started_at=started)
         for index in range(samples):
             self._store.add_snapshot(
-                run.id, _snapshot(started, seconds, index / max(1, samples - 1), fail_percent, 0), "poll"
+                run.id,
+                _snapshot(self._noise, started, seconds, index / max(1, samples - 1), fail_percent, 0),
+                "poll",
             )
-        final = _snapshot(started, seconds, 1.0, fail_percent, endpoints, facts.pop("endpoint_names", None))
+        final = _snapshot(
+            self._noise, started, seconds, 1.0, fail_percent, endpoints, facts.pop("endpoint_names", None)
+        )
         for warning in facts.pop("warnings", ()):
             self._store.add_warning(run.id, "cpu_high", warning, started + seconds / 3)
         if status is lm.RunStatus.FINISHED:
             self._store.transition(run.id, lm.RunStatus.STOPPING, durable=False, stop_reason="duration")
         self._store.transition(run.id, status, final, durable=False, finished_at=started + seconds, **facts)
         return run.id
-
 
     def running(
         self, scenario: str, age_s: float, samples: int, cluster_id: str, tenant_id: str, env_id: str
@@ -89,12 +93,13 @@ class SeededRuns:
         self._store.add(run)
         self._store.transition(run.id, lm.RunStatus.RUNNING, durable=False, started_at=started)
         for index in range(samples):
-            snapshot = _snapshot(started, age_s, index / max(1, samples), 0, 0)
+            snapshot = _snapshot(self._noise, started, age_s, index / max(1, samples), 0, 0)
             self._store.add_snapshot(run.id, snapshot, "poll")
         return run.id
 
 
 def _snapshot(
+    noise: random.Random,
     started: float,
     seconds: float,
     share: float,
@@ -103,7 +108,7 @@ def _snapshot(
     names: tuple[str, ...] | None = None,
 ) -> lm.Snapshot:
     users = min(200, int(1 + share * seconds * 10))
-    wave = 1 + 0.15 * math.sin(share * 40) + random.uniform(-0.05, 0.05)
+    wave = 1 + 0.15 * math.sin(share * 40) + noise.uniform(-0.05, 0.05)
     rps = users * 0.9 * wave
     requests = int(share * seconds * 180)
     p50, p95 = 24 * wave, 80 * wave * (3 if 0.6 < share < 0.65 else 1)

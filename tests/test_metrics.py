@@ -319,7 +319,9 @@ def test_database_that_cannot_be_written_shows(tmp_path):
         eventually(lambda: store.problem and store.writer_lag_s > 0.2, 10, what="the writer is behind")
     finally:
         database.execute = begin
-    eventually(lambda: store.problem is None and store.writer_lag_s == 0.0, 10, what="the writer has caught up")
+    eventually(
+        lambda: store.problem is None and store.writer_lag_s == 0.0, 10, what="the writer has caught up"
+    )
     store.close()
 
 
