@@ -14461,20 +14461,13 @@ class Notifier:
 
     def _try(self, channel: Channel, delivery: Delivery) -> tuple[str | None, bool]:
         """Why it could not be delivered, in words without secrets, and whether another try is hopeless."""
-        import smtplib
-
         try:
             channel.send(delivery)
             return None, False
-        except smtplib.SMTPResponseException as error:
-            said = (
-                error.smtp_error.decode("utf-8", "replace")
-                if isinstance(error.smtp_error, bytes)
-                else str(error.smtp_error)
+        except (OSError, ValueError) as error:  # smtplib's errors are of OSError
+            words = (
+                _smtp_words(error) or getattr(error, "strerror", None) or str(error) or type(error).__name__
             )
-            words = f"SMTP {error.smtp_code} {said}"
-        except (smtplib.SMTPException, OSError, ValueError) as error:
-            words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             if isinstance(error, DeliveryRefused) and error.is_final:
                 return self._without_secrets(words), True
         except Exception as error:  # noqa: BLE001 - the edge: this delivery is tried again, others go on
@@ -14485,6 +14478,15 @@ class Notifier:
         for secret in self._names_secrets:
             text = text.replace(secret, "***")
         return " ".join(text.split())[:300]
+
+
+def _smtp_words(error: Exception) -> str | None:
+    """What a mail server answered, of an smtplib.SMTPResponseException. That is not named here: an import
+    needs a descriptor, which may be what is lacking."""
+    code, said = getattr(error, "smtp_code", None), getattr(error, "smtp_error", b"")
+    if code is None:
+        return None
+    return f"SMTP {code} {said.decode('utf-8', 'replace') if isinstance(said, bytes) else said}"
 
 
 def _is_sooner(one: Delivery, other: Delivery) -> bool:
@@ -20911,7 +20913,7 @@ def _responses(route: Route) -> dict[str, Any]:
     if route.success not in (204, 302):
         schema = {"$ref": f"#/components/schemas/{route.answer}"} if route.media == JSON_TYPE else _TEXT
         good["content"] = {media: {"schema": schema} for media in (route.media, *route.other_media)}
-    statuses = {400, *route.errors}
+    statuses = {400, 503, *route.errors}  # 503: not ready, or a standby while none leads
     statuses |= {401, 403, 429} if route.access != "anyone" else set()
     statuses |= {404} if "{" in route.path or route.access == "locust" else set()
     statuses |= {413, 415} if route.body is not None else {413}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import pwd
 import re
 import shutil
 import sqlite3
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, LoadManager, base_config, cluster_config
-from locust_process import find_free_port
+from postgres_process import PostgresServer
 from tcp_proxy import TcpProxy
 from waiting import eventually
 
@@ -26,51 +24,8 @@ import loadmanager as lm
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory):
-    """A PostgreSQL server of its own, as an unprivileged user when we are root."""
-    folder = tmp_path_factory.mktemp("postgres")
-    binaries = shutil.which("initdb") or next(
-        iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None
-    )
-    assert binaries, "PostgreSQL is not installed: see tests/packages.sh"
-    binaries = (
-        Path(binaries).resolve().parent if not shutil.which("initdb") else Path(shutil.which("initdb")).parent
-    )
-    as_user = {}
-    if os.getuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        for place in (folder, *list(folder.parents)[:3]):
-            if str(place).count("/") > 1:
-                place.chmod(0o755)
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
-    data, port = folder / "data", find_free_port()
-    subprocess.run(
-        [binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"],
-        check=True,
-        capture_output=True,
-        cwd=folder,
-        **as_user,
-    )
-    options = [
-        "-p",
-        str(port),
-        "-c",
-        f"unix_socket_directories={folder}",
-        "-c",
-        "listen_addresses=127.0.0.1",
-        "-F",
-    ]
-    log = (folder / "log").open("w")
-    server = subprocess.Popen(
-        [binaries / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder, **as_user
-    )
-    import psycopg
-
-    url = f"postgresql://lm@127.0.0.1:{port}/postgres"
-    eventually(lambda: psycopg.connect(url).close() is None, 30, what="PostgreSQL answers")
-    yield url
-    server.send_signal(2)
-    server.wait(10)
+    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+        yield server.url()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
