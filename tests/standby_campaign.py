@@ -143,6 +143,7 @@ class Campaign:
         self.runs: dict[str, dict[str, Any]] = {}  # by id: cluster, duration; what became of it
         self.first_led: dict[int, float] = {}
         self.late_s: list[float] = []  # stops after their time
+        self.stopped_again: list[float] = []  # s after the stop of the one that led before
         self._numbers = 0
         self._ending = threading.Event()
 
@@ -190,7 +191,7 @@ class Campaign:
         self._look_at_commands()
         self._look_at_writes()
         for index, locust in enumerate(self.locusts):
-            if locust.stats()["user_count"]:
+            if not _comes_to_rest(locust):
                 self.broken.append(f"cluster c{index} still has users at the end")
 
     def _watch_writes(self) -> None:
@@ -355,14 +356,17 @@ class Campaign:
             self._look_at_stops(cluster)
 
     def _look_at_stops(self, cluster: int) -> None:
-        stops: Counter[int] = Counter()
-        for _, number, _, command in sorted(one for one in self.commands if one[2] == cluster):
+        """A stop under way when its leader went may be sent again by the next one: those are counted."""
+        stops: list[tuple[float, int]] = []
+        for when, number, _, command in sorted(one for one in self.commands if one[2] == cluster):
             if command == "swarm":
-                stops.clear()
+                stops = []
                 continue
-            stops[number] += 1
-            if stops[number] == 2:
+            if any(other == number for _, other in stops):
                 self.broken.append(f"two stops of one run on c{cluster} by {number}")
+            elif stops:
+                self.stopped_again.append(when - stops[-1][0])
+            stops.append((when, number))
 
     def _look_at_writes(self) -> None:
         with psycopg.connect(self.postgres.url()) as connection:
@@ -381,12 +385,22 @@ class Campaign:
                 print(f"{fault}: {len(times)} times; accepts writes again after {_spread(times)}")
         counts = Counter(command for *_, command in self.commands)
         print(f"{len(self.runs)} runs; {counts['swarm']} starts and {counts['stop']} stops at Locust")
+        if self.stopped_again:
+            print(f"{len(self.stopped_again)} stops by the next one too, after {_spread(self.stopped_again)}")
         if self.late_s:
             print(f"ends after their time: {_spread(self.late_s)}")
         print(f"{self._numbers} processes; {self.writes} statements that changed a table")
         for line in self.broken:
             print(f"BROKEN {line}")
         print(f"{len(self.broken)} broken")
+
+
+def _comes_to_rest(locust: LocustCluster) -> bool:
+    """Whether no user is left, as soon as Locust says so: it keeps an answer for 2 s."""
+    try:
+        return eventually(lambda: locust.stats()["user_count"] == 0, 5)
+    except AssertionError:
+        return False
 
 
 def _spread(seconds: list[float]) -> str:
