@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench soak year gate chaos check page bundle packages clean
+.PHONY: help run demo test bench soak year gate chaos standby check page bundle packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -32,6 +32,9 @@ gate: $(VENV)/test.stamp  ## the comparison on real Locust: false alarms, and sl
 
 chaos: $(VENV)/test.stamp  ## episodes of faults and kills, then the invariants: make chaos MINUTES=10 SEED=1
 	$(PY) tests/chaos.py --minutes $(or $(MINUTES),2) $(if $(SEED),--seed $(SEED))
+
+standby: $(VENV)/test.stamp packages  ## kills and cuts of the one that leads, during real runs: make standby KILLS=50 SEED=1
+	$(PY) tests/standby_campaign.py --kills $(or $(KILLS),5) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/run.stamp  ## the module compiles, the shipped configuration is good
 	$(PY) -m compileall -q loadmanager.py locust tests

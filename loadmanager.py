@@ -8656,10 +8656,14 @@ class LocustClient:
             raise LocustBadAnswer(f"{self._where('/stats/report')} answered HTTP {status} without a report")
         return body
 
-    def swarm(self, form: dict[str, Any]) -> None:
-        """Start a test, or change the users of a running one; LocustRefused with its words."""
+    def require_lead(self) -> None:
+        """Return when this process may command Locust; LocustError when another may lead by now."""
         if self.before_command:
             self.before_command()
+
+    def swarm(self, form: dict[str, Any]) -> None:
+        """Start a test, or change the users of a running one; LocustRefused with its words."""
+        self.require_lead()
         answer = self._json("POST", "/swarm", form)
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
@@ -8694,8 +8698,7 @@ class LocustClient:
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
         for _ in range(2):
-            if self.before_command:
-                self.before_command()
+            self.require_lead()
             status, headers, body = self._call(self._stop_method, "/stop", {}, LOCUST_STOP_S)
             # 2.20 wraps its own 405 in a 500.
             if status != 405 and not (status == 500 and body[:3] == b"405"):
@@ -10418,6 +10421,7 @@ class Cluster:
             if self.launched:
                 self.launched.scale(workers)
             else:
+                self.client.require_lead()
                 facts: dict[str, object] = {"workers": workers, "clusterId": self.id}
                 run_command(launcher.scale, facts, launcher.scale_timeout_s)
         except OSError as error:
@@ -11826,17 +11830,24 @@ class RunStopper:
         monitor.end_with(functools.partial(self._finish, monitor, time.time(), failure))
         return True
 
-    def is_replaced(self, monitor: RunMonitor) -> bool:
-        """Another test runs on the cluster by now, as far as its hooks tell: a stop would end that."""
-        try:
-            reading = monitor.cluster.read_state(5.0)
-        except LocustError:
-            return False
-        return reading.is_loaded and reading.is_of_another(monitor.run_id)
+    def is_over(self, monitor: RunMonitor) -> bool:
+        """Its test has ended, or another one runs on the cluster by now, as far as its hooks tell: a
+        stop would be a second one, or end that other test. Waits (bounded) for users that are stopping."""
+        give_up_at = monotonic_s() + self.QUIET_WAIT_S
+        while True:
+            try:
+                reading = monitor.cluster.read_state(5.0)
+            except LocustError:
+                return False
+            if reading.hooks and (not reading.is_loaded or reading.is_of_another(monitor.run_id)):
+                return True
+            if not reading.hooks or reading.state in LOADED_STATES or monotonic_s() > give_up_at:
+                return False
+            time.sleep(0.05)
 
     def resume_stop(self, monitor: RunMonitor) -> None:
         """Carry out a stop that an earlier process began, where its test did not end meanwhile."""
-        if self.is_replaced(monitor):
+        if self.is_over(monitor):
             monitor.stop_outcome.is_confirmed = True
             self._finish(monitor, time.time())
         else:
@@ -12562,7 +12573,7 @@ class Orchestrator:
         elif run.status is RunStatus.STOPPING:
             monitor.end_with(functools.partial(self._stopper.resume_stop, monitor))
         elif run.deadline_at is not None and run.deadline_at <= time.time():
-            if self._stopper.is_replaced(monitor):
+            if self._stopper.is_over(monitor):
                 self._stopper.claim_end(monitor, "duration")
             else:
                 self._stopper.begin_stop(run.id, "duration")
@@ -21657,6 +21668,7 @@ class StandbyFront(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
     allow_reuse_address = os.name == "posix"
+    REQUEST_S = 20.0  # for a request to come: one that drips may not keep a place
 
     def __init__(self, host: str, port: int):
         if ":" in host:
@@ -21664,7 +21676,16 @@ class StandbyFront(ThreadingHTTPServer):
         self.leader_url: str | None = None
         self.problem: str | None = None  # why there is no one to ask
         self.places = threading.BoundedSemaphore(STANDBY_MOST_REQUESTS)
+        self.unread: dict[socket.socket, float] = {}  # when each connection whose request is to come gives up
         super().__init__((host, port), StandbyRequest)
+
+    def service_actions(self) -> None:
+        """Twice a second, in the thread that accepts: end connections whose request did not come in time."""
+        now = monotonic_s()
+        for connection, until in list(self.unread.items()):
+            if until < now:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def server_bind(self) -> None:
         """As ApiServer's: our name is not asked of DNS."""
@@ -21682,11 +21703,14 @@ class StandbyFront(ThreadingHTTPServer):
             try:
                 self.process_request_thread(request, client_address)
             finally:
+                self.unread.pop(request, None)
                 self.places.release()
 
+        self.unread[request] = monotonic_s() + self.REQUEST_S
         try:
             start_thread("standby-request", work)
         except NotReady:
+            self.unread.pop(request, None)
             self.places.release()
             self.shutdown_request(request)
 
@@ -21701,6 +21725,7 @@ class StandbyRequest(BaseHTTPRequestHandler):
     server: StandbyFront
     timeout = 30
     LEADER_S = 60.0  # as long as the slowest handler
+    SLOW_BYTES_PER_S = 65536  # a body that comes slower than this is given up
 
     def handle_one_request(self) -> None:
         self.close_connection = True
@@ -21709,6 +21734,8 @@ class StandbyRequest(BaseHTTPRequestHandler):
             return
         self.close_connection = True
         path = self.path.partition("?")[0]
+        if self.command == "GET" and path in ("/health", "/ready"):
+            self.server.unread.pop(self.connection, None)
         if self.command == "GET" and path == "/health":
             self._say({"status": "healthy"})
         elif self.command == "GET" and path == "/ready":
@@ -21754,24 +21781,22 @@ class StandbyRequest(BaseHTTPRequestHandler):
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "", parts.port, timeout=self.LEADER_S)
+        slow_s = self.server.REQUEST_S + int(length) / self.SLOW_BYTES_PER_S
+        self.server.unread[self.connection] = monotonic_s() + slow_s
         try:
-            self._exchange(connection, parts.path.rstrip("/") + self.path, self.rfile.read(int(length)))
+            self._exchange(connection, parts.path.rstrip("/") + self.path, int(length))
         finally:
             connection.close()
 
-    def _exchange(self, connection: http.client.HTTPConnection, path: str, body: bytes) -> None:
+    def _exchange(self, connection: http.client.HTTPConnection, path: str, length: int) -> None:
         try:
-            connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in HOP_BY_HOP:
-                    connection.putheader(name, value)
-            connection.putheader(STANDBY_HOP, "1")
-            connection.putheader("Content-Length", str(len(body)))
-            connection.endheaders(body)
+            self._send_on(connection, path, length)
             answer = connection.getresponse()
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._refuse(503, "not ready", f"the Load Manager that leads does not answer: {error}")
             return
+        finally:
+            self.server.unread.pop(self.connection, None)
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() not in HOP_BY_HOP or (name.lower() == "content-length"):
@@ -21781,6 +21806,27 @@ class StandbyRequest(BaseHTTPRequestHandler):
         while chunk := answer.read1(65536):  # a stream of events goes on as it comes
             self.wfile.write(chunk)
             self.wfile.flush()
+
+    def _send_on(self, connection: http.client.HTTPConnection, path: str, length: int) -> None:
+        """Send the request to the one that leads, its body as it comes."""
+        connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in HOP_BY_HOP and name.lower() != "x-forwarded-for":
+                connection.putheader(name, value)
+        ways = [*self.headers.get_all("X-Forwarded-For", ()), self.client_address[0]]
+        connection.putheader("X-Forwarded-For", ", ".join(ways))
+        connection.putheader(STANDBY_HOP, "1")
+        connection.putheader("Content-Length", str(length))
+        connection.endheaders()
+        while length:
+            piece = self.rfile.read1(min(length, 65536))
+            if not piece:
+                raise ConnectionAbortedError("the client went away")
+            length -= len(piece)
+            try:
+                connection.send(piece)
+            except ConnectionError:
+                return  # it has answered before the body's end
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the one that leads does."""

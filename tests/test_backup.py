@@ -115,6 +115,8 @@ def test_backups_during_a_stream_of_writes_hold_all_up_to_a_moment(served, tmp_p
     pusher = threading.Thread(target=push)
     pusher.start()
     try:
+        # what was pushed is answered before it is written
+        eventually(lambda: samples_in(served.folder / "lm.db", run_id), 30, what="samples are in the database")
         counts = []
         for number in range(4):
             enough = len(pushed) + 20

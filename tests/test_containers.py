@@ -206,6 +206,44 @@ def test_configuration_in_the_config_map_is_good_and_the_example_tokens_are_refu
     assert refused.returncode == 2 and "is the shipped example's" in refused.stdout + refused.stderr
 
 
+def merged(whole: object, patch: object) -> object:
+    """A strategic merge patch of Kubernetes applied: lists of things with a name are merged by it."""
+    if isinstance(whole, dict) and isinstance(patch, dict):
+        kept = {name: merged(whole[name], value) if name in whole else value for name, value in patch.items()}
+        return {name: value for name, value in {**whole, **kept}.items() if value is not None}
+    if isinstance(whole, list) and isinstance(patch, list) and all("name" in one for one in [*whole, *patch]):
+        names = {one["name"]: one for one in whole}
+        return [*{**names, **{one["name"]: merged(names.get(one["name"], {}), one) for one in patch}}.values()]
+    return patch
+
+
+def test_patch_for_a_standby_makes_a_valid_deployment_whose_configuration_is_good(tmp_path):
+    patch = yaml.safe_load((DEPLOY / "kubernetes" / "standby" / "patch.yaml").read_text())
+    deployment = merged(manifest("Deployment", "loadmanager"), patch)
+    (tmp_path / "deployment.yaml").write_text(yaml.safe_dump(deployment))
+    command = [TOOLS / "kubernetes-validate", "--strict", "-k", "1.32", tmp_path / "deployment.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pod = deployment["spec"]["template"]["spec"]
+    [data] = [one for one in pod["volumes"] if one["name"] == "data"]
+    assert data == {"name": "data", "emptyDir": {}}, "two pods cannot share the claim"
+    values = {"status.podIP": "10.1.2.3", "database-url": "postgresql://lm:x@127.0.0.1/lm"}
+    environment = {}
+    for one in pod["containers"][0]["env"]:
+        source = one.get("valueFrom", {})
+        key = source.get("fieldRef", {}).get("fieldPath") or source.get("secretKeyRef", {}).get("key")
+        environment[one["name"]] = one.get("value") or values[key]
+    for name, value in environment.items():
+        environment[name] = re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], value)
+    assert environment["LOADMANAGER_STANDBY_ADVERTISEDURL"] == "http://10.1.2.3:8080"
+    command = [sys.executable, ROOT / "loadmanager.py", "check", "-config", mounted_config(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    del environment["LOADMANAGER_STANDBY_ADVERTISEDURL"]  # the variables are read: one that is missing is missed
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
+    assert done.returncode == 2 and "standby.advertisedUrl" in done.stdout + done.stderr
+
+
 def test_probes_ask_for_routes_that_answer_without_a_token(load_manager):
     lm = load_manager()
     container = container_of("loadmanager")

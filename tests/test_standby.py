@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import psycopg
 import pytest
 from conftest import ROOT, base_config, cluster_config
 from locust_process import LocustCluster, find_free_port
+from standby_campaign import CommandProxy
 from target import Target
 from test_store import postgres_url  # noqa: F401 - a fixture
 from waiting import eventually, holds_for
@@ -30,7 +34,7 @@ def empty_postgres(postgres_url):  # noqa: F811
 def member(load_manager, empty_postgres, monkeypatch):
     """Starts a Load Manager that may lead or stand by, and returns once it answers."""
 
-    def start(cluster_url):
+    def start(cluster_url, **server):
         import conftest
 
         port = find_free_port()
@@ -44,7 +48,7 @@ def member(load_manager, empty_postgres, monkeypatch):
         monkeypatch.setattr(conftest.LoadManager, "_listening", answers)
         return load_manager(
             cluster_config(cluster_url),
-            server={"port": port},
+            server={"port": port, **server},
             storage={"url": empty_postgres},
             standby={"enabled": True, "advertisedUrl": url},
         )
@@ -59,9 +63,9 @@ def status_of(manager):
         return "nobody answers"
 
 
-def both(member, url):
-    leader = member(url)
-    standby = member(url)
+def both(member, url, **server):
+    leader = member(url, **server)
+    standby = member(url, **server)
     assert status_of(leader) == "leading"
     eventually(lambda: status_of(standby) == "standby", 10, what="the second stands by")
     return leader, standby
@@ -110,6 +114,108 @@ def test_standby_leads_after_kill_and_stops_the_run_of_a_real_locust_on_time(mem
         run = standby.wait_for(run_id, "Finished", within_s=30)
         assert run["id"] == run_id
         eventually(lambda: locust.stats()["user_count"] == 0, 10, what="no load is left")
+
+
+def test_standby_passes_a_large_body_on(member, fake):
+    leader, standby = both(member, fake.url)
+    document = {"format": "locust-json", "large": "x" * 20_000_000}
+    for member_ in (leader, standby):
+        answer = member_.post("/v1/tests/import", document, timeout_s=60)
+        assert answer.status == 400 and "large" in answer.body.decode(), (answer.status, answer.body[:300])
+
+
+def test_leader_learns_the_address_of_who_asked_a_standby(member, fake):
+    """The standby is a proxy as any other: it is believed where it is named, and what a client claims is not."""
+    _, standby = both(member, fake.url, trustedProxies=["127.0.0.1"])
+    address = ("127.0.0.1", int(standby.url.rpartition(":")[2]))
+    with socket.create_connection(address, source_address=("127.0.0.3", 0)) as peer:
+        peer.sendall(
+            b"GET /v1/tests HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 10.9.8.7\r\n"
+            b"Authorization: Bearer wrong\r\n\r\n"
+        )
+        assert b" 401 " in peer.recv(65536)
+    entries = standby.get("/v1/audit").json
+    assert [one["address"] for one in entries if one.get("status") == 401] == ["127.0.0.3"], entries
+
+
+def test_request_that_drips_loses_its_place_at_a_standby(monkeypatch):
+    monkeypatch.setattr(loadmanager.StandbyFront, "REQUEST_S", 1.0)
+    front = loadmanager.StandbyFront("127.0.0.1", 0)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    try:
+        with socket.create_connection(("127.0.0.1", front.server_port), timeout=10) as peer:
+            give_up_at = time.monotonic() + 10
+            with pytest.raises(ConnectionError):
+                while time.monotonic() < give_up_at:
+                    peer.sendall(b"G")
+                    time.sleep(0.05)
+        eventually(lambda: not front.unread, 5, what="nothing is kept of it")
+    finally:
+        front.shutdown()
+        front.server_close()
+
+
+def test_stop_of_the_former_leader_is_not_sent_again(load_manager):
+    """It was killed after its stop, before it wrote so: the hooks say that the test has ended."""
+    stops = []
+    with (
+        Target() as target,
+        LocustCluster(
+            ROOT / "locust" / "locustfile.py", workers=1, extra_args=["--host", target.url]
+        ) as locust,
+    ):
+        way = CommandProxy(int(locust.base_url.rpartition(":")[2]), stops.append)
+        manager = load_manager(cluster_config(f"http://127.0.0.1:{way.port}"))
+        run_id = manager.create(durationSeconds=4).json["id"]
+        manager.wait_for(run_id, "Running")
+        manager.kill9()
+        stop_by_hand(locust)
+        time.sleep(4.5)  # its time is over when the next one starts
+        manager.start()
+        run = manager.wait_for(run_id, "Finished", "Failed")
+        assert (run["status"], run["stopReason"]) == ("Finished", "duration"), run
+        assert run["lastMetrics"]["totalRequests"] > 0, "its final numbers were not read"
+        assert stops == ["swarm"], stops
+        way.__exit__()
+
+
+def stop_by_hand(locust):
+    import urllib.request
+
+    with urllib.request.urlopen(f"{locust.base_url}/stop", b"", timeout=10) as answer:
+        assert b"true" in answer.read()
+
+
+def test_workers_are_not_scaled_without_proof_of_the_lead(monkeypatch, tmp_path):
+    """The user's command is a command to the cluster, as a start is."""
+
+    def refuse():
+        raise loadmanager.LocustUnreachable("no proof")
+
+    monkeypatch.setattr(loadmanager.LocustClient, "before_command", staticmethod(refuse))
+    ran = tmp_path / "ran"
+    launcher = {"type": "command", "scale": ["touch", str(ran), "{workers}"], "usersPerWorker": 1, "maxWorkers": 9}
+    (tmp_path / "config.json").write_text(
+        loadmanager.dump_json(base_config(cluster_config("http://127.0.0.1:9", launcher=launcher)))
+    )
+    config = loadmanager.checked_config(str(tmp_path / "config.json"))
+    timer = loadmanager.Timer()
+    client = loadmanager.LocustClient(config.clusters[0], "", str(tmp_path), timer)
+    cluster = loadmanager.Cluster(config.clusters[0], client, None, timer)
+    with pytest.raises(loadmanager.LocustUnreachable, match="no proof"):
+        cluster.scale(2)
+    assert not ran.exists(), "the command was run"
+
+
+@pytest.mark.timeout(300)
+def test_short_campaign_of_kills_and_cuts_breaks_nothing():
+    """tests/standby_campaign.py, short: `make standby` for the long one."""
+    command = [sys.executable, str(ROOT / "tests" / "standby_campaign.py")]
+    done = subprocess.run(
+        [*command, "--kills", "2", "--cuts", "2", "--seed", "1"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "0 broken" in done.stdout and "2 kills, 2 cuts" in done.stdout, done.stdout
 
 
 def epoch_in(url):
