@@ -6171,8 +6171,7 @@ class PostgresDatabase:
     def recover(self, number: int) -> bool:
         """Leave a transaction that failed; whether batch `number` was committed all the same. A
         broken connection is replaced by a new one, which leads only when no one led since."""
-        if not self._connection.broken and not self._connection.closed:
-            self.rollback()
+        if self._takes_statements_again():
             return False
         self.is_leading = False
         try:
@@ -6188,6 +6187,23 @@ class PostgresDatabase:
         self.is_leading = True
         log("database is back", epoch=self._epoch.partition(".")[0])
         return committed == number
+
+    def _takes_statements_again(self) -> bool:
+        """Leave the transaction that failed; False, and the connection is closed, when it takes no more
+        statements: one that is lost in the middle of many rows is not broken for psycopg, and stays
+        busy for ever (3.2: "cannot exit pipeline mode while busy")."""
+        if self._connection.broken or self._connection.closed:
+            return False
+        try:
+            with self._deadline.within(self._patience_s(self.ANSWER_S)):
+                self.rollback()
+            pipeline = self._connection.pgconn.pipeline_status
+            if pipeline == self._psycopg.pq.PipelineStatus.OFF:
+                return True
+        except self.errors:
+            pass
+        self._connection.close()
+        return False
 
     def _look_who_leads(self) -> None:
         """LeadershipLost when the one who holds the lock has begun an epoch of its own."""

@@ -508,6 +508,23 @@ def test_epoch_stops_a_writer_that_believes_in_its_connection(led):
     assert [row[0] for row in administer(led.url, "SELECT id FROM runs")] == [run.id]
 
 
+def test_connection_left_in_the_middle_of_many_rows_is_made_again(led):
+    """psycopg 3.2 took a connection that was cut there for a good one, that "cannot exit pipeline mode"."""
+    store = led()
+
+    def leave_busy(database):
+        connection = database._connection.pgconn
+        connection.enter_pipeline_mode()
+        connection.send_query_params(b"SELECT 1", None)
+        database.execute("SELECT 1")
+
+    with pytest.raises(lm.NotReady, match="pipeline"):
+        store._writer.read(leave_busy, 5)
+    run = eventually(lambda: store.add(new_run()), 5, what="a run is taken again")
+    kept = [row[0] for row in administer(led.url, "SELECT id FROM runs")]
+    assert kept.count(run.id) == 1 and store.is_leading
+
+
 def test_connection_that_ends_is_made_again_and_leads_by_a_new_epoch(led):
     store = led()
     run = store.add(new_run())
