@@ -215,6 +215,7 @@ STATS_CACHE_S = 2.0  # /stats/requests is cached this long, state included
 MAX_LOCUST_ROWS = 500  # /stats/requests cuts the endpoints here
 IDLE_STATES = frozenset({"ready", "stopped"})
 LOADED_STATES = frozenset({"spawning", "running"})
+ENDING_STATES = frozenset({"stopping", "cleanup"})
 
 LOCUST_CALL_S = 10.0  # the whole of one call to a Locust master
 MAX_WORKERS = 1000
@@ -11857,7 +11858,7 @@ class RunStopper:
                 return False
             if reading.hooks and (not reading.is_loaded or reading.is_of_another(monitor.run_id)):
                 return True
-            if not reading.hooks or reading.state in LOADED_STATES or monotonic_s() > give_up_at:
+            if not reading.hooks or reading.state not in ENDING_STATES or monotonic_s() > give_up_at:
                 return False
             time.sleep(0.05)
 
