@@ -581,7 +581,10 @@ class InvalidInput(LoadManagerError):
     http_status, error = 400, "invalid input"
 
     def __init__(self, message: str, fields: dict[str, str] | None = None):
-        super().__init__(message, **({"fields": fields} if fields else {}))
+        super().__init__(message)
+        self.fields = fields or {}
+        if fields:
+            self.extra["fields"] = fields
 
 
 class InvalidValue(ValueError):
@@ -598,7 +601,10 @@ class Forbidden(LoadManagerError):
     http_status, error = 403, "forbidden"
 
     def __init__(self, message: str, fields: dict[str, str] | None = None):
-        super().__init__(message, **({"fields": fields} if fields else {}))
+        super().__init__(message)
+        self.fields = fields or {}
+        if fields:
+            self.extra["fields"] = fields
 
 
 class NotFound(LoadManagerError):
@@ -757,7 +763,7 @@ def monotonic_s() -> float:
 
 
 if hasattr(time, "CLOCK_BOOTTIME"):
-    _monotonic_clock = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    _monotonic_clock: Callable[[], float] = functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 else:
     _monotonic_clock = time.monotonic
 
@@ -1083,7 +1089,8 @@ LABELS = Check(
     schema={"type": "array", "items": {"type": "string"}, "maxItems": MAX_LABELS, "uniqueItems": True},
 )
 SWARM_FIELDS = frozenset(  # of Locust's /swarm form; ours and its own
-    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id lm_stop_after lm_lease lm_push lm_tags lm_exclude_tags"
+    "user_count spawn_rate host run_time user_classes shape_class profile run_id tenant_id env_id "
+    "lm_stop_after lm_lease lm_push lm_tags lm_exclude_tags"
     " lm_traceparent tags exclude_tags num_users users".split()
 )
 USERS = number_value(1, MAX_USERS, whole=True)
@@ -1093,12 +1100,14 @@ NAMES = Check(
     f"a list of 1 to {MAX_NAMES} names", _accept_names, schema={"type": "array", "items": {"type": "string"}}
 )
 OPTIONS = Check(
-    f"an object of at most {MAX_NAMES} custom arguments of the locustfile: names to texts, numbers, true or false",
+    f"an object of at most {MAX_NAMES} custom arguments of the locustfile: names to texts, numbers, "
+    "true or false",
     _accept_options,
     schema={"type": "object"},
 )
 STAGES = Check(
-    f"a list of 1 to {MAX_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and durationSeconds (from 1)", _accept_stages,
+    f"a list of 1 to {MAX_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and "
+        "durationSeconds (from 1)", _accept_stages,
     schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MAX_STAGES},
 )  # fmt: skip
 ARGUMENT_LIST = Check(
@@ -1181,7 +1190,8 @@ def _accept_expiry(value: Any) -> float:
 
 
 HOST_PATTERN = re.compile(
-    r"(?P<name>\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]|[0-9.]+/[0-9]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/[0-9]+)(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<name>\*|(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?|\[[0-9A-Fa-f:.]+\]"
+    r"|[0-9.]+/[0-9]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*/[0-9]+)(?::(?P<port>[0-9]{1,5}))?"
 )
 
 
@@ -1212,7 +1222,8 @@ def _accept_jwt_algorithms(value: Any) -> tuple[str, ...]:
 
 
 JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it takes
-    "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC", "ES512": "EC", "EdDSA": "OKP",
+    "HS256": "oct", "RS256": "RSA", "RS384": "RSA", "RS512": "RSA", "ES256": "EC", "ES384": "EC",
+    "ES512": "EC", "EdDSA": "OKP",
 }  # fmt: skip
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 WORDS = Check("a list of names", _accept_words)
@@ -1312,7 +1323,8 @@ class LauncherConfig:
         "type",
         "process",
         one_of("process", "command"),
-        "process: master and workers are processes of this machine; command: workers come by commands of yours",
+        "process: master and workers are processes of this machine; command: workers come by "
+        "commands of yours",
     )
     locustfile: str | None = setting(
         "locustfile",
@@ -1342,7 +1354,8 @@ class LauncherConfig:
         "idleSeconds",
         None,
         number_value(1, 86400),
-        "after so long without a run the cluster is stopped (process) or scaled to 0 (command); default: never",
+        "after so long without a run the cluster is stopped (process) or scaled to 0 (command); "
+        "default: never",
     )
     replace_lost_workers: bool = setting(
         "replaceLostWorkers",
@@ -1370,7 +1383,8 @@ class LauncherConfig:
         "environment",
         (),
         WORDS,
-        "process: variables of Load Manager's environment that Locust gets beside PATH, LANG and the like; NAME or START*",
+        "process: variables of Load Manager's environment that Locust gets beside PATH, LANG and "
+        "the like; NAME or START*",
     )
 
 
@@ -1388,7 +1402,8 @@ class ClusterConfig:
         "authToken",
         "",
         text_value("a string", empty=True),
-        "sent to Locust as a Bearer token, for a proxy; with a launcher of type process the password of its page, default: a random one",
+        "sent to Locust as a Bearer token, for a proxy; with a launcher of type process the "
+        "password of its page, default: a random one",
         secret=True,
     )
     username: str = setting(
@@ -1402,7 +1417,8 @@ class ClusterConfig:
         "callbackToken",
         "",
         text_value("a string", empty=True),
-        "secret of this cluster's callbacks, instead of locustCallbackToken; default with a launcher of type process: a random one",
+        "secret of this cluster's callbacks, instead of locustCallbackToken; default with a "
+        "launcher of type process: a random one",
         secret=True,
     )
     launcher: LauncherConfig | None = setting(
@@ -1956,7 +1972,8 @@ def config_warnings(config: Config) -> Iterator[str]:
     tenants = sorted({item.tenant_id for item in config.clusters if not item.has_own_token})
     if len(tenants) > 1 and config.security.callback_token:
         yield (
-            f"security.locustCallbackToken: is shared by the tenants {', '.join(tenants)}: who has the Locust of one"
+            f"security.locustCallbackToken: is shared by the tenants {', '.join(tenants)}: who has "
+            "the Locust of one"
             " can end and forge runs of another; give each cluster a callbackToken of its own"
         )
 
@@ -2023,7 +2040,10 @@ def _read_config_file(path: str) -> Any:
     except (ValueError, RecursionError):
         raise ConfigError(
             [
-                f"{path}: reading YAML needs the package PyYAML (pip install pyyaml); a JSON configuration needs no package"
+                (
+                    f"{path}: reading YAML needs the package PyYAML (pip install pyyaml); a JSON "
+                    "configuration needs no package"
+                )
             ]
         ) from None
 
@@ -2240,7 +2260,10 @@ def _whole_config_problems(config: Config) -> Iterator[str]:
 def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
     for index, item in enumerate(ids):
         if item in ids[:index]:
-            yield f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; allowed is a unique id"
+            yield (
+                f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; allowed "
+                "is a unique id"
+            )
 
 
 def _token_problems(config: Config) -> Iterator[str]:
@@ -2253,14 +2276,23 @@ def _token_problems(config: Config) -> Iterator[str]:
     }
     for name, token in (("apiToken", security.api_token), ("locustCallbackToken", security.callback_token)):
         if needed[name] and not security.allow_anonymous:
-            yield f"security.{name}: is missing or empty; set it, or security.allowAnonymous: true to serve without"
+            yield (
+                f"security.{name}: is missing or empty; set it, or security.allowAnonymous: true to "
+                "serve without"
+            )
         if token in EXAMPLE_TOKENS and not is_loopback(config.server.host):
-            yield f"security.{name}: is the shipped example's; listening on {config.server.host} needs one of your own"
+            yield (
+                f"security.{name}: is the shipped example's; listening on {config.server.host} needs "
+                "one of your own"
+            )
     names, digests = list(RESERVED_NAMES), [token_digest(security.api_token)] if security.api_token else []
     for index, item in enumerate(security.api_tokens):
         where = f"security.apiTokens[{index}]"
         if item.name in names:
-            yield f"{where}.name: {item.name} is taken; allowed is a unique name other than {', '.join(RESERVED_NAMES)}"
+            yield (
+                f"{where}.name: {item.name} is taken; allowed is a unique name other than "
+                f"{', '.join(RESERVED_NAMES)}"
+            )
         if bool(item.token) == bool(item.token_sha256):
             yield f"{where}: allowed is one of tokenSha256, token and tokenFile"
         if not item.tenants and item.role and item.role != "admin":
@@ -2286,10 +2318,15 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
             if value
         ]
         if len(sources) != 1:
-            yield f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
+            yield (
+                f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
+            )
         wrong = [name for name in jwt.algorithms if (JWT_ALGORITHMS[name] == "oct") != bool(jwt.secret)]
         if wrong:
-            yield f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others jwksUrl or jwksFile"
+            yield (
+                f"security.jwt.algorithms: {', '.join(wrong)}: HS256 needs secretFile, all others "
+                "jwksUrl or jwksFile"
+            )
         if jwt.secret and len(jwt.secret.encode()) < 32:
             yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
     urls = {
@@ -2330,7 +2367,10 @@ def _cluster_problems(config: Config) -> Iterator[str]:
     for index, cluster in enumerate(config.clusters):
         where = f"locustClusters[{index}]"
         if cluster.id in seen:
-            yield f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; allowed is a unique id"
+            yield (
+                f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; allowed is "
+                "a unique id"
+            )
         seen.setdefault(cluster.id, index)
         yield from _launcher_problems(cluster, where)
         if cluster.tls.ca_file and not os.path.isfile(os.path.join(config.folder, cluster.tls.ca_file)):
@@ -2431,7 +2471,8 @@ def run_fields(cls: type) -> tuple[tuple[str, RunField], ...]:
 
 def fields_to_json(of: Run | LoadProfile) -> dict[str, Any]:
     wire: dict[str, Any] = {}
-    for attribute, one in run_fields(type(of)):
+    cls: type = type(of)
+    for attribute, one in run_fields(cls):
         value = getattr(of, attribute)
         if one.group is not None:
             wire.update(fields_to_json(value))
@@ -2685,7 +2726,8 @@ class AuditEntry(NamedTuple):
 
 
 AUDIT_KEYS = {
-    "who": "who", "role": "role", "address": "address", "action": "action", "tenantId": "tenant_id", "envId": "env_id",
+    "who": "who", "role": "role", "address": "address", "action": "action", "tenantId": "tenant_id",
+    "envId": "env_id",
     "runId": "run_id", "status": "http_status", "detail": "detail", "outcome": "outcome",
 }  # fmt: skip
 
@@ -2723,7 +2765,8 @@ class Delivery(NamedTuple):
 
 def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
     wire: dict[str, Any] = {
-        "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event, "title": delivery.title, "attempts": delivery.attempts,
+        "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event, "title": delivery.title,
+        "attempts": delivery.attempts,
         "createdAt": utc_text(delivery.created_at), "outcome": delivery.outcome,
     }  # fmt: skip
     optional = {
@@ -2891,7 +2934,7 @@ class RunRequest(Run):
 
 def request_again(run: Run) -> RunRequest:
     """What a run was asked for, to ask for it again."""
-    values = {}
+    values: dict[str, Any] = {}
     for attribute, one in run_fields(Run):
         if one.again is not None:
             value = getattr(run, attribute)
@@ -2982,7 +3025,8 @@ class Snapshot(NamedTuple):
     resets: int | None = None  # of Locust's statistics since the test began; None: not known
 
 
-# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its second on).
+# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its second
+# on).
 ENDPOINT_KEYS = {
     "method": "method",
     "name": "name",
@@ -3174,7 +3218,9 @@ SAMPLE_KEYS = {
 
 
 def sample_of(run_id: str, snapshot: Snapshot, source: str) -> Sample:
-    return Sample(run_id, snapshot.taken_at, *_BEFORE_SOURCE(snapshot), source, *_AFTER_SOURCE(snapshot))
+    before, after = _BEFORE_SOURCE(snapshot), _AFTER_SOURCE(snapshot)
+    values: tuple[Any, ...] = (run_id, snapshot.taken_at, *before, source, *after)
+    return Sample(*values)
 
 
 # Made once: a sample is made 20,000 times a second.
@@ -3239,7 +3285,7 @@ class Failure(NamedTuple):
 class TaskException(NamedTuple):
     """An exception that scenarios raised outside of requests."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # not the tuple's
     message: str
     traceback: str
     nodes: str
@@ -3605,13 +3651,15 @@ def _accept_threshold(value: Any) -> Threshold:
     delay_s = _threshold_number(given.pop("delaySeconds", 0), "delaySeconds", 3600)
     if "expr" in given and len(given) > 1:
         raise InvalidValue(
-            f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr or metric, op, value"
+            f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr "
+            "or metric, op, value"
         )
     threshold = _long_form(given) if "expr" not in given else parse_threshold(_threshold_text(given, "expr"))
     abort = flags["abortOnFail"]
     if abort and threshold.metric in ("totalRequests", "totalFailures") and threshold.op in (">", ">=", "=="):
         raise InvalidValue(
-            f"{threshold.expr}: a count that must be reached is known only at the end; abortOnFail is not allowed"
+            f"{threshold.expr}: a count that must be reached is known only at the end; abortOnFail "
+            "is not allowed"
         )
     return threshold._replace(warn_only=flags["warnOnly"], abort_on_fail=abort, delay_s=float(delay_s))
 
@@ -3658,7 +3706,8 @@ def _accept_thresholds(value: Any) -> tuple[Threshold, ...]:
 
 
 THRESHOLDS = Check(
-    f'a list of at most {MAX_THRESHOLDS} expressions such as "p95ResponseMs < 500", or objects with the keys {", ".join(THRESHOLD_KEYS)}',
+    f'a list of at most {MAX_THRESHOLDS} expressions such as "p95ResponseMs < 500", or objects with '
+    f"the keys {', '.join(THRESHOLD_KEYS)}",
     _accept_thresholds,
     schema={"type": "array", "maxItems": MAX_THRESHOLDS, "items": {"type": ["string", "object"]}},
 )
@@ -3937,7 +3986,8 @@ def _value_of_histogram(metric: str, part: Histogram, seconds: float) -> float |
 
 
 class Window(NamedTuple):
-    """What became of a threshold's windows: the value that counts, when one failed first, why there is no value."""
+    """What became of a threshold's windows: the value that counts, when one failed first, why there is no
+    value."""
 
     value: float | None
     first_failed_at: float | None = None
@@ -3964,7 +4014,10 @@ def judge_histogram_windows(
                     window.threshold, found[window.threshold], value, point.at
                 )
     if not seen:
-        why = "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, and none came"
+        why = (
+            "Locust has no such window; it is made from the histograms that loadmanager_hooks pushes, "
+            "and none came"
+        )
         return {one: window._replace(message=why) for one, window in found.items()}
     return found
 
@@ -4130,7 +4183,8 @@ ASSUMED_SCATTER = {  # while too few runs are known: more than equal runs on a b
     "totalRps": 0.15, "errorRate": 0.03, "avgResponseMs": 0.15,
     "p50ResponseMs": 0.15, "p95ResponseMs": 0.25, "p99ResponseMs": 0.40,
 }  # fmt: skip
-WEIGHTS = {  # of an endpoint's figures within the family: those that tell most get the most of its false alarms
+# Of an endpoint's figures within the family: those that tell most get the most of its false alarms.
+WEIGHTS = {
     "errorRate": 2.0, "avgResponseMs": 4.0, "p50ResponseMs": 4.0, "p95ResponseMs": 2.0, "p99ResponseMs": 1.0,
 }  # fmt: skip
 BLOCK_DEGREES = 20.0  # of freedom that the scatter within runs is taken to have
@@ -4350,7 +4404,8 @@ def run_figures(run: dict[str, Any], blocks: TimeBlocks | None) -> RunFigures:
     if None in rows and rps > 0:
         within = rows[None].get("avgResponseMs", Figure(0.0, 0.0)).variance  # users wait for each answer
         rows[None]["totalRps"] = Figure(rps, within)
-    is_exact = bool(blocks) and not any(_is_rounded(part.times) for part in blocks.get(None, ()))
+    of_all = blocks.get(None, []) if blocks else []
+    is_exact = bool(blocks) and not any(_is_rounded(part.times) for part in of_all)
     return RunFigures(rows, counts, is_exact)
 
 
@@ -4639,12 +4694,12 @@ class _Judge:
 
 
 def _change(before: float | None, after: float | None) -> dict[str, Any]:
-    known = before is not None and after is not None
+    change = None if before is None or after is None else after - before
     return {
         "baseline": before,
         "candidate": after,
-        "change": after - before if known else None,
-        "changePercent": 100.0 * (after - before) / before if known and before else None,
+        "change": change,
+        "changePercent": 100.0 * change / before if change is not None and before else None,
     }
 
 
@@ -4755,7 +4810,8 @@ def _shown_regression(entry: dict[str, Any]) -> dict[str, Any]:
 
 PLAN_NAMES = ("userClasses", "tags", "excludeTags", "options", "stages")
 ASKED_FOR = {  # what two runs must share for a fair comparison, in words
-    "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users", "spawnRate": "spawn rate",
+    "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users",
+    "spawnRate": "spawn rate",
     "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster", "userClasses": "user classes",
     "tags": "tags", "excludeTags": "excluded tags", "options": "options", "stages": "stages",
 }  # fmt: skip
@@ -4772,9 +4828,11 @@ def unfairness(baseline: dict[str, Any], candidate: dict[str, Any]) -> Iterator[
         if changes:
             users = ", ".join(str(change.get("targetUsers")) for change in changes[:5])
             yield f"users were changed during the {role} ({run['id'][:8]}), to {users}"
-    lasted = [_lasted_s(run) for run in (baseline, candidate)]
-    if None not in lasted and abs(lasted[0] - lasted[1]) > max(2.0, 0.1 * max(lasted)):
-        yield f"duration differs: {lasted[0]:.0f} s and {lasted[1]:.0f} s"
+    before_s, after_s = _lasted_s(baseline), _lasted_s(candidate)
+    if before_s is None or after_s is None:
+        return
+    if abs(before_s - after_s) > max(2.0, 0.1 * max(before_s, after_s)):
+        yield f"duration differs: {before_s:.0f} s and {after_s:.0f} s"
 
 
 def _in_words(value: Any) -> str:
@@ -4833,7 +4891,8 @@ def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[s
 
 def is_comparable(other: Run, run: Run) -> bool:
     """Whether a run may serve as what is normal for another: the same load, reliable, no regression."""
-    asked = ("tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256", "target_users", "spawn_rate", "duration_s", "plan")  # fmt: skip
+    asked = ("tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256", "target_users",
+        "spawn_rate", "duration_s", "plan")  # fmt: skip
     if other.status is not RunStatus.FINISHED or doubts_of(other) or other.load_changes:
         return False
     if (other.comparison or {}).get("regressions"):
@@ -5054,7 +5113,7 @@ def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
     try:
         given = check_body(body, CREATE_KEYS)
     except InvalidInput as error:
-        wrong = error.extra.get("fields", {})
+        wrong = error.fields
         if wrong and not scenarios and not body.get("stages"):
             wrong.update((name, why) for name, why in _missing_load(body).items() if name not in wrong)
             raise InvalidInput(_joined(wrong), wrong) from None
@@ -5240,7 +5299,9 @@ def _is_percent(value: Any) -> bool:
     return _is_measure(value) and (value is None or value <= 100)
 
 
-NUMBER_KINDS = {  # what a number of the callbacks may be, and how that is said
+NUMBER_KINDS: dict[
+    Callable[[Any], bool], str
+] = {  # what a number of the callbacks may be, and how that is said
     _is_measure: "a number from 0, or null",
     _is_count: "a whole number from 0, or null",
     _is_percent: "a number from 0 to 100, or null",
@@ -5312,7 +5373,8 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
     times = _checked_times(metrics.get("responseTimes"), f"{name}.responseTimes", problems)
     if problems:
         raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items())[:2000], problems)
-    return with_counts(Snapshot(min(taken_at, now), *numbers, endpoints, times=times), metrics)
+    snapshot = Snapshot(*[min(taken_at, now), *numbers, endpoints])
+    return with_counts(snapshot._replace(times=times), metrics)
 
 
 def with_counts(snapshot: Snapshot, document: dict[str, Any]) -> Snapshot:
@@ -5391,7 +5453,8 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
             problems[place] = "allowed are strings for method and name"
         numbers = _checked_numbers(entry, ENDPOINT_NUMBERS, place, problems)
         times = _checked_times(entry.get("responseTimes"), f"{place}.responseTimes", problems)
-        rows.append(EndpointStats(storable_text(method), storable_text(name), *numbers, times))
+        values: list[Any] = [storable_text(method), storable_text(name), *numbers, times]
+        rows.append(EndpointStats(*values))
         if len(problems) > 20:
             return None
     return tuple(rows)
@@ -5414,7 +5477,8 @@ def _plain_endpoints(stats: dict[str, Any]) -> tuple[EndpointStats, ...] | None:
         times = _checked_times(entry["responseTimes"], "", odd) if "responseTimes" in entry else None
         if odd:
             return None
-        rows.append(EndpointStats(*row, times))
+        values: list[Any] = [*row, times]
+        rows.append(EndpointStats(*values))
     return tuple(rows)
 
 
@@ -6672,8 +6736,9 @@ class _RowWriter:
                 point.at <= before.at or (not are_last and point.at - before.at < self.HISTOGRAM_STEP_S)
             ):
                 continue
-            is_whole = before is None or number % self.WHOLE_EVERY == 0 or not _goes_on(before, point)
-            content = histograms_to_record(point.histograms, None if is_whole else before.histograms)
+            base = before.histograms if before is not None and _goes_on(before, point) else None
+            is_whole = base is None or number % self.WHOLE_EVERY == 0
+            content = histograms_to_record(point.histograms, None if is_whole else base)
             yield run_id, point.at, int(is_whole), _packed(content.encode())
             self._histograms[run_id] = point, number + 1
 
@@ -6741,6 +6806,7 @@ class DatabaseWriter(threading.Thread):
         self._closing = False
         self._failure: str | None = None  # why the last attempt failed
         self._checked_at = monotonic_s()
+        self.lead_proved_at = -math.inf  # monotonic: after that no other Load Manager had the lock yet
         self._busy_since: float | None = None
         self._left_out: dict[tuple[str, str], int] = {}  # rows by list and run
         self.rows_left_out = 0
@@ -6945,11 +7011,15 @@ class DatabaseWriter(threading.Thread):
             self._recover()
         batch = self._in_hand
         assert batch is not None
+        asked_at: float | None = monotonic_s()
         if batch.has_rows:
             self._write(batch)
         elif is_due or self._failure is not None:
             self._database.check()
-        self._checked_at = monotonic_s()
+        else:
+            asked_at = None
+        if asked_at is not None:
+            self._checked_at, self.lead_proved_at = monotonic_s(), asked_at
         self._in_hand = _Batch(tickets=batch.tickets)  # the rest is done, and must not be done twice
         self._failure = self._busy_since = None
         self._call_all(batch.when_durable)
@@ -7207,9 +7277,19 @@ class RunFilter(NamedTuple):
         )
 
     def _finds(self, run: Run) -> bool:
-        words = (run.scenario_id, run.tenant_id, run.env_id, run.cluster_id, run.created_by, run.id)
-        words += run.labels
-        return any(self.search in word.lower() for word in words)  # type: ignore[operator]
+        wanted = self.search or ""
+        names = (run.scenario_id, run.tenant_id, run.env_id, run.cluster_id, run.created_by, run.id)
+        return any(wanted in word.lower() for word in (*names, *run.labels))
+
+
+EVERY_RUN = RunFilter()
+
+
+AUDIT_OUTCOMES = {
+    "done": "http_status < 400",
+    "refused": "http_status IN (401, 403, 404)",
+    "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)",
+}
 
 
 class AuditFilter(NamedTuple):
@@ -7224,14 +7304,9 @@ class AuditFilter(NamedTuple):
     to_at: float | None = None
     before_seq: int | None = None
 
-    OUTCOMES = {
-        "done": "http_status < 400",
-        "refused": "http_status IN (401, 403, 404)",
-        "failed": "http_status >= 400 AND http_status NOT IN (401, 403, 404)",
-    }
-
     def where(self, scope: Scope) -> tuple[str, list[Any]]:
         """The condition and its values; of a scope with limits only what is within them."""
+        exact: dict[str, str | float | None]
         exact = {"who = ?": self.who, "tenant_id = ?": self.tenant_id, "run_id = ?": self.run_id}
         exact |= {"at >= ?": self.from_at, "at <= ?": self.to_at, "seq < ?": self.before_seq}
         parts = [(condition, [value]) for condition, value in exact.items() if value is not None]
@@ -7243,7 +7318,7 @@ class AuditFilter(NamedTuple):
                 )
             )
         if self.outcome is not None:
-            parts.append((self.OUTCOMES[self.outcome], []))
+            parts.append((AUDIT_OUTCOMES[self.outcome], []))
         for column, allowed in (("tenant_id", scope.tenants), ("env_id", scope.environments)):
             if allowed is not None:
                 parts.append((f"{column} IN ({', '.join('?' * len(allowed)) or 'NULL'})", sorted(allowed)))
@@ -7282,12 +7357,15 @@ class Store:
         self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
         self.deliveries_ready: Callable[[], None] | None = None  # some of them are
         self._lead_proved_at = -math.inf  # monotonic: see prove_lead()
+        self._expects_standby = False
         self._next_seq = self._next_audit_seq = 1
         self._clock_offset_s = time.time() - monotonic_s()
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
+        opened_at = monotonic_s()
         open_tables(database, self._load)
         self._database = database
         self._writer = DatabaseWriter(database, audit_file, each_second=self._note_clock)
+        self._writer.lead_proved_at = opened_at
         self._writer.start()
 
     def _load(self, database: Database) -> None:
@@ -7295,7 +7373,7 @@ class Store:
             # Row by row: all rows at once would double the memory that 10,000 runs take; so would their
             # order, for which the database would keep all of them.
             found = []
-            for run_id, record, metrics in database.execute("SELECT id, record, metrics FROM runs"):
+            for record, metrics in database.execute("SELECT record, metrics FROM runs"):
                 run = run_from_record(record)
                 found.append(StoredRun(run, metrics.encode() if metrics else None))
             for stored in sorted(found, key=lambda one: one.run.seq):
@@ -7369,14 +7447,15 @@ class Store:
         return sample_of(run_id, numbers.snapshot, numbers.source)
 
     def newest_numbers(self, run_id: str) -> Snapshot | None:
-        """The newest numbers of a run with its endpoints, whatever process saw them; None when there are none."""
+        """The newest numbers of a run with its endpoints, whatever process saw them; None when there are
+        none."""
         with self._lock:
             numbers = self._record(run_id).numbers
         if numbers is None or numbers.snapshot is not None:
             return numbers.snapshot if numbers else None
         return check_metrics({"lastMetrics": json.loads(numbers.json())}, "lastMetrics", math.inf)
 
-    def list_runs(self, wanted: RunFilter = RunFilter()) -> list[Run]:
+    def list_runs(self, wanted: RunFilter = EVERY_RUN) -> list[Run]:
         """The runs as they are shown, newest first."""
         with self._lock:
             shown = [record.shown for record in reversed(self._records.values())]
@@ -7505,7 +7584,7 @@ class Store:
         """Return when no other Load Manager can command anything yet: a query on the connection that
         has the lock was answered less than LEASE_S ago, on a clock that also counts while this process
         is stopped, and who takes the lock waits for longer. LocustUnreachable when that is not so."""
-        if monotonic_s() - self._lead_proved_at < LEASE_S:
+        if self._has_fresh_proof():
             return
         asked_at = monotonic_s()
         try:
@@ -7517,6 +7596,19 @@ class Store:
         if monotonic_s() - asked_at >= LEASE_S or not self.is_leading:
             raise LocustUnreachable("no command without proof that this Load Manager leads")
         self._lead_proved_at = asked_at
+
+    def _has_fresh_proof(self) -> bool:
+        return monotonic_s() - max(self._lead_proved_at, self._writer.lead_proved_at) < LEASE_S
+
+    def expect_standby(self) -> None:
+        """Others may take the lead over: from now on the proof is renewed before it is too old."""
+        self._writer.CHECK_S = LEASE_S / 4
+        self._expects_standby = True
+
+    def check_lead(self) -> None:
+        """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
+        if self._expects_standby and not (self.is_leading and self._has_fresh_proof()):
+            raise NotReady("the database has not said for a while that this Load Manager leads")
 
     @property
     def rows_left_out(self) -> int:
@@ -7611,7 +7703,8 @@ class Store:
             if snapshot is not None:
                 snapshot = self._in_run_time(record, snapshot)
             # First: when it raises, nothing is changed yet, and the one who tries again has it told.
-            deliveries = self._deliveries_of(run, snapshot or (record.numbers and record.numbers.snapshot))
+            known = record.numbers.snapshot if record.numbers else None
+            deliveries = self._deliveries_of(run, snapshot or known)
             if snapshot is not None:
                 self._keep_sample(run_id, snapshot, "final")
                 if to in FINAL:
@@ -7642,8 +7735,10 @@ class Store:
         """Change facts other than the status, unless the run is final: that keeps every byte."""
         with self._lock:
             record = self._records.get(run_id)
-            if record is None or (record.run.is_final):
-                return record and record.run
+            if record is None:
+                return None
+            if record.run.is_final:
+                return record.run
             return self._save(record, replace(record.run, **changes))
 
     def set_queue_position(self, run_id: str, position: int) -> None:
@@ -7764,7 +7859,8 @@ class Store:
                 )
             if self._is_baseline(run):
                 raise Conflict(
-                    f"run {run_id} is the baseline of {run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first"
+                    f"run {run_id} is the baseline of "
+                    f"{run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first"
                 )
             self._drop(run_id)
         self._writer.wait_durable()
@@ -8353,7 +8449,7 @@ class HistoryThinner:
         """Put the second list of each pair in the place of the first."""
 
         def write(database: Database) -> None:
-            new = {
+            new: dict[str, tuple[list[Any], list[Any]]] = {
                 "samples": (samples[0], samples[1]),
                 "histograms": (histograms[0], [(run_id, *row) for row in histograms[1]]),
             }
@@ -8413,7 +8509,8 @@ class DatabaseCopy:
             _refuse_newer(version, _called(database))
             if version != newest and not (is_target and version == 0):
                 raise StartupError(
-                    f"{_called(database)} has schema {version}, must be {newest}: serve from it once with this "
+                    f"{_called(database)} has schema {version}, must be {newest}: serve from it "
+                    "once with this "
                     "Load Manager, which brings it there"
                 )
         if not replace_all and _schema_version_of(self._target):
@@ -8434,8 +8531,10 @@ class DatabaseCopy:
             if others:
                 count = f"{len(others)} of {len(target)}"
                 raise StartupError(
-                    f"{_called(self._target)} has {table} that the source has not or has otherwise ({count}, one of "
-                    f"{'/'.join(map(str, others[0]))}): name an empty database, or --replace to lose what is there"
+                    f"{_called(self._target)} has {table} that the source has not or has otherwise "
+                    f"({count}, one of "
+                    f"{'/'.join(map(str, others[0]))}): name an empty database, or --replace to "
+                    "lose what is there"
                 )
 
     def _units(self, database: Database, table: str) -> dict[tuple[Any, ...], Any]:
@@ -8726,7 +8825,8 @@ class LocustClient:
             raise LocustRefused(f"Locust refused to stop: {_printable(answer.get('message') or answer)}")
 
     def version(self) -> tuple[int, ...]:
-        """(2, 47, 0); () when it cannot be found out. There is no API for it before the hooks: the page tells."""
+        """(2, 47, 0); () when it cannot be found out. There is no API for it before the hooks: the page
+        tells."""
         if self._version is None:
             try:
                 _, _, body = self._call("GET", "/", None, 3.0)
@@ -8971,7 +9071,8 @@ class LocustClient:
             )
         else:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
-        connection._create_connection = self._connect  # the library's own seam; bounds name look-ups
+        # the library's own seam; bounds name look-ups
+        connection._create_connection = self._connect  # type: ignore[attr-defined]
         return connection
 
     @functools.cached_property
@@ -9250,7 +9351,7 @@ _OF_STATS_ROW = (
 def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
     values = [*map(row.get, _OF_STATS_ROW)]
     if values[2] and None not in values[:11] and is_plain_row(values):  # a third of the time of what follows
-        return EndpointStats(*values[:11], None, *values[11:])
+        return EndpointStats(*values[:11], None, *values[11:])  # type: ignore[call-arg,arg-type]
     requests = _whole(row.get("num_requests"))
     per_s = measure_or_none(row.get("current_rps", row.get("total_rps")))
     return EndpointStats(
@@ -9607,7 +9708,8 @@ def plain_answer(raw: bytes) -> tuple[dict[str, str], bytes] | None:
 # into their logs, so that a full disk is its concern and not theirs.
 
 INHERITED_VARIABLES = (
-    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP", "PYTHONPATH", "VIRTUAL_ENV",
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP",
+    "PYTHONPATH", "VIRTUAL_ENV",
     "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SYSTEMROOT",
 )  # fmt: skip
 WEB_TOKEN_VARIABLE = "LOADMANAGER_WEB_TOKEN"
@@ -9790,7 +9892,10 @@ class LaunchedCluster:
         if not os.path.isfile(locustfile):
             return f"the locustfile {locustfile} does not exist"
         if self._launcher.python is None and not _locust_is_installed():
-            return f"Locust is not installed for {sys.executable}: pip install locust, or set launcher.python to a Python that has it"
+            return (
+                f"Locust is not installed for {sys.executable}: pip install locust, or set "
+                "launcher.python to a Python that has it"
+            )
         return None
 
     @property
@@ -9915,7 +10020,8 @@ def run_command(words: tuple[str, ...], facts: dict[str, object], timeout_s: flo
     if done.returncode:
         said = (done.stderr[-2000:].decode("utf-8", "replace") or output).strip().splitlines()
         raise LocustUnreachable(
-            f"{words[0]} ended with status {done.returncode}: {_printable(said[-1]) if said else 'it said nothing'}"
+            f"{words[0]} ended with status {done.returncode}: "
+            f"{_printable(said[-1]) if said else 'it said nothing'}"
         )
     return output
 
@@ -10171,7 +10277,8 @@ def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, s
     if (plan.tags or plan.exclude_tags) and (abilities is None or abilities.tags is None):
         return (
             "tags",
-            "the cluster's Locust does not take tags with a start: its locustfile does not import today's loadmanager_hooks",
+            "the cluster's Locust does not take tags with a start: its locustfile does not import "
+            "today's loadmanager_hooks",
         )
     if abilities is None:
         return None
@@ -10186,7 +10293,8 @@ def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, s
         if not abilities.can_choose and set(plan.user_classes) != set(classes):
             return (
                 "userClasses",
-                f"the cluster's Locust was started without --class-picker and runs all it has: {', '.join(classes)}",
+                "the cluster's Locust was started without --class-picker and runs all it has: "
+                f"{', '.join(classes)}",
             )
     unknown = [
         name for name in plan.options or () if abilities.options is not None and name not in abilities.options
@@ -10194,14 +10302,16 @@ def plan_refusal(plan: LoadProfile, abilities: Abilities | None) -> tuple[str, s
     if unknown:
         return (
             "options",
-            f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has {', '.join(abilities.options or ()) or 'none'}",
+            f"the cluster's locustfile has no custom argument {', '.join(unknown)}; it has "
+            f"{', '.join(abilities.options or ()) or 'none'}",
         )
     for field_name, names in (("tags", plan.tags), ("excludeTags", plan.exclude_tags)):
         unknown = [name for name in names if name not in (abilities.tags or ())]
         if unknown:
             return (
                 field_name,
-                f"the cluster has no task with tag {', '.join(unknown)}; it has {', '.join(abilities.tags or ()) or 'none'}",
+                f"the cluster has no task with tag {', '.join(unknown)}; it has "
+                f"{', '.join(abilities.tags or ()) or 'none'}",
             )
     return None
 
@@ -10280,7 +10390,8 @@ def load_refusals(
             problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
     if environment and environment.protected and request.confirm != environment.id:
         problems["confirm"] = (
-            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that it is meant'
+            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that '
+            "it is meant"
         )
     return problems
 
@@ -10324,13 +10435,15 @@ def watch_warnings(
     if now_reading.distributed and live < most_workers:
         yield (
             "workers_lost",
-            f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds are missing",
+            f"{most_workers - live} of {most_workers} workers lost; numbers of their last seconds "
+            "are missing",
         )
     hot = [worker for worker in now_reading.live_workers if (worker.cpu_percent or 0) > CPU_LIMIT_PERCENT]
     if hot:
         yield (
             "cpu_high",
-            f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, not the target's",
+            f"worker {hot[0].id} used {hot[0].cpu_percent:.0f}% CPU: response times may be its own, "
+            "not the target's",
         )
     if before and now_reading.requests < before.requests:
         yield (
@@ -10340,12 +10453,14 @@ def watch_warnings(
     if wanted_for_s > 30 and now_reading.users < target.users:
         yield (
             "users_not_reached",
-            f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after all should have been",
+            f"{now_reading.users} of {target.users} users are running {wanted_for_s:.0f} s after "
+            "all should have been",
         )
     if now_reading.snapshot and len(now_reading.snapshot.endpoints or ()) >= MAX_LOCUST_ROWS:
         yield (
             "endpoints_cut",
-            f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final numbers have all",
+            f"Locust reports only the first {MAX_LOCUST_ROWS} endpoints while running; the final "
+            "numbers have all",
         )
 
 
@@ -10900,11 +11015,10 @@ class ClusterScaling:
 
     def _replaced(self, old: Cluster | None, new: Cluster | None) -> None:
         """Another configuration has other clusters; called under the pool's lock."""
-        gone = old.id if old and not new else ""
-        log(
-            "cluster changed" if old and new else "cluster gone" if gone else "cluster added",
-            cluster=(old or new).id,
-        )  # type: ignore[union-attr]
+        if old is not None:
+            log("cluster changed" if new else "cluster gone", cluster=old.id)
+        elif new is not None:
+            log("cluster added", cluster=new.id)
         self._timer.in_thread(0.0, "cluster-change", functools.partial(self._replace, old, new))
 
     def _replace(self, old: Cluster | None, new: Cluster | None) -> None:
@@ -11303,8 +11417,7 @@ class RunMonitor:
 
     def _poll_failed(self, asked_at: float, error: LocustTimeout | None) -> None:
         """In the polls' thread: there is no answer in time, or a blocking call must find out more."""
-        failed = functools.partial(self._look_failed, asked_at, error)
-        self.post(self._look_once if error is None else failed)
+        self.post(self._look_once if error is None else functools.partial(self._look_failed, asked_at, error))
 
     def _polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> None:
         """In the polls' thread: note numbers of a run that goes on; all else is looked at once more by
@@ -11489,7 +11602,10 @@ class RunMonitor:
                 why = "no worker is connected to the master"
             elif reading.state == "running" and reading.users == 0:
                 self.start_seen = False
-                why = "Locust says it is running, but has no user; is a host set? The workers' logs have the reason"
+                why = (
+                    "Locust says it is running, but has no user; is a host set? The workers' logs have "
+                    "the reason"
+                )
         except LocustError as error:
             why = error.message
         if self.users_seen or self.start_seen or self.over.is_set():
@@ -11504,7 +11620,10 @@ class RunMonitor:
             return
         is_another = bool(self.boot_id and reading.boot_id and self.boot_id != reading.boot_id)
         if is_another or reading.state == "ready" or reading.requests < self.last_requests:
-            reason = f"Locust of cluster {self.cluster.id} was restarted under the run; the numbers are those before"
+            reason = (
+                f"Locust of cluster {self.cluster.id} was restarted under the run; the numbers are "
+                "those before"
+            )
             why = self.cluster.launched.why_restarted(self.started) if self.cluster.launched else None
             reason += f": {why}" if why else ""
             if reading.distributed and not reading.live_workers:
@@ -12463,7 +12582,8 @@ class RunStarter:
             if monotonic_s() + next_s > give_up_at:
                 left_s = max(one.certain_at for one in self._pool.cleanups_on(cluster)) - monotonic_s()
                 raise ClusterBusy(
-                    f"a start on cluster {cluster.id} was interrupted, and its load may still come; try again in {left_s:.0f} s",
+                    f"a start on cluster {cluster.id} was interrupted, and its load may still come; "
+                    f"try again in {left_s:.0f} s",
                     retry_after_s=math.ceil(max(1.0, left_s)),
                 )
             time.sleep(next_s)
@@ -12679,7 +12799,8 @@ class Orchestrator:
             log("old runs removed", runs=gone)
 
     def _thin_old(self) -> None:
-        """Thin the history of runs as storage.thinAfterDays and thinMoreAfterDays say, and again in an hour."""
+        """Thin the history of runs as storage.thinAfterDays and thinMoreAfterDays say, and again in an
+        hour."""
         storage = self.config.storage
         after_s = {
             THIN_STEP_S: storage.thin_after_days * 86400,
@@ -12739,7 +12860,10 @@ class Orchestrator:
             return candidates
         launched = [cluster for cluster in candidates if cluster.launched]
         if not launched:
-            why = "its scenario names a locustfile, which only a launched cluster can be started with; this tenant and environment has none"
+            why = (
+                "its scenario names a locustfile, which only a launched cluster can be started with; "
+                "this tenant and environment has none"
+            )
             raise InvalidInput(f"scenarioId: {why}", {"scenarioId": why})
         return launched
 
@@ -13063,7 +13187,8 @@ class Orchestrator:
             monitor.workers_scaled(workers)
 
     def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
-        """The last lines of the processes of a cluster: a launched one's files, else what Locust itself tells."""
+        """The last lines of the processes of a cluster: a launched one's files, else what Locust itself
+        tells."""
         if cluster.launched:
             return cluster.launched.read_logs(lines)
         return cluster.client.read_logs(lines)
@@ -13117,7 +13242,10 @@ def _new_run(request: RunRequest, created_by: str, source: str) -> Run:
 
 def _hooks_absent_sentence(run: Run) -> str:
     if run.duration_s is None:
-        return "the locustfile does not import loadmanager_hooks: this load will not stop by itself if Load Manager ends"
+        return (
+            "the locustfile does not import loadmanager_hooks: this load will not stop by itself if "
+            "Load Manager ends"
+        )
     return "the locustfile does not import loadmanager_hooks: numbers come from polling only"
 
 
@@ -13162,7 +13290,7 @@ MONTH_NAMES = {
     name: index + 1 for index, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split())
 }
 DAY_NAMES = {name: index for index, name in enumerate("sun mon tue wed thu fri sat".split())}
-CRON_FIELDS = (  # name, least, most, names
+CRON_FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (  # name, least, most, names
     ("minute", 0, 59, {}),
     ("hour", 0, 23, {}),
     ("day of month", 1, 31, {}),
@@ -13253,7 +13381,8 @@ def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, in
         )
         if not match or (match.group(1) == "*" and match.group(2)):
             raise InvalidValue(
-                f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, each with /step, joined by commas"
+                f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, "
+                "each with /step, joined by commas"
             )
         first, last, step = match.groups()
         begin = least if first == "*" else _cron_value(first, name, least, most, names)
@@ -13401,13 +13530,18 @@ class Schedule:
 def schedule_to_json(schedule: Schedule, upcoming: Iterable[float]) -> dict[str, Any]:
     """A schedule as JSON; upcoming: its next times (epoch seconds)."""
     wire: dict[str, Any] = {
-        "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test, "concurrencyPolicy": schedule.policy,
-        "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused, "readOnly": schedule.read_only, "timezone": schedule.timezone,
-        "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by, "next": [utc_text(at) for at in upcoming],
+        "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test,
+        "concurrencyPolicy": schedule.policy,
+        "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused,
+        "readOnly": schedule.read_only, "timezone": schedule.timezone,
+        "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by,
+        "next": [utc_text(at) for at in upcoming],
     }  # fmt: skip
     optional = {
-        "description": schedule.description or None, "cron": schedule.cron, "runAt": schedule.run_at and utc_text(schedule.run_at),
-        "lastTime": schedule.taken_at and utc_text(schedule.taken_at), "lastRunId": schedule.last_run_id, "lastOutcome": schedule.last_outcome,
+        "description": schedule.description or None, "cron": schedule.cron,
+        "runAt": schedule.run_at and utc_text(schedule.run_at),
+        "lastTime": schedule.taken_at and utc_text(schedule.taken_at), "lastRunId": schedule.last_run_id,
+        "lastOutcome": schedule.last_outcome,
     }  # fmt: skip
     wire.update((name, value) for name, value in optional.items() if value is not None)
     return wire
@@ -13472,7 +13606,7 @@ def read_schedule(
     try:
         values = check_body(body, SCHEDULE_KEYS if before is None else CHANGE_KEYS)
     except InvalidInput as error:
-        problems = error.extra.get("fields", {})
+        problems = error.fields
         if not problems:
             raise
     if isinstance(body.get("test"), dict):
@@ -13480,7 +13614,7 @@ def read_schedule(
             request = read_create(body["test"], scenarios)
             values.update(tenant_id=request.tenant_id, env_id=request.env_id)
         except InvalidInput as error:
-            wrong = error.extra.get("fields") or {"": error.message}
+            wrong = error.fields or {"": error.message}
             problems.update((f"test.{name}".rstrip("."), why) for name, why in wrong.items())
     both = [name for name in ("cron", "runAt") if body.get(name) is not None]
     if len(both) == 2 or (before is None and not both):
@@ -13516,7 +13650,7 @@ def schedule_problems(config: Config, problems: Iterable[str] = ()) -> Iterator[
         try:
             schedule = _configured_schedule(item, config.scenarios)
         except InvalidInput as error:
-            fields_ = error.extra.get("fields") or {"": error.message}
+            fields_ = error.fields or {"": error.message}
             for name, why in fields_.items():
                 if not (is_scenario_wrong and name.startswith("test")):
                     yield f"{where}.{name}: {why}"
@@ -13532,7 +13666,10 @@ def _place_problems(config: Config, schedule: Schedule, where: str) -> Iterator[
         name = "envId" if environments else "tenantId"
         there_are = environments or {item.tenant_id for item in config.clusters}
         known = ", ".join(sorted(there_are)) or "none"
-        yield f"{where}.test.{name}: no cluster serves {_shown(getattr(schedule, 'env_id' if environments else 'tenant_id'))}; there are {known}"
+        yield (
+            f"{where}.test.{name}: no cluster serves "
+            f"{_shown(getattr(schedule, 'env_id' if environments else 'tenant_id'))}; there are {known}"
+        )
         return
     place = (schedule.tenant_id, schedule.env_id)
     hosts = [
@@ -13549,7 +13686,8 @@ def _place_problems(config: Config, schedule: Schedule, where: str) -> Iterator[
 
 def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, ...]) -> Schedule:
     body = {
-        "description": item.description, "test": item.test, "cron": item.cron, "timezone": item.timezone, "runAt": item.run_at,
+        "description": item.description, "test": item.test, "cron": item.cron, "timezone": item.timezone,
+        "runAt": item.run_at,
         "concurrencyPolicy": item.policy, "startingDeadlineSeconds": item.deadline_s, "paused": item.paused,
     }  # fmt: skip
     schedule = read_schedule({name: value for name, value in body.items() if value is not None}, scenarios)
@@ -13954,7 +14092,8 @@ def after_set_back(schedule: Schedule, now: float, set_back_s: float | None) -> 
 class Repeater:
     """Makes the other runs of a create with `repeat`, each when the one before has finished.
 
-    A run that failed, or that a user stopped, is the last one. After a restart the newest is looked at again."""
+    A run that failed, or that a user stopped, is the last one. After a restart the newest is looked at
+    again."""
 
     LOOK_BACK_S = 3600.0  # an end longer ago, before a restart, is not gone on with
 
@@ -14044,7 +14183,8 @@ def events_of(run: Run) -> tuple[str, ...]:
 
 
 TITLES = {
-    "started": "started", "finished": "finished", "passed": "PASSED", "failed": "FAILED", "aborted": "ABORTED by a threshold", "lost": "LOST its cluster",
+    "started": "started", "finished": "finished", "passed": "PASSED", "failed": "FAILED",
+    "aborted": "ABORTED by a threshold", "lost": "LOST its cluster",
     "scheduleMissed": "schedule missed",
 }  # fmt: skip
 
@@ -14178,7 +14318,8 @@ class Channel:
         message["From"], message["To"] = config.sender, ", ".join(config.to)
         message["Date"] = email.utils.formatdate(delivery.created_at)
         message["Message-ID"] = (
-            f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"  # the same at each try
+            # the same at each try
+            f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"
         )
         message.set_content(message_text(delivery))
         context = ssl.create_default_context(
@@ -14289,7 +14430,7 @@ def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int
     """An address of the host that may be called; OSError when all are of this machine or of a
     private network, which a webhook of somebody else's must not reach."""
     try:
-        found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (socket.gaierror, UnicodeError) as error:
         raise OSError(f"{host} cannot be found: {getattr(error, 'strerror', None) or error}") from None
     good = [
@@ -14388,7 +14529,10 @@ class Notifier:
         for channel in self.channels.values():
             if channel.wants("scheduleMissed", schedule.tenant_id, schedule.env_id, scenario_id):
                 name = schedule.description or schedule.id
-                title = f"{TITLES['scheduleMissed']}: {name}, {scenario_id} on {schedule.tenant_id}/{schedule.env_id}"
+                title = (
+                    f"{TITLES['scheduleMissed']}: {name}, {scenario_id} on "
+                    f"{schedule.tenant_id}/{schedule.env_id}"
+                )
                 facts = {
                     "scheduleId": schedule.id,
                     "tenantId": schedule.tenant_id,
@@ -14631,9 +14775,15 @@ CHART_WIDTH, CHART_HEIGHT = 860, 230
 CHART_LEFT, CHART_RIGHT, CHART_TOP, CHART_BOTTOM = 56, 12, 28, 26
 
 REPORT_CSS = """
-:root { --ink: #1c2733; --dim: #5d6b79; --line: #d8dfe6; --back: #fff; --soft: #f4f6f8; --bad: #c62828; --good: #1b7f3b; }
+:root {
+  --ink: #1c2733; --dim: #5d6b79; --line: #d8dfe6; --back: #fff; --soft: #f4f6f8; --bad: #c62828;
+  --good: #1b7f3b;
+}
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e9ee; --dim: #9aa7b3; --line: #34414d; --back: #141a20; --soft: #1c242c; --bad: #ff8a80; --good: #69d58c; }
+  :root {
+    --ink: #e4e9ee; --dim: #9aa7b3; --line: #34414d; --back: #141a20; --soft: #1c242c; --bad: #ff8a80;
+    --good: #69d58c;
+  }
 }
 @media print {
   :root { --ink: #000; --dim: #444; --line: #bbb; --back: #fff; --soft: #f4f4f4; --bad: #b00; --good: #070; }
@@ -14641,16 +14791,28 @@ REPORT_CSS = """
 }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--back); color: var(--ink);
   font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
 .dim { color: var(--dim); } .bad { color: var(--bad); } .good { color: var(--good); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; margin: 1rem 0; }
-.facts div { background: var(--soft); border-radius: .4rem; padding: .5rem .75rem; } .facts b { display: block; font-size: 1.2rem; }
-.box { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--dim); font-weight: 600; } .text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .5rem; margin: 1rem 0;
+}
+.facts div { background: var(--soft); border-radius: .4rem; padding: .5rem .75rem; }
+.facts b { display: block; font-size: 1.2rem; }
+.box { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td {
+  text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap;
+}
+th { color: var(--dim); font-weight: 600; }
+.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
-pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
+pre {
+  background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+}
+svg { width: 100%; height: auto; }
+svg text { fill: var(--dim); font-size: 11px; }
+.grid { stroke: var(--line); stroke-width: 1; }
 .mark { stroke: var(--dim); stroke-dasharray: 4 3; }
 """
 
@@ -14713,8 +14875,10 @@ def report_html(run: dict[str, Any], samples: list[Sample], failures: dict[str, 
     ]
     title = html.escape(f"{run['scenarioId']} - {run['status']}")
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"><title>{title}</title>"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        f"'unsafe-inline'\"><title>{title}</title>"
         f"<style>{REPORT_CSS}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
@@ -14732,8 +14896,10 @@ def _report_head(run: dict[str, Any]) -> str:
     )
     reason = f'<p class="bad">{html.escape(run["failureReason"])}</p>' if run.get("failureReason") else ""
     return (
-        f'<header><h1>{html.escape(run["scenarioId"])}</h1><p><strong class="{kind}">{html.escape(words)}</strong> '
-        f'<span class="dim">{html.escape(where)} · {html.escape(_period(run))} · run {html.escape(run["id"])}</span></p>{labels}{reason}</header>'
+        f"<header><h1>{html.escape(run['scenarioId'])}</h1><p><strong "
+        f'class="{kind}">{html.escape(words)}</strong> '
+        f'<span class="dim">{html.escape(where)} · {html.escape(_period(run))} · run '
+        f"{html.escape(run['id'])}</span></p>{labels}{reason}</header>"
     )
 
 
@@ -14834,7 +15000,10 @@ def _report_failures(failures: dict[str, Any]) -> str:
         else ""
     )
     for one in failures["exceptions"]:
-        text += f"<section><h2>{_figure(one['count'])} × {html.escape(one['message'])}</h2><pre>{html.escape(one['traceback'])}</pre></section>"
+        text += (
+            f"<section><h2>{_figure(one['count'])} × "
+            f"{html.escape(one['message'])}</h2><pre>{html.escape(one['traceback'])}</pre></section>"
+        )
     if failures.get("problem"):
         text += f'<p class="bad">Failures could not be read: {html.escape(failures["problem"])}</p>'
     return text
@@ -14910,7 +15079,11 @@ def _report_table(
         f"<tr{' class=total' if total_last and index == len(rows) - 1 else ''}>{cells('td', row)}</tr>"
         for index, row in enumerate(rows)
     )
-    return f'<section><h2>{html.escape(title)}</h2><div class="box"><table><thead><tr>{cells("th", titles)}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    return (
+        f"<section><h2>{html.escape(title)}</h2><div "
+        f'class="box"><table><thead><tr>{cells("th", titles)}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
+    )
 
 
 def _cell_text(value: Any) -> str:
@@ -14990,29 +15163,35 @@ def _chart(title: str, lines: list[Line], marks: list[tuple[float, str]]) -> str
     for step in range(5):
         y = CHART_TOP + height * step / 4
         parts.append(
-            f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{CHART_LEFT}" x2="{CHART_WIDTH - CHART_RIGHT}" y1="{y:.1f}" '
+            f'y2="{y:.1f}"/>'
         )
         parts.append(
-            f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>'
+            f'<text x="{CHART_LEFT - 6}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{_tick_text(top * (4 - step) / 4)}</text>'
         )
         x = CHART_LEFT + width * step / 4
         anchor = "start" if step == 0 else "end" if step == 4 else "middle"
         parts.append(
-            f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" text-anchor="{anchor}">{duration_text(last * step / 4)}</text>'
+            f'<text x="{x:.1f}" y="{CHART_HEIGHT - 8}" '
+            f'text-anchor="{anchor}">{duration_text(last * step / 4)}</text>'
         )
     for x, text in marks:
         place = CHART_LEFT + width * min(max(x, 0), last) / last
         parts.append(
-            f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>'
+            f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{CHART_TOP}" '
+            f'y2="{CHART_TOP + height}"><title>{html.escape(text)}</title></line>'
         )
     for number, line in enumerate(lines):
         points = " ".join(at(x, y) for x, y in line.points if y is not None)
         parts.append(
-            f'<polyline fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round" points="{points}"/>'
+            f'<polyline fill="none" stroke="{line.colour}" stroke-width="2" stroke-linejoin="round" '
+            f'points="{points}"/>'
         )
         x = CHART_LEFT + number * 110
         parts.append(
-            f'<rect x="{x}" y="8" width="12" height="4" fill="{line.colour}"/><text x="{x + 18}" y="14">{html.escape(line.label)}</text>'
+            f'<rect x="{x}" y="8" width="12" height="4" fill="{line.colour}"/><text x="{x + 18}" '
+            f'y="14">{html.escape(line.label)}</text>'
         )
     return f"<section><h2>{html.escape(title)}</h2>" + "".join(parts) + "</svg></section>"
 
@@ -15064,7 +15243,8 @@ def junit_xml(run: dict[str, Any]) -> str:
     failures, skipped = sum("<failure" in case for case in cases), sum("<skipped" in case for case in cases)
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f'<testsuites><testsuite name="{_xml("load test " + run["scenarioId"])}" tests="{len(cases)}" failures="{failures}" errors="0" '
+        f'<testsuites><testsuite name="{_xml("load test " + run["scenarioId"])}" '
+        f'tests="{len(cases)}" failures="{failures}" errors="0" '
         f'skipped="{skipped}" time="{lasted_s:.3f}" timestamp="{run["createdAt"]}">'
         f"<properties>{properties}</properties>{''.join(cases)}</testsuite></testsuites>\n"
     )
@@ -15186,7 +15366,8 @@ def report_md(run: dict[str, Any], samples: list[Sample], failures: dict[str, An
         "",
         _what_md(run),
         "",
-        f"**{_figure(metrics.get('totalRequests'))} requests**, {_figure(metrics.get('errorRate'), 2)} % failed, "
+        f"**{_figure(metrics.get('totalRequests'))} requests**, "
+        f"{_figure(metrics.get('errorRate'), 2)} % failed, "
         f"{_figure(metrics.get('totalRps'), 1)} req/s, median {_figure(metrics.get('p50ResponseMs'))} ms, "
         f"p95 {_figure(metrics.get('p95ResponseMs'))} ms, p99 {_figure(metrics.get('p99ResponseMs'))} ms, "
         f"at most {_figure(peak_users(samples))} users",
@@ -15437,7 +15618,8 @@ def _is_figure(one: Any) -> bool:
         and one["judgement"] in JUDGEMENTS
         and isinstance(one["reason"], str)
         and all(value is None or _is_measure(value) or type(value) in (int, float) for value in numbers)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair) for pair in ranges)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair)
+            for pair in ranges)
     )  # fmt: skip
 
 
@@ -15449,10 +15631,12 @@ KEPT_FIGURES = _only(
 COMPARISON_KEYS = {
     "with": BodyKey("with", one_of(*COMPARE_WITH), required=True),
     "baseline": BodyKey("baseline", RUN_ID),
-    "tolerances": BodyKey("tolerances", _only("an object of texts", lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
+    "tolerances": BodyKey("tolerances", _only("an object of texts",
+        lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
     **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions", "runs")},
     **{name: BodyKey(name, BOOLEAN) for name in ("noiseJudged", "exactTimes")},
-    **{name: BodyKey(name, number_value(0, 100_000, whole=True)) for name in ("runsKnown", "runsNeeded", "figuresCut")},
+    **{name: BodyKey(name, number_value(0, 100_000, whole=True))
+        for name in ("runsKnown", "runsNeeded", "figuresCut")},
     "judgement": BodyKey("judgement", one_of(REGRESSION, NO_REGRESSION, CANNOT_TELL)),
     "message": BodyKey("message", LONG_TEXT),
     "figures": BodyKey("figures", KEPT_FIGURES),
@@ -15478,12 +15662,16 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
     "failureReason": BodyKey("failure_reason", LONG_TEXT),
     "locustfileSha256": BodyKey("locustfile_sha256", text_value("64 hexadecimal digits", "[0-9a-f]{64}")),
-    "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100, lambda values: Warning_(values["code"], values["at"], values["message"]))),
-    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS, "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS, lambda values: Annotation(values["at"], values["text"]))),
+    "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100,
+        lambda values: Warning_(values["code"], values["at"], values["message"]))),
+    "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS,
+        "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS,
+        lambda values: Annotation(values["at"], values["text"]))),
     "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MAX_THRESHOLDS, _imported_threshold)),
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
     "comparison": BodyKey("comparison", COMPARISON),
-    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES, lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
+    "usersChanges": BodyKey("load_changes", _list_of(LOAD_CHANGE_KEYS, MAX_LOAD_CHANGES,
+        lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
     "repeatOf": BodyKey("repeat_of", RUN_ID),
     "repeat": BodyKey("", ANY_JSON),
     "importedAt": BodyKey("", MOMENT),
@@ -15512,7 +15700,9 @@ EXPORT_KEYS = {
     name: BodyKey(name, ANY_JSON)
     for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")
 }
-LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS, "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds", lambda value: isinstance(value, list)), required=True)}  # fmt: skip
+LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS,
+    "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds",
+        lambda value: isinstance(value, list)), required=True)}  # fmt: skip
 CSV_TEXT = _only("the text of a CSV file", lambda value: isinstance(value, str))
 LOCUST_CSV_KEYS = {
     "format": BodyKey("format", ANY_JSON),
@@ -15589,7 +15779,7 @@ class ImportReader:
         """The run in the body of an import. InvalidInput names what is wrong in it, NotReady when other
         imports take too long, TooLarge when it takes more memory or time than an import may have."""
         if len(body) <= SMALL_IMPORT_BYTES:
-            return read_import(parse_json(body), now)
+            return read_import(parse_json(bytes(body)), now)
         busy = NotReady("another import is being read", retry_after_s=5)
         if not self._places.acquire(blocking=False):
             raise busy
@@ -15719,7 +15909,8 @@ def read_import_for_parent(now: float) -> int:
 
 
 def _limit_import() -> None:
-    """Have the system end this process when it takes too much; where there are no such limits, none are set."""
+    """Have the system end this process when it takes too much; where there are no such limits, none are
+    set."""
     try:
         import resource
 
@@ -15743,9 +15934,7 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     try:
         values = check_body(document, IMPORTED_RUN_KEYS)
     except InvalidInput as error:
-        fields = {f"run.{name}": why for name, why in error.extra.get("fields", {}).items()} or {
-            "run": error.message
-        }
+        fields = {f"run.{name}": why for name, why in error.fields.items()} or {"run": error.message}
         raise InvalidInput("run: " + error.message, fields) from None
     values.pop("", None)
     values["status"] = RunStatus(values["status"])
@@ -15757,6 +15946,7 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
             raise _bad(f"{name}At", f"must be the second of {name}AtMs")
         values[f"{name}_at"] = exact_ms / 1000
     run = Run(plan=plan_of(values), **values, imported_at=now)
+    assert document is not None, "check_body() refuses what is no object"
     snapshot = check_metrics(document, "lastMetrics", math.inf)
     exact_ms = document["lastMetrics"].get("timestampMs") if snapshot is not None else None
     if snapshot is not None and exact_ms is not None:
@@ -15764,7 +15954,7 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
             raise _bad("run.lastMetrics.timestampMs", "must be whole milliseconds since 1970")
         snapshot = snapshot._replace(taken_at=exact_ms / 1000)
     if snapshot is not None and snapshot.taken_at == math.inf:  # it does not say when
-        snapshot = snapshot._replace(taken_at=run.finished_at)
+        snapshot = snapshot._replace(taken_at=run.finished_at or now)
     samples = _read_samples(body.get("samples"), run.id)
     return ImportedRun(
         run,
@@ -15792,7 +15982,7 @@ def _read_samples(rows: Any, run_id: str) -> list[Sample]:
         if problems:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
         samples.append(
-            Sample(run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"])
+            Sample(*[run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]])
         )
     return sorted(samples, key=lambda sample: sample.at)
 
@@ -15827,7 +16017,8 @@ def _is_histogram_row(row: Any) -> bool:
     is_named = (method is None and name is None) or (type(method) is str and type(name) is str)
     counted = all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures))
     is_measured = total_ms is not None and _is_measure(total_ms)
-    return is_named and counted and is_measured and isinstance(pairs, list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MAX_BUCKETS and all(
+    return is_named and counted and is_measured and isinstance(pairs,
+        list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MAX_BUCKETS and all(
         type(number) is int and 0 <= number < 1 << 53 for number in pairs
     )  # fmt: skip
 
@@ -15999,8 +16190,10 @@ class _LocustEntry:
     def row(self, lasted_s: float) -> EndpointStats:
         times, has_times = self.histogram.times, bool(self.histogram.times)
         return EndpointStats(
-            self.method, self.name, self.requests, self.histogram.failures, self.histogram.total_ms / sum(times.values()) if has_times else None,
-            self.min_ms if has_times else None, self.max_ms if has_times else None, self.median_ms, self.requests / lasted_s if lasted_s else None,
+            self.method, self.name, self.requests, self.histogram.failures,
+            self.histogram.total_ms / sum(times.values()) if has_times else None,
+            self.min_ms if has_times else None, self.max_ms if has_times else None, self.median_ms,
+            self.requests / lasted_s if lasted_s else None,
             percentile_ms(times, 0.95), percentile_ms(times, 0.99),
         )  # fmt: skip
 
@@ -16012,17 +16205,9 @@ def _snapshot_of_entries(
     average = total.total_ms / sum(total.times.values()) if total.times else None
     error_percent = 100.0 * total.failures / total.requests
     per_s = total.requests / lasted_s if lasted_s else None
-    return Snapshot(
-        ended,
-        per_s,
-        total.requests,
-        total.failures,
-        error_percent,
-        average,
-        *percentiles,
-        0,
-        tuple(entry.row(lasted_s) for entry in entries),
-    )
+    rows = tuple(entry.row(lasted_s) for entry in entries)
+    totals: list[Any] = [ended, per_s, total.requests, total.failures, error_percent, average]
+    return Snapshot(*totals, *percentiles, 0, rows)  # type: ignore[call-arg]
 
 
 def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
@@ -16072,7 +16257,8 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
     if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
         raise _bad(
             "startedAt",
-            "is missing; allowed is startedAt with finishedAt, or history, the text of _stats_history.csv, which has them",
+            "is missing; allowed is startedAt with finishedAt, or history, the text of "
+            "_stats_history.csv, which has them",
         )
     try:
         snapshot = _snapshot_of_csv(values["stats"], ended)
@@ -16113,7 +16299,8 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
     )
     whole_run = (None, None, None) if is_current else (p50, p95, p99)
     return Sample(
-        run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")), _csv_number(row.get("Failures/s")), requests, failures,
+        run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")),
+        _csv_number(row.get("Failures/s")), requests, failures,
         _error_percent(requests, failures), _csv_number(row.get("Total Average Response Time")), *whole_run,
         *((p50, p95) if is_current else (None, None)), int(_csv_number(row.get("User Count")) or 0), "poll",
     )  # fmt: skip
@@ -16379,7 +16566,8 @@ class Response:
     __slots__ = ("http_status", "body", "content_type", "headers", "opens")
 
     def __init__(
-        self, body: bytes | list[bytes] = b"", http_status: int = 200, content_type: str = JSON_TYPE, headers: dict[str, str] | None = None,
+        self, body: bytes | list[bytes] = b"", http_status: int = 200, content_type: str = JSON_TYPE,
+        headers: dict[str, str] | None = None,
         opens: Callable[[Connection], None] | None = None,
     ):  # fmt: skip
         self.http_status = http_status
@@ -16613,8 +16801,10 @@ class Connection:
     """One client's connection, owned by the loop's thread."""
 
     __slots__ = (
-        "loop", "sock", "address", "buffer", "scanned", "empty_lines", "request", "body", "missing", "reserved", "reserved_waits", "busy", "owner",
-        "out", "unsent", "counted", "window_sent", "closing", "deadline", "mask", "waiting_since", "streams", "chunked", "on_close",
+        "loop", "sock", "address", "buffer", "scanned", "empty_lines", "request", "body", "missing",
+        "reserved", "reserved_waits", "busy", "owner",
+        "out", "unsent", "counted", "window_sent", "closing", "deadline", "mask", "waiting_since", "streams",
+        "chunked", "on_close",
         "shakes_hands",
     )  # fmt: skip
 
@@ -16836,6 +17026,7 @@ class Connection:
         self.advance()
 
     def _take_body(self, received: bytes) -> None:
+        assert self.body is not None
         part = received[: self.missing]
         self.body += part
         self.missing -= len(part)
@@ -16891,7 +17082,8 @@ class Connection:
     def _limit_send_buffer(self) -> None:
         """Have the kernel keep little of what a stream's client does not read."""
         try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)  # type: ignore[union-attr]
+            assert self.sock is not None
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)
         except OSError:
             pass
 
@@ -16944,7 +17136,9 @@ class Connection:
             if size >= SEND_BYTES:
                 break
         try:
-            sent = self.sock.send(pieces[0]) if len(pieces) == 1 else self.sock.sendmsg(pieces)  # type: ignore[union-attr]
+            sock = self.sock
+            assert sock is not None
+            sent = sock.send(pieces[0]) if len(pieces) == 1 else sock.sendmsg(pieces)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
@@ -17080,7 +17274,8 @@ class WorkerPool:
 
 class Workers:
     """The threads of requests: for those that wait, for those that must be served whatever else waits
-    (a stop above all), and for big bodies, which are parsed one after the other: a parse of some MB lets no other thread run."""
+    (a stop above all), and for big bodies, which are parsed one after the other: a parse of some MB lets
+    no other thread run."""
 
     def __init__(self) -> None:
         self.waiting = WorkerPool("request", 8, 256)
@@ -17285,7 +17480,7 @@ class ConnectionLoop(threading.Thread):
             self._selector.modify(connection.sock, mask, connection)
         connection.mask = mask
 
-    def forget(self, connection: Connection, sock: socket.socket) -> None:
+    def forget(self, connection: Connection, sock: socket.socket | TlsSocket) -> None:
         if connection.mask:
             self._selector.unregister(sock)
             connection.mask = 0
@@ -17379,7 +17574,7 @@ class ApiServer(ThreadingHTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -17730,13 +17925,13 @@ class Quantiles(NamedTuple):
     and the sum of what was measured, where they are known."""
 
     seconds: dict[str, float | None]
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]  # not the tuple's
     total_s: float | None = None
 
 
 LabelValues = tuple[str, ...]
 MetricValue = float | int | Quantiles | DurationCounter | None  # None: no figure, no series
-Figures = Iterable[tuple[LabelValues, MetricValue]]
+MetricFigures = Iterable[tuple[LabelValues, MetricValue]]
 
 
 class Metric(NamedTuple):
@@ -17746,7 +17941,7 @@ class Metric(NamedTuple):
     kind: str  # gauge, counter, info, summary or histogram
     about: str
     labels: tuple[str, ...]
-    read: Callable[[Scrape], Figures]
+    read: Callable[[Scrape], MetricFigures]
     panels: tuple[Panel, ...] = ()
     alerts: tuple[Alert, ...] = ()
 
@@ -17847,16 +18042,16 @@ def _label_value(value: str) -> str:
 # ---- figures of runs ---------------------------------------------------------
 
 
-def _of_runs(value: Callable[[ActiveRun], MetricValue]) -> Callable[[Scrape], Figures]:
+def _of_runs(value: Callable[[ActiveRun], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     return lambda scrape: ((one.labels, value(one)) for one in scrape.runs)
 
 
-def _of_numbers(name: str) -> Callable[[Scrape], Figures]:
+def _of_numbers(name: str) -> Callable[[Scrape], MetricFigures]:
     """A field of the newest numbers."""
     return _of_runs(lambda one: getattr(one.numbers, name) if one.numbers else None)
 
 
-def _of_monitors(value: Callable[[RunMonitor], MetricValue]) -> Callable[[Scrape], Figures]:
+def _of_monitors(value: Callable[[RunMonitor], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     """A figure of the monitor, while the run is Running or Stopping."""
     active = (RunStatus.RUNNING, RunStatus.STOPPING)
     return _of_runs(lambda one: value(one.monitor) if one.monitor and one.run.status in active else None)
@@ -17916,10 +18111,10 @@ def _live_workers(one: ActiveRun) -> int | None:
     return len(one.reading.live_workers) if one.reading else None
 
 
-def _of_endpoints(value: Callable[[EndpointStats], MetricValue]) -> Callable[[Scrape], Figures]:
+def _of_endpoints(value: Callable[[EndpointStats], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     """A figure of the busiest endpoints of each run."""
 
-    def read(scrape: Scrape) -> Figures:
+    def read(scrape: Scrape) -> MetricFigures:
         limit = scrape.sources.config.metrics.max_endpoints
         for one in scrape.runs:
             for row in busiest_endpoints(one.numbers, limit):
@@ -17939,7 +18134,7 @@ def busiest_endpoints(numbers: Snapshot | None, limit: int) -> list[EndpointStat
 # ---- figures of Load Manager itself ------------------------------------------
 
 
-def _active_runs(scrape: Scrape) -> Figures:
+def _active_runs(scrape: Scrape) -> MetricFigures:
     counts = {
         (*place, status.value): 0 for place in scrape.places for status in RunStatus if status not in FINAL
     }
@@ -17949,31 +18144,31 @@ def _active_runs(scrape: Scrape) -> Figures:
     return counts.items()
 
 
-def _queued_runs(scrape: Scrape) -> Figures:
+def _queued_runs(scrape: Scrape) -> MetricFigures:
     counts = dict.fromkeys(scrape.places, 0)
     for run in scrape.waiting:
         counts[run.tenant_id, run.env_id] = counts.get((run.tenant_id, run.env_id), 0) + 1
     return counts.items()
 
 
-def _ended_runs(scrape: Scrape) -> Figures:
+def _ended_runs(scrape: Scrape) -> MetricFigures:
     """0 for what has not happened yet: the first time is then an increase, too."""
     ended = scrape.sources.orchestrator.counts.ended.copy()
     keys = [(*place, reason) for place in scrape.places for reason in (*STOP_REASONS, "error")]
     return [(key, ended.get(key, 0)) for key in keys]
 
 
-def _of_clusters(value: Callable[[Cluster], MetricValue]) -> Callable[[Scrape], Figures]:
+def _of_clusters(value: Callable[[Cluster], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     return lambda scrape: (
         ((item.config.tenant_id, item.config.env_id, item.id), value(item)) for item in scrape.clusters
     )
 
 
-def _of_program(value: Callable[[MetricSources], MetricValue]) -> Callable[[Scrape], Figures]:
+def _of_program(value: Callable[[MetricSources], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     return lambda scrape: [((), value(scrape.sources))]
 
 
-def _http_requests(scrape: Scrape) -> Figures:
+def _http_requests(scrape: Scrape) -> MetricFigures:
     counts: dict[tuple[str, str, int], int] = {}
     for loop in scrape.sources.loops:
         found = loop.traffic.refused.copy()
@@ -17986,7 +18181,7 @@ def _http_requests(scrape: Scrape) -> Figures:
     return [((method, path, str(status)), count) for (method, path, status), count in counts.items()]
 
 
-def _http_durations(scrape: Scrape) -> Figures:
+def _http_durations(scrape: Scrape) -> MetricFigures:
     totals: dict[tuple[str, str], DurationCounter] = {}
     for loop in scrape.sources.loops:
         for traffic in loop.traffic.routes.copy().values():
@@ -17997,7 +18192,7 @@ def _http_durations(scrape: Scrape) -> Figures:
     return totals.items()
 
 
-def _waiting_notifications(scrape: Scrape) -> Figures:
+def _waiting_notifications(scrape: Scrape) -> MetricFigures:
     store = scrape.sources.store
     return [((name,), len(store.waiting_deliveries(name))) for name in scrape.sources.notifier.channels]
 
@@ -18017,7 +18212,7 @@ def _open_descriptors() -> int | None:
         return None
 
 
-def _build_info(scrape: Scrape) -> Figures:
+def _build_info(scrape: Scrape) -> MetricFigures:
     return [((VERSION, ".".join(map(str, sys.version_info[:3]))), 1)]
 
 
@@ -18026,10 +18221,10 @@ def _build_info(scrape: Scrape) -> Figures:
 
 def _exported(
     value: Callable[[ActiveRun, Reading], Iterable[tuple[LabelValues, MetricValue]]],
-) -> Callable[[Scrape], Figures]:
+) -> Callable[[Scrape], MetricFigures]:
     """Figures of the newest poll, as the exporter has them: by what `value` adds to the run's labels."""
 
-    def read(scrape: Scrape) -> Figures:
+    def read(scrape: Scrape) -> MetricFigures:
         for one in scrape.runs:
             if one.reading is not None:
                 run = one.run
@@ -18039,18 +18234,18 @@ def _exported(
     return read
 
 
-def _exported_figure(value: Callable[[Reading], MetricValue]) -> Callable[[Scrape], Figures]:
+def _exported_figure(value: Callable[[Reading], MetricValue]) -> Callable[[Scrape], MetricFigures]:
     return _exported(lambda one, reading: [((), value(reading))])
 
 
-def _exported_numbers(name: str) -> Callable[[Scrape], Figures]:
+def _exported_numbers(name: str) -> Callable[[Scrape], MetricFigures]:
     return _exported_figure(lambda reading: getattr(reading.snapshot, name) if reading.snapshot else None)
 
 
-def _exported_rows(of_row: str, of_total: str | None = None) -> Callable[[Scrape], Figures]:
+def _exported_rows(of_row: str, of_total: str | None = None) -> Callable[[Scrape], MetricFigures]:
     """A field of the endpoints and, where there is one, of the totals, which Locust calls Aggregated."""
 
-    def read(scrape: Scrape) -> Figures:
+    def read(scrape: Scrape) -> MetricFigures:
         limit = scrape.sources.config.metrics.max_endpoints
 
         def rows(one: ActiveRun, reading: Reading) -> Iterator[tuple[LabelValues, MetricValue]]:
@@ -18064,7 +18259,7 @@ def _exported_rows(of_row: str, of_total: str | None = None) -> Callable[[Scrape
     return read
 
 
-def _exported_workers(*states: str) -> Callable[[Scrape], Figures]:
+def _exported_workers(*states: str) -> Callable[[Scrape], MetricFigures]:
     return _exported_figure(
         lambda reading: sum(not states or worker.state in states for worker in reading.workers)
     )
@@ -18368,7 +18563,8 @@ METRICS = (
         ),
     ),
     Metric(
-        "loadmanager_rows_left_out", "counter", "Rows that the database could never take; the log has them", (),
+        "loadmanager_rows_left_out", "counter", "Rows that the database could never take; the log has them",
+        (),
         _of_program(lambda sources: sources.store.rows_left_out),
         (Panel(_HEALTH, "Rows left out", "short", "sum(@)", "rows", "stat"),),
     ),
@@ -18718,7 +18914,8 @@ def _panels(key: str, board: Board) -> list[dict[str, Any]]:
             if panel.board == key:
                 by_title.setdefault(panel.title, []).append((metric, panel))
     ordered = sorted(by_title.values(), key=lambda rows: rows[0][1].kind != "stat")
-    panels, x, y, height = [], 0, 0, STAT_HEIGHT
+    panels: list[dict[str, Any]] = []
+    x, y, height = 0, 0, STAT_HEIGHT
     for rows in ordered:
         is_stat = rows[0][1].kind == "stat"
         width = STAT_WIDTH if is_stat else PANEL_WIDTH
@@ -19003,7 +19200,8 @@ class Caller(NamedTuple):
     usage: RateCounter
     until: float
 
-    KEEP_S = 300.0
+
+CALLER_KEEP_S = 300.0
 
 
 class RefusalBudget:
@@ -19125,7 +19323,8 @@ def fetch_json(
         raise ProviderFailed(f"the identity provider answered {where} with HTTP {error.code}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ProviderFailed(
-            f"the identity provider cannot be asked at {where}: {_network_words(getattr(error, 'reason', error))}"
+            f"the identity provider cannot be asked at {where}: "
+            f"{_network_words(getattr(error, 'reason', error))}"
         ) from None
     except InvalidInput:
         document = None
@@ -19241,7 +19440,8 @@ def require_pyjwt(algorithms: Iterable[str]) -> None:
     except ImportError:
         if wanted:
             raise StartupError(
-                f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip install 'PyJWT[crypto]'"
+                f"security: {', '.join(wanted)} need the package PyJWT with cryptography: pip "
+                "install 'PyJWT[crypto]'"
             ) from None
 
 
@@ -19454,8 +19654,10 @@ class OpenIdSignOn:
         state = f"{secrets.token_urlsafe(24)}.{ends_at}"
         challenge = hashlib.sha256(self._derived("verifier", state).encode()).digest()
         query = {
-            "response_type": "code", "client_id": self._config.client_id, "redirect_uri": self._config.redirect_url, "scope": self._config.scopes,
-            "state": state, "nonce": self._derived("nonce", state), "code_challenge": _unpadded(challenge), "code_challenge_method": "S256",
+            "response_type": "code", "client_id": self._config.client_id,
+            "redirect_uri": self._config.redirect_url, "scope": self._config.scopes,
+            "state": state, "nonce": self._derived("nonce", state), "code_challenge": _unpadded(challenge),
+            "code_challenge_method": "S256",
         }  # fmt: skip
         endpoint = self._discovered()["authorization_endpoint"]
         return (
@@ -19495,7 +19697,8 @@ class OpenIdSignOn:
         headers = {}
         methods = document.get("token_endpoint_auth_methods_supported", ["client_secret_basic"])
         if config.client_secret and "client_secret_basic" in methods:
-            pair = f"{quote(config.client_id, safe='')}:{quote(config.client_secret, safe='')}"  # RFC 6749, 2.3.1
+            # RFC 6749, 2.3.1
+            pair = f"{quote(config.client_id, safe='')}:{quote(config.client_secret, safe='')}"
             headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
         elif config.client_secret:
             form["client_secret"] = config.client_secret
@@ -19568,7 +19771,10 @@ def _unpadded(raw: bytes) -> str:
 
 def sign_on_cookie(server: ServerConfig, value: str) -> str:
     """The Set-Cookie value of a sign-in that was begun. Lax: the provider sends the browser back."""
-    return f"{_sign_on_cookie_name(server)}={value}; Path=/session/oidc; Max-Age={OpenIdSignOn.KEEP_S}; HttpOnly; SameSite=Lax{secure_mark(server)}"
+    return (
+        f"{_sign_on_cookie_name(server)}={value}; Path=/session/oidc; Max-Age={OpenIdSignOn.KEEP_S}; "
+        f"HttpOnly; SameSite=Lax{secure_mark(server)}"
+    )
 
 
 def _sign_on_cookie_name(server: ServerConfig) -> str:
@@ -19717,7 +19923,10 @@ def _cookie_name(server: ServerConfig) -> str:
 def session_cookie(server: ServerConfig, secret: str) -> str:
     """The Set-Cookie value; an empty secret removes the cookie."""
     age_s = int(Sessions.KEEP_S) if secret else 0
-    return f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; SameSite=Strict{secure_mark(server)}"
+    return (
+        f"{_cookie_name(server)}={secret}; Path=/; Max-Age={age_s}; HttpOnly; "
+        f"SameSite=Strict{secure_mark(server)}"
+    )
 
 
 def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
@@ -19738,7 +19947,8 @@ def check_host(head: RequestHead, server: ServerConfig) -> None:
         ipaddress.ip_address(name)
     except ValueError:
         raise Forbidden(
-            f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts may add it"
+            f"the host name {_printable(name)} is not ours; server.publicUrl or server.allowedHosts "
+            "may add it"
         ) from None
 
 
@@ -19820,7 +20030,8 @@ def json_response(value: object, http_status: int = 200, headers: dict[str, str]
 
 
 def packed(request: Request, response: Response) -> Response:
-    """The same answer by gzip where the client takes that and it is long: 130 KB of a chart become 20 KB in 2 ms."""
+    """The same answer by gzip where the client takes that and it is long: 130 KB of a chart become 20 KB
+    in 2 ms."""
     is_taken = "gzip" in request.head.headers.get("accept-encoding", "")
     more = {"Vary": "Accept-Encoding"}
     if is_taken and isinstance(response.body, bytes) and len(response.body) >= PACKED_FROM_BYTES:
@@ -19850,7 +20061,11 @@ def get_ready(api: Api, request: Request) -> Response:
     if problem is None and not api.store.is_leading:
         problem = "the connection to the database is gone"
     if problem is None:
-        return json_response({"status": "leading"})
+        try:
+            api.store.check_lead()
+            return json_response({"status": "leading"})
+        except NotReady as error:
+            problem = error.message
     return json_response({"status": "not ready", "message": problem}, 503)
 
 
@@ -19968,10 +20183,8 @@ def post_stop_all(api: Api, request: Request) -> Response:
 
 def get_audit(api: Api, request: Request) -> Response:
     query, limit = request.query, request.query.get("limit", 100)
-    wanted = AuditFilter(
-        query.get("who"), query.get("tenantId"), query.get("runId"), query.get("action"), query.get("outcome"),
-        query.get("from"), query.get("to"), query.get("cursor"),
-    )  # fmt: skip
+    asked = ("who", "tenantId", "runId", "action", "outcome", "from", "to", "cursor")
+    wanted = AuditFilter(*map(query.get, asked))
     found = api.store.audit_entries(wanted, request.principal.scope, limit + 1)
     headers = {}
     if len(found) > limit:
@@ -20424,7 +20637,9 @@ def get_oidc_callback(api: Api, request: Request) -> Response:
     request.principal = api.sign_on.finish(request.query, sign_on_state(request.head, api.config.server))
     secret = api.begin_session(request.principal, request.address)
     log("signed in", name=request.principal.name, address=request.address)
-    home = urlsplit(api.config.security.oidc.redirect_url).path.removesuffix("session/oidc/callback")
+    oidc = api.config.security.oidc
+    assert oidc is not None, "there is a sign-on"
+    home = urlsplit(oidc.redirect_url).path.removesuffix("session/oidc/callback")
     return Response(
         http_status=302, headers={"Location": home, "Set-Cookie": session_cookie(api.config.server, secret)}
     )
@@ -20573,7 +20788,7 @@ def _accept_reference_runs(text: Any) -> tuple[str, ...]:
 HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
 AUDIT_QUERY = {
     **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
-    "outcome": one_of(*AuditFilter.OUTCOMES),
+    "outcome": one_of(*AUDIT_OUTCOMES),
     "from": MOMENT,
     "to": MOMENT,
     "limit": number_value(1, 1000, whole=True),
@@ -20628,104 +20843,176 @@ EVENT_TYPE = "text/event-stream"
 
 ROUTES = (
     Route("GET", "/", get_dashboard, "anyone", "The dashboard", waits=False, media=HTML_TYPE),
-    Route("GET", "/docs", get_docs, "anyone", "This reference, to try calls in", waits=False, media=HTML_TYPE),
-    Route("GET", "/openapi.json", get_openapi, "anyone", "This reference as OpenAPI 3.1", waits=False, answer="Document"),
-    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False, answer="Session"),
+    Route("GET", "/docs", get_docs, "anyone", "This reference, to try calls in", waits=False,
+        media=HTML_TYPE),
+    Route("GET", "/openapi.json", get_openapi, "anyone", "This reference as OpenAPI 3.1", waits=False,
+        answer="Document"),
+    Route("GET", "/session", get_session, "anyone", "Who is signed in, and the CSRF token", waits=False,
+        answer="Session"),
     Route(
-        "POST", "/session", post_session, "anyone", "Sign in with an API token as `token`, JSON or a form; sets a cookie", waits=False,
-        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429, 503), more_body={"token": {"type": "string"}},
+        "POST", "/session", post_session, "anyone",
+        "Sign in with an API token as `token`, JSON or a form; sets a cookie", waits=False,
+        most_body_bytes=SIGN_IN_BYTES, answer="Session", errors=(401, 403, 415, 429, 503),
+        more_body={"token": {"type": "string"}},
     ),
-    Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider", success=302, errors=(404, 502)),
+    Route("GET", "/session/oidc", get_oidc, "anyone", "Sign in by OpenID Connect: leave for the provider",
+        success=302, errors=(404, 502)),
     Route(
-        "GET", "/session/oidc/callback", get_oidc_callback, "anyone", "Sign in by OpenID Connect: back from the provider",
+        "GET", "/session/oidc/callback", get_oidc_callback, "anyone",
+        "Sign in by OpenID Connect: back from the provider",
         query=OIDC_QUERY, success=302, errors=(401, 403, 404, 502),
     ),
     Route("DELETE", "/session", end_session, "viewer", "Sign out", waits=False, success=204),
     Route("POST", "/session/end", end_session, "viewer", "Sign out", waits=False, success=204),
-    Route("GET", "/v1/whoami", get_whoami, "viewer", "Who the token says the caller is", waits=False, answer="Caller"),
-    Route("GET", "/v1/sessions", get_sessions, "admin", "Who is signed in to the dashboard, since when and from where", waits=False, answer="Sessions"),
-    Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in and its event streams", waits=False, success=204),
-    Route("POST", "/v1/admin/reload", post_reload, "admin", "Read the configuration again: `needsRestart` has the keys that differ and were not taken; a file with a problem changes nothing", answer="Reloaded"),
-    Route("GET", "/health", get_health, "anyone", "Is Load Manager alive; 503 while the database cannot be written, or has not answered for 3 s", waits=False, answer="Health", errors=(503,)),
-    Route("GET", "/ready", get_ready, "anyone", "Does it lead, stand by, or why neither", waits=False, answer="Ready", errors=(503,)),
+    Route("GET", "/v1/whoami", get_whoami, "viewer", "Who the token says the caller is", waits=False,
+        answer="Caller"),
+    Route("GET", "/v1/sessions", get_sessions, "admin",
+        "Who is signed in to the dashboard, since when and from where", waits=False, answer="Sessions"),
+    Route("DELETE", "/v1/sessions/{id}", delete_session, "admin", "End a sign-in and its event streams",
+        waits=False, success=204),
+    Route("POST", "/v1/admin/reload", post_reload, "admin",
+        "Read the configuration again: `needsRestart` has the keys that differ and were not taken; "
+            "a file with a problem changes nothing", answer="Reloaded"),
+    Route("GET", "/health", get_health, "anyone",
+        "Is Load Manager alive; 503 while the database cannot be written, or has not answered for 3 s",
+        waits=False, answer="Health", errors=(503,)),
+    Route("GET", "/ready", get_ready, "anyone", "Does it lead, stand by, or why neither", waits=False,
+        answer="Ready", errors=(503,)),
     Route(
         "GET", "/metrics", get_prometheus, "viewer", "Figures for Prometheus, as text or OpenMetrics",
         media=TEXT_METRICS_TYPE, other_media=(OPEN_METRICS_TYPE,),
     ),
-    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS, answer="Run", success=201, errors=STARTING, tool="start_run"),
-    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs", tool="list_runs"),
-    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False, answer="Run", tool="show_run"),
-    Route("DELETE", "/v1/tests/{id}", delete_test, "operator", "Delete a Finished or Failed run and its history", success=204, errors=(409, 503), tool="delete_run"),
-    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator", "Stop a run, or take it out of the queue; answers when the run is final", reserved=True, answer="Stopped", errors=LOCUST_ANSWERS, tool="stop_run"),
+    Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS,
+        answer="Run", success=201, errors=STARTING, tool="start_run"),
+    Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs",
+        tool="list_runs"),
+    Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False,
+        answer="Run", tool="show_run"),
+    Route("DELETE", "/v1/tests/{id}", delete_test, "operator",
+        "Delete a Finished or Failed run and its history", success=204, errors=(409, 503), tool="delete_run"),
+    Route("POST", "/v1/tests/{id}/stop", post_stop, "operator",
+        "Stop a run, or take it out of the queue; answers when the run is final", reserved=True,
+        answer="Stopped", errors=LOCUST_ANSWERS, tool="stop_run"),
     Route(
-        "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS, answer="Run", success=201, errors=STARTING
+        "POST", "/v1/tests/{id}/rerun", post_rerun, "operator", "Start the same again", body=RERUN_KEYS,
+        answer="Run", success=201, errors=STARTING
     ),
     Route(
-        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load", body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS, tool="change_users",
+        "POST", "/v1/tests/{id}/users", post_users, "operator", "Change the users of a running load",
+        body=USERS_KEYS, answer="Run", errors=LOCUST_ANSWERS, tool="change_users",
     ),
-    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False, answer="Scenarios", tool="list_scenarios"),
-    Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series", query=METRICS_QUERY, answer="Series", errors=(503,)),
+    Route("GET", "/v1/scenarios", get_scenarios, "viewer", "The scenarios of the configuration", waits=False,
+        answer="Scenarios", tool="list_scenarios"),
+    Route("GET", "/v1/tests/{id}/metrics", get_metrics, "viewer", "The run's time series",
+        query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
-        "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer", "Response times by whole ms, with percentiles, of the whole run or between two moments",
+        "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer",
+        "Response times by whole ms, with percentiles, of the whole run or between two moments",
         query=HISTOGRAMS_QUERY, answer="Histograms", errors=(409, 503),
     ),
-    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer", "Failed requests by endpoint and error, exceptions of the scenarios", answer="Failures", errors=LOCUST_ANSWERS, tool="show_failures"),
+    Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer",
+        "Failed requests by endpoint and error, exceptions of the scenarios", answer="Failures",
+        errors=LOCUST_ANSWERS, tool="show_failures"),
     Route(
-        "POST", "/v1/tests/{id}/annotations", post_annotation, "operator", "Mark a moment of the run, shown on charts and in reports; default: now",
+        "POST", "/v1/tests/{id}/annotations", post_annotation, "operator",
+        "Mark a moment of the run, shown on charts and in reports; default: now",
         body=ANNOTATION_KEYS, answer="Annotation", success=201, errors=(409, 503),
     ),
-    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False, answer="Annotations"),
-    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer", "The run as one page without scripts, for mail and print; each report takes `?download=1`", query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
-    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer", "The run as Markdown, for a merge request", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,), tool="report"),
-    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer", "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE),
-    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer", "The verdict as Markdown, for the summary of a CI job", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
-    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY, answer="Comparison", errors=(404,), tool="compare_runs"),
-    Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file", query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
+    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False,
+        answer="Annotations"),
+    Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer",
+        "The run as one page without scripts, for mail and print; each report takes `?download=1`",
+        query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer",
+        "The run as Markdown, for a merge request", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,),
+        tool="report"),
+    Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer",
+        "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE),
+    Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer",
+        "The verdict as Markdown, for the summary of a CI job", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
+    Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY,
+        answer="Comparison", errors=(404,), tool="compare_runs"),
+    Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file",
+        query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
     Route(
-        "POST", "/v1/tests/import", post_import, "operator", "Keep a run from a file: an export, or what a headless Locust wrote",
-        body={"format": BodyKey("format", one_of(EXPORT_FORMAT, LOCUST_JSON, LOCUST_CSV), required=True)}, most_body_bytes=IMPORT_BYTES,
-        answer="Run", success=201, errors=(409, 503), more_body={name: {} for name in (*EXPORT_KEYS, *LOCUST_CSV_KEYS) if name != "format"},
+        "POST", "/v1/tests/import", post_import, "operator",
+        "Keep a run from a file: an export, or what a headless Locust wrote",
+        body={"format": BodyKey("format", one_of(EXPORT_FORMAT, LOCUST_JSON, LOCUST_CSV), required=True)},
+        most_body_bytes=IMPORT_BYTES,
+        answer="Run", success=201, errors=(409, 503), more_body={name: {}
+            for name in (*EXPORT_KEYS, *LOCUST_CSV_KEYS) if name != "format"},
     ),
-    Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first", query=TRENDS_QUERY, answer="Trend"),
-    Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False, answer="Baseline"),
-    Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline", body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
-    Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204, errors=(503,)),
-    Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
-    Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer", "The Finished runs of the run's scenario, a row each, as Apache Otava reads them", query=DOWNLOAD_QUERY, media=CSV_TYPE),
-    Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV", query=DOWNLOAD_QUERY, media=CSV_TYPE),
+    Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first",
+        query=TRENDS_QUERY, answer="Trend"),
+    Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False,
+        answer="Baseline"),
+    Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline",
+        body=BASELINE_KEYS, answer="Baseline", errors=(409, 503)),
+    Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204,
+        errors=(503,)),
+    Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV",
+        query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
+    Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer",
+        "The Finished runs of the run's scenario, a row each, as Apache Otava reads them",
+        query=DOWNLOAD_QUERY, media=CSV_TYPE),
+    Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV",
+        query=DOWNLOAD_QUERY, media=CSV_TYPE),
     Route(
-        "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer", "Locust's own report, kept when the run ended",
+        "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer",
+        "Locust's own report, kept when the run ended",
         query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,),
     ),
-    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer", "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
-    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
-    Route("POST", "/v1/stop-all", post_stop_all, "operator", "Stop every run you may touch, all clusters at once", reserved=True, body=STOP_ALL_KEYS, answer="StoppedAll"),
-    Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY, answer="Audit", errors=(503,)),
-    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times", answer="Schedules", tool="list_schedules"),
-    Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself", body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
-    Route("GET", "/v1/schedules/{id}", get_schedule, "viewer", "One schedule", waits=False, answer="Schedule"),
-    Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule", body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
-    Route("DELETE", "/v1/schedules/{id}", delete_schedule, "operator", "Have a schedule no more", success=204, errors=(409, 503)),
-    Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run", success=201, errors=STARTING),
-    Route("GET", "/v1/notifications", get_notifications, "admin", "Who is told of what, and the 200 newest deliveries", waits=False, answer="Notifications"),
-    Route("POST", "/v1/notifications/test", post_notification_test, "admin", "Send a message to one channel now; 502 says why it could not be", body=NOTIFICATION_TEST_KEYS, errors=(502,)),
-    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing", answer="Clusters", tool="list_clusters"),
-    Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers", body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
-    Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator", "The last log lines of each process of a cluster: its files if it was launched, else what Locust tells", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
+    Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer",
+        "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+    Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False,
+        media=EVENT_TYPE, errors=(503,)),
+    Route("POST", "/v1/stop-all", post_stop_all, "operator",
+        "Stop every run you may touch, all clusters at once", reserved=True, body=STOP_ALL_KEYS,
+        answer="StoppedAll"),
+    Route("GET", "/v1/audit", get_audit, "admin", "Who did what, newest first", query=AUDIT_QUERY,
+        answer="Audit", errors=(503,)),
+    Route("GET", "/v1/schedules", get_schedules, "viewer", "The schedules and their next five times",
+        answer="Schedules", tool="list_schedules"),
+    Route("POST", "/v1/schedules", post_schedule, "operator", "Have a run start by itself",
+        body=SCHEDULE_KEYS, answer="Schedule", success=201, errors=(409, 503)),
+    Route("GET", "/v1/schedules/{id}", get_schedule, "viewer", "One schedule", waits=False,
+        answer="Schedule"),
+    Route("PATCH", "/v1/schedules/{id}", patch_schedule, "operator", "Change, pause or resume a schedule",
+        body=CHANGE_KEYS, answer="Schedule", errors=(409, 503)),
+    Route("DELETE", "/v1/schedules/{id}", delete_schedule, "operator", "Have a schedule no more", success=204,
+        errors=(409, 503)),
+    Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run",
+        success=201, errors=STARTING),
+    Route("GET", "/v1/notifications", get_notifications, "admin",
+        "Who is told of what, and the 200 newest deliveries", waits=False, answer="Notifications"),
+    Route("POST", "/v1/notifications/test", post_notification_test, "admin",
+        "Send a message to one channel now; 502 says why it could not be", body=NOTIFICATION_TEST_KEYS,
+        errors=(502,)),
+    Route("GET", "/v1/clusters", get_clusters, "viewer", "The clusters and what they are doing",
+        answer="Clusters", tool="list_clusters"),
+    Route("POST", "/v1/clusters/{id}/scale", post_scale, "operator", "Change a cluster's number of workers",
+        body=SCALE_KEYS, answer="Cluster", errors=LOCUST_ANSWERS),
+    Route("GET", "/v1/clusters/{id}/logs", get_logs, "operator",
+        "The last log lines of each process of a cluster: its files if it was launched, else what "
+            "Locust tells", query=LOGS_QUERY, answer="Logs", errors=LOCUST_ANSWERS),
     Route(
         "POST", "/v1/internal/locust/test-start", locust_test_start, "locust", "A test began",
         body=CALLBACK_KEYS, most_body_bytes=CALLBACK_BYTES, reserved=True,
     ),
     Route(
-        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust", "A test ended, with its final numbers", body=CALLBACK_KEYS,
-        most_body_bytes=CALLBACK_BYTES, reserved=True, more_body={"finalMetrics": METRICS_SCHEMA, "complete": {"type": "boolean"}},
+        "POST", "/v1/internal/locust/test-stop", locust_test_stop, "locust",
+        "A test ended, with its final numbers", body=CALLBACK_KEYS,
+        most_body_bytes=CALLBACK_BYTES, reserved=True, more_body={"finalMetrics": METRICS_SCHEMA,
+            "complete": {"type": "boolean"}},
     ),
     Route(
-        "POST", "/v1/internal/locust/metrics", locust_metrics, "locust", "Numbers of a running test", body=CALLBACK_KEYS,
+        "POST", "/v1/internal/locust/metrics", locust_metrics, "locust", "Numbers of a running test",
+        body=CALLBACK_KEYS,
         most_body_bytes=CALLBACK_BYTES, waits=False, more_body={"metrics": METRICS_SCHEMA},
     ),
     Route(
-        "POST", "/v1/internal/locust/register-external", locust_register, "locust", "A test began in Locust's own page; the answer has its run id",
+        "POST", "/v1/internal/locust/register-external", locust_register, "locust",
+        "A test began in Locust's own page; the answer has its run id",
         body=REGISTER_KEYS, answer="Registered", errors=(409, 503),
     ),
 )  # fmt: skip
@@ -20742,7 +21029,12 @@ def _object(required: str = "", **properties: Any) -> dict[str, Any]:
     }
 
 
+def _figures_schema(names: Iterable[str]) -> dict[str, Any]:
+    return {name: _COUNT if name in COUNTS else _MEASURE for name in names if name not in ("method", "name")}
+
+
 _TEXT, _WHOLE, _MOMENT, _FLAG = ANSWER_TEXT, ANSWER_WHOLE, ANSWER_MOMENT, {"type": "boolean"}
+_TEXTS_OR_ALL = {"type": ["array", "null"], "items": _TEXT, "description": "null: all"}
 _MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no figure"}
 _COUNT = {"type": ["integer", "null"]}
 _NAME_OR_NULL = {"type": ["string", "null"]}
@@ -20752,105 +21044,155 @@ _RANGE = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems
 _CHANGE = {
     **dict.fromkeys(("baseline", "candidate", "change", "changePercent"), _MEASURE),
     "judgement": {"enum": list(JUDGEMENTS)}, "reason": _TEXT, "pValue": {"type": "number"},
-    "interval": {**_RANGE, "description": "of the change, in the figure's unit: 95 of 100 such intervals hold the true one"},
+    "interval": {**_RANGE, "description": "of the change, in the figure's unit: 95 of 100 such intervals "
+        "hold the true one"},
     "equalRuns": {**_RANGE, "description": "beyond it the figure of a run is no longer one of an equal run"},
 }  # fmt: skip
 SCHEMAS: dict[str, Any] = {
-    "Error": _object("error message", error=_TEXT, message=_TEXT, fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
+    "Error": _object("error message", error=_TEXT, message=_TEXT,
+        fields={"type": "object", "additionalProperties": _TEXT}, activeRunId=_TEXT, runId=_TEXT),
     "Success": _object("success", success=_FLAG),
     "Stopped": _object("success message", success=_FLAG, message=_TEXT),
-    "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT}, failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
-    "AuditEntry": _object("at action status outcome", at=_MOMENT, **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
+    "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT},
+        failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
+    "AuditEntry": _object("at action status outcome", at=_MOMENT,
+        **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
     "Audit": array_schema("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
-    "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT, unforeseenErrors=_WHOLE),
+    "Health": _object("status", status={"enum": ["healthy", "unhealthy"]}, message=_TEXT,
+        unforeseenErrors=_WHOLE),
     "Ready": _object("status", status={"enum": ["leading", "standby", "not ready"]}, message=_TEXT),
-    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT, tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
+    "Session": _object(signedIn=_FLAG, anonymous=_FLAG, singleSignOn=_FLAG, name=_TEXT, role=_TEXT,
+        tenants={"type": ["array", "null"], "items": _TEXT}, csrfToken=_TEXT, expiresInSeconds=_WHOLE),
     "SignIn": _object(
-        "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT, role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
+        "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT,
+        role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
         address=_TEXT, beganAt=_MOMENT, expiresInSeconds=_WHOLE,
     ),
     "Sessions": array_schema("SignIn"),
-    "Caller": _object("name role tenants environments", name=_TEXT, role={"enum": list(ROLES)}, **dict.fromkeys(("tenants", "environments"), {"type": ["array", "null"], "items": _TEXT, "description": "null: all"})),
+    "Caller": _object("name role tenants environments", name=_TEXT, role={"enum": list(ROLES)},
+        tenants=_TEXTS_OR_ALL, environments=_TEXTS_OR_ALL),
     "Reloaded": _object("success needsRestart", success=_FLAG, needsRestart=_TEXTS),
     "Document": {"type": "object"},
-    "EndpointStats": _object("method name", **{name: _TEXT if name in ("method", "name") else _COUNT if name in COUNTS else _MEASURE for name in ENDPOINT_KEYS}),
+    "EndpointStats": _object("method name", method=_TEXT, name=_TEXT, **_figures_schema(ENDPOINT_KEYS)),
     "Metrics": _object(
         timestamp=_MOMENT,
         timestampMs=_WHOLE,
-        **{name: _COUNT if name in COUNTS else _MEASURE for name in SNAPSHOT_KEYS},
-        requestStats={"type": "object", "additionalProperties": {"$ref": "#/components/schemas/EndpointStats"}},
+        **_figures_schema(SNAPSHOT_KEYS),
+        requestStats={"type": "object",
+            "additionalProperties": {"$ref": "#/components/schemas/EndpointStats"}},
     ),
     "Warning": _object("code at message", code=_TEXT, at=_MOMENT, message=_TEXT),
     "Annotation": _object("at text", at=_MOMENT, text=_TEXT),
     "Annotations": array_schema("Annotation"),
     "Run": _object(
-        " ".join(one.name for _, one in run_fields(Run) if one.always), **fields_schema(Run), lastMetrics=METRICS_SCHEMA,
+        " ".join(one.name for _, one in run_fields(Run) if one.always), **fields_schema(Run),
+        lastMetrics=METRICS_SCHEMA,
         startedAtMs=_WHOLE, finishedAtMs=_WHOLE, trust={"enum": ["ok", "doubtful"]}, trustReasons=_TEXTS,
     ),
-    "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE, spawnRate={"type": "number"}, by=_TEXT),
-    "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE, spawnRate={"type": "number"}, durationSeconds=_WHOLE),
+    "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE,
+        spawnRate={"type": "number"}, by=_TEXT),
+    "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE,
+        spawnRate={"type": "number"}, durationSeconds=_WHOLE),
     "Scenario": _object("id", **scenario_schema()),
     "Scenarios": array_schema("Scenario"),
     "Schedule": _object(
-        "id tenantId envId test concurrencyPolicy startingDeadlineSeconds paused readOnly timezone createdAt createdBy next",
-        id=_TEXT, tenantId=_TEXT, envId=_TEXT, test={"type": "object"}, concurrencyPolicy=_TEXT, startingDeadlineSeconds={"type": "number"}, paused=_FLAG, readOnly=_FLAG,
-        timezone=_TEXT, createdAt=_MOMENT, createdBy=_TEXT, next={"type": "array", "items": _MOMENT}, description=_TEXT, cron=_TEXT, runAt=_MOMENT, lastTime=_MOMENT,
+        "id tenantId envId test concurrencyPolicy startingDeadlineSeconds paused readOnly timezone "
+            "createdAt createdBy next",
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, test={"type": "object"}, concurrencyPolicy=_TEXT,
+        startingDeadlineSeconds={"type": "number"}, paused=_FLAG, readOnly=_FLAG,
+        timezone=_TEXT, createdAt=_MOMENT, createdBy=_TEXT, next={"type": "array", "items": _MOMENT},
+        description=_TEXT, cron=_TEXT, runAt=_MOMENT, lastTime=_MOMENT,
         lastRunId=_TEXT, lastOutcome=_TEXT,
     ),
     "Schedules": array_schema("Schedule"),
     "Delivery": _object(
-        "id channelId event title attempts createdAt outcome", id=_TEXT, channelId=_TEXT, event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_MOMENT,
-        outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_MOMENT, nextAt=_MOMENT,
+        "id channelId event title attempts createdAt outcome", id=_TEXT, channelId=_TEXT,
+        event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_MOMENT,
+        outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_MOMENT,
+        nextAt=_MOMENT,
     ),
     "Notifications": _object(
-        "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT, type=_TEXT, events=_TEXTS)}, deliveries=array_schema("Delivery")
+        "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT,
+            type=_TEXT, events=_TEXTS)}, deliveries=array_schema("Delivery")
     ),
     "Threshold": _object(
-        "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]}, firstFailedAt=_MOMENT,
+        "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]},
+        firstFailedAt=_MOMENT,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
     ),
     "Runs": array_schema("Run"),
-    "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT, scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
+    "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT,
+        scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
     "Change": _object("baseline candidate change changePercent judgement reason", **_CHANGE),
     "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
-    "Figure": _object("endpoint metric judgement reason", endpoint=_NAME_OR_NULL, metric=_TEXT, message=_TEXT, **_CHANGE),
+    "Figure": _object("endpoint metric judgement reason", endpoint=_NAME_OR_NULL, metric=_TEXT, message=_TEXT,
+        **_CHANGE),
     "Comparison": _object(
-        "baseline runs candidate tolerances noiseJudged runsKnown runsNeeded exactTimes falseAlarmRate judgement message totals endpoints figures differences warnings noise regressions",
-        baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT}, totals={"$ref": "#/components/schemas/Changes"},
-        runs={"type": "array", "items": _TEXT, "description": "the reference: one run, or several"}, judgement={"enum": [REGRESSION, NO_REGRESSION, CANNOT_TELL]}, message=_TEXT,
-        runsKnown={"type": "integer", "description": "comparable runs that tell how far equal runs lie apart"}, runsNeeded=_WHOLE, exactTimes=_FLAG, falseAlarmRate=_MEASURE,
-        endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT, state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
-        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT}, figures=array_schema("Figure"),
-        noiseJudged={"type": "boolean", "description": "enough comparable runs are known"}, noise={"type": "array", "items": _TEXT}, regressions=array_schema("Figure"),
+        "baseline runs candidate tolerances noiseJudged runsKnown runsNeeded exactTimes "
+            "falseAlarmRate judgement message totals endpoints figures differences warnings noise "
+                "regressions",
+        baseline=_TEXT, candidate=_TEXT, tolerances={"type": "object", "additionalProperties": _TEXT},
+        totals={"$ref": "#/components/schemas/Changes"},
+        runs={"type": "array", "items": _TEXT, "description": "the reference: one run, or several"},
+        judgement={"enum": [REGRESSION, NO_REGRESSION, CANNOT_TELL]}, message=_TEXT,
+        runsKnown={"type": "integer", "description": "comparable runs that tell how far equal runs lie "
+            "apart"}, runsNeeded=_WHOLE, exactTimes=_FLAG, falseAlarmRate=_MEASURE,
+        endpoints={"type": "array", "items": _object("method name metrics", method=_TEXT, name=_TEXT,
+            state={"enum": ["new", "gone"]}, metrics={"$ref": "#/components/schemas/Changes"})},
+        differences={"type": "array", "items": _TEXT}, warnings={"type": "array", "items": _TEXT},
+        figures=array_schema("Figure"),
+        noiseJudged={"type": "boolean", "description": "enough comparable runs are known"},
+        noise={"type": "array", "items": _TEXT}, regressions=array_schema("Figure"),
     ),
     "Trend": _object("metric points changePoints", metric=_TEXT,
-        changePoints={"type": "array", "description": "runId: the first run at the new level, afterRunId: the last one before", "items": _object(
-            "runId afterRunId before after changePercent pValue", runId=_TEXT, afterRunId=_TEXT, before=_MEASURE, after=_MEASURE, changePercent=_MEASURE, pValue=_MEASURE)}, points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE, normal={"anyOf": [_RANGE, {"type": "null"}], "description": "where 95 of 100 runs of this level lie"}, scenarioId=_TEXT, targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL, verdict=_NAME_OR_NULL, trust=_TEXT)}),
-    "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
-    "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG, points=array_schema("Point")),
+        changePoints={"type": "array", "description": "runId: the first run at the new level, afterRunId: "
+            "the last one before", "items": _object(
+            "runId afterRunId before after changePercent pValue", runId=_TEXT, afterRunId=_TEXT,
+            before=_MEASURE, after=_MEASURE, changePercent=_MEASURE, pValue=_MEASURE)},
+            points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE,
+                normal={"anyOf": [_RANGE, {"type": "null"}],
+                    "description": "where 95 of 100 runs of this level lie"}, scenarioId=_TEXT,
+                    targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL,
+                    verdict=_NAME_OR_NULL, trust=_TEXT)}),
+    "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT
+        if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
+    "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG,
+        points=array_schema("Point")),
     "Histogram": _object(
-        "requests failures responseTimes", requests=_WHOLE, failures=_WHOLE, avgResponseMs=_MEASURE, p50ResponseMs=_MEASURE, p95ResponseMs=_MEASURE,
-        p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object", "additionalProperties": _WHOLE, "description": "whole ms to requests"},
+        "requests failures responseTimes", requests=_WHOLE, failures=_WHOLE, avgResponseMs=_MEASURE,
+        p50ResponseMs=_MEASURE, p95ResponseMs=_MEASURE,
+        p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object",
+            "additionalProperties": _WHOLE, "description": "whole ms to requests"},
     ),
-    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT, totals={"$ref": "#/components/schemas/Histogram"}, endpoints=array_schema("Histogram"), **{"from": _MOMENT}),
+    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT,
+        totals={"$ref": "#/components/schemas/Histogram"}, endpoints=array_schema("Histogram"),
+        **{"from": _MOMENT}),
     "Export": _object(
-        "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE, loadManager=_TEXT, exportedAt=_MOMENT,
-        run={"$ref": "#/components/schemas/Run"}, samples=array_schema("Point"), histograms={"type": "array", "items": {"type": "object"}}, failures={"$ref": "#/components/schemas/Failures"},
+        "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE,
+        loadManager=_TEXT, exportedAt=_MOMENT,
+        run={"$ref": "#/components/schemas/Run"}, samples=array_schema("Point"),
+        histograms={"type": "array", "items": {"type": "object"}},
+        failures={"$ref": "#/components/schemas/Failures"},
     ),
     "Failures": _object(
         "failures exceptions",
-        failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT, error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},
-        exceptions={"type": "array", "items": _object("count message traceback nodes", count=_WHOLE, message=_TEXT, traceback=_TEXT, nodes=_TEXT)},
+        failures={"type": "array", "items": _object("method name error occurrences", method=_TEXT, name=_TEXT,
+            error=_TEXT, occurrences=_WHOLE, firstSeen=_NAME_OR_NULL, lastSeen=_NAME_OR_NULL)},
+        exceptions={"type": "array", "items": _object("count message traceback nodes", count=_WHOLE,
+            message=_TEXT, traceback=_TEXT, nodes=_TEXT)},
     ),
     "Cluster": _object(
         "id tenantId envId state workers",
-        id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT, workersWanted=_COUNT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
+        id=_TEXT, tenantId=_TEXT, envId=_TEXT, baseUrl=_TEXT, launcher=_NAME_OR_NULL, state=_TEXT,
+        workersWanted=_COUNT, userCount=_COUNT, hooks={"type": ["boolean", "null"]},
         locustVersion=_NAME_OR_NULL, activeRunId=_NAME_OR_NULL, problem=_NAME_OR_NULL, protected=_FLAG,
-        workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT, userCount=_WHOLE, cpuPercent=_MEASURE)},
+        workers={"type": "array", "items": _object("id state userCount", id=_TEXT, state=_TEXT,
+            userCount=_WHOLE, cpuPercent=_MEASURE)},
     ),
     "Clusters": array_schema("Cluster"),
-    "Logs": _object("clusterId logs", clusterId=_TEXT, logs={"type": "array", "items": _object("process lines", process=_TEXT, lines=_TEXTS)}),
+    "Logs": _object("clusterId logs", clusterId=_TEXT, logs={"type": "array",
+        "items": _object("process lines", process=_TEXT, lines=_TEXTS)}),
 }  # fmt: skip
 
 
@@ -21152,6 +21494,8 @@ class Api:
             request = Request(head, route, params, error.caller or principal, address)
             self._note_refusal(request, error)
             raise
+        if route.access != "anyone":
+            self.store.check_lead()
         if head.content_length:
             self._check_body_head(head, route)
         return Request(head, route, params, principal, address)
@@ -21200,7 +21544,7 @@ class Api:
             self._usages.clear()
         usage = self._usages.setdefault(principal.name, RateCounter())
         if given and not credentials.is_open:
-            until = min(principal.ends_at, time.time() + Caller.KEEP_S)
+            until = min(principal.ends_at, time.time() + CALLER_KEEP_S)
             credentials.remember(given, Caller(principal, usage, until))
         usage.note(limit)
         return principal
@@ -21352,9 +21696,8 @@ class Api:
         the answer for what was done and cannot be written: a 2xx says that it survives a crash."""
         if failure is not None:
             request.run_id = request.run_id or str(failure.extra.get("runId", ""))
-        detail = (
-            request.note if failure is None else ", ".join(failure.extra.get("fields", ())) or failure.message
-        )
+        fields_ = failure.fields if isinstance(failure, InvalidInput | Forbidden) else {}
+        detail = request.note if failure is None else ", ".join(fields_) or failure.message
         self.store.audit(self._entry(request, http_status, detail))
         if not request.route.waits:
             return None
@@ -21381,7 +21724,10 @@ class Api:
         """One entry for all refusals that were too many to write."""
         self._tells_refusals = False
         count, addresses = self._refusals.take_skipped()
-        words = f"{count} more refusals, of {addresses} address{'es' if addresses > 1 else ''}, were too many to write"
+        words = (
+            f"{count} more refusals, of {addresses} address{'es' if addresses > 1 else ''}, were too "
+            "many to write"
+        )
         self.store.audit(AuditEntry(time.time(), "", "", "", "refusals", "", "", "", 429, words))
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
@@ -21394,9 +21740,8 @@ class Api:
         env_id = request.env_id or request.params.get("envId", "") or (run.env_id if run else "")
         texts = (audit_text(text) for text in (tenant_id, env_id, run_id))
         who, action = request.principal, f"{request.route.method} {request.route.path}"
-        return AuditEntry(
-            time.time(), who.name, who.role, request.address, action, *texts, http_status, audit_text(detail)
-        )
+        caller: list[Any] = [time.time(), who.name, who.role, request.address, action]
+        return AuditEntry(*[*caller, *texts, http_status, audit_text(detail)])
 
     # ---- what handlers share -----------------------------------------------
 
@@ -21414,9 +21759,10 @@ class Api:
 
     def check_named_place(self, request: Request, body: Any) -> None:
         """check_place() of a body that nobody has checked, as far as it names one."""
-        named = [body.get(name) if isinstance(body, dict) else None for name in ("tenantId", "envId")]
-        if all(isinstance(name, str) for name in named):
-            self.check_place(request, *named)
+        names = body if isinstance(body, dict) else {}
+        tenant_id, env_id = names.get("tenantId"), names.get("envId")
+        if isinstance(tenant_id, str) and isinstance(env_id, str):
+            self.check_place(request, tenant_id, env_id)
 
     def visible_run(self, request: Request) -> Run:
         """The run of the path, NotFound also for one that the caller may not see."""
@@ -21581,7 +21927,8 @@ STANDBY_LOOK_S = 0.25
 STANDBY_HOP = "X-LoadManager-Hop"
 STANDBY_MOST_REQUESTS = 128  # at once
 HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect content-length".split()
+    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect".split()
+    + ["content-length"]
 )
 
 
@@ -21630,7 +21977,7 @@ def _look_or_lead(config: Config, front: StandbyFront, watch: _LeaderWatch) -> P
         is_led, url = watch.look()
         front.leader_url, front.problem = (url if is_led else None), None
         return None if is_led else _try_to_lead(config)
-    except (StartupError, *watch.errors) as error:
+    except watch.errors as error:
         why = (str(error).strip() or repr(error)).partition("\n")[0]
         if front.problem is None:
             log("database of a standby does not answer", why=why)
@@ -21651,7 +21998,7 @@ class _LeaderWatch:
         import psycopg
 
         self._psycopg, self._url = psycopg, url
-        self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
+        self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError, StartupError)
         self._connection: Any = None
 
     def look(self) -> tuple[bool, str | None]:
@@ -21937,6 +22284,7 @@ class Service:
             raise
         if config.standby.enabled:
             LocustClient.before_command = staticmethod(self._store.prove_lead)
+            self._store.expect_standby()
         self._timer = Timer()
         self._engine = Orchestrator(config, self._store, self._timer)
         feed = EventFeed(
@@ -22265,7 +22613,8 @@ def check_config(config_path: str) -> int:
     except ConfigError as error:
         return _print_problems(error)
     print(
-        f"{config_path}: good; {len(config.clusters)} cluster(s), listening on {config.server.host}:{config.server.port}"
+        f"{config_path}: good; {len(config.clusters)} cluster(s), listening on "
+        f"{config.server.host}:{config.server.port}"
     )
     for warning in config_warnings(config):
         print(f"{config_path}: warning: {warning}")
@@ -22587,7 +22936,8 @@ def token_of_command(command: str) -> str:
     token = done.stdout.decode("ascii", "replace").strip()
     if done.returncode or not re.fullmatch("[!-~]+", token):
         raise CommandError(
-            f"{name}: ended with {done.returncode} and printed {'no' if not token else 'something else than a'} token",
+            f"{name}: ended with {done.returncode} and printed "
+            f"{'no' if not token else 'something else than a'} token",
             EXIT_UNREACHABLE,
         )
     return token
@@ -22792,7 +23142,8 @@ class ApiClient:
                 context.load_cert_chain(own, password=lambda: "")
         except (OSError, ValueError) as error:
             raise CommandError(
-                f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: {getattr(error, 'strerror', None) or error}",
+                f"LOADMANAGER_CLIENT_CERT: {own} has no certificate with its key: "
+                f"{getattr(error, 'strerror', None) or error}",
                 EXIT_USAGE,
             ) from None
         return context
@@ -22814,14 +23165,18 @@ class ApiClient:
         except (ValueError, TypeError, KeyError, RecursionError):
             where = one_line(self._server.url)
             return CommandError(
-                f"{where} answered {asked} with HTTP {answer.http_status}, not as Load Manager does; is it its address?",
+                f"{where} answered {asked} with HTTP {answer.http_status}, not as Load Manager "
+                "does; is it its address?",
                 EXIT_UNREACHABLE,
             )
         if answer.http_status == 404 and message == NO_SUCH_PATH:
             message = f"the server does not offer this ({asked}): it may be an older Load Manager"
         elif answer.http_status == 401:
             was = "the token was refused" if self._token else "no token was sent"
-            message = f"not allowed, {was}; give one with --token-file, --token, LOADMANAGER_TOKEN or a configuration (-config)"
+            message = (
+                f"not allowed, {was}; give one with --token-file, --token, LOADMANAGER_TOKEN or a "
+                "configuration (-config)"
+            )
         elif answer.http_status == 403:
             message = f"not allowed: {message}"
         return ServerRefused(message, answer.http_status, document)
@@ -22863,8 +23218,10 @@ PARSE_ERROR, INVALID_REQUEST, METHOD_NOT_FOUND, INVALID_PARAMS, INTERNAL_ERROR =
     -32700, -32600, -32601, -32602, -32603,
 )  # fmt: skip
 MCP_INSTRUCTIONS = (
-    "Load Manager starts, watches and judges load tests on Locust clusters. list_scenarios and list_clusters say what"
-    " can be run and where; show_run has a run's newest numbers and its verdict, compare_runs judges two runs, report"
+    "Load Manager starts, watches and judges load tests on Locust clusters. list_scenarios and "
+    "list_clusters say what"
+    " can be run and where; show_run has a run's newest numbers and its verdict, compare_runs "
+    "judges two runs, report"
     " is a run as Markdown. A load test is a burden for its target: start one only when you were asked to."
 )
 
@@ -22927,7 +23284,10 @@ class Tool:
         wrong = [f"{one_line(name, 80)}: is unknown" for name in arguments if name not in known]
         wrong += [f"{name}: is missing" for name in self._in_path if not arguments.get(name)]
         if wrong:
-            words = f"{self.name}: {'; '.join(wrong[:20])}; arguments must be {', '.join(sorted(known)) or 'none'}"
+            words = (
+                f"{self.name}: {'; '.join(wrong[:20])}; arguments must be "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
             raise CommandError(words, EXIT_USAGE)
         path = self.route.path
         for name in self._in_path:
@@ -23005,7 +23365,10 @@ def _short_enough(document: dict[str, Any]) -> dict[str, Any]:
             break
     else:
         shown = {name: value for name, value in shown.items() if not isinstance(value, (dict, list))}
-    words = f"cut: lists have their first {most} entries, texts {MCP_TEXT} characters; ask for less, or for a page of it"
+    words = (
+        f"cut: lists have their first {most} entries, texts {MCP_TEXT} characters; ask for less, or for "
+        "a page of it"
+    )
     return {**shown, "cut": words}
 
 
@@ -23282,7 +23645,9 @@ EXITS = {
 VARIABLES = {
     "LOADMANAGER_URL": "the server; --url goes first, then this, then a configuration file",
     "LOADMANAGER_TOKEN": "the API token; --token and --token-file go first",
-    "LOADMANAGER_TOKEN_COMMAND": "a program and its arguments that prints the token; run again when the token is refused; without a shell",
+    "LOADMANAGER_TOKEN_COMMAND": "a program and its arguments that prints the token; run again when the "
+    "token is refused; "
+    "without a shell",
     "LOADMANAGER_CLIENT_CERT": "our certificate and its key in one file, for a server that wants one",
     "LOADMANAGER_CA_FILE": "certificates to trust for an https server; --ca-file goes first",
     "NO_COLOR": "set to anything: no colours",
@@ -23521,7 +23886,8 @@ def _copied(source: Database, target: Database, options: Any) -> int:
             wrong.append(one.table)
     if wrong:
         say(
-            f"the counts of {', '.join(wrong)} differ: do not use the target, and run this again with --replace"
+            f"the counts of {', '.join(wrong)} differ: do not use the target, and run this again "
+            "with --replace"
         )
         return EXIT_FAILED
     copy.end()
@@ -23656,7 +24022,8 @@ def command_list(options: Any) -> int:
     )
     if "next" in (answer.headers.get("Link") or ""):
         say(
-            "there are more: give a larger --limit, at most 1000, or say which with --search, --status, --tenant, --env"
+            "there are more: give a larger --limit, at most 1000, or say which with --search, "
+            "--status, --tenant, --env"
         )
     return EXIT_DONE
 
@@ -23686,7 +24053,8 @@ def with_peak_users(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_failures(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
-    """A run that has failed requests with `failures`, the most frequent first; as it is where they cannot be read."""
+    """A run that has failed requests with `failures`, the most frequent first; as it is where they cannot
+    be read."""
     if not (run.get("lastMetrics") or {}).get("totalFailures"):
         return run
     try:
@@ -23733,7 +24101,8 @@ def command_clusters(options: Any) -> int:
 
 
 SIGN_IN_COLUMNS = (
-    Column("SIGN-IN"), Column("NAME"), Column("ROLE"), Column("TENANTS", drop=2), Column("FROM", drop=1), Column("SINCE", drop=1),
+    Column("SIGN-IN"), Column("NAME"), Column("ROLE"), Column("TENANTS", drop=2), Column("FROM", drop=1),
+    Column("SINCE", drop=1),
 )  # fmt: skip
 
 
@@ -23829,7 +24198,8 @@ def command_users(options: Any) -> int:
 
 
 SCHEDULE_COLUMNS = (
-    Column("SCHEDULE"), Column("WHEN"), Column("NEXT"), Column("SCENARIO"), Column("TENANT/ENV", drop=2), Column("LAST", drop=1),
+    Column("SCHEDULE"), Column("WHEN"), Column("NEXT"), Column("SCENARIO"), Column("TENANT/ENV", drop=2),
+    Column("LAST", drop=1),
 )  # fmt: skip
 
 
@@ -23881,11 +24251,14 @@ def command_schedules(options: Any) -> int:
 
 def schedule_body(options: Any) -> dict[str, Any]:
     test = {
-        "tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario, "targetUsers": options.users,
-        "spawnRate": options.spawn_rate, "durationSeconds": options.duration, "thresholds": options.threshold or None,
+        "tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario,
+        "targetUsers": options.users,
+        "spawnRate": options.spawn_rate, "durationSeconds": options.duration,
+        "thresholds": options.threshold or None,
     }  # fmt: skip
     body = {
-        "cron": options.cron, "timezone": options.timezone, "runAt": options.at, "concurrencyPolicy": options.policy, "description": options.description,
+        "cron": options.cron, "timezone": options.timezone, "runAt": options.at,
+        "concurrencyPolicy": options.policy, "description": options.description,
         "test": {name: value for name, value in test.items() if value is not None},
     }  # fmt: skip
     return {name: value for name, value in body.items() if value is not None}
@@ -24013,7 +24386,8 @@ def command_metrics(options: Any) -> int:
     )
     if document["downsampled"]:
         say(
-            f"{len(document['points'])} of {document['total']} points; --max-points shows more, --json and --csv have all figures"
+            f"{len(document['points'])} of {document['total']} points; --max-points shows more, "
+            "--json and --csv have all figures"
         )
     return EXIT_DONE
 
@@ -24074,7 +24448,8 @@ def import_body(options: Any) -> dict[str, Any]:
         document = json.loads(read_text(options.file))
     except (ValueError, RecursionError):
         raise CommandError(
-            f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a file of Locust's --json-file or --csv",
+            f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a "
+            "file of Locust's --json-file or --csv",
             EXIT_USAGE,
         ) from None
     if isinstance(document, list):
@@ -24295,7 +24670,7 @@ def command_run(options: Any) -> int:
     for number in range(options.repeat):
         one_key = f"{key}-{number + 1}" if number else key
         exit_status, run = start_and_follow(
-            options, client, lambda one_key=one_key: create_once_for_all(client, body, one_key)
+            options, client, functools.partial(create_once_for_all, client, body, one_key)
         )
         if exit_status != EXIT_DONE:
             break
@@ -24411,7 +24786,8 @@ def command_rerun(options: Any) -> int:
 def start_and_follow(
     options: Any, client: ApiClient, start: Callable[[], ApiAnswer]
 ) -> tuple[int, dict[str, Any] | None]:
-    """Start a run, follow it unless --detach, and tell how it ended; the exit status, and the run that ended."""
+    """Start a run, follow it unless --detach, and tell how it ended; the exit status, and the run that
+    ended."""
     screen = open_screen(options)
     with CtrlC() as ctrl_c:
         try:
@@ -24520,9 +24896,9 @@ def judge(run: dict[str, Any], require_trusted: bool) -> tuple[int, str]:
     if run.get("verdict") == "failed":
         failed = [threshold_words(entry) for entry in run.get("thresholds") or () if threshold_failed(entry)]
         worse = (run.get("comparison") or {}).get("regressions") or ()
-        words = ["thresholds failed: " + "; ".join(failed)] if failed else []
-        words += ["got worse: " + "; ".join(map(one_line, worse))] if worse else []
-        return EXIT_THRESHOLDS, "; ".join(words) or "the verdict is failed"
+        causes = ["thresholds failed: " + "; ".join(failed)] if failed else []
+        causes += ["got worse: " + "; ".join(map(one_line, worse))] if worse else []
+        return EXIT_THRESHOLDS, "; ".join(causes) or "the verdict is failed"
     comparison = run.get("comparison") or {}
     if comparison.get("judgement") == CANNOT_TELL:
         words = f"the comparison cannot tell: {one_line(comparison.get('message') or '')}"
@@ -24574,22 +24950,28 @@ STATUS_COLOURS = {
     "Failed": "red",
 }
 LIST_COLUMNS = (
-    Column("RUN", drop=0), Column("STATUS"), Column("SCENARIO"), Column("TENANT/ENV", drop=3), Column("CLUSTER", drop=6),
-    Column("USERS", True, drop=2), Column("REQ/S", True, drop=4), Column("FAILURES", True, drop=5), Column("P95 MS", True, drop=4),
+    Column("RUN", drop=0), Column("STATUS"), Column("SCENARIO"), Column("TENANT/ENV", drop=3),
+    Column("CLUSTER", drop=6),
+    Column("USERS", True, drop=2), Column("REQ/S", True, drop=4), Column("FAILURES", True, drop=5),
+    Column("P95 MS", True, drop=4),
     Column("TIME", True, drop=1), Column("CREATED", True, drop=7),
 )  # fmt: skip
 CLUSTER_COLUMNS = (
-    Column("CLUSTER"), Column("TENANT/ENV", drop=2), Column("STATE"), Column("USERS", True, drop=1), Column("WORKERS", True, drop=1),
+    Column("CLUSTER"), Column("TENANT/ENV", drop=2), Column("STATE"), Column("USERS", True, drop=1),
+    Column("WORKERS", True, drop=1),
     Column("CPU %", True, drop=3), Column("RUN"), Column("PROBLEM"),
 )  # fmt: skip
 METRICS_COLUMNS = (
-    Column("TIME"), Column("USERS", True, 1), Column("REQ/S", True), Column("FAIL/S", True, 1), Column("REQUESTS", True, 4),
+    Column("TIME"), Column("USERS", True, 1), Column("REQ/S", True), Column("FAIL/S", True, 1),
+    Column("REQUESTS", True, 4),
     Column("FAILURES", True, 4), Column("P50 MS", True, 2), Column("P95 MS", True), Column("P99 MS", True, 3),
 )  # fmt: skip
 # In the order of Locust's own page, which its users know.
 ENDPOINT_COLUMNS = (
-    Column("TYPE", drop=5), Column("NAME"), Column("REQUESTS", True), Column("FAILS", True, 1), Column("P50 MS", True, 3),
-    Column("P95 MS", True, 2), Column("P99 MS", True, 4), Column("AVG MS", True, 6), Column("MIN MS", True, 7), Column("MAX MS", True, 7),
+    Column("TYPE", drop=5), Column("NAME"), Column("REQUESTS", True), Column("FAILS", True, 1),
+    Column("P50 MS", True, 3),
+    Column("P95 MS", True, 2), Column("P99 MS", True, 4), Column("AVG MS", True, 6),
+    Column("MIN MS", True, 7), Column("MAX MS", True, 7),
     Column("REQ/S", True, 3),
 )  # fmt: skip
 
@@ -24781,9 +25163,13 @@ def plain_line(run: dict[str, Any], now: float) -> str:
     if not metrics:
         return start
     return (
-        f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(latest_users(run))} requests {count_text(metrics.get('totalRequests'))}"
-        f" {decimal_text(metrics.get('totalRps'))} req/s failures {count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
-        f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 {count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} ms"
+        f"{start} users {count_text(metrics.get('currentUsers'))}/{count_text(latest_users(run))} "
+        f"requests {count_text(metrics.get('totalRequests'))}"
+        f" {decimal_text(metrics.get('totalRps'))} req/s failures "
+        f"{count_text(metrics.get('totalFailures'))} ({percent_text(metrics.get('errorRate'))})"
+        f" p50 {count_text(metrics.get('p50ResponseMs'))} p95 "
+        f"{count_text(metrics.get('p95ResponseMs'))} p99 {count_text(metrics.get('p99ResponseMs'))} "
+        "ms"
     )
 
 
@@ -25830,7 +26216,7 @@ class Chapter(NamedTuple):
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Iterable[tuple[str, ...]]
     level: int = 3  # of its heading; 2 begins a new subject
 
 
@@ -25919,7 +26305,7 @@ def command_chapters() -> Iterator[Chapter]:
 
 
 def option_rows(arguments: Iterable[Argument]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in arguments:
         what = one.options.get("metavar") or "|".join(one.options.get("choices") or ())
         names = ", ".join(one.names) if not one.is_positional else what or one.names[0]
@@ -26157,10 +26543,12 @@ threshold its `value`, `result` and `firstFailedAt`. A wrong expression is a 400
 what was expected. `stopReason` is `threshold` when one aborted the run.
 
 ```json
-{"tenantId": "tenant-1", "envId": "dev", "scenarioId": "browse", "targetUsers": 20, "spawnRate": 10, "durationSeconds": 60,
+{"tenantId": "tenant-1", "envId": "dev", "scenarioId": "browse",
+ "targetUsers": 20, "spawnRate": 10, "durationSeconds": 60,
  "compareWith": "baseline",
  "thresholds": ["p95ResponseMs < 500", "errorRate < 1", "totalRps >= 100",
-  "GET /api/items: p99ResponseMs < 800", "GET /api/*: errorRate < 0.5", "p95ResponseMs < 700 over 30s after 60s",
+  "GET /api/items: p99ResponseMs < 800", "GET /api/*: errorRate < 0.5",
+  "p95ResponseMs < 700 over 30s after 60s",
   {"expr": "p95ResponseMs < 2000 over 10s", "abortOnFail": true, "delaySeconds": 10},
   {"metric": "p95ResponseMs", "op": "<", "value": 500, "endpoint": "GET /a: odd*name", "warnOnly": true}]}
 ```
@@ -26321,8 +26709,16 @@ together with the line for the configuration, which has only its hash:
 ```yaml
 security:
   apiTokens:
-    - {name: ci, tokenSha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08, role: operator, tenants: [tenant-1]}
-    - {name: wall, tokenFile: /run/secrets/wall, role: viewer, tenants: ["*"], environments: [dev], expiresAt: 2027-01-31}
+    - name: ci
+      tokenSha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+      role: operator
+      tenants: [tenant-1]
+    - name: wall
+      tokenFile: /run/secrets/wall
+      role: viewer
+      tenants: ["*"]
+      environments: [dev]
+      expiresAt: 2027-01-31
 ```
 
 - **Roles**: a viewer reads, an operator also starts, stops, marks and deletes, an admin also reads the
@@ -26347,7 +26743,8 @@ security:
   jwt:
     issuer: https://id.example/realms/load
     audience: loadmanager
-    jwksUrl: https://id.example/realms/load/keys   # or jwksFile: where there is no network; or secretFile: of HS256
+    # or jwksFile: where there is no network; or secretFile: of HS256
+    jwksUrl: https://id.example/realms/load/keys
     tenantsClaim: tenants                          # a list or words; "*" is all; without it nothing is seen
     roleClaim: realm_access.roles
     roleMap: {load-testers: operator, everybody: viewer}
@@ -26371,7 +26768,11 @@ tenant's other runs are in the way; with `queue` the run waits).
 
 ```yaml
 tenants:
-  - {id: tenant-1, maxUsers: 5000, maxConcurrentRuns: 3, maxDurationSeconds: 7200, allowedHosts: ["*.staging.example", "10.0.0.0/8"]}
+  - id: tenant-1
+    maxUsers: 5000
+    maxConcurrentRuns: 3
+    maxDurationSeconds: 7200
+    allowedHosts: ["*.staging.example", "10.0.0.0/8"]
 environments:
   - {tenantId: tenant-1, id: prod, protected: true, allowedHosts: [shop.example]}
 ```
@@ -26424,7 +26825,8 @@ launcher:
   type: command
   usersPerWorker: 500
   idleSeconds: 600
-  scale: [docker, compose, -f, /srv/locust/docker-compose.yml, up, --detach, --no-recreate, --scale, "worker={workers}", worker]
+  scale: [docker, compose, -f, /srv/locust/docker-compose.yml, up, --detach, --no-recreate, --scale,
+          "worker={workers}", worker]
   status: [docker, compose, -f, /srv/locust/docker-compose.yml, ps, --quiet, worker]
 ```
 
@@ -26436,7 +26838,8 @@ launcher:
   usersPerWorker: 500
   replaceLostWorkers: false           # the deployment does that
   scale: [kubectl, --namespace, load, scale, deployment/locust-worker, "--replicas={workers}"]
-  status: [kubectl, --namespace, load, get, deployment/locust-worker, --output, "jsonpath={.status.readyReplicas}"]
+  status: [kubectl, --namespace, load, get, deployment/locust-worker, --output,
+           "jsonpath={.status.readyReplicas}"]
 ```
 
 A machine with ssh, where `locust-workers` is a script of yours that runs so many workers:
@@ -26454,11 +26857,15 @@ launcher:
 ```yaml
 schedules:
   - id: nightly
-    cron: 0 2 * * mon-fri             # or @hourly @daily @weekly @monthly @yearly; or runAt: "2027-01-31T02:00:00Z", once
+    # or @hourly @daily @weekly @monthly @yearly; or runAt: "2027-01-31T02:00:00Z", once
+    cron: 0 2 * * mon-fri
     timezone: Europe/Berlin           # the clock that cron means; default UTC
-    concurrencyPolicy: Queue          # while its last run is still active: Forbid (default: not again), Queue, or Replace (stop that one)
+    # while its last run is still active: Forbid (default: not again), Queue, or Replace (stop that one)
+    concurrencyPolicy: Queue
     startingDeadlineSeconds: 600      # how late what was missed may still start; default 300
-    test: {tenantId: tenant-1, envId: dev, scenarioId: browse, targetUsers: 100, spawnRate: 10, durationSeconds: 600}
+    test:
+      {tenantId: tenant-1, envId: dev, scenarioId: browse,
+       targetUsers: 100, spawnRate: 10, durationSeconds: 600}
 ```
 
 The same keys (without `id`) are the body of `POST /v1/schedules`. `test` is the body of a create and is
@@ -26484,16 +26891,21 @@ notifications:
   - id: hook
     type: webhook
     url: https://ci.example.com/hooks/load
-    secretFile: /run/secrets/hook     # whsec_...: signed as Standard Webhooks say (webhook-id, webhook-timestamp, webhook-signature)
-    events: [failed, aborted, lost]   # of started, finished, passed, failed, aborted, lost, scheduleMissed; default: all but started
+    # whsec_...: signed as Standard Webhooks say (webhook-id, webhook-timestamp, webhook-signature)
+    secretFile: /run/secrets/hook
+    # of started, finished, passed, failed, aborted, lost, scheduleMissed; default: all but started
+    events: [failed, aborted, lost]
     tenants: [tenant-1]               # and environments, scenarios; default: all
   - id: team
     type: email
     from: Load Manager <lm@example.com>
     to: [sre@example.com]
-    smtp: {host: mail.example.com, port: 587, security: starttls, username: robot, passwordFile: /run/secrets/mail}
+    smtp:
+      {host: mail.example.com, port: 587, security: starttls,
+       username: robot, passwordFile: /run/secrets/mail}
   - id: dashboards
-    type: grafana                     # an annotation from start to end of each run: every dashboard shows when load ran
+    # an annotation from start to end of each run: every dashboard shows when load ran
+    type: grafana
     url: https://grafana.example.com
     tokenFile: /run/secrets/grafana   # of a service account that may read and write annotations (role Editor)
 ```
@@ -26519,10 +26931,13 @@ Prometheus: a cluster that does not answer, a load that has not stopped, a datab
 lost run, an unforeseen error, Load Manager gone.
 
 ```bash
-python loadmanager.py token new --name prometheus --role viewer --tenant '*'    # the token to /etc/prometheus/loadmanager.token, its hash to config.yaml
-cp deploy/grafana/prometheus/*.yml /etc/prometheus/                             # or add the job to a prometheus.yml that is there already
+# the token to /etc/prometheus/loadmanager.token, its hash to config.yaml
+python loadmanager.py token new --name prometheus --role viewer --tenant '*'
+# or add the job to a prometheus.yml that is there already
+cp deploy/grafana/prometheus/*.yml /etc/prometheus/
 cp -r deploy/grafana/provisioning /etc/grafana/
-mkdir -p /var/lib/grafana/dashboards/loadmanager && cp deploy/grafana/dashboards/*.json /var/lib/grafana/dashboards/loadmanager/
+mkdir -p /var/lib/grafana/dashboards/loadmanager
+cp deploy/grafana/dashboards/*.json /var/lib/grafana/dashboards/loadmanager/
 ```
 
 Response times come as Locust's own percentiles (`quantile`), of the whole run and of the last 10 s; where
@@ -26545,7 +26960,9 @@ is a tool (`list_runs`, `show_run`, `compare_runs`, `report`, ...); those that c
 (`start_run`, `stop_run`, ...) are there with `--allow-writes` only. Long results are cut, and say so.
 
 ```json
-{"mcpServers": {"loadmanager": {"command": "python3", "args": ["/opt/loadmanager/loadmanager.py", "mcp", "--url", "http://127.0.0.1:8080", "--token-file", "/home/me/token"]}}}
+{"mcpServers": {"loadmanager": {"command": "python3", "args":
+  ["/opt/loadmanager/loadmanager.py", "mcp", "--url", "http://127.0.0.1:8080",
+   "--token-file", "/home/me/token"]}}}
 ```
 
 ## Logs
@@ -26557,7 +26974,8 @@ reload. Each answer has an `X-Request-Id`: the caller's, when it is 1 to 128 let
 `._:/+=@-`, else a new one; lines that are logged while a request is served have it, too. A
 [`traceparent`](https://www.w3.org/TR/trace-context/) that comes with a create, a rerun or the start of a
 schedule is kept with the run, and passed on to Locust's hooks, whose calls carry it back, and to webhooks
-as header and as `traceId`; without a valid one a new trace begins. The table "Events of the log" has every event with its level and its facts. Secrets of the configuration are shown as `***`.
+as header and as `traceId`; without a valid one a new trace begins. The table "Events of the log" has every
+event with its level and its facts. Secrets of the configuration are shown as `***`.
 
 ## The configuration and storage
 
@@ -26750,14 +27168,17 @@ START_ARGUMENTS = (
 )
 
 COMMANDS = (
-    Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml", calls_server=False),
-    Command("check", command_check, "say every problem of a configuration", "check -config config.yaml", calls_server=False),
+    Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml",
+        calls_server=False),
+    Command("check", command_check, "say every problem of a configuration", "check -config config.yaml",
+        calls_server=False),
     Command(
         "doctor", command_doctor, "examine an installation and say what to do", "doctor -config config.yaml",
         (argument("--json", action="store_true", help="print JSON"),), calls_server=False,
     ),
     Command(
-        "backup", command_backup, "copy the SQLite database into a file, also while a server runs", "backup -config config.yaml lm-backup.db",
+        "backup", command_backup, "copy the SQLite database into a file, also while a server runs",
+        "backup -config config.yaml lm-backup.db",
         (
             argument("file", metavar="FILE", completes="file", help="the file to write"),
             argument("--force", action="store_true", help="replace a file that exists"),
@@ -26765,46 +27186,71 @@ COMMANDS = (
         calls_server=False,
     ),
     Command(
-        "restore", command_restore, "put a backup in the database's place while no server runs", "restore -config config.yaml lm-backup.db",
+        "restore", command_restore, "put a backup in the database's place while no server runs",
+        "restore -config config.yaml lm-backup.db",
         (argument("file", metavar="FILE", completes="file", help="what `backup` wrote"),),
         calls_server=False,
     ),
     Command(
-        "migrate", command_migrate, "copy all from one database into another, such as from SQLite to PostgreSQL",
+        "migrate", command_migrate, "copy all from one database into another, such as from SQLite to "
+            "PostgreSQL",
         "migrate --from sqlite:///loadmanager.db --to postgresql://loadmanager@db.example/loadmanager",
         (
-            argument("--from", dest="source", required=True, metavar="URL", help="as storage.url; a relative file is of this folder"),
-            argument("--to", dest="target", required=True, metavar="URL", help="the same; PostgreSQL takes a password from PGPASSWORD, too"),
+            argument("--from", dest="source", required=True, metavar="URL",
+                help="as storage.url; a relative file is of this folder"),
+            argument("--to", dest="target", required=True, metavar="URL",
+                help="the same; PostgreSQL takes a password from PGPASSWORD, too"),
             argument("--replace", action="store_true", help="lose what the target has"),
         ),
         calls_server=False,
     ),
-    Command("reload", command_reload, "have a running server read its configuration again", "reload -config config.yaml"),
+    Command("reload", command_reload, "have a running server read its configuration again",
+        "reload -config config.yaml"),
     Command(
         "run", command_run, "start a run and follow it; Ctrl-C stops it",
-        "run --tenant tenant-1 --env dev --scenario browse --users 1k --spawn-rate 50 -d 5m --threshold 'p95ResponseMs < 500'",
+        "run --tenant tenant-1 --env dev --scenario browse --users 1k --spawn-rate 50 -d 5m "
+            "--threshold 'p95ResponseMs < 500'",
         (
             argument(*TENANT, required=True, metavar="ID", help="whose run it is"),
             argument(*ENV, required=True, metavar="ID", help="the environment to load"),
             argument("--scenario", "--scenario-id", required=True, metavar="NAME", help="what is run"),
-            argument("-u", "--users", metavar="N", value=count_value, help="users at the same time: 1000, 1_000 or 1k; default: the scenario's"),
-            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started per second; default: the scenario's"),
-            argument("-d", "--duration", metavar="TIME", value=duration_value, help="90s, 5m, 1h30m; default: until it is stopped"),
-            argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value, help="kept with the run; repeatable"),
-            argument("--label", action="append", default=[], metavar="TEXT", help="what the run is found by, instead of the scenario's; repeatable"),
-            argument("--stage", action="append", default=[], metavar="N:RATE:TIME", value=stage_value, help="instead of -u, -r and -d, e.g. 50:5:60s; repeatable"),
-            argument("--host", metavar="URL", help="the target system; default: the scenario's, or the cluster's"),
-            argument("--user-class", action="append", default=[], metavar="NAME", help="run only this user class; repeatable"),
-            argument("--tag", action="append", default=[], metavar="TAG", help="run only tasks with this tag; repeatable"),
-            argument("--exclude-tag", action="append", default=[], metavar="TAG", help="run no tasks with this tag; repeatable"),
-            argument("--option", action="append", default=[], metavar="K=V", value=metadata_value, help="a custom argument of the locustfile; repeatable"),
-            argument("--threshold", action="append", default=[], metavar="EXPR", help="what must hold, e.g. 'errorRate < 1'; repeatable"),
-            argument("--repeat", metavar="N", default=1, value=repeat_value, help="make N runs, one after another, so that a history is known; the first that fails is the last"),
-            argument("--confirm-regression", action="store_true", help="run once more what looks like a regression; exit 99 only if a figure got worse in both"),
-            argument("--fail-on-regression", action="store_true", help="compare with the baseline; exit 99 when it got worse"),
-            argument("--compare-with", choices=COMPARE_WITH, help="what to compare with; default with --fail-on-regression: baseline"),
+            argument("-u", "--users", metavar="N", value=count_value,
+                help="users at the same time: 1000, 1_000 or 1k; default: the scenario's"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value,
+                help="users started per second; default: the scenario's"),
+            argument("-d", "--duration", metavar="TIME", value=duration_value,
+                help="90s, 5m, 1h30m; default: until it is stopped"),
+            argument("--meta", action="append", default=[], metavar="K=V", value=metadata_value,
+                help="kept with the run; repeatable"),
+            argument("--label", action="append", default=[], metavar="TEXT",
+                help="what the run is found by, instead of the scenario's; repeatable"),
+            argument("--stage", action="append", default=[], metavar="N:RATE:TIME", value=stage_value,
+                help="instead of -u, -r and -d, e.g. 50:5:60s; repeatable"),
+            argument("--host", metavar="URL",
+                help="the target system; default: the scenario's, or the cluster's"),
+            argument("--user-class", action="append", default=[], metavar="NAME",
+                help="run only this user class; repeatable"),
+            argument("--tag", action="append", default=[], metavar="TAG",
+                help="run only tasks with this tag; repeatable"),
+            argument("--exclude-tag", action="append", default=[], metavar="TAG",
+                help="run no tasks with this tag; repeatable"),
+            argument("--option", action="append", default=[], metavar="K=V", value=metadata_value,
+                help="a custom argument of the locustfile; repeatable"),
+            argument("--threshold", action="append", default=[], metavar="EXPR",
+                help="what must hold, e.g. 'errorRate < 1'; repeatable"),
+            argument("--repeat", metavar="N", default=1, value=repeat_value,
+                help="make N runs, one after another, so that a history is known; the first that fails "
+                    "is the last"),
+            argument("--confirm-regression", action="store_true",
+                help="run once more what looks like a regression; exit 99 only if a figure got worse in "
+                    "both"),
+            argument("--fail-on-regression", action="store_true",
+                help="compare with the baseline; exit 99 when it got worse"),
+            argument("--compare-with", choices=COMPARE_WITH,
+                help="what to compare with; default with --fail-on-regression: baseline"),
             CONFIRM_ARGUMENT,
-            argument("--idempotency-key", metavar="KEY", value=key_value, help="the same key within 24 h answers the same run, e.g. a CI job's id"),
+            argument("--idempotency-key", metavar="KEY", value=key_value,
+                help="the same key within 24 h answers the same run, e.g. a CI job's id"),
             *START_ARGUMENTS,
         ),
     ),
@@ -26813,21 +27259,27 @@ COMMANDS = (
         (
             argument(*TENANT, metavar="ID", help="only this tenant's"),
             argument(*ENV, metavar="ID", help="only of this environment"),
-            argument("--status", metavar="WORDS", help="one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus)),
-            argument("--search", metavar="TEXT", help="only with this text in scenario, tenant, environment, cluster or id"),
-            argument("--label", action="append", default=[], metavar="TEXT", help="only with this label; repeatable: with all of them"),
+            argument("--status", metavar="WORDS",
+                help="one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus)),
+            argument("--search", metavar="TEXT",
+                help="only with this text in scenario, tenant, environment, cluster or id"),
+            argument("--label", action="append", default=[], metavar="TEXT",
+                help="only with this label; repeatable: with all of them"),
             argument("--limit", metavar="N", value=count_value, default=20, help="how many; default: 20"),
         ),
     ),
     Command("show", command_show, "one run with its numbers", "show latest", (RUN_ARGUMENT,)),
-    Command("watch", command_watch, "follow a run to its end; Ctrl-C leaves it running", "watch latest", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)),
+    Command("watch", command_watch, "follow a run to its end; Ctrl-C leaves it running", "watch latest",
+        (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)),
     Command(
-        "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml", (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
+        "wait", command_wait, "wait for the end of a run, in silence", "wait latest --junit junit.xml",
+        (RUN_ARGUMENT, *FOLLOW_ARGUMENTS)
     ),
     Command(
         "stop", command_stop, "stop a run, or take it out of the queue", "stop latest",
         (
-            argument("run", metavar="RUN", nargs="?", value=run_value, completes="run", help="a run's id, its first 6 or more characters, or latest"),
+            argument("run", metavar="RUN", nargs="?", value=run_value, completes="run",
+                help="a run's id, its first 6 or more characters, or latest"),
             argument("--all", action="store_true", help="every run that the token may touch"),
         ),
     ),
@@ -26835,21 +27287,27 @@ COMMANDS = (
         "users", command_users, "change the users of a running load", "users latest -u 200 -r 20",
         (
             RUN_ARGUMENT,
-            argument("-u", "--users", required=True, metavar="N", value=count_value, help="users from now on"),
-            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="users started, or ended, per second; default: as before"),
+            argument("-u", "--users", required=True, metavar="N", value=count_value,
+                help="users from now on"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value,
+                help="users started, or ended, per second; default: as before"),
         ),
     ),
     Command("scenarios", command_scenarios, "the scenarios of the configuration", "scenarios"),
-    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue", (RUN_ARGUMENT, CONFIRM_ARGUMENT, *START_ARGUMENTS)),
-    Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba", (RUN_ARGUMENT,)),
+    Command("rerun", command_rerun, "start the same again and follow it", "rerun latest --queue",
+        (RUN_ARGUMENT, CONFIRM_ARGUMENT, *START_ARGUMENTS)),
+    Command("delete", command_delete, "delete a run that is over, and its history", "delete 1b4e28ba",
+        (RUN_ARGUMENT,)),
     Command(
         "metrics", command_metrics, "a run's numbers over time", "metrics latest --max-points 50",
         (
             RUN_ARGUMENT,
-            argument("--from", dest="since", metavar="MOMENT", help="from this moment on: RFC 3339 or epoch seconds"),
+            argument("--from", dest="since", metavar="MOMENT",
+                help="from this moment on: RFC 3339 or epoch seconds"),
             argument("--to", dest="until", metavar="MOMENT", help="to this moment"),
             argument("--step", metavar="TIME", value=duration_value, help="one point in this time"),
-            argument("--max-points", metavar="N", value=count_value, default=30, help="how many points, extremes kept; default: 30"),
+            argument("--max-points", metavar="N", value=count_value, default=30,
+                help="how many points, extremes kept; default: 30"),
             argument("--csv", action="store_true", help="as CSV, all points"),
             OUTPUT,
         ),
@@ -26858,16 +27316,20 @@ COMMANDS = (
         "report", command_report, "a run's report", "report latest --format html -o report.html",
         (
             RUN_ARGUMENT,
-            argument("--format", choices=list(REPORT_PATHS), default="md", help="locust: Locust's own page; csv: the endpoints; summary: for CI; default: md"),
+            argument("--format", choices=list(REPORT_PATHS), default="md",
+                help="locust: Locust's own page; csv: the endpoints; summary: for CI; default: md"),
             OUTPUT,
         ),
     ),
-    Command("export", command_export, "a run with all samples as one file, to carry elsewhere", "export latest -o run.json", (RUN_ARGUMENT, OUTPUT)),
+    Command("export", command_export, "a run with all samples as one file, to carry elsewhere",
+        "export latest -o run.json", (RUN_ARGUMENT, OUTPUT)),
     Command(
         "import", command_import, "keep a run from a file: an export, or what a headless Locust wrote",
         "import results_stats.csv --tenant tenant-1 --env dev --scenario browse",
         (
-            argument("file", metavar="FILE", help="an export, a file of Locust's --json-file, or the _stats.csv of its --csv with those beside it"),
+            argument("file", metavar="FILE",
+                help="an export, a file of Locust's --json-file, or the _stats.csv of its --csv with "
+                    "those beside it"),
             argument(*TENANT, metavar="ID", help="of a file of Locust: whose run it was"),
             argument(*ENV, metavar="ID", help="the environment that was loaded"),
             argument("--scenario", "--scenario-id", metavar="NAME", help="what was run"),
@@ -26875,22 +27337,30 @@ COMMANDS = (
     ),
     Command(
         "schedules", command_schedules, "runs that start by themselves",
-        "schedules create --cron '0 2 * * mon-fri' --timezone Europe/Berlin --tenant tenant-1 --env dev --scenario browse -u 100 -r 10 -d 10m",
+        "schedules create --cron '0 2 * * mon-fri' --timezone Europe/Berlin --tenant tenant-1 --env "
+            "dev --scenario browse -u 100 -r 10 -d 10m",
         (
-            argument("action", nargs="?", default="list", choices=["list", "create", "pause", "resume", "run", "delete"], help="default: list"),
-            argument("schedule", nargs="?", metavar="SCHEDULE", help="its id, for pause, resume, run and delete"),
+            argument("action", nargs="?", default="list", choices=["list", "create", "pause", "resume", "run",
+                "delete"], help="default: list"),
+            argument("schedule", nargs="?", metavar="SCHEDULE",
+                help="its id, for pause, resume, run and delete"),
             argument("--cron", metavar="EXPR", help="create: five fields, or @daily"),
             argument("--at", metavar="MOMENT", help="create: once, instead of --cron: RFC 3339"),
             argument("--timezone", metavar="NAME", help="create: the clock that cron means; default: UTC"),
-            argument("--policy", choices=["Forbid", "Queue", "Replace"], help="create: while its last run is active; default: Forbid"),
+            argument("--policy", choices=["Forbid", "Queue", "Replace"],
+                help="create: while its last run is active; default: Forbid"),
             argument("--description", metavar="TEXT", help="create: for those who read it"),
             argument(*TENANT, metavar="ID", help="create: whose runs"),
             argument(*ENV, metavar="ID", help="create: the environment to load"),
             argument("--scenario", "--scenario-id", metavar="NAME", help="create: what is run"),
-            argument("-u", "--users", metavar="N", value=count_value, help="create: users; default: the scenario's"),
-            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value, help="create: users started per second; default: the scenario's"),
-            argument("-d", "--duration", metavar="TIME", value=duration_value, help="create: how long; default: the scenario's"),
-            argument("--threshold", action="append", default=[], metavar="EXPR", help="create: what must hold; repeatable"),
+            argument("-u", "--users", metavar="N", value=count_value,
+                help="create: users; default: the scenario's"),
+            argument("-r", "--spawn-rate", metavar="RATE", value=rate_value,
+                help="create: users started per second; default: the scenario's"),
+            argument("-d", "--duration", metavar="TIME", value=duration_value,
+                help="create: how long; default: the scenario's"),
+            argument("--threshold", action="append", default=[], metavar="EXPR",
+                help="create: what must hold; repeatable"),
         ),
     ),
     Command(
@@ -26904,48 +27374,65 @@ COMMANDS = (
         "logs", command_logs, "the last log lines of a cluster's processes", "logs local-dev --lines 50",
         (
             argument("cluster", metavar="CLUSTER", help="the cluster's id"),
-            argument("--lines", metavar="N", value=count_value, default=50, help="of each process; default: 50"),
+            argument("--lines", metavar="N", value=count_value, default=50,
+                help="of each process; default: 50"),
         ),
     ),
     Command(
-        "sessions", command_sessions, "who is signed in to the dashboard; end a sign-in", "sessions end 3f2a9c01b7de",
+        "sessions", command_sessions, "who is signed in to the dashboard; end a sign-in",
+        "sessions end 3f2a9c01b7de",
         (
             argument("action", nargs="?", default="list", choices=["list", "end"], help="default: list"),
-            argument("who", nargs="?", metavar="WHO", help="end: the sign-in's id, or the name of those who signed in"),
+            argument("who", nargs="?", metavar="WHO",
+                help="end: the sign-in's id, or the name of those who signed in"),
             argument("--all", action="store_true", help="end: every sign-in that the token may see"),
         ),
     ),
     Command("clusters", command_clusters, "the clusters and what they are doing", "clusters"),
     Command(
-        "mcp", command_mcp, "let an assistant drive the server: the Model Context Protocol on stdin and stdout", "mcp --token-file token",
-        (argument("--allow-writes", action="store_true", help="also what changes something: start, stop, delete"),),
+        "mcp", command_mcp, "let an assistant drive the server: the Model Context Protocol on stdin and "
+            "stdout", "mcp " "--token-file " "token",
+        (argument("--allow-writes", action="store_true",
+            help="also what changes something: start, stop, delete"),),
     ),
     Command(
-        "compare", command_compare, "what changed between two runs", "compare 1b4e28ba latest --fail-on-regression",
+        "compare", command_compare, "what changed between two runs",
+        "compare 1b4e28ba latest --fail-on-regression",
         (
-            argument("baseline", metavar="BASELINE", value=run_value, completes="run", help="the run to measure by, as for show; or history: the newest comparable runs"),
-            argument("candidate", metavar="CANDIDATE", value=run_value, completes="run", help="the run to judge"),
-            argument("--tolerance", metavar="LIST", help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
+            argument("baseline", metavar="BASELINE", value=run_value, completes="run",
+                help="the run to measure by, as for show; or history: the newest comparable runs"),
+            argument("candidate", metavar="CANDIDATE", value=run_value, completes="run",
+                help="the run to judge"),
+            argument("--tolerance", metavar="LIST",
+                help="what still counts as the same, e.g. p95ResponseMs:10%%,errorRate:0.5"),
             argument("--fail-on-regression", action="store_true", help="exit 99 when it got worse"),
         ),
     ),
     Command(
         "token", command_token, "make an API token", "token new --name ci --role operator --tenant tenant-1",
         (
-            argument("what", choices=["new"], help="new: print a token, and the line of the configuration with its hash"),
-            argument("--name", required=True, metavar="NAME", help="who it is for: runs and the audit name it"),
-            argument("--role", required=True, choices=list(ROLES), help="viewer reads, operator also starts and stops, admin also reads the audit"),
-            argument(*TENANT, action="append", metavar="ID", help="a tenant that it may touch, or * for all; repeatable"),
-            argument(*ENV, action="append", metavar="ID", help="an environment; default: all of its tenants; repeatable"),
-            argument("--expires-in", metavar="TIME", value=duration_value, help="refused after this time, e.g. 90d; default: never"),
+            argument("what", choices=["new"],
+                help="new: print a token, and the line of the configuration with its hash"),
+            argument("--name", required=True, metavar="NAME",
+                help="who it is for: runs and the audit name it"),
+            argument("--role", required=True, choices=list(ROLES),
+                help="viewer reads, operator also starts and stops, admin also reads the audit"),
+            argument(*TENANT, action="append", metavar="ID",
+                help="a tenant that it may touch, or * for all; repeatable"),
+            argument(*ENV, action="append", metavar="ID",
+                help="an environment; default: all of its tenants; repeatable"),
+            argument("--expires-in", metavar="TIME", value=duration_value,
+                help="refused after this time, e.g. 90d; default: never"),
             argument("--json", action="store_true", help="print JSON"),
         ),
         calls_server=False,
     ),
     Command(
-        "install", command_install, "install below a folder, or upgrade what is there", "install --prefix /opt/loadmanager --dry-run",
+        "install", command_install, "install below a folder, or upgrade what is there",
+        "install --prefix /opt/loadmanager --dry-run",
         (
-            argument("--prefix", required=True, metavar="DIR", completes="file", help="where to; made if it is missing"),
+            argument("--prefix", required=True, metavar="DIR", completes="file",
+                help="where to; made if it is missing"),
             argument("--dry-run", action="store_true", help="only say what would be written"),
         ),
         calls_server=False,
@@ -26953,14 +27440,17 @@ COMMANDS = (
     Command(
         "grafana", command_grafana, "write Grafana dashboards and Prometheus alert rules",
         "grafana --out deploy/grafana",
-        (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),), calls_server=False,
-    ),
-    Command(
-        "reference", command_reference, "print the whole reference as Markdown: all that /docs shows", "reference",
+        (argument("--out", required=True, metavar="DIR", completes="file", help="where to"),),
         calls_server=False,
     ),
     Command(
-        "completion", command_completion, "completion for a shell", "completion bash > /etc/bash_completion.d/loadmanager",
+        "reference", command_reference, "print the whole reference as Markdown: all that /docs shows",
+        "reference",
+        calls_server=False,
+    ),
+    Command(
+        "completion", command_completion, "completion for a shell",
+        "completion bash > /etc/bash_completion.d/loadmanager",
         (argument("shell", choices=["bash", "zsh"], help="bash or zsh"),), calls_server=False,
     ),
 )  # fmt: skip
@@ -26974,7 +27464,7 @@ def command_parser() -> Any:
         def error(self, message: str) -> Any:
             self.exit(EXIT_USAGE, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
-    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(
         prog=PROGRAM, description="A control plane for Locust load testing.", epilog=help_epilog(), **how
     )
@@ -27068,7 +27558,8 @@ _loadmanager() {
 complete -F _loadmanager loadmanager loadmanager.py
 """
 BASH_VALUES = {
-    "file": "local IFS=$'\\n'; compopt -o filenames 2>/dev/null || true; COMPREPLY=($(compgen -f -- \"$word\")); return ;;",
+    "file": "local IFS=$'\\n'; compopt -o filenames 2>/dev/null || true; COMPREPLY=($(compgen -f -- "
+    '"$word")); return ;;',
     "words": 'COMPREPLY=($(compgen -W "@words@" -- "$word")); return ;;',
     "none": "return ;;",
 }
@@ -27111,7 +27602,7 @@ def completion_script(shell: str) -> str:
 def completion_values(is_zsh: bool) -> Iterator[str]:
     """A case for what may follow the options that take a value."""
     endings = ZSH_VALUES if is_zsh else BASH_VALUES
-    options = {ending: [] for ending in (endings["file"], endings["none"])}
+    options: dict[str, list[str]] = {ending: [] for ending in (endings["file"], endings["none"])}
     options[endings["file"]] = [f'" {name}"' for name in CONFIG_ARGUMENT.names]  # before the command
     for command in COMMANDS:
         for entry in command.all_arguments:
@@ -27145,7 +27636,8 @@ def completion_words(is_zsh: bool) -> Iterator[str]:
             )
             yield f"        ('{name}') offered=({described}) ;;"
         else:
-            yield f'''        "{name}") COMPREPLY=($(compgen -W "{" ".join(word for word, _ in words)}" -- "$word")) ;;'''
+            choices = " ".join(word for word, _ in words)
+            yield f'''        "{name}") COMPREPLY=($(compgen -W "{choices}" -- "$word")) ;;'''
 
 
 # ---- the program -----------------------------------------------------------
@@ -27223,15 +27715,18 @@ PAGE_CSS = r"""
   color-scheme: light dark;
   --ground: #f4f6f8; --panel: #ffffff; --raised: #f8fafb; --line: #e0e5eb; --line-strong: #c6ced8;
   --text: #18202b; --soft: #5b6778; --accent: #0b62d0; --on-accent: #ffffff; --accent-wash: #e8f0fc;
-  --good: #0a7a3d; --good-wash: #e2f5ea; --bad: #c0262d; --bad-wash: #fdeaea; --warn: #8a5a00; --warn-wash: #fdf2dc;
-  --calm: #4a5a70; --calm-wash: #e9edf2; --shadow: 0 1px 2px rgba(20, 30, 45, .05); --shade: rgba(16, 24, 36, .45);
+  --good: #0a7a3d; --good-wash: #e2f5ea; --bad: #c0262d; --bad-wash: #fdeaea; --warn: #8a5a00;
+  --warn-wash: #fdf2dc;
+  --calm: #4a5a70; --calm-wash: #e9edf2; --shadow: 0 1px 2px rgba(20, 30, 45, .05);
+  --shade: rgba(16, 24, 36, .45);
   /*series-light*/
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #0e1319; --panel: #161d26; --raised: #1b232e; --line: #26303d; --line-strong: #3a4757;
     --text: #e3e8ef; --soft: #93a0b2; --accent: #62a8ff; --on-accent: #08131f; --accent-wash: #17293f;
-    --good: #4ade88; --good-wash: #10301f; --bad: #ff8585; --bad-wash: #3a1b1f; --warn: #f2b84b; --warn-wash: #33270f;
+    --good: #4ade88; --good-wash: #10301f; --bad: #ff8585; --bad-wash: #3a1b1f; --warn: #f2b84b;
+    --warn-wash: #33270f;
     --calm: #a9b6c8; --calm-wash: #222c39; --shadow: none; --shade: rgba(0, 0, 0, .6);
     /*series-dark*/
   }
@@ -27246,7 +27741,9 @@ body {
   font-variant-numeric: tabular-nums;
 }
 [hidden] { display: none !important; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.unseen {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
+}
 .skip { position: absolute; left: -999px; top: 4px; z-index: 9; background: var(--panel); padding: 6px 10px; }
 .skip:focus { left: 8px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px; }
@@ -27264,7 +27761,10 @@ main:focus { outline: none; }
 .live::before { content: ""; width: 8px; height: 8px; border-radius: 50%; background: var(--line-strong); }
 .live.on::before { background: var(--rps); }
 .live.off::before { background: var(--failures); }
-#lost { background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550; border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4; }
+#lost {
+  background: var(--warn-wash); color: var(--warn); text-align: center; padding: 7px 16px; font-weight: 550;
+  border-bottom: 1px solid var(--line); position: sticky; top: 47px; z-index: 4;
+}
 main > p.back { margin: 0 0 8px; }
 h1 { font-size: 20px; line-height: 1.25; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
 h2 { font-size: 14px; margin: 0; font-weight: 650; }
@@ -27275,18 +27775,23 @@ section { margin-top: 22px; }
 main > h1.unseen + section { margin-top: 4px; }
 section > .head { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
 section > .head .space { flex: 1; }
-.panel { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow); }
+.panel {
+  background: var(--panel); border: 1px solid var(--line); border-radius: 8px; box-shadow: var(--shadow);
+}
 .soft { color: var(--soft); }
 .empty { padding: 20px 16px; text-align: center; color: var(--soft); }
 .empty p { margin: 0 0 10px; }
 .empty p:last-child { margin: 0; }
 .name { unicode-bidi: isolate; overflow-wrap: anywhere; }
-code, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px; }
+code, .mono {
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 12.5px;
+}
 
 /* ---- buttons and fields ---- */
 button, .button {
   font: inherit; font-weight: 550; line-height: 1.3; padding: 5px 12px; border-radius: 6px; cursor: pointer;
-  border: 1px solid var(--line-strong); background: var(--panel); color: var(--text); white-space: nowrap; display: inline-block;
+  border: 1px solid var(--line-strong); background: var(--panel); color: var(--text); white-space: nowrap;
+  display: inline-block;
 }
 button:hover, .button:hover { background: var(--raised); text-decoration: none; }
 button:disabled { opacity: .5; cursor: default; }
@@ -27298,34 +27803,46 @@ button.small { padding: 2px 8px; font-size: 12.5px; }
 button.plain { border-color: transparent; background: none; color: var(--soft); }
 button.plain:hover { color: var(--text); background: var(--raised); }
 input, select, textarea {
-  font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line-strong);
+  border-radius: 6px;
   padding: 5px 9px; min-width: 0; max-width: 100%;
 }
 input::placeholder, textarea::placeholder { color: var(--soft); opacity: .85; }
 input[type=checkbox] { accent-color: var(--accent); width: 16px; height: 16px; margin: 0; }
 label.field { display: block; }
-label.field > span, .field > .label { display: block; font-size: 12.5px; font-weight: 550; color: var(--soft); margin-bottom: 3px; }
+label.field > span, .field > .label {
+  display: block; font-size: 12.5px; font-weight: 550; color: var(--soft); margin-bottom: 3px;
+}
 label.field > input, label.field > select, label.field > textarea { width: 100%; }
 label.check { display: flex; align-items: center; gap: 8px; }
 .hint, label.field > .hint { color: var(--soft); font-size: 12.5px; font-weight: 400; margin: 2px 0 0; }
 p.hint:empty { display: none; }
-.wrong, label.field > .wrong { color: var(--bad); font-size: 12.5px; font-weight: 400; margin: 3px 0 0; overflow-wrap: anywhere; }
+.wrong, label.field > .wrong {
+  color: var(--bad); font-size: 12.5px; font-weight: 400; margin: 3px 0 0; overflow-wrap: anywhere;
+}
 label.field > .wrong:empty { display: none; }
 input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true] { border-color: var(--bad); }
 
 /* ---- states ---- */
 .badge {
-  display: inline-flex; align-items: center; gap: 6px; padding: 1px 9px; border-radius: 10px; font-size: 12.5px; font-weight: 600;
+  display: inline-flex; align-items: center; gap: 6px; padding: 1px 9px; border-radius: 10px;
+  font-size: 12.5px; font-weight: 600;
   white-space: nowrap; background: var(--calm-wash); color: var(--calm);
 }
 .badge.good { background: var(--good-wash); color: var(--good); }
 .badge.bad { background: var(--bad-wash); color: var(--bad); }
 .badge.warn { background: var(--warn-wash); color: var(--warn); }
 .badge.busy { background: var(--good-wash); color: var(--good); }
-.badge.busy::before { content: ""; width: 7px; height: 7px; border-radius: 50%; background: currentColor; animation: pulse 1.8s 3; } /* without end it took 6 % of a core */
+.badge.busy::before {
+  content: ""; width: 7px; height: 7px; border-radius: 50%; background: currentColor; animation: pulse 1.8s 3;
+}
+/* without end it took 6 % of a core */
 @keyframes pulse { 50% { opacity: .3; } }
 @media (prefers-reduced-motion: reduce) { .badge.busy::before { animation: none; } }
-.note { margin: 10px 0 0; padding: 8px 12px; border-radius: 6px; background: var(--calm-wash); color: var(--text); overflow-wrap: anywhere; }
+.note {
+  margin: 10px 0 0; padding: 8px 12px; border-radius: 6px; background: var(--calm-wash); color: var(--text);
+  overflow-wrap: anywhere;
+}
 .note.bad { background: var(--bad-wash); color: var(--bad); }
 .note.warn { background: var(--warn-wash); color: var(--warn); }
 .note ul { margin: 0; padding-left: 18px; }
@@ -27338,9 +27855,14 @@ input[aria-invalid=true], textarea[aria-invalid=true], select[aria-invalid=true]
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 .scroll:focus-visible { outline-offset: -2px; }
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: 6px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: middle; }
+th, td {
+  padding: 6px 12px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line);
+  vertical-align: middle;
+}
 tbody tr:last-child td, tfoot tr:last-child td { border-bottom: 0; }
-thead th { font-size: 12px; font-weight: 600; color: var(--soft); background: var(--raised); position: relative; }
+thead th {
+  font-size: 12px; font-weight: 600; color: var(--soft); background: var(--raised); position: relative;
+}
 thead tr:first-child th:first-child { border-top-left-radius: 8px; }
 thead tr:first-child th:last-child { border-top-right-radius: 8px; }
 tbody tr:hover td { background: var(--raised); }
@@ -27351,16 +27873,23 @@ td.acts { text-align: right; }
 td.acts button + button { margin-left: 4px; }
 td.fails { color: var(--bad); font-weight: 600; }
 tfoot td { font-weight: 650; background: var(--raised); border-top: 1px solid var(--line-strong); }
-tfoot tr td:first-child { border-bottom-left-radius: 8px; } tfoot tr td:last-child { border-bottom-right-radius: 8px; }
+tfoot tr td:first-child { border-bottom-left-radius: 8px; }
+tfoot tr td:last-child { border-bottom-right-radius: 8px; }
 th button { all: unset; cursor: pointer; font: inherit; color: inherit; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 th button::after { content: "\2195"; opacity: .35; margin-left: 4px; font-weight: 400; }
 th[aria-sort=ascending] button::after { content: "\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\2193"; opacity: 1; }
-pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre {
+  margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
 .bar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .bar input[type=search] { width: 230px; }
-.pages { display: flex; gap: 8px; align-items: center; justify-content: flex-end; padding: 8px 12px; border-top: 1px solid var(--line); color: var(--soft); }
+.pages {
+  display: flex; gap: 8px; align-items: center; justify-content: flex-end; padding: 8px 12px;
+  border-top: 1px solid var(--line); color: var(--soft);
+}
 
 /* ---- clusters ---- */
 .clusters { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 10px; }
@@ -27370,7 +27899,8 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .cluster .row > .name { min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .cluster .title { font-weight: 650; }
 .cluster dl { display: grid; grid-template-columns: repeat(3, auto) 1fr; gap: 0 16px; margin: 0; }
-.cluster dt { color: var(--soft); font-size: 12px; grid-row: 1; } .cluster dd { margin: 0; font-weight: 600; grid-row: 2; }
+.cluster dt { color: var(--soft); font-size: 12px; grid-row: 1; }
+.cluster dd { margin: 0; font-weight: 600; grid-row: 2; }
 .cluster dd.cpu { display: flex; align-items: center; gap: 8px; } .cluster dd.cpu .meter { flex: 1; }
 .cluster .problem { color: var(--bad); font-size: 12.5px; overflow-wrap: anywhere; }
 
@@ -27381,49 +27911,82 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .labelled { display: inline-flex; align-items: center; gap: 6px; font-size: 13px; }
 .facts { color: var(--soft); margin-top: 4px; display: flex; flex-wrap: wrap; gap: 2px 14px; }
 .facts b { font-weight: 550; color: var(--text); }
-.time { display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px; color: var(--soft); font-size: 13px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px; overflow: hidden; }
-.tile { padding: 9px 14px; min-width: 0; border: solid var(--line); border-width: 0 1px 1px 0; margin: 0 -1px -1px 0; }
-.tile .label { font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap; }
+.time {
+  display: grid; grid-template-columns: auto 1fr auto; gap: 12px; align-items: center; margin-top: 12px;
+  color: var(--soft); font-size: 13px;
+}
+.tiles {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); margin-top: 14px;
+  overflow: hidden;
+}
+.tile {
+  padding: 9px 14px; min-width: 0; border: solid var(--line); border-width: 0 1px 1px 0;
+  margin: 0 -1px -1px 0;
+}
+.tile .label {
+  font-size: 12px; color: var(--soft); display: flex; gap: 6px; align-items: center; white-space: nowrap;
+}
 .tile .label i { width: 9px; height: 9px; border-radius: 2px; flex: none; }
 .tile .value { font-size: 21px; line-height: 1.3; font-weight: 600; white-space: nowrap; }
 .tile .value small { font-size: 12px; color: var(--soft); font-weight: 400; margin-left: 3px; }
 .charts { display: grid; grid-template-columns: 1fr; gap: 10px; margin-top: 12px; }
-@media (min-width: 1100px) { .charts { grid-template-columns: 1fr 1fr; } .charts > :first-child { grid-column: 1 / -1; } }
+@media (min-width: 1100px) {
+  .charts { grid-template-columns: 1fr 1fr; }
+  .charts > :first-child { grid-column: 1 / -1; }
+}
 .chart { padding: 8px 10px 4px; position: relative; min-width: 0; display: flex; flex-direction: column; }
 .chart .head { display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: center; padding: 0 4px 4px; }
 .chart h3 { font-size: 13px; font-weight: 600; margin: 0; }
 .chart .legend { display: flex; flex-wrap: wrap; gap: 2px 4px; margin-left: auto; }
-.legend button { all: unset; cursor: pointer; font-size: 12px; color: var(--soft); display: inline-flex; gap: 5px; align-items: center; padding: 1px 6px; border-radius: 4px; }
+.legend button {
+  all: unset; cursor: pointer; font-size: 12px; color: var(--soft); display: inline-flex; gap: 5px;
+  align-items: center; padding: 1px 6px; border-radius: 4px;
+}
 .legend button:hover { background: var(--raised); }
 .legend button:focus-visible { outline: 2px solid var(--accent); }
 .legend button[aria-pressed=false] { opacity: .45; text-decoration: line-through; }
 .legend i { width: 10px; height: 3px; border-radius: 2px; }
 .legend b { color: var(--text); font-weight: 600; min-width: 2.4em; text-align: right; }
-.chart canvas { display: block; width: 100%; height: 190px; flex: 1 0 auto; touch-action: pan-y; cursor: crosshair; border-radius: 4px; }
+.chart canvas {
+  display: block; width: 100%; height: 190px; flex: 1 0 auto; touch-action: pan-y; cursor: crosshair;
+  border-radius: 4px;
+}
 .charts > :first-child canvas { height: 220px; }
 .tip {
-  position: absolute; z-index: 3; pointer-events: none; background: var(--panel); border: 1px solid var(--line-strong); border-radius: 6px;
+  position: absolute; z-index: 3; pointer-events: none; background: var(--panel);
+  border: 1px solid var(--line-strong); border-radius: 6px;
   padding: 6px 9px; font-size: 12px; box-shadow: 0 4px 14px rgba(0, 0, 0, .16); max-width: 260px;
 }
-.tip div { display: flex; gap: 6px; align-items: center; } .tip div b { margin-left: auto; padding-left: 12px; }
-.tip i { width: 8px; height: 8px; border-radius: 2px; flex: none; } .tip .mark { color: var(--soft); overflow-wrap: anywhere; white-space: normal; }
+.tip div { display: flex; gap: 6px; align-items: center; }
+.tip div b { margin-left: auto; padding-left: 12px; }
+.tip i { width: 8px; height: 8px; border-radius: 2px; flex: none; }
+.tip .mark { color: var(--soft); overflow-wrap: anywhere; white-space: normal; }
 .tabs { display: flex; gap: 2px; border-bottom: 1px solid var(--line); overflow-x: auto; margin-top: 22px; }
-.tabs button { border: 0; background: none; border-radius: 6px 6px 0 0; padding: 7px 13px; color: var(--soft); border-bottom: 2px solid transparent; }
+.tabs button {
+  border: 0; background: none; border-radius: 6px 6px 0 0; padding: 7px 13px; color: var(--soft);
+  border-bottom: 2px solid transparent;
+}
 .tabs button[aria-selected=true] { color: var(--text); border-bottom-color: var(--accent); }
-.tabs button .n { margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px; }
+.tabs button .n {
+  margin-left: 6px; padding: 0 6px; border-radius: 8px; background: var(--calm-wash); font-size: 12px;
+}
 .tabs button .n.bad { background: var(--bad-wash); color: var(--bad); }
 .tabpanel { margin-top: 10px; }
 .tabpanel td.wide { min-width: 160px; }
 .tabpanel .bar { margin-bottom: 8px; }
-.trends { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px; margin-bottom: 10px; }
+.trends {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 10px;
+  margin-bottom: 10px;
+}
 .trend { padding: 8px 14px 6px; }
-.trend .label { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft); } .trend .label b { color: var(--text); }
+.trend .label { display: flex; justify-content: space-between; font-size: 12px; color: var(--soft); }
+.trend .label b { color: var(--text); }
 .trend svg { display: block; width: 100%; height: 56px; overflow: visible; }
 .details { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 10px; }
 .details .panel { padding: 12px 16px; min-width: 0; }
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 8px 0 0; }
-.pairs dt { color: var(--soft); max-width: 180px; overflow-wrap: anywhere; } .pairs dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
+.pairs dt { color: var(--soft); max-width: 180px; overflow-wrap: anywhere; }
+.pairs dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
 
 .gap { margin-top: 16px; }
 .strong { font-weight: 600; }
@@ -27431,15 +27994,26 @@ pre { margin: 0; font: 12px/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .note ul { display: grid; gap: 2px; }
 ul.note { padding-left: 30px; }
 td.bar-cell { width: 150px; padding-left: 0; padding-right: 0; }
-.change-bar { display: block; position: relative; width: 140px; height: 8px; border-radius: 4px; background: var(--calm-wash); }
-.change-bar::after { content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; width: 1px; background: var(--line-strong); }
+.change-bar {
+  display: block; position: relative; width: 140px; height: 8px; border-radius: 4px;
+  background: var(--calm-wash);
+}
+.change-bar::after {
+  content: ""; position: absolute; left: 50%; top: -2px; bottom: -2px; width: 1px;
+  background: var(--line-strong);
+}
 .change-bar i { position: absolute; top: 0; bottom: 0; border-radius: 2px; background: var(--calm); }
-.change-bar i.bad { background: var(--bad); } .change-bar i.good { background: var(--good); } .change-bar i.warn { background: var(--warn); }
+.change-bar i.bad { background: var(--bad); }
+.change-bar i.good { background: var(--good); }
+.change-bar i.warn { background: var(--warn); }
 td.title { font-weight: 600; }
 details.more > summary { cursor: pointer; } details.more > div { color: var(--soft); }
 
 /* ---- dialogs, sign-in, toasts ---- */
-dialog { border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text); padding: 0; width: min(600px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3); }
+dialog {
+  border: 1px solid var(--line); border-radius: 10px; background: var(--panel); color: var(--text);
+  padding: 0; width: min(600px, calc(100vw - 24px)); box-shadow: 0 18px 50px rgba(0, 0, 0, .3);
+}
 dialog::backdrop { background: var(--shade); }
 dialog form { padding: 18px 20px; display: grid; gap: 12px; }
 dialog h2 { font-size: 16px; overflow-wrap: anywhere; }
@@ -27456,8 +28030,15 @@ dialog form > details > .inside { display: grid; gap: 12px; padding: 4px 10px 12
 dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4px; }
 .sign-in { max-width: 400px; margin: 12vh auto 0; padding: 24px; display: grid; gap: 14px; }
 .sign-in p { margin: 0; }
-#toasts { position: fixed; right: 16px; bottom: 16px; display: grid; gap: 8px; z-index: 20; width: min(420px, calc(100vw - 32px)); }
-.toast { background: var(--panel); border: 1px solid var(--line-strong); border-left: 4px solid var(--accent); border-radius: 6px; padding: 9px 12px; box-shadow: 0 6px 20px rgba(0, 0, 0, .2); display: flex; gap: 10px; align-items: flex-start; overflow-wrap: anywhere; }
+#toasts {
+  position: fixed; right: 16px; bottom: 16px; display: grid; gap: 8px; z-index: 20;
+  width: min(420px, calc(100vw - 32px));
+}
+.toast {
+  background: var(--panel); border: 1px solid var(--line-strong); border-left: 4px solid var(--accent);
+  border-radius: 6px; padding: 9px 12px; box-shadow: 0 6px 20px rgba(0, 0, 0, .2); display: flex; gap: 10px;
+  align-items: flex-start; overflow-wrap: anywhere;
+}
 .toast.bad { border-left-color: var(--bad); }
 .toast span { flex: 1; min-width: 0; }
 
@@ -27468,11 +28049,14 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
   table.cards, table.cards tbody { display: block; }
   table.cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table.cards tr {
-    display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 6px 14px; align-items: start;
-    background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; margin-bottom: 8px;
+    display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 6px 14px;
+    align-items: start;
+    background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px;
+    margin-bottom: 8px;
   }
   table.cards td {
-    display: block; padding: 0; border: 0; text-align: left; white-space: normal; min-width: 0; max-width: none;
+    display: block; padding: 0; border: 0; text-align: left; white-space: normal; min-width: 0;
+    max-width: none;
     width: auto; overflow-wrap: anywhere;
   }
   table.cards tbody tr:hover td { background: none; }
@@ -27485,9 +28069,13 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
   table.cards td.acts > span { display: contents; }
   table.cards td.acts:empty { display: none; }
   td.acts button + button { margin-left: 0; }
-  .runs table.cards td:nth-child(3), .runs table.cards td:nth-child(11), .schedules table.cards td:nth-child(3) { grid-column: span 2; }
+  .runs table.cards td:nth-child(3), .runs table.cards td:nth-child(11),
+  .schedules table.cards td:nth-child(3) {
+    grid-column: span 2;
+  }
   .comparison table.cards tr {
-    grid-template-columns: 1.5fr .85fr .8fr .8fr .8fr .9fr 1.7fr; padding: 6px 12px; margin-bottom: 4px; align-items: center;
+    grid-template-columns: 1.5fr .85fr .8fr .8fr .8fr .9fr 1.7fr; padding: 6px 12px; margin-bottom: 4px;
+    align-items: center;
   }
   .comparison table.cards tr > td:first-child { grid-column: auto; font-size: 14px; }
   .comparison table.cards td:last-child::before { display: none !important; }
@@ -27495,7 +28083,9 @@ dialog .ends { display: flex; justify-content: flex-end; gap: 8px; margin-top: 4
 }
 @media (min-width: 641px) and (max-width: 900px) {
   .runs table.cards tr > td:first-child, .schedules table.cards tr > td:first-child { grid-column: 1 / -4; }
-  .runs table.cards td.acts, .schedules table.cards td.acts { grid-column: -4 / -1; grid-row: 1; justify-content: end; }
+  .runs table.cards td.acts, .schedules table.cards td.acts {
+    grid-column: -4 / -1; grid-row: 1; justify-content: end;
+  }
 }
 @media (max-width: 640px) {
   main { padding: 12px 10px 40px; }
@@ -27528,7 +28118,8 @@ function h(tag, attributes, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined
+    && child !== false));
   return element;
 }
 
@@ -27563,14 +28154,17 @@ function toast(text, kind) {
 // ---- numbers and moments ----
 
 const NONE = "\u2013";
-const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
+const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US",
+  {minimumFractionDigits: digits, maximumFractionDigits: digits}));
 
 const isNumber = (value) => typeof value === "number" && isFinite(value);
 const count = (value) => (isNumber(value) ? formats[0].format(value) : NONE);
-const rate = (value) => (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 10 ? 1 : 2].format(value) : NONE);
+const rate = (value) => (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 10 ? 1 : 2].format(value)
+  : NONE);
 const millis = (value) => (isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE);
 const percent = (value) =>
-  isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2 : 0].format(value)) + "%" : NONE;
+  isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2
+    : 0].format(value)) + "%" : NONE;
 
 const signed = (value, digits) => (value >= 0 ? "+" : "\u2212") + formats[digits].format(Math.abs(value));
 const signedPercent = (share) => signed(share * 100, 1) + "%";
@@ -27669,7 +28263,8 @@ async function api(method, path, body) {
   if (method !== "GET" && session && session.csrfToken) headers["X-CSRF-Token"] = session.csrfToken;
   let response;
   try {
-    response = await fetch(path, {method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store"});
+    response = await fetch(path, {method, headers, body: body === undefined ? undefined
+      : JSON.stringify(body), cache: "no-store"});
   } catch (error) {
     live.unreachable();
     throw error;
@@ -27727,7 +28322,8 @@ const live = {
     clearTimeout(this.timer);
     if (this.source) this.source.close();
     this.source = null;
-    if (document.hidden) return; // opened behind another tab: it has what it has loaded, until it is looked at
+    // opened behind another tab: it has what it has loaded, until it is looked at
+    if (document.hidden) return;
     this.isResting = false;
     this.newer.clear();
     tellTabs(true);
@@ -27819,8 +28415,8 @@ const live = {
   },
 };
 
-// A browser has six connections to a server for all its tabs, and with six streams nothing else is answered: the
-// tabs that were opened or looked at last have them. Hidden ones give theirs back.
+// A browser has six connections to a server for all its tabs, and with six streams nothing else is answered:
+// the tabs that were opened or looked at last have them. Hidden ones give theirs back.
 const MOST_STREAMS = 4;
 const ASK_EVERY_MS = 5000;
 const tabId = String(Math.random());
@@ -27854,7 +28450,8 @@ const isActive = (run) => ACTIVE.includes(run.status);
 const STATUS_CLASS = {Pending: "warn", Running: "busy", Stopping: "warn", Finished: "", Failed: "bad"};
 
 function showStatus(badge, run) {
-  setText(badge, run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition : run.status);
+  setText(badge, run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition
+    : run.status);
   setClass(badge, "badge " + (STATUS_CLASS[run.status] || ""));
 }
 
@@ -27877,7 +28474,8 @@ function showTrust(badge, run, alsoGood) {
 }
 
 /** A badge beside the word that says what it is about. */
-const labelled = (label, badge) => h("span", {class: "labelled"}, h("span", {class: "soft"}, label + " "), badge);
+const labelled = (label, badge) => h("span", {class: "labelled"}, h("span", {class: "soft"}, label + " "),
+  badge);
 
 // The figures that charts draw by name: label and the keys of a sample. The server puts its table here.
 const SERIES = /*series*/{};
@@ -27895,7 +28493,8 @@ const perSecond = (value) => rate(value).replace(/\.0+$/, "") + "/s";
 /** A change of the users: 40 users at 10/s after 0:08, by api. */
 function changeText(run, change) {
   const after = clock((at(change.at) - startOf(run)) / 1000);
-  return count(change.targetUsers) + " users at " + perSecond(change.spawnRate) + " after " + after + ", by " + change.by;
+  return count(change.targetUsers) + " users at " + perSecond(change.spawnRate) + " after " + after + ", by "
+    + change.by;
 }
 
 /** The most users of the samples: a final reading is taken when they are gone. */
@@ -27911,7 +28510,8 @@ const hasBegun = (run) => Boolean(run.startedAt || run.lastMetrics);
 function timing(run) {
   const started = run.startedAt ? startOf(run) : NaN,
     ended = run.finishedAt ? endOf(run) : now();
-  return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN : run.durationSeconds};
+  return {elapsed: (ended - started) / 1000, total: run.durationSeconds === undefined ? NaN
+    : run.durationSeconds};
 }
 
 function timingText(run) {
@@ -27923,7 +28523,8 @@ function timingText(run) {
 
 function meter(label) {
   const bar = h("div", {}),
-    box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100}, bar);
+    box = h("div", {class: "meter", role: "progressbar", "aria-label": label, "aria-valuemin": 0,
+      "aria-valuemax": 100}, bar);
   return {
     box,
     set(share) {
@@ -27945,7 +28546,8 @@ PAGE_FORMS_JS = r"""
 function openDialog(title, body, button, submit, {kind = "", id = null, checked = true} = {}) {
   const isDanger = kind === "danger";
   const send = h("button", {class: "primary " + kind, autofocus: !isDanger}, button);
-  const cancel = h("button", {type: "button", autofocus: isDanger, onclick: () => dialog.close("")}, "Cancel");
+  const cancel = h("button", {type: "button", autofocus: isDanger, onclick: () => dialog.close("")},
+    "Cancel");
   const onsubmit = async (event) => {
     event.preventDefault();
     send.disabled = true;
@@ -27964,7 +28566,8 @@ function openDialog(title, body, button, submit, {kind = "", id = null, checked 
 /** Ask before a dangerous act; resolves to true when it is confirmed. */
 function confirmed(title, text, button, kind) {
   return new Promise((resolve) => {
-    const dialog = openDialog(title, h("p", {class: "soft"}, text), button, (one) => one.close("yes"), {kind});
+    const dialog = openDialog(title, h("p", {class: "soft"}, text), button, (one) => one.close("yes"),
+      {kind});
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"));
   });
 }
@@ -27986,11 +28589,14 @@ async function stopAll() {
   const answer = await attempt(() => api("POST", "/v1/stop-all", {}));
   if (!answer) return;
   const {stopped, failed} = answer.data;
-  if (failed.length) toast(stopped.length + " stopped, " + failed.length + " not yet: " + failed[0].message, "bad");
+  if (failed.length) toast(stopped.length + " stopped, " + failed.length + " not yet: " + failed[0].message,
+    "bad");
   else toast(stopped.length ? stopped.length + " stopped." : "Nothing was running.");
 }
 
-/** Call with a body; where a protected environment asks for it, confirm and call again with confirm: envId. */
+/**
+ * Call with a body; where a protected environment asks for it, confirm and call again with confirm: envId.
+ */
 async function callConfirmed(method, path, body, envId, add = (one) => ({...one, confirm: envId})) {
   try {
     return await api(method, path, body);
@@ -28008,12 +28614,14 @@ async function rerun(run) {
   const users = count(run.targetUsers) + " users";
   const text = runWords(run) + " with " + users + ". It waits in the queue if the cluster is busy.";
   if (!(await confirmed("Start the same test again?", text, "Start test"))) return;
-  const answer = await attempt(() => callConfirmed("POST", runPath(run.id, "/rerun"), {queue: true}, run.envId));
+  const answer = await attempt(() => callConfirmed("POST", runPath(run.id, "/rerun"), {queue: true},
+    run.envId));
   if (answer) openRun(answer.data.id);
 }
 
 async function deleteRun(run) {
-  const text = runWords(run) + " of " + zonedMoment(run.createdAt) + " and all its numbers are removed for good.";
+  const text = runWords(run) + " of " + zonedMoment(run.createdAt)
+    + " and all its numbers are removed for good.";
   if (!(await confirmed("Delete this run?", text, "Delete run", "danger"))) return;
   if (await attempt(() => api("DELETE", runPath(run.id)))) {
     toast("Deleted.");
@@ -28022,7 +28630,8 @@ async function deleteRun(run) {
 }
 
 function annotate(run) {
-  const text = h("input", {required: true, maxlength: 200, autofocus: true, placeholder: "deployed version 2.1"});
+  const text = h("input", {required: true, maxlength: 200, autofocus: true,
+    placeholder: "deployed version 2.1"});
   const body = h("label", {class: "field"}, h("span", {}, "What happened"), text);
   openDialog("Mark this point in time", body, "Mark", async (dialog) => {
     if (await attempt(() => api("POST", runPath(run.id, "/annotations"), {text: text.value}))) dialog.close();
@@ -28032,7 +28641,8 @@ function annotate(run) {
 function changeUsers(run) {
   const last = (run.usersChanges || []).at(-1) || run;
   const common = {required: true, autocomplete: "off"};
-  const users = h("input", {...common, inputmode: "numeric", value: last.targetUsers, autofocus: true, id: "new-users"});
+  const users = h("input", {...common, inputmode: "numeric", value: last.targetUsers, autofocus: true,
+    id: "new-users"});
   const started = h("input", {...common, inputmode: "decimal", value: last.spawnRate});
   const field = (label, input) => h("label", {class: "field"}, h("span", {}, label), input);
   const fields = h("div", {class: "three"}, field("Users", users), field("Started per s", started));
@@ -28059,7 +28669,8 @@ function parsePairs(text) {
   return Object.keys(pairs).length ? pairs : undefined;
 }
 
-const pairsText = (pairs) => Object.entries(pairs || {}).map(([key, value]) => key + "=" + plainText(value)).join("\n");
+const pairsText = (pairs) => Object.entries(pairs || {}).map(([key, value]) => key + "="
+  + plainText(value)).join("\n");
 
 /** One threshold a line, as its sentence; {"metric": ...} on a line is the long form. */
 function parseThresholds(text) {
@@ -28071,9 +28682,11 @@ function parseThresholds(text) {
 function parseLoad(texts, isDurationNeeded) {
   const load = {targetUsers: Number(texts.targetUsers), spawnRate: Number(texts.spawnRate)},
     problems = {};
-  if (!Number.isInteger(load.targetUsers) || load.targetUsers < 1) problems.targetUsers = "a whole number from 1";
+  if (!Number.isInteger(load.targetUsers) || load.targetUsers < 1)
+    problems.targetUsers = "a whole number from 1";
   if (!(load.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
-  if (texts.durationSeconds.trim() || isDurationNeeded) load.durationSeconds = parseSpan(texts.durationSeconds);
+  if (texts.durationSeconds.trim() || isDurationNeeded) load.durationSeconds =
+    parseSpan(texts.durationSeconds);
   if ("durationSeconds" in load && !(load.durationSeconds >= 1)) {
     const open = isDurationNeeded ? "" : "; empty: until it is stopped";
     problems.durationSeconds = "like 90s, 5m or 1h30m" + open;
@@ -28116,7 +28729,8 @@ class Fields {
 class StageRows {
   constructor(stages) {
     this.rows = h("div", {class: "stages"});
-    this.box = h("div", {}, this.rows, h("button", {type: "button", class: "small", onclick: () => this.add()}, "Add a stage"));
+    this.box = h("div", {}, this.rows, h("button", {type: "button", class: "small",
+      onclick: () => this.add()}, "Add a stage"));
     for (const stage of stages) this.add(stage);
   }
   add(stage) {
@@ -28124,8 +28738,10 @@ class StageRows {
     const values = stage ? {...stage, durationSeconds: span(stage.durationSeconds)} : last;
     const input = (name, label) =>
       h("input", {"data-name": name, "aria-label": label, value: values[name], autocomplete: "off", size: 6});
-    const remove = h("button", {type: "button", class: "small plain", "aria-label": "Remove the stage"}, "\u00d7");
-    const inputs = [input("targetUsers", "Users"), input("spawnRate", "Started per s"), input("durationSeconds", "Duration")];
+    const remove = h("button", {type: "button", class: "small plain", "aria-label": "Remove the stage"},
+      "\u00d7");
+    const inputs = [input("targetUsers", "Users"), input("spawnRate", "Started per s"),
+      input("durationSeconds", "Duration")];
     const row = h("div", {class: "stage"}, inputs[0], " users at ", inputs[1], "/s for ", inputs[2], remove);
     remove.addEventListener("click", () => row.remove());
     this.rows.append(row);
@@ -28159,26 +28775,34 @@ class TestForm extends Fields {
 
   constructor(given, clusters, recent, known) {
     const last = given || recent[0] || {};
-    const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
+    const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]),
+      one])).values()];
     const isNew = (one) => one.tenantId === last.tenantId && one.envId === last.envId;
     if (given && !places.some(isNew)) places.push({tenantId: given.tenantId, envId: given.envId});
-    const start = given || {targetUsers: last.targetUsers || 10, spawnRate: last.spawnRate || 1, durationSeconds: 300};
-    const text = (name, more) => h("input", {autocomplete: "off", spellcheck: "false", value: start[name], ...more});
+    const start = given || {targetUsers: last.targetUsers || 10, spawnRate: last.spawnRate || 1,
+      durationSeconds: 300};
+    const text = (name, more) => h("input", {autocomplete: "off", spellcheck: "false", value: start[name],
+      ...more});
     const list = (name, hint) => text(name, {value: (start[name] || []).join(", "), placeholder: hint});
     const area = (value, hint) => h("textarea", {rows: 2, placeholder: hint, spellcheck: "false"}, value);
     const choice = (pairs, chosen) =>
       h("select", {}, pairs.map(([value, label]) => h("option", {value, selected: value === chosen}, label)));
     const stages = new StageRows(start.stages || []);
     super({
-      place: choice(places.map((one, index) => [index, one.tenantId + " / " + one.envId]), given && places.findIndex(isNew)),
+      place: choice(places.map((one, index) => [index, one.tenantId + " / " + one.envId]),
+        given && places.findIndex(isNew)),
       scenarioId: text("scenarioId", {list: "scenarios", maxlength: 256, placeholder: "checkout"}),
-      profile: choice([["constant", "Constant users"], ["stages", "In stages"]], start.stages ? "stages" : "constant"),
+      profile: choice([["constant", "Constant users"], ["stages", "In stages"]],
+        start.stages ? "stages" : "constant"),
       targetUsers: text("targetUsers", {inputmode: "numeric"}),
       spawnRate: text("spawnRate", {inputmode: "decimal"}),
-      durationSeconds: text("durationSeconds", {value: start.durationSeconds && span(start.durationSeconds), placeholder: "until stopped"}),
+      durationSeconds: text("durationSeconds", {value: start.durationSeconds && span(start.durationSeconds),
+        placeholder: "until stopped"}),
       stages: stages.box,
-      thresholds: area((start.thresholds || []).map(plainText).join("\n"), "p95ResponseMs < 500\nerrorRate < 1"),
-      compareWith: choice([["", "Nothing"], ["baseline", "The baseline"], ["previous", "The run before"]], start.compareWith || ""),
+      thresholds: area((start.thresholds || []).map(plainText).join("\n"),
+        "p95ResponseMs < 500\nerrorRate < 1"),
+      compareWith: choice([["", "Nothing"], ["baseline", "The baseline"], ["previous", "The run before"]],
+        start.compareWith || ""),
       userClasses: list("userClasses", "all"),
       tags: list("tags", "all"),
       excludeTags: list("excludeTags", "none"),
@@ -28188,7 +28812,8 @@ class TestForm extends Fields {
       options: area(pairsText(start.options), "think-time=2"),
     });
     Object.assign(this, {given, places, known, stages, start});
-    this.scenarios = known.length ? known.map((one) => one.id) : [...new Set(recent.map((run) => run.scenarioId))];
+    this.scenarios = known.length ? known.map((one) => one.id)
+      : [...new Set(recent.map((run) => run.scenarioId))];
     this.first = Object.fromEntries(PAIR_FIELDS.map((name) => [name, this.inputs[name].value]));
     this.hasOwnLoad = Boolean(given && (given.targetUsers || given.stages));
     this.box = this.build();
@@ -28203,10 +28828,12 @@ class TestForm extends Fields {
     profile.addEventListener("change", () => this.showProfile());
     const row = (...all) => this.row(...all);
     const none = "There is no cluster you may use: the configuration's locustClusters names them.";
-    this.constant = h("div", {class: "three load"}, row("targetUsers", "Users"), row("spawnRate", "Users started per s"), row("durationSeconds", "Duration"));
+    this.constant = h("div", {class: "three load"}, row("targetUsers", "Users"),
+      row("spawnRate", "Users started per s"), row("durationSeconds", "Duration"));
     this.staged = row("stages", "Stages, one after the other");
     const folded = (title, names, ...inside) =>
-      h("details", {open: names.some((name) => this.given && this.given[name])}, h("summary", {}, title), h("div", {class: "inside"}, inside));
+      h("details", {open: names.some((name) => this.given && this.given[name])}, h("summary", {}, title),
+        h("div", {class: "inside"}, inside));
     return [
       this.places.length ? null : h("p", {class: "note warn"}, none),
       row("place", "Tenant / environment"),
@@ -28217,10 +28844,12 @@ class TestForm extends Fields {
       this.constant,
       this.staged,
       folded("Thresholds and comparison", ["thresholds", "compareWith"],
-        row("thresholds", "Thresholds, one on each line", "The verdict is failed when one does not hold at the end."),
+        row("thresholds", "Thresholds, one on each line",
+          "The verdict is failed when one does not hold at the end."),
         row("compareWith", "Compare with")),
       folded("What is run, and against what", [...LIST_FIELDS, "host", "options"],
-        h("div", {class: "three"}, row("userClasses", "User classes"), row("tags", "Tags"), row("excludeTags", "Tags left out")),
+        h("div", {class: "three"}, row("userClasses", "User classes"), row("tags", "Tags"),
+          row("excludeTags", "Tags left out")),
         row("host", "Target system"),
         row("options", "Custom options of the locustfile, key=value on each line")),
       folded("Labels and metadata", ["labels", "metadata"],
@@ -28241,10 +28870,12 @@ class TestForm extends Fields {
     setText(this.about, facts.filter(Boolean).join("; "));
     for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) {
       const value = !stages.length && scenario && scenario[name];
-      if (value && !(this.hasOwnLoad && inputs[name].value)) inputs[name].value = name === "durationSeconds" ? span(value) : value;
+      if (value && !(this.hasOwnLoad && inputs[name].value))
+        inputs[name].value = name === "durationSeconds" ? span(value) : value;
     }
     const own = [...inputs.profile.options].find((option) => option.value === "scenario");
-    if (stages.length && !own) inputs.profile.prepend(h("option", {value: "scenario"}, "The stages of the scenario"));
+    if (stages.length && !own) inputs.profile.prepend(h("option", {value: "scenario"},
+      "The stages of the scenario"));
     if (!stages.length && own) own.remove();
     if (stages.length && !this.hasOwnLoad) inputs.profile.value = "scenario";
     inputs.thresholds.placeholder = thresholds.join("\n") || "p95ResponseMs < 500\nerrorRate < 1";
@@ -28256,7 +28887,8 @@ class TestForm extends Fields {
     const profile = this.inputs.profile.value;
     this.constant.hidden = profile !== "constant";
     this.staged.hidden = profile !== "stages";
-    for (const name of ["targetUsers", "spawnRate", "durationSeconds"]) this.inputs[name].disabled = profile !== "constant";
+    for (const name of ["targetUsers", "spawnRate", "durationSeconds"])
+      this.inputs[name].disabled = profile !== "constant";
     if (profile === "stages" && !this.stages.values().length) this.stages.add();
   }
 
@@ -28265,12 +28897,14 @@ class TestForm extends Fields {
     const {inputs} = this,
       problems = {},
       place = this.places[inputs.place.value] || {};
-    const body = {...this.given, tenantId: place.tenantId, envId: place.envId, scenarioId: inputs.scenarioId.value.trim()};
+    const body = {...this.given, tenantId: place.tenantId, envId: place.envId,
+      scenarioId: inputs.scenarioId.value.trim()};
     const set = (name, work) => {
       try {
         body[name] = work();
       } catch (error) {
-        problems[name] = error instanceof SyntaxError ? "this line is no JSON: " + error.message : error.message;
+        problems[name] = error instanceof SyntaxError ? "this line is no JSON: " + error.message
+          : error.message;
       }
       if (body[name] === undefined || body[name] === "") delete body[name];
     };
@@ -28287,7 +28921,8 @@ class TestForm extends Fields {
     if (inputs.profile.value === "stages") set("stages", () => this.stages.read());
     if (inputs.profile.value === "constant") {
       const texts = (name) => [name, inputs[name].value];
-      const {load, problems: wrong} = parseLoad(Object.fromEntries(["targetUsers", "spawnRate", "durationSeconds"].map(texts)));
+      const {load, problems: wrong} = parseLoad(Object.fromEntries(["targetUsers", "spawnRate",
+        "durationSeconds"].map(texts)));
       Object.assign(body, load);
       Object.assign(problems, wrong);
     }
@@ -28302,8 +28937,10 @@ class TestForm extends Fields {
 async function sendForm(dialog, forms, alertBox, problems, send) {
   const show = (wrong, message) => {
     const rest = forms.flatMap(([form, prefix]) => {
-      const own = Object.entries(wrong).filter(([name]) => name.startsWith(prefix) && (prefix || !name.includes(".")));
-      return form.showProblems(Object.fromEntries(own.map(([name, why]) => [name.slice(prefix.length), why])));
+      const own = Object.entries(wrong).filter(([name]) => name.startsWith(prefix)
+        && (prefix || !name.includes(".")));
+      return form.showProblems(Object.fromEntries(own.map(([name, why]) => [name.slice(prefix.length),
+        why])));
     });
     setText(alertBox, [...rest, message].filter(Boolean).join("; "));
     const bad = dialog.querySelector("[aria-invalid]");
@@ -28315,7 +28952,8 @@ async function sendForm(dialog, forms, alertBox, problems, send) {
     return await send();
   } catch (error) {
     const body = error.body || {};
-    show(body.fields || {}, body.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
+    show(body.fields || {}, body.fields ? "" : error instanceof ApiError ? error.message
+      : "Load Manager did not answer.");
     if (body.activeRunId) {
       const link = {href: "#/runs/" + encodeURIComponent(body.activeRunId), onclick: () => dialog.close()};
       alertBox.append(" ", h("a", link, "Open the run that has it"));
@@ -28332,12 +28970,14 @@ async function startDialog() {
   const submit = async (dialog) => {
     const {body, problems} = form.read();
     if (queue.checked) body.queue = true;
-    const answer = await sendForm(dialog, [[form, ""]], problem, problems, () => callConfirmed("POST", "/v1/tests", body, body.envId));
+    const answer = await sendForm(dialog, [[form, ""]], problem, problems,
+      () => callConfirmed("POST", "/v1/tests", body, body.envId));
     if (!answer) return;
     dialog.close();
     openRun(answer.data.id);
   };
-  openDialog("Start a test", [...form.box, wait, problem], "Start test", submit, {id: "start-dialog", checked: false});
+  openDialog("Start a test", [...form.box, wait, problem], "Start test", submit,
+    {id: "start-dialog", checked: false});
   form.inputs.scenarioId.focus();
 }
 
@@ -28348,9 +28988,11 @@ const POLICIES = [
   ["Queue", "Wait until the other has ended"],
   ["Replace", "Stop the other and start"],
 ];
-const CRON_EXAMPLES = ["0 2 * * *", "0 2 * * mon-fri", "0 6 * * mon", "30 * * * *", "@hourly", "@daily", "@weekly", "@monthly"];
+const CRON_EXAMPLES = ["0 2 * * *", "0 2 * * mon-fri", "0 6 * * mon", "30 * * * *", "@hourly", "@daily",
+  "@weekly", "@monthly"];
 const schedulePath = (id, rest) => "/v1/schedules/" + encodeURIComponent(id) + (rest || "");
-const scheduleName = (one) => one.description || one.test.scenarioId + " on " + one.tenantId + " / " + one.envId;
+const scheduleName = (one) => one.description || one.test.scenarioId + " on " + one.tenantId + " / "
+  + one.envId;
 
 /** A time as a field of the browser wants it: local, without a zone. */
 function localInput(text) {
@@ -28362,12 +29004,17 @@ function scheduleFields(given) {
   const option = (value, label, chosen) => h("option", {value, selected: value === chosen}, label);
   const zone = Intl.DateTimeFormat().resolvedOptions().timeZone || "UTC";
   return new Fields({
-    description: h("input", {value: given.description, maxlength: 200, autocomplete: "off", placeholder: "nightly checkout"}),
-    kind: h("select", {}, option("cron", "Repeatedly, by cron", ""), option("runAt", "Once", given.runAt && "runAt")),
-    cron: h("input", {value: given.cron || "", list: "crons", autocomplete: "off", spellcheck: "false", placeholder: "0 2 * * mon-fri"}),
-    timezone: h("input", {value: given.timezone || zone, list: "zones", autocomplete: "off", spellcheck: "false"}),
+    description: h("input", {value: given.description, maxlength: 200, autocomplete: "off",
+      placeholder: "nightly checkout"}),
+    kind: h("select", {}, option("cron", "Repeatedly, by cron", ""),
+      option("runAt", "Once", given.runAt && "runAt")),
+    cron: h("input", {value: given.cron || "", list: "crons", autocomplete: "off", spellcheck: "false",
+      placeholder: "0 2 * * mon-fri"}),
+    timezone: h("input", {value: given.timezone || zone, list: "zones", autocomplete: "off",
+      spellcheck: "false"}),
     runAt: h("input", {type: "datetime-local", value: localInput(given.runAt)}),
-    concurrencyPolicy: h("select", {}, POLICIES.map(([value, label]) => option(value, label, given.concurrencyPolicy))),
+    concurrencyPolicy: h("select", {}, POLICIES.map(([value, label]) => option(value, label,
+      given.concurrencyPolicy))),
   });
 }
 
@@ -28378,7 +29025,8 @@ async function scheduleDialog(given, done) {
     {inputs} = fields;
   const zones = Intl.supportedValuesOf ? ["UTC", ...Intl.supportedValuesOf("timeZone")] : ["UTC"];
   const list = (id, values) => h("datalist", {id}, values.map((value) => h("option", {value})));
-  const again = h("div", {class: "two-columns"}, fields.row("cron", "When, as cron", "minute hour day month weekday"), fields.row("timezone", "Time zone"));
+  const again = h("div", {class: "two-columns"}, fields.row("cron", "When, as cron",
+    "minute hour day month weekday"), fields.row("timezone", "Time zone"));
   const once = fields.row("runAt", "At, in this browser's zone (" + ZONE + ")");
   const showKind = () => {
     again.hidden = inputs.kind.value !== "cron";
@@ -28386,7 +29034,8 @@ async function scheduleDialog(given, done) {
   };
   inputs.kind.addEventListener("change", showKind);
   showKind();
-  const coming = given && given.next.length ? "Next: " + given.next.map((one) => scheduledTime(one, given.timezone)).join("; ") : "";
+  const coming = given && given.next.length ? "Next: " + given.next.map((one) => scheduledTime(one,
+    given.timezone)).join("; ") : "";
   const problem = h("div", {class: "wrong", role: "alert"});
   const body = [
     fields.row("description", "Name"),
@@ -28410,11 +29059,13 @@ async function scheduleDialog(given, done) {
     const answer = await sendForm(dialog, forms, problem, problems, send);
     if (!answer) return;
     const [next] = answer.data.next;
-    toast("Saved. " + (next ? "Next: " + scheduledTime(next, answer.data.timezone) + "." : "It does not start by itself now."));
+    toast("Saved. " + (next ? "Next: " + scheduledTime(next, answer.data.timezone) + "."
+      : "It does not start by itself now."));
     dialog.close();
     done();
   };
-  openDialog(given ? "Change the schedule" : "New schedule", body, given ? "Save" : "Create schedule", submit, {id: "schedule-dialog", checked: false});
+  openDialog(given ? "Change the schedule" : "New schedule", body, given ? "Save" : "Create schedule", submit,
+    {id: "schedule-dialog", checked: false});
 }
 
 /** The body of a schedule as it was typed, and what is wrong with it by field. */
@@ -28454,9 +29105,12 @@ function showSignIn(message) {
   for (const dialog of document.querySelectorAll("dialog")) dialog.close();
   showTop();
   document.title = "Sign in \u2013 Load Manager";
-  const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password", autofocus: true, spellcheck: "false"});
-  const problem = h("div", {class: "wrong", role: "alert"}, message && message.includes("Authorization") ? "" : message || "");
-  const signOn = h("a", {class: "button", id: "sign-on", href: "session/oidc", hidden: true}, "Single sign-on");
+  const token = h("input", {type: "password", id: "token", required: true, autocomplete: "current-password",
+    autofocus: true, spellcheck: "false"});
+  const problem = h("div", {class: "wrong", role: "alert"},
+    message && message.includes("Authorization") ? "" : message || "");
+  const signOn = h("a", {class: "button", id: "sign-on", href: "session/oidc", hidden: true},
+    "Single sign-on");
   async function submit(event) {
     event.preventDefault();
     setText(problem, "");
@@ -28473,7 +29127,8 @@ function showSignIn(message) {
       "form",
       {class: "panel sign-in", onsubmit: submit, novalidate: true},
       h("h1", {}, "Sign in"),
-      h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: you get a cookie for 12 hours."),
+      h("p", {class: "soft"}, "With an API token of this Load Manager. It is not kept in the browser: "
+        + "you get a cookie for 12 hours."),
       h("label", {class: "field"}, h("span", {}, "API token"), token),
       problem,
       h("button", {class: "primary"}, "Sign in"),
@@ -28499,10 +29154,13 @@ function showTop() {
           h("span", {class: "live on", id: "live"}, "Live"),
           h("span", {class: "space"}),
           h("a", {class: "quiet", href: "docs", title: "Reference of the API, to try it"}, "API"),
-          mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test") : null,
+          mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test")
+            : null,
           mayAct() ? h("button", {class: "danger", id: "stop-all", onclick: stopAll}, "Stop all") : null,
-          h("span", {class: "who"}, session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
-          session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut}, "Sign out"),
+          h("span", {class: "who"}, session.anonymous ? "no sign-in needed"
+            : session.name + ", " + session.role),
+          session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut},
+            "Sign out"),
         ].filter(Boolean)
       : []),
   );
@@ -28520,10 +29178,12 @@ function scrollBox(label, table) {
  */
 function plainTable(label, heads, rows) {
   const cell = ([content, kind], index) =>
-    h("td", {class: kind || null, "data-label": heads[index][0]}, content instanceof Node ? content : String(content));
+    h("td", {class: kind || null, "data-label": heads[index][0]},
+      content instanceof Node ? content : String(content));
   const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
   const body = rows.map((cells) => h("tr", {}, cells.map(cell)));
-  return scrollBox(label, h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
+  return scrollBox(label, h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)),
+    h("tbody", {}, body)));
 }
 
 /** Rows of a tbody kept by key, so that an update keeps focus and selection. */
@@ -28573,15 +29233,19 @@ function runRow(first) {
   const [place, cluster, none] = ["", " soft", " soft"].map((kind) => h("span", {class: "name two" + kind}));
   const [users, rps, failures, p95, time, started] = Array.from({length: 6}, () => h("span"));
   const bar = meter("Progress");
-  const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)}, label);
-  const [stop, again, remove] = [act("Stop", stopRun), act("Run again", rerun), act("Delete", deleteRun, "plain")];
-  const contents = [link, badge, [verdict, " ", trust, none], place, cluster, users, rps, failures, p95, [time, bar.box], started];
+  const act = (label, work, kind) => h("button", {class: "small " + (kind || ""), onclick: () => work(run)},
+    label);
+  const [stop, again, remove] = [act("Stop", stopRun), act("Run again", rerun),
+    act("Delete", deleteRun, "plain")];
+  const contents = [link, badge, [verdict, " ", trust, none], place, cluster, users, rps, failures, p95,
+    [time, bar.box], started];
   const kinds = {0: "wide", 3: "wide", 4: "wide"};
   const cells = contents.map((content, index) => {
     const [label, kind] = RUN_COLUMNS[index];
     return h("td", {class: kind || kinds[index] || null, "data-label": label}, content);
   });
-  const element = h("tr", {"data-run": run.id}, cells, h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
+  const element = h("tr", {"data-run": run.id}, cells, h("td", {class: "acts"},
+    mayAct() ? [stop, again, remove] : []));
   return {
     element,
     update(newRun) {
@@ -28594,8 +29258,10 @@ function runRow(first) {
       setText(link, run.scenarioId);
       setText(place, run.tenantId + " / " + run.envId);
       setText(cluster, run.locustClusterId || NONE);
-      for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent : "";
-      setText(users, isActive(run) && isNumber(numbers.currentUsers) ? count(numbers.currentUsers) + " / " + usersText(run) : usersText(run));
+      for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent
+        : "";
+      setText(users, isActive(run) && isNumber(numbers.currentUsers)
+        ? count(numbers.currentUsers) + " / " + usersText(run) : usersText(run));
       setText(rps, rate(numbers.totalRps));
       setText(failures, percent(numbers.errorRate));
       setClass(cells[7], numbers.errorRate > 0 ? "num fails" : "num");
@@ -28635,7 +29301,8 @@ class Overview {
     this.asked = 0;
     this.filters = {search: "", status: "", place: ""};
     this.build();
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden || (this.loadClusters(), this.loadSchedules()), 5000)];
+    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden
+      || (this.loadClusters(), this.loadSchedules()), 5000)];
   }
 
   build() {
@@ -28663,7 +29330,8 @@ class Overview {
         ["Failed", "Failed"],
       ].map(([value, text]) => h("option", {value}, text)),
     );
-    this.place = h("select", {"aria-label": "Tenant and environment", onchange: change("place")}, h("option", {value: ""}, "All tenants"));
+    this.place = h("select", {"aria-label": "Tenant and environment", onchange: change("place")},
+      h("option", {value: ""}, "All tenants"));
     this.clear = h("button", {class: "plain", hidden: true, onclick: () => this.clearFilters()}, "Clear");
     this.clusterBox = h("div", {class: "clusters"});
     this.clusterRows = new Rows(this.clusterBox, clusterCard);
@@ -28694,8 +29362,10 @@ class Overview {
     );
     $("main").replaceChildren(
       h("h1", {class: "unseen"}, "Load tests"),
-      h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"}, h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
-      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)),
+      h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"},
+        h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
+      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place,
+        this.clear)),
       this.runningSection,
       this.recentSection,
       this.scheduleSection,
@@ -28738,9 +29408,12 @@ class Overview {
       [this.scheduleLast(one), "wide"],
       [h("span", {}, mayAct() ? this.scheduleActs(one) : []), "acts"],
     ]);
-    const add = h("button", {id: "new-schedule", onclick: () => scheduleDialog(null, () => this.loadSchedules())}, "New schedule");
-    const head = h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules"), h("span", {class: "space"}), mayAct() ? add : null);
-    const empty = h("div", {class: "panel empty"}, "No schedule: a schedule starts a test by itself, every night for example.");
+    const add = h("button", {id: "new-schedule", onclick: () => scheduleDialog(null,
+      () => this.loadSchedules())}, "New schedule");
+    const head = h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules"),
+      h("span", {class: "space"}), mayAct() ? add : null);
+    const empty = h("div", {class: "panel empty"},
+      "No schedule: a schedule starts a test by itself, every night for example.");
     this.scheduleSection.replaceChildren(head, rows.length ? plainTable("Schedules", heads, rows) : empty);
     this.scheduleSection.hidden = false;
   }
@@ -28760,14 +29433,17 @@ class Overview {
 
   scheduleLast(one) {
     if (!one.lastTime && !one.lastOutcome) return NONE;
-    const words = [one.lastOutcome, one.lastTime && scheduledTime(one.lastTime, one.timezone)].filter(Boolean).join(", ");
+    const words = [one.lastOutcome, one.lastTime && scheduledTime(one.lastTime,
+      one.timezone)].filter(Boolean).join(", ");
     return one.lastRunId ? h("a", {href: "#/runs/" + encodeURIComponent(one.lastRunId)}, words) : words;
   }
 
   scheduleActs(one) {
     const again = () => this.loadSchedules();
-    const act = (text, work) => h("button", {class: "small", onclick: async () => (await attempt(work), again())}, text);
-    const start = act("Run now", async () => openRun((await api("POST", schedulePath(one.id, "/run"))).data.id));
+    const act = (text, work) => h("button", {class: "small",
+      onclick: async () => (await attempt(work), again())}, text);
+    const start = act("Run now", async () => openRun((await api("POST",
+      schedulePath(one.id, "/run"))).data.id));
     if (one.readOnly) return [h("span", {class: "hint"}, "from the configuration "), start];
     return [
       start,
@@ -28802,7 +29478,8 @@ class Overview {
     return (
       place &&
       (!word ||
-        [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id, ...(run.labels || [])].some((text) => text.toLowerCase().includes(word)))
+        [run.scenarioId, run.tenantId, run.envId, run.locustClusterId, run.createdBy, run.id,
+          ...(run.labels || [])].some((text) => text.toLowerCase().includes(word)))
     );
   }
 
@@ -28813,7 +29490,8 @@ class Overview {
     if (this.cursors.at(-1)) older.set("cursor", this.cursors.at(-1));
     try {
       const [active, recent] = await Promise.all([
-        !wants || wants.includes("Running") ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
+        !wants || wants.includes("Running") ? api("GET", "/v1/tests?"
+          + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
         wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older),
       ]);
       if (asked !== this.asked || this.closed) return;
@@ -28834,7 +29512,8 @@ class Overview {
       this.clusters = clusters;
       this.clusterRows.show(clusters.length ? clusters : [null], (one) => (one ? one.id : ""));
       const places = [...new Set(clusters.map((one) => JSON.stringify([one.tenantId, one.envId])))];
-      for (const place of places.slice(this.place.options.length - 1)) this.place.append(h("option", {value: place}, JSON.parse(place).join(" / ")));
+      for (const place of places.slice(this.place.options.length - 1))
+        this.place.append(h("option", {value: place}, JSON.parse(place).join(" / ")));
     } catch (error) {
       /* the banner says it */
     }
@@ -28904,7 +29583,8 @@ class Overview {
     this.recentSection.hidden = wants.includes("Running");
     this.finished.box.hidden = !this.recent.length;
     this.recentEmpty.hidden = this.recent.length > 0;
-    setText(this.recentEmpty, filtered ? "No run matches the filters." : "No finished run yet. Start a test, and its numbers stay here.");
+    setText(this.recentEmpty, filtered ? "No run matches the filters."
+      : "No finished run yet. Start a test, and its numbers stay here.");
     this.newer.disabled = this.cursors.length < 2;
     this.older.disabled = !this.next;
     this.pages.hidden = this.newer.disabled && this.older.disabled;
@@ -28928,13 +29608,15 @@ const CLUSTER_STATES = {
 function clusterState(one) {
   const isIdle = one.state === "ready" || one.state === "stopped";
   if (isIdle && one.activeRunId) return ["In use", "busy", ""];
-  if (isIdle && one.workers.length && one.workers.every((worker) => worker.state === "missing")) return ["No workers", "bad", ""];
+  if (isIdle && one.workers.length && one.workers.every((worker) => worker.state === "missing"))
+    return ["No workers", "bad", ""];
   return CLUSTER_STATES[one.state] || [capital(one.state), "warn", ""];
 }
 
 function clusterCard(first) {
   if (!first)
-    return {element: h("div", {class: "panel empty"}, "No cluster is configured: locustClusters in the configuration names them."), update() {}};
+    return {element: h("div", {class: "panel empty"},
+      "No cluster is configured: locustClusters in the configuration names them."), update() {}};
   const name = h("span", {class: "name title"}),
     badge = h("span", {class: "badge"}),
     place = h("span", {class: "name soft"});
@@ -28976,7 +29658,8 @@ function clusterCard(first) {
       setClass(badge, "badge " + kind);
       badge.title = "Locust says: " + one.state;
       const alive = one.workers.filter((worker) => worker.state !== "missing");
-      setText(workers, one.state === "unreachable" ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
+      setText(workers, one.state === "unreachable" ? NONE : alive.length
+        + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
       setText(users, count(one.userCount));
       const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
       setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
@@ -29078,7 +29761,8 @@ class ChartGroup {
     const points = this.points,
       close = (point) => point && Math.abs(point.t - points[index].t) <= 15;
     for (let away = 0; close(points[index - away]) || close(points[index + away]); away++) {
-      for (const point of [points[index - away], points[index + away]]) if (close(point) && isNumber(point[key])) return point[key];
+      for (const point of [points[index - away], points[index + away]])
+        if (close(point) && isNumber(point[key])) return point[key];
     }
     return null;
   }
@@ -29100,7 +29784,8 @@ class ChartGroup {
 class Chart {
   /** names: of SERIES, p99 is dashed as it is the whole run's; format: of one value. */
   constructor(group, title, unit, names, format) {
-    const series = names.map((key) => ({key, label: SERIES[key].label, color: "--" + key, dash: key === "p99" ? [4, 3] : null, on: true}));
+    const series = names.map((key) => ({key, label: SERIES[key].label, color: "--" + key,
+      dash: key === "p99" ? [4, 3] : null, on: true}));
     Object.assign(this, {group, title, unit, series, format, index: null});
     this.canvas = h("canvas", {
       tabindex: 0,
@@ -29188,15 +29873,18 @@ class Chart {
       [from, to] = group.range(),
       points = group.points;
     if ((event.key === "ArrowLeft" || event.key === "ArrowRight") && points.length) {
-      const index = group.hover === null ? points.length - 1 : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
+      const index = group.hover === null ? points.length - 1
+        : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
       const point = points[Math.min(points.length - 1, Math.max(0, index))];
       group.setHover(Math.min(to, Math.max(from, point.t)), this);
-      say(clock(point.t) + ": " + this.series.map((one) => one.label + " " + this.format(group.value(one.key, points.indexOf(point)))).join(", "));
+      say(clock(point.t) + ": " + this.series.map((one) => one.label + " "
+        + this.format(group.value(one.key, points.indexOf(point)))).join(", "));
     } else if (event.key === "+" || event.key === "-") {
       const centre = group.hover === null ? (from + to) / 2 : group.hover,
         half = (to - from) * (event.key === "+" ? 0.25 : 1);
       const range = [Math.max(0, centre - half), Math.min(group.end, centre + half)];
-      group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range : group.zoom);
+      group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range
+        : group.zoom);
     } else if (event.key === "Escape" || event.key === "0") {
       group.setHover(null);
       if (group.zoom) group.setZoom(null);
@@ -29241,7 +29929,8 @@ class Chart {
     this.visibleOther = this.shown(this.group.other);
     let most = 0;
     for (const points of [this.visible, this.visibleOther]) {
-      for (const one of this.series) if (one.on) for (const point of points) if (point[one.key] > most) most = point[one.key];
+      for (const one of this.series) if (one.on) for (const point of points) if (point[one.key] > most)
+        most = point[one.key];
     }
     const top_ = most > 0 ? most * 1.02 : 1,
       step = niceStep(top_, 4),
@@ -29296,7 +29985,8 @@ class Chart {
       .slice(1)
       .map((point, index) => point.t - points[index].t)
       .sort((a, b) => a - b);
-    const hole = Math.max(35, 6 * (gaps[gaps.length >> 1] || 0), 1.5 * (gaps[Math.floor(gaps.length * 0.98)] || 0));
+    const hole = Math.max(35, 6 * (gaps[gaps.length >> 1] || 0),
+      1.5 * (gaps[Math.floor(gaps.length * 0.98)] || 0));
     pen.save();
     pen.beginPath();
     pen.rect(left, top - 2, right - left, bottom - top + 4);
@@ -29324,7 +30014,8 @@ class Chart {
       }
       pen.stroke();
       if (alone && points.length < 4)
-        for (const point of points) if (isNumber(point[one.key])) pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
+        for (const point of points) if (isNumber(point[one.key]))
+          pen.fillRect(this.xOf(point.t) - 2, this.yOf(point[one.key]) - 2, 4, 4);
     }
     pen.setLineDash([]);
     pen.restore();
@@ -29369,7 +30060,8 @@ class Chart {
         const swatch = h("i");
         swatch.style.background = "var(" + one.color + ")";
         const value = this.group.value(one.key, this.index);
-        return h("div", {}, swatch, one.label, h("b", {}, this.format(value) + (value === null ? "" : this.unit)));
+        return h("div", {}, swatch, one.label, h("b", {}, this.format(value)
+          + (value === null ? "" : this.unit)));
       });
     const marks = this.group.marks
       .filter((mark) => Math.abs(mark.t - this.group.hover) <= near)
@@ -29378,7 +30070,8 @@ class Chart {
     this.tip.replaceChildren(h("div", {class: "soft"}, clock(point.t)), ...rows, ...marks);
     const box = this.canvas.offsetLeft,
       width = this.tip.offsetWidth;
-    this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14) : box + x + 14) + "px";
+    this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14)
+      : box + x + 14) + "px";
     this.tip.style.top = this.canvas.offsetTop + 12 + "px";
   }
 
@@ -29393,7 +30086,8 @@ class Chart {
     if (this.index === null)
       this.canvas.setAttribute(
         "aria-label",
-        this.title + " over time. Newest: " + said.join(", ") + ". Arrow keys read values, plus and minus zoom, Escape resets.",
+        this.title + " over time. Newest: " + said.join(", ")
+          + ". Arrow keys read values, plus and minus zoom, Escape resets.",
       );
   }
 }
@@ -29401,10 +30095,14 @@ class Chart {
 /** A small line of one figure over runs, the newest at the right; items: [{value, label, isThis}]. */
 const TREND_METRICS = ["p95ResponseMs", "totalRps", "errorRate"];
 
-/** One figure over runs. An item: value, label, isThis; normal: where equal runs lie; change: the change point it begins. */
+/**
+ * One figure over runs. An item: value, label, isThis; normal: where equal runs lie; change: the change point
+ * it begins.
+ */
 function trendLine(title, color, items, format) {
   const known = items.filter((item) => isNumber(item.value));
-  const most = Math.max(...known.flatMap((item) => [item.value, item.normal ? Math.min(item.normal[1], 2 * item.value) : 0]), 0) || 1;
+  const most = Math.max(...known.flatMap((item) => [item.value,
+    item.normal ? Math.min(item.normal[1], 2 * item.value) : 0]), 0) || 1;
   const svg = (tag, attributes, ...children) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
@@ -29413,8 +30111,10 @@ function trendLine(title, color, items, format) {
   };
   const x = (index) => (known.length > 1 ? 2 + (96 * index) / (known.length - 1) : 50),
     y = (value) => Math.max(1, 38 - (34 * value) / most);
-  const drawn = {fill: "none", stroke: "var(" + color + ")", "vector-effect": "non-scaling-stroke", "stroke-linecap": "round"};
-  const line = svg("polyline", {...drawn, "stroke-width": 1.75, points: known.map((item, index) => x(index) + "," + y(item.value)).join(" ")});
+  const drawn = {fill: "none", stroke: "var(" + color + ")", "vector-effect": "non-scaling-stroke",
+    "stroke-linecap": "round"};
+  const line = svg("polyline", {...drawn, "stroke-width": 1.75,
+    points: known.map((item, index) => x(index) + "," + y(item.value)).join(" ")});
   const dots = known.map((item, index) =>
     svg(
       "path",
@@ -29425,22 +30125,28 @@ function trendLine(title, color, items, format) {
   const normal = known.map((item, index) => {
     if (!item.normal) return null;
     const [low, high] = item.normal.map(y);
-    const drawn = {fill: "none", stroke: "var(--soft)", "stroke-opacity": 0.3, "stroke-width": 7, "vector-effect": "non-scaling-stroke"};
+    const drawn = {fill: "none", stroke: "var(--soft)", "stroke-opacity": 0.3, "stroke-width": 7,
+      "vector-effect": "non-scaling-stroke"};
     return svg("path", {...drawn, class: "normal", d: "M" + x(index) + " " + high + "V" + low});
   });
   const changes = known.map((item, index) => {
     if (!item.change || !index) return null;
-    const percent = isNumber(item.change.changePercent) ? " by " + signedPercent(item.change.changePercent / 100) : "";
+    const percent = isNumber(item.change.changePercent) ? " by "
+      + signedPercent(item.change.changePercent / 100) : "";
     const words = title + " changed" + percent + " after the run of " + known[index - 1].label;
     const middle = (x(index) + x(index - 1)) / 2;
-    const drawn = {class: "change", stroke: "var(--bad)", "stroke-dasharray": "3 2", "stroke-width": 1.5, "vector-effect": "non-scaling-stroke"};
+    const drawn = {class: "change", stroke: "var(--bad)", "stroke-dasharray": "3 2", "stroke-width": 1.5,
+      "vector-effect": "non-scaling-stroke"};
     return svg("path", {...drawn, d: "M" + middle + " 0V40"}, svg("title", {}, words));
   });
   const told = known.filter((item, index) => item.change && index > 0).length;
   const mine = known.find((item) => item.isThis);
-  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE) + (told ? "; changed " + told + " times" : "");
-  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label}, ...[...normal, ...changes].filter(Boolean), line, ...dots);
-  return h("div", {class: "panel trend"}, h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
+  const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE)
+    + (told ? "; changed " + told + " times" : "");
+  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img",
+    "aria-label": label}, ...[...normal, ...changes].filter(Boolean), line, ...dots);
+  return h("div", {class: "panel trend"}, h("div", {class: "label"}, title,
+    h("b", {}, mine ? format(mine.value) : NONE)), picture);
 }
 """
 
@@ -29465,16 +30171,20 @@ const ENDPOINT_COLUMNS = [
 const DRAWN = Object.values(SERIES).flatMap((one) => one.keys);
 
 /**
- * Samples as one line for each figure. Polls are up to 2 s older than pushes (Locust caches its statistics), and both
- * in one line make a zigzag: a figure that enough pushes have is not taken from polls. In a final sample rps is the
- * whole run's average and the users are gone: it is drawn only where a run was too short for Locust to give a rate.
+ * Samples as one line for each figure. Polls are up to 2 s older than pushes (Locust caches its statistics),
+ * and both in one line make a zigzag: a figure that enough pushes have is not taken from polls. In a final
+ * sample rps is the whole run's average and the users are gone: it is drawn only where a run was too short
+ * for Locust to give a rate.
  */
 function seriesOf(samples) {
-  const numberOf = (source, key) => samples.reduce((sum, one) => sum + (one.source === source && isNumber(one[key])), 0);
-  const dropped = (key) => (2 * numberOf("push", key) >= numberOf("poll", key) && numberOf("push", key) ? "poll" : "push");
+  const numberOf = (source, key) => samples.reduce((sum, one) => sum
+    + (one.source === source && isNumber(one[key])), 0);
+  const dropped = (key) => (2 * numberOf("push", key) >= numberOf("poll", key) && numberOf("push", key)
+    ? "poll" : "push");
   const drops = DRAWN.map((key) => [key, dropped(key)]);
   const final = samples.findLast((one) => one.source === "final");
-  const isFinal = (one) => final && at(one.timestamp) >= at(final.timestamp); // hooks push their last numbers too
+  // hooks push their last numbers too
+  const isFinal = (one) => final && at(one.timestamp) >= at(final.timestamp);
   const hasRate = samples.some((one) => !isFinal(one) && one.totalRps > 0);
   const lastWithUsers = samples.findLastIndex((one) => !isFinal(one) && one.currentUsers > 0);
   return samples.map((one, index) => {
@@ -29499,8 +30209,10 @@ function pointsOf(samples, start) {
 
 /** What was asked of Locust, and each change of it, as pairs of words. */
 function loadFacts(run) {
-  const stage = (one) => count(one.targetUsers) + " users at " + perSecond(one.spawnRate) + " for " + span(one.durationSeconds);
-  const asked = run.stages ? run.stages.map(stage).join("; ") : count(run.targetUsers) + " users at " + perSecond(run.spawnRate);
+  const stage = (one) => count(one.targetUsers) + " users at " + perSecond(one.spawnRate) + " for "
+    + span(one.durationSeconds);
+  const asked = run.stages ? run.stages.map(stage).join("; ")
+    : count(run.targetUsers) + " users at " + perSecond(run.spawnRate);
   const list = (name) => (run[name] || []).join(", ");
   return [
     ["Asked for", asked],
@@ -29536,24 +30248,29 @@ function speaksOf(entry, endpoint, metric) {
 
 /** How a figure is judged: the server's own word, or what its lists say of it. */
 function judgementOf(compared, figure) {
-  if (compared.judgement && figure.judgement) return {word: String(figure.judgement), why: String(figure.reason || "")};
-  const found = (name) => (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint, figure.metric));
+  if (compared.judgement && figure.judgement) return {word: String(figure.judgement),
+    why: String(figure.reason || "")};
+  const found = (name) => (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint,
+    figure.metric));
   const words = (entry) => String(entry.message || entry);
   const tolerance = (compared.tolerances || {})[figure.metric];
   if (found("regressions")) return {word: "regression", why: words(found("regressions"))};
   if (found("noise")) return {word: "within noise", why: words(found("noise"))};
   if (found("warnings")) return {word: "cannot tell", why: words(found("warnings"))};
   if (!isNumber(figure.change)) return {word: "cannot tell", why: "one of the two runs has no such figure"};
-  return tolerance ? {word: "within tolerance", why: "may get worse by " + tolerance} : {word: "not judged", why: ""};
+  return tolerance ? {word: "within tolerance", why: "may get worse by " + tolerance}
+    : {word: "not judged", why: ""};
 }
 
 /** The figures of a comparison in one list: the server's, or made of totals and endpoints. */
 function figuresOf(compared) {
   if (compared.figures) return compared.figures;
   const listed = (metrics, endpoint) =>
-    Object.keys(FIGURES).filter((name) => (metrics || {})[name]).map((metric) => ({endpoint, metric, ...metrics[metric]}));
+    Object.keys(FIGURES).filter((name) => (metrics || {})[name]).map((metric) => ({endpoint, metric,
+      ...metrics[metric]}));
   const name = (one) => [one.method, one.name].filter(Boolean).join(" ");
-  return [...listed(compared.totals, null), ...(compared.endpoints || []).flatMap((one) => listed(one.metrics, name(one)))];
+  return [...listed(compared.totals, null), ...(compared.endpoints
+    || []).flatMap((one) => listed(one.metrics, name(one)))];
 }
 
 /** The change as a bar from the middle: to the right is more; `most` percent fill a half. */
@@ -29577,43 +30294,56 @@ function figureCells(compared, figure, isAgain, most) {
   const [label, format] = FIGURES[figure.metric] || [figure.metric, rate],
     {word, why} = judgementOf(compared, figure);
   const badge = h("span", {class: "badge " + (JUDGEMENT_CLASS[word] || ""), title: why}, capital(word));
-  const range = Array.isArray(figure.interval) ? [format(figure.baseline + figure.interval[0]), format(figure.baseline + figure.interval[1])] : null;
+  const range = Array.isArray(figure.interval) ? [format(figure.baseline + figure.interval[0]),
+    format(figure.baseline + figure.interval[1])] : null;
   const now = h("span", {}, format(figure.candidate));
   if (range) now.title = "between " + range.join(" and ") + " with 95 % certainty";
   return [
-    [figure.endpoint || "All requests", "wide name" + (figure.endpoint ? "" : " strong") + (isAgain ? " again" : "")],
+    [figure.endpoint || "All requests", "wide name" + (figure.endpoint ? "" : " strong")
+      + (isAgain ? " again" : "")],
     [label],
     [format(figure.baseline), "num"],
     [now, "num"],
     [changeWords(figure), "num"],
     [changeBar(figure, word, most), "bar-cell"],
-    [h("span", {}, badge, why && word === "cannot tell" ? h("span", {class: "hint"}, " " + why) : null), "wide"],
+    [h("span", {}, badge, why && word === "cannot tell" ? h("span", {class: "hint"}, " " + why) : null),
+      "wide"],
   ];
 }
 
 /** The head, table and notes of a comparison. isWhole: with every figure of every endpoint. */
 function comparisonParts(compared, whole, isWhole, showWhole) {
   const runs = compared.runs || [];
-  const link = compared.baseline ? h("a", {href: "#/runs/" + encodeURIComponent(compared.baseline)}, "run " + compared.baseline.slice(0, 8)) : null;
-  const against = runs.length > 1 ? [runs.length + " runs, the newest ", link] : [compared.with ? compared.with + " " : "", link];
+  const link = compared.baseline ? h("a", {href: "#/runs/" + encodeURIComponent(compared.baseline)},
+    "run " + compared.baseline.slice(0, 8)) : null;
+  const against = runs.length > 1 ? [runs.length + " runs, the newest ", link]
+    : [compared.with ? compared.with + " " : "", link];
   const bad = (compared.regressions || []).length;
-  const word = compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression" : "no regression");
+  const word = compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression"
+    : "no regression");
   const kind = JUDGEMENT_CLASS[word] === undefined ? "good" : JUDGEMENT_CLASS[word];
-  const head = h("div", {class: "head"}, h("h2", {}, "Compared with ", against), h("span", {class: "badge " + kind}, capital(word)));
+  const head = h("div", {class: "head"}, h("h2", {}, "Compared with ", against),
+    h("span", {class: "badge " + kind}, capital(word)));
   const keyOf = (one) => (one.endpoint || "") + " " + one.metric;
   const kept = new Map((compared.figures || []).map((one) => [keyOf(one), one]));
-  const all = (isWhole || !compared.figures ? figuresOf(whole) : compared.figures).map((one) => kept.get(keyOf(one)) || one);
-  const ranks = (one) => !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared, one).word);
+  const all = (isWhole || !compared.figures ? figuresOf(whole)
+    : compared.figures).map((one) => kept.get(keyOf(one)) || one);
+  const ranks = (one) => !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared,
+    one).word);
   const shown = isWhole ? all : all.filter(ranks);
-  const heads = [["Endpoint"], ["Figure"], ["Baseline", "num"], ["Now", "num"], ["Change", "num"], [""], ["Judgement"]];
+  const heads = [["Endpoint"], ["Figure"], ["Baseline", "num"], ["Now", "num"], ["Change", "num"], [""],
+    ["Judgement"]];
   const most = Math.max(20, ...shown.map((one) => Math.abs(one.changePercent || 0)));
-  const rows = shown.map((one, index) => figureCells(compared, one, index > 0 && shown[index - 1].endpoint === one.endpoint, most));
+  const rows = shown.map((one, index) => figureCells(compared, one,
+    index > 0 && shown[index - 1].endpoint === one.endpoint, most));
   const more = all.length - shown.length + (isWhole ? 0 : compared.figuresCut || 0);
-  const button = more > 0 ? h("div", {class: "pages"}, h("button", {class: "small", onclick: showWhole}, "Show all figures")) : null;
+  const button = more > 0 ? h("div", {class: "pages"}, h("button", {class: "small", onclick: showWhole},
+    "Show all figures")) : null;
   const unsaid = (entry) => !all.some((one) => speaksOf(entry, one.endpoint || null, one.metric));
   const sentence = (entry) => h("li", {}, String(entry.message || entry));
   const notes = [...(compared.differences || []), ...(compared.warnings || []).filter(unsaid)];
-  const lost = [...(compared.regressions || []), ...(compared.noise || [])].filter(unsaid); // of a baseline that is gone
+  // of a baseline that is gone
+  const lost = [...(compared.regressions || []), ...(compared.noise || [])].filter(unsaid);
   return [
     head,
     compared.message ? h("p", {class: "soft lead"}, compared.message) : null,
@@ -29659,7 +30389,8 @@ class RunView {
       const run = await get(runPath(this.id));
       if (!this.closed) this.show(run);
     } catch (error) {
-      if (error instanceof ApiError && error.status === 404 && !this.closed) this.gone("There is no such run. It may have been deleted.");
+      if (error instanceof ApiError && error.status === 404 && !this.closed)
+        this.gone("There is no such run. It may have been deleted.");
     }
     await series;
     this.loadSides();
@@ -29700,7 +30431,8 @@ class RunView {
       if (this.group.zoom === zoom) this.detail = answer.points;
     } else {
       const last = answer.points.length ? at(answer.points.at(-1).timestamp) : 0;
-      this.whole = answer.points.concat(this.whole.filter((point) => point.live && at(point.timestamp) > last));
+      this.whole = answer.points.concat(this.whole.filter((point) => point.live
+        && at(point.timestamp) > last));
     }
     this.plot();
   }
@@ -29734,8 +30466,10 @@ class RunView {
   showEmptiness() {
     const {parts, run} = this,
       isEmpty = this.loaded && !this.whole.length;
-    const waits = run.status === "Pending" ? "The test has not begun; its numbers will be here." : "Waiting for the first numbers of Locust.";
-    const never = hasBegun(run) ? "Locust gave no numbers of this run." : "This run never began, so there are no measurements.";
+    const waits = run.status === "Pending" ? "The test has not begun; its numbers will be here."
+      : "Waiting for the first numbers of Locust.";
+    const never = hasBegun(run) ? "Locust gave no numbers of this run."
+      : "This run never began, so there are no measurements.";
     parts.charts.hidden = isEmpty;
     parts.tiles.hidden = isEmpty && !run.lastMetrics;
     parts.empty.hidden = !isEmpty;
@@ -29747,7 +30481,8 @@ class RunView {
   setEnd() {
     const last = this.group.points.at(-1),
       ended = endOf(this.run);
-    const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0 : (ended - this.start) / 1000;
+    const until = isActive(this.run) ? (now() - this.start) / 1000 : isNaN(ended) ? 0
+      : (ended - this.start) / 1000;
     const others = this.group.other.at(-1);
     this.group.end = Math.max(1, until, last ? last.t : 0, others ? others.t : 0);
   }
@@ -29757,7 +30492,8 @@ class RunView {
   async loadSides() {
     if (this.closed || !this.run) return;
     const quiet = (path) => get(path).catch(() => null);
-    const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")), isActive(this.run) ? quiet("/v1/clusters") : null]);
+    const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")),
+      isActive(this.run) ? quiet("/v1/clusters") : null]);
     if (this.closed) return;
     this.failures = (failures && failures.failures) || null;
     this.exceptions = (failures && failures.exceptions) || null;
@@ -29772,7 +30508,8 @@ class RunView {
     this.start = startOf(run);
     const parts = (this.parts = {});
     const make = (name, tag, attributes, ...children) => (parts[name] = h(tag, attributes, ...children));
-    const act = (name, label, work, kind) => make(name, "button", {class: kind || "", onclick: () => work(this.run)}, label);
+    const act = (name, label, work, kind) => make(name, "button",
+      {class: kind || "", onclick: () => work(this.run)}, label);
     this.group = new ChartGroup((zoom) => {
       this.detail = null;
       this.plot();
@@ -29837,16 +30574,20 @@ class RunView {
             "div",
             {class: "badges"},
             labelled("Status", make("status", "span", {class: "badge"})),
-            make("verdictBox", "span", {hidden: true}, labelled("Verdict", make("verdict", "span", {class: "badge"}))),
-            make("trustBox", "span", {hidden: true}, labelled("Data", make("trust", "span", {class: "badge"}))),
+            make("verdictBox", "span", {hidden: true}, labelled("Verdict",
+              make("verdict", "span", {class: "badge"}))),
+            make("trustBox", "span", {hidden: true}, labelled("Data",
+              make("trust", "span", {class: "badge"}))),
           ),
           make("facts", "div", {class: "facts"}),
         ),
         h(
           "div",
           {class: "bar"},
-          mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("users_", "Change users", changeUsers), act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
-          make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"), target: "_blank", rel: "noopener"}, "Report"),
+          mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("users_", "Change users", changeUsers),
+            act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+          make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"),
+            target: "_blank", rel: "noopener"}, "Report"),
           mayAct() ? act("remove", "Delete", deleteRun, "plain") : null,
         ),
       ),
@@ -29876,7 +30617,8 @@ class RunView {
           charts.map((chart) => chart.box),
         ),
       ),
-      (this.tabBar = h("div", {class: "tabs", role: "tablist", "aria-label": "Tables", onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values())),
+      (this.tabBar = h("div", {class: "tabs", role: "tablist", "aria-label": "Tables",
+        onkeydown: (event) => this.onTabKey(event)}, ...this.tabButtons.values())),
       make("panel", "div", {class: "tabpanel", id: "tabpanel", role: "tabpanel", tabindex: -1}),
     );
     this.buildEndpoints();
@@ -29886,12 +30628,14 @@ class RunView {
   buildEndpoints() {
     const body = h("tbody"),
       heads = ENDPOINT_COLUMNS.map(([label], index) =>
-        h("th", {scope: "col", class: index > 1 ? "num" : ""}, h("button", {onclick: () => this.sortBy(index)}, label)),
+        h("th", {scope: "col", class: index > 1 ? "num" : ""},
+          h("button", {onclick: () => this.sortBy(index)}, label)),
       );
     this.total = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : ""}));
     this.heads = heads;
     this.endpointRows = new Rows(body, () => {
-      const cells = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
+      const cells = ENDPOINT_COLUMNS.map((_, index) => h("td",
+        {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
       return {
         element: h("tr", {}, cells),
         update(row) {
@@ -29919,7 +30663,8 @@ class RunView {
       "div",
       {},
       h("div", {class: "bar", hidden: true}, this.wordField),
-      scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))),
+      scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body,
+        h("tfoot", {}, h("tr", {}, this.total)))),
       h("div", {class: "pages"}, this.more),
     );
     this.noEndpoints = h("div", {class: "panel empty"}, "No requests yet.");
@@ -29966,8 +30711,10 @@ class RunView {
     this.showComparison(run);
     const marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
-      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000, text: count(one.targetUsers) + " users, by " + one.by})),
-      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
+      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000,
+        text: count(one.targetUsers) + " users, by " + one.by})),
+      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message,
+        kind: "warn"})),
     ];
     if (JSON.stringify(marks) !== JSON.stringify(this.group.marks)) {
       this.group.marks = marks;
@@ -29999,8 +30746,10 @@ class RunView {
       fact("Tenant", run.tenantId),
       fact("Environment", run.envId),
       run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
-      run.stages ? fact("Stages", run.stages.map((one) => count(one.targetUsers)).join(" \u2192 ") + " users") : null,
-      run.stages ? null : fact("Users", usersText(run) + (run.usersChanges ? "" : " at " + perSecond(run.spawnRate))),
+      run.stages ? fact("Stages", run.stages.map((one) => count(one.targetUsers)).join(" \u2192 ") + " users")
+        : null,
+      run.stages ? null : fact("Users", usersText(run) + (run.usersChanges ? ""
+        : " at " + perSecond(run.spawnRate))),
       fact(run.startedAt ? "Started" : "Created", zonedMoment(run.startedAt || run.createdAt)),
       run.createdBy ? fact("By", run.createdBy) : null,
       run.stopReason ? fact("Ended by", run.stopReason) : null,
@@ -30013,7 +30762,8 @@ class RunView {
     setText(parts.reason, run.failureReason || "");
     const warnings = run.warnings || [];
     parts.warnings.hidden = !warnings.length;
-    if (parts.warnings.childElementCount !== 1 || parts.warnings.firstChild.childElementCount !== warnings.length) {
+    if (parts.warnings.childElementCount !== 1
+      || parts.warnings.firstChild.childElementCount !== warnings.length) {
       parts.warnings.replaceChildren(
         h(
           "ul",
@@ -30023,7 +30773,8 @@ class RunView {
       );
     }
     parts.queued.hidden = !(run.status === "Pending" && run.queuePosition);
-    setText(parts.queued, "Waiting for a free cluster; number " + (run.queuePosition || "") + " in the queue.");
+    setText(parts.queued, "Waiting for a free cluster; number " + (run.queuePosition || "")
+      + " in the queue.");
     if (!parts.stop) return;
     parts.stop.hidden = !isActive(run);
     parts.stop.disabled = run.status === "Stopping";
@@ -30059,11 +30810,13 @@ class RunView {
     const text = JSON.stringify(list);
     if (text === this.thresholdText) return;
     this.thresholdText = text;
-    const word = (one) => String(one.result === undefined || one.result === null ? "not yet known" : one.result);
+    const word = (one) => String(one.result === undefined || one.result === null ? "not yet known"
+      : one.result);
     const kind = (one) => ({passed: "good", failed: "bad"})[word(one)] || "";
     const value = (one) => (isNumber(one.value) ? rate(one.value) : NONE);
     const why = (one) => String(one.message || one.reason || "");
-    const heads = [["Threshold"], ["Value", "num"], ["Result"], ["First failed (" + ZONE + ")"], ...(list.some(why) ? [["Why"]] : [])];
+    const heads = [["Threshold"], ["Value", "num"], ["Result"], ["First failed (" + ZONE + ")"],
+      ...(list.some(why) ? [["Why"]] : [])];
     const rows = list.map((one) => [
       [String(one.expr) + (one.warnOnly ? " (warning only)" : ""), "wide name mono"],
       [value(one), "num"],
@@ -30071,7 +30824,8 @@ class RunView {
       [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
       ...(list.some(why) ? [[why(one), "wide soft"]] : []),
     ]);
-    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")), plainTable("Thresholds", heads, rows));
+    box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")),
+      plainTable("Thresholds", heads, rows));
   }
 
   async showComparison(run) {
@@ -30084,17 +30838,21 @@ class RunView {
     this.fillComparison(compared);
     if (!compared.baseline || (compared.figures && !compared.figuresCut)) return;
     const wanted = new URLSearchParams({baseline: compared.baseline, candidate: run.id});
-    const tolerance = Object.entries(compared.tolerances || {}).map(([name, limit]) => name + ":" + limit).join(",");
+    const tolerance = Object.entries(compared.tolerances || {}).map(([name, limit]) => name + ":"
+      + limit).join(",");
     if (tolerance) wanted.set("tolerance", tolerance);
-    const whole = await get("/v1/tests/compare?" + wanted).catch(() => null); // the baseline may be deleted by now
+    // the baseline may be deleted by now
+    const whole = await get("/v1/tests/compare?" + wanted).catch(() => null);
     if (!whole || this.closed || this.comparisonText !== text) return;
-    // What was judged when the run ended stays; the server's answer of now adds the figures that were not kept.
+    // What was judged when the run ended stays; the server's answer of now adds the figures that were not
+    // kept.
     const {figures, judgement, message} = compared;
     this.fillComparison({...whole, ...compared, figures, judgement, message}, whole);
   }
 
   fillComparison(compared, whole) {
-    this.parts.comparison.replaceChildren(...comparisonParts(compared, whole || compared, this.allFigures, () => {
+    this.parts.comparison.replaceChildren(...comparisonParts(compared, whole || compared, this.allFigures,
+      () => {
       this.allFigures = true;
       this.fillComparison(compared, whole);
     }));
@@ -30131,7 +30889,8 @@ class RunView {
     const key = ENDPOINT_COLUMNS[column][1],
       word = this.wordField.value.trim().toLowerCase();
     const order = (a, b) =>
-      column < 2 ? String(a[key]).localeCompare(String(b[key])) : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
+      column < 2 ? String(a[key]).localeCompare(String(b[key]))
+        : (isNumber(a[key]) ? a[key] : -1) - (isNumber(b[key]) ? b[key] : -1);
     const wanted = rows.filter((row) => !word || (row.method + " " + row.name).toLowerCase().includes(word));
     wanted.sort((a, b) => (up ? order(a, b) : order(b, a)) || String(a.name).localeCompare(String(b.name)));
     this.heads.forEach((head, index) => {
@@ -30141,7 +30900,8 @@ class RunView {
     this.wordField.parentNode.hidden = rows.length < 8;
     this.more.parentNode.hidden = this.more.hidden = this.all || wanted.length <= FEW_ENDPOINTS;
     setText(this.more, "Show all " + wanted.length);
-    this.endpointRows.show(this.all ? wanted : wanted.slice(0, FEW_ENDPOINTS), (row) => row.method + " " + row.name);
+    this.endpointRows.show(this.all ? wanted : wanted.slice(0, FEW_ENDPOINTS),
+      (row) => row.method + " " + row.name);
     const bound = (choose, name) => {
       const values = rows.map((row) => row[name]).filter(isNumber);
       return values.length ? choose(...values) : null;
@@ -30195,9 +30955,11 @@ class RunView {
         ["Worker", "State", "# users", "CPU usage"],
         (one) => [
           [one.id, "wide name"],
-          [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad", spawning: "good"}[one.state] || "")}, one.state)],
+          [h("span", {class: "badge " + ({running: "good", ready: "good", missing: "bad",
+            spawning: "good"}[one.state] || "")}, one.state)],
           [count(one.userCount), "num"],
-          [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE, one.cpuPercent > 90 ? "num fails" : "num"],
+          [isNumber(one.cpuPercent) ? Math.round(one.cpuPercent) + "%" : NONE,
+            one.cpuPercent > 90 ? "num fails" : "num"],
         ],
         "This Locust runs without workers.",
         isActive(this.run) ? "Waiting for the cluster to answer." : "Workers are shown while a test runs.",
@@ -30222,15 +30984,18 @@ class RunView {
     const trend = (this.trends || {})[metric];
     if (!trend) return {};
     const point = trend.points.find((one) => one.runId === id);
-    return {normal: point && point.normal, change: (trend.changePoints || []).find((one) => one.runId === id)};
+    return {normal: point && point.normal, change: (trend.changePoints
+      || []).find((one) => one.runId === id)};
   }
 
   async loadHistory() {
     this.historyAsked = now();
     const {tenantId, envId, scenarioId} = this.run;
-    const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId, search: scenarioId});
+    const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId,
+      search: scenarioId});
     const runs = await get("/v1/tests?" + wanted).catch(() => null);
-    const one = (metric) => get("/v1/trends?" + new URLSearchParams({tenantId, envId, scenarioId, metric})).catch(() => null);
+    const one = (metric) => get("/v1/trends?" + new URLSearchParams({tenantId, envId, scenarioId,
+      metric})).catch(() => null);
     const trends = await Promise.all(TREND_METRICS.map(one));
     if (this.closed || !runs) return;
     this.trends = Object.fromEntries(TREND_METRICS.map((metric, index) => [metric, trends[index]]));
@@ -30264,7 +31029,8 @@ class RunView {
     this.simpleText = text;
     if (!this.history || !this.history.length) {
       this.parts.panel.replaceChildren(
-        h("div", {class: "panel empty"}, this.history ? "No other run of this scenario has ended yet." : "Loading\u2026"),
+        h("div", {class: "panel empty"}, this.history ? "No other run of this scenario has ended yet."
+          : "Loading\u2026"),
       );
       return;
     }
@@ -30282,12 +31048,14 @@ class RunView {
       num("99%ile (ms)"),
     ];
     const rows = this.history.map((run) => this.historyRow(run, mine));
-    const over = [this.run, ...this.history].filter((run) => run.lastMetrics).sort((a, b) => at(a.createdAt) - at(b.createdAt));
+    const over = [this.run, ...this.history].filter((run) => run.lastMetrics).sort((a,
+      b) => at(a.createdAt) - at(b.createdAt));
     const trend = (title, color, key, format) =>
       trendLine(
         title,
         color,
-        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt), isThis: run === this.run, ...this.trendOf(key, run.id)})),
+        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt),
+          isThis: run === this.run, ...this.trendOf(key, run.id)})),
         format,
       );
     const trends = [
@@ -30298,7 +31066,8 @@ class RunView {
     this.parts.panel.replaceChildren(
       h("div", {class: "trends"}, trends),
       plainTable("Earlier runs", [...heads, num("\u0394 95%ile"), num("\u0394 RPS"), num("Charts")], rows),
-      h("p", {class: "hint"}, "\u0394: this run against that one. Grey: where equal runs lie; dashed: after this run the figure changed."),
+      h("p", {class: "hint"}, "\u0394: this run against that one. Grey: where equal runs lie; "
+        + "dashed: after this run the figure changed."),
     );
   }
 
@@ -30309,7 +31078,8 @@ class RunView {
     showStatus(status, run);
     showVerdict(verdict, run);
     showTrust(trust, run);
-    const change = (key) => (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
+    const change = (key) => (numbers[key] > 0 && isNumber(mine[key])
+      ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
     return [
       [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
       [status],
@@ -30323,7 +31093,8 @@ class RunView {
       [millis(numbers.p99ResponseMs), "num"],
       [change("p95ResponseMs"), "num"],
       [change("totalRps"), "num"],
-      [h("button", {class: "small", "aria-pressed": shown, onclick: () => this.overlay(shown ? null : run)}, shown ? "Hide" : "Overlay"), "num"],
+      [h("button", {class: "small", "aria-pressed": shown, onclick: () => this.overlay(shown ? null : run)},
+        shown ? "Hide" : "Overlay"), "num"],
     ];
   }
 
@@ -30338,7 +31109,8 @@ class RunView {
         {class: "pairs"},
         list
           .filter(([, value]) => value !== undefined && value !== "")
-          .map(([label, value]) => [h("dt", {class: "name"}, label), h("dd", {class: "name"}, String(value))]),
+          .map(([label, value]) => [h("dt", {class: "name"}, label),
+            h("dd", {class: "name"}, String(value))]),
       );
     const metadata = Object.entries(run.metadata || {});
     const annotations = run.annotations || [];
@@ -30365,7 +31137,8 @@ class RunView {
           "div",
           {class: "panel"},
           h("h2", {}, "Metadata"),
-          metadata.length ? pairs(metadata.map(([key, value]) => [key, plainText(value)])) : h("p", {class: "soft"}, "None."),
+          metadata.length ? pairs(metadata.map(([key, value]) => [key, plainText(value)]))
+            : h("p", {class: "soft"}, "None."),
         ),
         annotations.length
           ? h(
@@ -30503,14 +31276,17 @@ DASHBOARD_PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>Load Manager</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 13h3V8H1zm5.5 0h3V3h-3zM12 13h3V6h-3z' fill='%2300b052'/%3E%3C/svg%3E">
+<link rel="icon"
+ href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
+%3Cpath d='M1 13h3V8H1zm5.5 0h3V3h-3zM12 13h3V6h-3z' fill='%2300b052'/%3E%3C/svg%3E">
 <style>/*css*/</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to content</a>
 <header id="top"></header>
 <div id="lost" role="status" hidden></div>
-<main id="main" tabindex="-1"><noscript><p class="note bad">This page needs JavaScript. The API works without it.</p></noscript></main>
+<main id="main" tabindex="-1">
+<noscript><p class="note bad">This page needs JavaScript. The API works without it.</p></noscript></main>
 <div id="toasts" role="alert"></div>
 <div id="said" class="unseen" role="status" aria-live="polite"></div>
 <script>/*js*/</script>
@@ -30520,21 +31296,47 @@ DASHBOARD_PAGE = r"""<!doctype html>
 
 
 DOCS_CSS = r"""
-:root { color-scheme: light dark; --ink: #17212b; --dim: #5b6875; --line: #d9e0e6; --back: #fff; --soft: #f4f6f8; --accent: #0b62d0; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e5eaef; --dim: #9aa7b3; --line: #33404c; --back: #12181e; --soft: #1b232b; --accent: #6aa9ff; } }
+:root {
+  color-scheme: light dark; --ink: #17212b; --dim: #5b6875; --line: #d9e0e6; --back: #fff; --soft: #f4f6f8;
+  --accent: #0b62d0;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e5eaef; --dim: #9aa7b3; --line: #33404c; --back: #12181e; --soft: #1b232b; --accent: #6aa9ff;
+  }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 64rem; padding: 1.25rem; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body {
+  margin: 0 auto; max-width: 64rem; padding: 1.25rem; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif;
+}
 h1 { font-size: 1.4rem; margin: 0; } a { color: var(--accent); } .dim { color: var(--dim); }
 .token { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: 1rem 0; }
-details { border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0; } summary { cursor: pointer; padding: .6rem .8rem; overflow-wrap: anywhere; }
-summary b { display: inline-block; min-width: 4.5rem; } summary code { font-size: 1em; } .inside { padding: 0 .8rem .8rem; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-input, textarea, button { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line); border-radius: .35rem; padding: .35rem .5rem; max-width: 100%; }
-textarea { width: 100%; min-height: 6rem; font-family: ui-monospace, monospace; } button { cursor: pointer; background: var(--accent); color: #fff; border: 0; }
+details { border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0; }
+summary { cursor: pointer; padding: .6rem .8rem; overflow-wrap: anywhere; }
+summary b { display: inline-block; min-width: 4.5rem; }
+summary code { font-size: 1em; }
+.inside { padding: 0 .8rem .8rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td {
+  text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere;
+}
+input, textarea, button {
+  font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line);
+  border-radius: .35rem; padding: .35rem .5rem; max-width: 100%;
+}
+textarea { width: 100%; min-height: 6rem; font-family: ui-monospace, monospace; }
+button { cursor: pointer; background: var(--accent); color: #fff; border: 0; }
 @media (prefers-color-scheme: dark) { button { color: #06121f; } }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.search { position: sticky; top: 0; background: var(--back); padding: .5rem 0; margin: 0; } h2 { margin: 2rem 0 .5rem; } #reference code { background: var(--soft); padding: 0 .2rem; border-radius: .2rem; }
-pre { background: var(--soft); border-radius: .35rem; padding: .6rem; overflow: auto; max-height: 26rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.search { position: sticky; top: 0; background: var(--back); padding: .5rem 0; margin: 0; }
+h2 { margin: 2rem 0 .5rem; }
+#reference code { background: var(--soft); padding: 0 .2rem; border-radius: .2rem; }
+pre {
+  background: var(--soft); border-radius: .35rem; padding: .6rem; overflow: auto; max-height: 26rem;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
 """
 
 DOCS_JS = r"""
@@ -30599,18 +31401,21 @@ function route(path, method, operation) {
   inside.append(make("p", "Who may: " + operation["x-access"]));
   const inputs = {};
   if (operation.parameters.length) {
-    inside.append(table(["Parameter", "In", "Allowed"], operation.parameters.map((one) => [one.name, one.in, one.description || kind(one.schema)])));
+    inside.append(table(["Parameter", "In", "Allowed"], operation.parameters.map((one) => [one.name, one.in,
+      one.description || kind(one.schema)])));
   }
   const body = operation.requestBody && operation.requestBody.content["application/json"].schema;
   if (body) inside.append(make("h3", "Body"), table(["Key", "Type", "Allowed"], properties(body)));
   inside.append(make("h3", "Answers"), answers(operation));
   inside.append(...tryIt(path, method, operation, body, inputs));
-  return make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), " ", make("span", operation.summary)), inside);
+  return make("details", "", make("summary", "", make("b", method.toUpperCase()), make("code", path), " ",
+    make("span", operation.summary)), inside);
 }
 
 function answers(operation) {
   const rows = Object.entries(operation.responses).map(([status, answer]) => {
-    const content = Object.entries(answer.content || {}).map(([type, one]) => (type === "application/json" ? kind(one.schema) : type));
+    const content = Object.entries(answer.content || {}).map(([type, one]) => (type === "application/json"
+      ? kind(one.schema) : type));
     return [status, answer.description, content.join(", ")];
   });
   return table(["Status", "", "Body"], rows);
@@ -30655,7 +31460,8 @@ async function send(path, method, operation, inputs, text, output) {
   output.hidden = false;
   output.textContent = "…";
   try {
-    const answer = await fetch(url + (query.size ? "?" + query : ""), {method: method.toUpperCase(), headers, body: text ? text.value : undefined});
+    const answer = await fetch(url + (query.size ? "?" + query : ""),
+      {method: method.toUpperCase(), headers, body: text ? text.value : undefined});
     output.textContent = answer.status + " " + answer.statusText + "\n" + pretty(await firstOf(answer));
   } catch (error) {
     output.textContent = "not sent: " + error.message;
@@ -30668,7 +31474,8 @@ async function firstOf(answer) {
   const reader = answer.body.getReader();
   setTimeout(() => reader.cancel(), 3000);
   let text = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) text += new TextDecoder().decode(part.value);
+  for (let part = await reader.read(); !part.done; part = await reader.read())
+    text += new TextDecoder().decode(part.value);
   return text;
 }
 
@@ -30688,7 +31495,8 @@ function search(text) {
   let found = 0;
   for (const section of document.querySelectorAll("section")) {
     const whole = fits(section.querySelector("h2, h3"));
-    const parts = [...section.querySelectorAll("details, tbody tr, p, li, pre")].filter((part) => !part.closest(".inside"));
+    const parts = [...section.querySelectorAll("details, tbody tr, p, li, pre")]
+      .filter((part) => !part.closest(".inside"));
     for (const part of parts) {
       part.hidden = !whole && !fits(part);
       found += !part.hidden;
@@ -30698,7 +31506,8 @@ function search(text) {
     }
     section.hidden = !parts.some((part) => !part.hidden);
   }
-  document.getElementById("found").textContent = words.length ? (found ? found + " found" : "nothing has all these words") : "";
+  document.getElementById("found").textContent = words.length
+    ? (found ? found + " found" : "nothing has all these words") : "";
 }
 
 async function start() {
@@ -30722,7 +31531,8 @@ async function start() {
   const schemas = document.getElementById("schemas");
   for (const [name, schema] of Object.entries(documentOfApi.components.schemas)) {
     const rows = properties(schema);
-    if (rows.length) schemas.append(make("details", "", make("summary", "", make("code", name)), table(["Key", "Type", ""], rows)));
+    if (rows.length) schemas.append(make("details", "", make("summary", "", make("code", name)),
+      table(["Key", "Type", ""], rows)));
   }
 }
 
@@ -30740,9 +31550,13 @@ DOCS_PAGE = r"""<!DOCTYPE html>
 </head>
 <body>
 <h1>Load Manager: reference</h1>
-<p class="dim">Made from the tables that the program itself uses; the API also as <a href="/openapi.json">OpenAPI 3.1</a>, all of it as Markdown by <code>python loadmanager.py reference</code>. Back to the <a href="/">dashboard</a>.</p>
-<p class="search"><input id="search" type="search" size="40" placeholder="Search (press /)" aria-label="Search the reference"> <span id="found" class="dim" role="status"></span></p>
-<label class="token">Token for trying calls <input id="token" type="password" autocomplete="off" size="32"></label>
+<p class="dim">Made from the tables that the program itself uses; the API also as
+<a href="/openapi.json">OpenAPI 3.1</a>, all of it as Markdown by
+<code>python loadmanager.py reference</code>. Back to the <a href="/">dashboard</a>.</p>
+<p class="search"><input id="search" type="search" size="40" placeholder="Search (press /)"
+ aria-label="Search the reference"> <span id="found" class="dim" role="status"></span></p>
+<label class="token">Token for trying calls
+<input id="token" type="password" autocomplete="off" size="32"></label>
 <h2>Routes of the API</h2>
 <main id="routes"></main>
 <section><h2>Schemas</h2>

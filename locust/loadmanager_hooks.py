@@ -47,8 +47,9 @@ RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attemp
 FINAL_RETRY_FOR_S = 60.0
 LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
 GUARD_TICK_S = 0.25
-# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates
-# 2 s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s on all.
+# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates 2
+# s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s on
+# all.
 PUSH_INTERVAL_S = 2.0
 FIRST_PUSH_S = 1.0  # after the start, so that a run of some seconds has points
 SILENT_WORKER_S = 8.0  # without a report for so long it is lost, and nothing waits for its numbers
@@ -163,7 +164,7 @@ def metrics_of(
         "p95ResponseMs": _percentile_ms(total, 0.95),
         "p99ResponseMs": _percentile_ms(total, 0.99),
         "currentUsers": environment.runner.user_count,
-        "responseTimes": _response_times(total, exact and exact.of(None, total)),
+        "responseTimes": _response_times(total, None if exact is None else exact.of(None, total)),
         "requestStats": {
             f"{_text(entry.method)}_{_text(entry.name)}": _endpoint_metrics(entry, final) for entry in entries
         },
@@ -171,7 +172,8 @@ def metrics_of(
     busiest = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:MAX_HISTOGRAMS]
     for entry in busiest:
         row = metrics["requestStats"][f"{_text(entry.method)}_{_text(entry.name)}"]
-        row["responseTimes"] = _response_times(entry, exact and exact.of((entry.method, entry.name), entry))
+        of_entry = None if exact is None else exact.of((entry.method, entry.name), entry)
+        row["responseTimes"] = _response_times(entry, of_entry)
     cut = len(environment.stats.entries) - len(entries)
     if cut > 0:
         metrics["endpointsCut"] = cut
@@ -197,7 +199,8 @@ def _endpoint_metrics(entry, final: bool) -> dict:
 
 
 def _response_times(entry, exact: dict | None) -> dict:
-    """Requests by whole ms, since the start: exact ones, or the counts from which Locust makes its percentiles."""
+    """Requests by whole ms, since the start: exact ones, or the counts from which Locust makes its
+    percentiles."""
     counts: dict[str, int] = {}
     for ms, requests_ in list((entry.response_times if exact is None else exact).items()):
         if _number(ms) is not None and ms >= 0:
@@ -444,7 +447,8 @@ class Scenes:
 
 
 class Options:
-    """The custom arguments and the host, without those that starts of ours brought: values of the /swarm form would stay."""
+    """The custom arguments and the host, without those that starts of ours brought: values of the /swarm
+    form would stay."""
 
     def __init__(self, environment) -> None:
         self._environment = environment
@@ -837,7 +841,8 @@ class Hooks:
     def on_test_start(self) -> None:
         self.scenes.choose()
         self.counts.test_started()
-        # A start while the test before was still stopping: its numbers are gone now, those of test_stopping stay.
+        # A start while the test before was still stopping: its numbers are gone now, those of test_stopping
+        # stay.
         for earlier in self._runs:
             if not earlier.ended.is_set() and not earlier.stopping:
                 earlier.ended.set()
@@ -855,7 +860,8 @@ class Hooks:
         self._flushed_ids = set()
         _end_ramp(self.environment.web_ui)
         if self.distributed:
-            # Spawn messages on their way must not reach a worker behind its stop message: its users would go on (2.47).
+            # Spawn messages on their way must not reach a worker behind its stop message: its users would go
+            # on (2.47).
             gevent.sleep(RAMP_SETTLES_S)
         for run in self._runs:
             if not run.ended.is_set() and not run.stopping:
@@ -964,7 +970,8 @@ class Hooks:
                 self._take_arguments()
                 vars(self.environment.parsed_options).update(dict.fromkeys(TAG_ARGUMENTS, ""))
             elif self._running() is None:
-                self.options.restore()  # what the form does not name is as at Locust's start, not as in the test before
+                # what the form does not name is as at Locust's start, not as in the test before
+                self.options.restore()
 
     def _knows_token(self, given: str) -> bool:
         wanted = self.settings.token
@@ -1023,7 +1030,8 @@ def _locust_version() -> str:
 
 
 def _locustfile_sha256(environment) -> str:
-    """Of one file: its own SHA-256. Of several: that of their sums in the order of loading. "": not readable."""
+    """Of one file: its own SHA-256. Of several: that of their sums in the order of loading. "": not
+    readable."""
     paths = getattr(environment, "parsed_locustfiles", None)
     if not paths:
         paths = str(getattr(environment.parsed_options, "locustfile", "") or "").split(",")
@@ -1051,7 +1059,8 @@ class WorkerHooks:
         """Say at once what Locust says as soon as the first user is made.
 
         A "stop" that comes in between would find a stopped worker and do nothing: its users then start
-        all the same, and the master, which counts them as gone, breaks (2.32) or sends the worker away (2.47)."""
+        all the same, and the master, which counts them as gone, breaks (2.32) or sends the worker away
+        (2.47)."""
         self._scenes.choose()
         if self._runner.state == "stopped" and hasattr(self._runner, "update_state"):
             self._runner.update_state("spawning")
@@ -1111,7 +1120,8 @@ def _on_init(environment, **_kwargs) -> None:
         _hooks = Hooks(environment)
         if not _hooks.distributed:
             environment.events.request.add_listener(_hooks.exact.on_request)
-        # Here, and so after Locust's own listener: a worker has flushed when its numbers are in the statistics.
+        # Here, and so after Locust's own listener: a worker has flushed when its numbers are in the
+        # statistics.
         environment.events.worker_report.add_listener(_on_worker_report)
         if getattr(environment, "web_ui", None) is not None:
             _hooks.add_to_web_ui(environment.web_ui)

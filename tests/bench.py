@@ -274,10 +274,15 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import loadmanager as lm
 store = lm.Store(lm.open_database("sqlite:///" + sys.argv[2], "."))
-rows = tuple(lm.EndpointStats("GET", f"/api/items/{n}", 1000, 3, 12.345, 1.5, 99.5, 11, 33.25, 40, 90) for n in range(12))
+figures = (1000, 3, 12.345, 1.5, 99.5, 11, 33.25, 40, 90)
+rows = tuple(lm.EndpointStats("GET", f"/api/items/{n}", *figures) for n in range(12))
 for number in range(int(sys.argv[3]), int(sys.argv[4])):
-    run = lm.replace(lm._new_run(lm.RunRequest("t", "e", "bench", 5, 5.0, duration_s=60, metadata={"ticket": f"PERF-{number}"}), "bench", "api"), cluster_id="c0", seq=number + 1, status=lm.RunStatus.FINISHED,
-        started_at=time.time(), finished_at=time.time(), stop_reason="duration")
+    ticket = {"ticket": f"PERF-{number}"}
+    request = lm.RunRequest("t", "e", "bench", 5, 5.0, duration_s=60, metadata=ticket)
+    run = lm.replace(
+        lm._new_run(request, "bench", "api"), cluster_id="c0", seq=number + 1,
+        status=lm.RunStatus.FINISHED, started_at=time.time(), finished_at=time.time(), stop_reason="duration",
+    )
     numbers = lm.Numbers(lm.Snapshot(time.time(), 3.5, 12000, 36, 0.3, 12.3, 11, 33, 40, 5, rows), "final")
     store._writer.save(lm.RunState(run, numbers))
 store._writer.wait_durable(60)

@@ -131,7 +131,8 @@ def measured() -> tuple[list[Slice], list[tuple[float, int]]]:
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """The middle and its 95 % interval, by signed ranks (Hodges and Lehmann): not moved by disturbed pairs."""
+    """The middle and its 95 % interval, by signed ranks (Hodges and Lehmann): not moved by disturbed
+    pairs."""
     count = len(ratios)
     means = sorted((one + other) / 2 for at, one in enumerate(ratios) for other in ratios[at:])
     spread = 1.96 * math.sqrt(count * (count + 1) * (2 * count + 1) / 24)

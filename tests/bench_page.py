@@ -22,7 +22,8 @@ WATCH_S = 60.0  # of an hour: what a tab takes is the same each minute
 # Noted by the page itself, at the frame after its charts were drawn first.
 NOTE_JS = """
 window.noted = {};
-new PerformanceObserver((list) => { for (const one of list.getEntries()) window.noted.largest = one.startTime; })
+new PerformanceObserver((list) => { for (const one of list.getEntries()) window.noted.largest = one.startTime;
+  })
   .observe({type: "largest-contentful-paint", buffered: true});
 (function look() {
   const group = typeof view !== "undefined" && view && view.group;
@@ -37,10 +38,12 @@ const filled = document.querySelectorAll("main table tr, main .tile").length > 3
 return paint && filled ? {first: paint.startTime, ...window.noted} : null
 """
 FRAMES_JS = """const took = []; for (let t = 0; t < 28800; t += 300) { view.group.hover = t;
-    const from = performance.now(); view.group.charts.forEach((chart) => chart.draw()); took.push(performance.now() - from); }
+    const from = performance.now(); view.group.charts.forEach((chart) => chart.draw());
+    took.push(performance.now() - from); }
     view.group.hover = null; return took"""
 SEEN_JS = """window.seen = {}; const tile = view.parts.requests; new MutationObserver(() => {
-    window.seen[tile.textContent] = Date.now() / 1000; }).observe(tile, {childList: true, characterData: true, subtree: true});"""
+    window.seen[tile.textContent] = Date.now() / 1000; }).observe(tile,
+      {childList: true, characterData: true, subtree: true});"""
 
 
 def page_figures() -> None:
@@ -148,18 +151,21 @@ def eight_hours(browser: Any, program: Program, long_id: str) -> None:
         ("its three charts drawn", "drawn", 1000),
     ):
         values = [times[name] for times, _ in found]
-        row(f"a run of 8 h, 28,800 samples: {what}", both(values, "ms", 0), f"<= {most:,} ms", max(values) <= most)  # fmt: skip
+        row(f"a run of 8 h, 28,800 samples: {what}", both(values, "ms", 0), f"<= {most:,} ms",
+            max(values) <= most)  # fmt: skip
     size = statistics.median(count for _, count in found) / 1024
     row("  received, the page and its data", f"{size:.0f} KiB", "<= 150 KiB", size <= 150)
     frames = browser.driver.execute_script(FRAMES_JS)
-    row("  its three charts drawn once", both(frames, "ms"), "median <= 16 ms", statistics.median(frames) <= 16)  # fmt: skip
+    row("  its three charts drawn once", both(frames, "ms"), "median <= 16 ms",
+        statistics.median(frames) <= 16)  # fmt: skip
 
 
 def task_s(browser: Any) -> dict[str, float]:
     """Seconds of the tab's main thread so far: all of it, script, layout."""
     metrics = browser.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
     found = {metric["name"]: metric["value"] for metric in metrics}
-    return {name: found[name] for name in ("TaskDuration", "ScriptDuration", "LayoutDuration", "RecalcStyleDuration")}  # fmt: skip
+    return {name: found[name] for name in ("TaskDuration", "ScriptDuration", "LayoutDuration",
+        "RecalcStyleDuration")}  # fmt: skip
 
 
 def browser_cpu_s(browser: Any) -> float:
@@ -177,11 +183,13 @@ def watching(browser: Any, program: Program, run_id: str) -> None:
     tab = browser.driver.current_window_handle
     share, tasks, size = over(browser, seconds)
     ours = 100 * tasks["TaskDuration"] / seconds
-    row(f"a tab that watches a run of 1 h, over {seconds:.0f} s: its thread", f"{ours:.1f} % of a core", "<= 3 %", ours <= 3)  # fmt: skip
+    row(f"a tab that watches a run of 1 h, over {seconds:.0f} s: its thread", f"{ours:.1f} % of a core",
+        "<= 3 %", ours <= 3)  # fmt: skip
     parts = "; ".join(f"{name[:-8].lower()} {100 * tasks[name] / seconds:.1f}" for name in list(tasks)[1:])
     row("  of which", f"{parts} %")
     row("  all of the browser's processes", f"{share:.1f} % of a core", "<= 5 %", share <= 5)
-    row("  received", f"{size / 1024 / seconds * 60:.0f} KiB a minute", "<= 300 KiB", size / 1024 / seconds * 60 <= 300)  # fmt: skip
+    row("  received", f"{size / 1024 / seconds * 60:.0f} KiB a minute", "<= 300 KiB",
+        size / 1024 / seconds * 60 <= 300)  # fmt: skip
     browser.driver.switch_to.new_window("tab")
     other = browser.driver.current_window_handle
     browser.driver.switch_to.window(tab)
@@ -211,9 +219,11 @@ def pushed(browser: Any, program: Program) -> None:
     browser.driver.execute_script(SEEN_JS)
     delays = []
     for number in range(777_001, 777_001 + int(scaled(20, 3))):
-        metrics = {"totalRps": 10.0, "totalRequests": number, "totalFailures": 0, "errorRate": 0.0, "currentUsers": 5}  # fmt: skip
+        metrics = {"totalRps": 10.0, "totalRequests": number, "totalFailures": 0, "errorRate": 0.0,
+            "currentUsers": 5}  # fmt: skip
         began = time.time()
-        program.call("POST", "/v1/internal/locust/metrics", {"runId": run_id, "metrics": metrics}, callback=True)  # fmt: skip
+        program.call("POST", "/v1/internal/locust/metrics", {"runId": run_id, "metrics": metrics},
+            callback=True)  # fmt: skip
         delays.append(until(browser, "return window.seen[arguments[0]]", f"{number:,}") - began)
     row("a pushed number on the screen", both(delays, "s", 2), "<= 1 s", max(delays) <= 1)
 
@@ -223,7 +233,8 @@ def many_tabs(browser: Any, program: Program, run_id: str) -> None:
     tabs = int(scaled(TABS, 8))
     before = program.resident_mib(), program.descriptors(), program.threads()
     for _ in range(tabs - 1):
-        browser.driver.execute_cdp_cmd("Target.createTarget", {"url": f"{program.url}/#/runs/{run_id}", "background": True})  # fmt: skip
+        browser.driver.execute_cdp_cmd("Target.createTarget",
+            {"url": f"{program.url}/#/runs/{run_id}", "background": True})  # fmt: skip
         time.sleep(0.1)
     time.sleep(scaled(25, 3))  # hidden ones give their connection back after 20 s
     cpu_s, seconds = program.cpu_s(), scaled(20, 2)
@@ -233,11 +244,13 @@ def many_tabs(browser: Any, program: Program, run_id: str) -> None:
     browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": NOTE_JS})
     try:
         times, _ = opened(browser, f"{program.url}/#/runs/{run_id}")
-        row(f"{tabs} tabs open: the last one's first paint", f"{times['first']:.0f} ms", "<= 1,000 ms", times["first"] <= 1000)  # fmt: skip
+        row(f"{tabs} tabs open: the last one's first paint", f"{times['first']:.0f} ms", "<= 1,000 ms",
+            times["first"] <= 1000)  # fmt: skip
     except TimeoutError:
         row(f"{tabs} tabs open: the last one's first paint", "NONE within 20 s", "<= 1,000 ms", False)
     after = program.resident_mib(), program.descriptors(), program.threads()
     row("  the server's processor time", f"{share:.1f} % of a core", "<= 5 %", share <= 5)
     words = [f"{one:.0f} \u2192 {two:.0f}" for one, two in zip(before, after)]
     more = after[1] - before[1]
-    row("  its memory (MiB); descriptors; threads", "; ".join(words), "<= 2 descriptors a tab", more <= 2 * tabs)  # fmt: skip
+    row("  its memory (MiB); descriptors; threads", "; ".join(words), "<= 2 descriptors a tab",
+        more <= 2 * tabs)  # fmt: skip

@@ -28,7 +28,8 @@ OTHERS = {
 FRAMEWORKS = ("waitress", "flask", "fastapi")
 NUMBERS = {
     "timestamp": "2026-01-01T00:00:00Z", "totalRps": 5.5, "totalRequests": 100, "totalFailures": 0,
-    "errorRate": 0, "avgResponseMs": 2.5, "p50ResponseMs": 2, "p95ResponseMs": 3, "p99ResponseMs": 4, "currentUsers": 5,
+    "errorRate": 0, "avgResponseMs": 2.5, "p50ResponseMs": 2, "p95ResponseMs": 3, "p99ResponseMs": 4,
+    "currentUsers": 5,
 }  # fmt: skip
 ENDPOINT = {
     "method": "GET", "numRequests": 10, "numFailures": 0, "avgResponseTime": 1.5, "minResponseTime": 1,

@@ -14,7 +14,8 @@ from conftest import API_TOKEN, CALLBACK_TOKEN, LoadManager
 
 
 class ControlPlane(LoadManager):
-    """`with ControlPlane(folder, clusters, server={...})`: a configuration of JSON, sections overridden by keyword."""
+    """`with ControlPlane(folder, clusters, server={...})`: a configuration of JSON, sections overridden by
+    keyword."""
 
     def __init__(
         self, folder: Path, clusters: list[dict] | None = None, port: int = 0, **sections: dict

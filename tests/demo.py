@@ -94,7 +94,8 @@ def write_config(target_url: str, token: str) -> Path:
         "storage": {"url": "sqlite:///demo.db"},
         "locustClusters": [{
             "id": "local-demo", "tenantId": "tenant-1", "envId": "dev",
-            "launcher": {"type": "process", "locustfile": "../locust/locustfile.py", "workers": 2, "host": target_url},
+            "launcher": {"type": "process", "locustfile": "../locust/locustfile.py", "workers": 2,
+                "host": target_url},
         }],
     }  # fmt: skip
     path = FOLDER / "config.json"
@@ -123,8 +124,10 @@ def follow(client: Client, run: dict[str, Any]) -> dict[str, Any]:
 def progress(run: dict[str, Any]) -> str:
     metrics = run.get("lastMetrics") or {}
     return (
-        f"{run['status']:<9} users {shown(metrics.get('currentUsers'))}  requests {shown(metrics.get('totalRequests'))}  "
-        f"failures {shown(metrics.get('totalFailures'))}  {shown(metrics.get('totalRps'), 1)} req/s  p95 {shown(metrics.get('p95ResponseMs'))} ms"
+        f"{run['status']:<9} users {shown(metrics.get('currentUsers'))}  requests "
+        f"{shown(metrics.get('totalRequests'))}  "
+        f"failures {shown(metrics.get('totalFailures'))}  {shown(metrics.get('totalRps'), 1)} req/s "
+        f" p95 {shown(metrics.get('p95ResponseMs'))} ms"
     )
 
 
@@ -134,7 +137,8 @@ def shown(value: Any, digits: int = 0) -> str:
 
 def print_table(metrics: dict[str, Any]) -> None:
     print(
-        f"\n  {'endpoint':<28}{'requests':>10}{'failures':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'req/s':>9}"
+        "\n  "
+        f"{'endpoint':<28}{'requests':>10}{'failures':>10}{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'req/s':>9}"
     )
     for row in metrics["requestStats"].values():
         cells = (
@@ -186,10 +190,12 @@ def demo(started: list[Program]) -> None:
     run = follow(client, run)
     if run["status"] != "Finished" or not run.get("lastMetrics", {}).get("totalRequests"):
         raise DemoFailed(
-            f"the run ended {run['status']}: {run.get('failureReason', 'without requests')}\n{manager.log()[-2000:]}"
+            f"the run ended {run['status']}: "
+            f"{run.get('failureReason', 'without requests')}\n{manager.log()[-2000:]}"
         )
     print(
-        f"Run {run['id']} is {run['status']} (stopReason {run['stopReason']}), started {run['startedAt']}, finished {run['finishedAt']}"
+        f"Run {run['id']} is {run['status']} (stopReason {run['stopReason']}), started "
+        f"{run['startedAt']}, finished {run['finishedAt']}"
     )
     print_table(run["lastMetrics"])
     for warning in run.get("warnings", []):
@@ -229,7 +235,8 @@ def how_to_see_it() -> str:
     """The command that serves the demo's database, and where to open it with which token."""
     token = json.loads((FOLDER / "config.json").read_text())["security"]["apiToken"]
     return (
-        f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db. To look at them in a browser,\n"
+        f"\nEverything is stopped. The run and its samples lie in {FOLDER.name}/demo.db. To look at "
+        "them in a browser,\n"
         f"  LOADMANAGER_SERVER_PORT=8080 .venv/bin/python loadmanager.py -config {FOLDER.name}/config.json\n"
         f"and sign in at http://127.0.0.1:8080 with the token {token}"
     )

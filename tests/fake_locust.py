@@ -20,7 +20,8 @@ from urllib.parse import parse_qs
 
 CSV_HEAD = (
     "Type,Name,Request Count,Failure Count,Median Response Time,Average Response Time,Min Response Time,"
-    "Max Response Time,Average Content Size,Requests/s,Failures/s,50%,66%,75%,80%,90%,95%,98%,99%,99.9%,99.99%,100%"
+    "Max Response Time,Average Content "
+    "Size,Requests/s,Failures/s,50%,66%,75%,80%,90%,95%,98%,99%,99.9%,99.99%,100%"
 )
 
 
@@ -146,19 +147,24 @@ class FakeLocust:
         rows = [self._row(method, name, each) for method, name in self.endpoints]
         total = {**self._row("", "Aggregated", self.requests), **self.stats_changes}
         document = {
-            "state": self.state, "user_count": self.users, "worker_count": self.worker_count, "workers": self.workers(),
-            "stats": [*rows[:500], total], "errors": [], "total_rps": 9.0, "current_rps": self.rate or 10.0, "fail_ratio": 0.0,
+            "state": self.state, "user_count": self.users, "worker_count": self.worker_count,
+            "workers": self.workers(),
+            "stats": [*rows[:500], total], "errors": [], "total_rps": 9.0, "current_rps": self.rate or 10.0,
+            "fail_ratio": 0.0,
             "total_fail_per_sec": 0.0, "current_fail_per_sec": 0.0,
-            "current_response_time_percentiles": {"response_time_percentile_0.5": 16, "response_time_percentile_0.95": 150},
+            "current_response_time_percentiles": {"response_time_percentile_0.5": 16,
+                "response_time_percentile_0.95": 150},
         }  # fmt: skip
         return {**document, **self.top_changes}
 
     def _row(self, method: str, name: str, requests: int) -> dict[str, Any]:
         return {
-            "method": method, "name": name, "num_requests": requests, "num_failures": 0, "min_response_time": 4.0,
+            "method": method, "name": name, "num_requests": requests, "num_failures": 0,
+            "min_response_time": 4.0,
             "max_response_time": 158.0, "avg_response_time": 60.83, "median_response_time": 33,
             "response_time_percentile_0.95": 150, "response_time_percentile_0.99": 160, "current_rps": 5.5,
-            "current_fail_per_sec": 0.0, "total_rps": 9.28, "total_fail_per_sec": 0.0, "avg_content_length": 2.0,
+            "current_fail_per_sec": 0.0, "total_rps": 9.28, "total_fail_per_sec": 0.0,
+            "avg_content_length": 2.0,
         }  # fmt: skip
 
     def csv(self) -> str:
@@ -173,12 +179,16 @@ class FakeLocust:
 
     def hooks_state(self) -> dict[str, Any]:
         return {
-            "hooks": 1, "locustVersion": "2.47.0", "bootId": f"boot-{self.boot}", "state": self.state, "userCount": self.users,
-            "targetUserCount": self.users, "distributed": True, "runId": self.run_id, "lastRunId": self.last_run_id,
+            "hooks": 1, "locustVersion": "2.47.0", "bootId": f"boot-{self.boot}", "state": self.state,
+            "userCount": self.users,
+            "targetUserCount": self.users, "distributed": True, "runId": self.run_id,
+            "lastRunId": self.last_run_id,
             "workers": [
-                {"id": w["id"], "state": w["state"], "userCount": w["user_count"], "cpuPercent": w["cpu_usage"]} for w in self.workers()
+                {"id": w["id"], "state": w["state"], "userCount": w["user_count"],
+                    "cpuPercent": w["cpu_usage"]} for w in self.workers()
             ],
-            **(self.counted() if self.stamps else {}), "testStartedAt": None, "numRequests": self.requests, "numFailures": 0, "callbacks": True, "flush": True, "host": "http://t",
+            **(self.counted() if self.stamps else {}), "testStartedAt": None, "numRequests": self.requests,
+            "numFailures": 0, "callbacks": True, "flush": True, "host": "http://t",
         }  # fmt: skip
 
 

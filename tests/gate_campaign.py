@@ -1,10 +1,11 @@
-"""`make gate`: the comparison on real Locust. Equal runs, and runs of which one endpoint is slower by 10 % and by
+"""`make gate`: the comparison on real Locust. Equal runs, and runs of which one endpoint is slower by 10 %
+and by
 20 %, each judged against the five equal runs before it; counts of false alarms and of what was found.
 
     python tests/gate_campaign.py [--pairs 40] [--seed 1] [--keep FOLDER]
 
-40 pairs of each kind take about 25 minutes: runs of 10 s with some 2,000 requests, 15 users, endpoints of 30 and
-100 ms. Nothing is asserted: what a machine in use does is the subject."""
+40 pairs of each kind take about 25 minutes: runs of 10 s with some 2,000 requests, 15 users, endpoints of 30
+and 100 ms. Nothing is asserted: what a machine in use does is the subject."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class Campaign:
         cluster = cluster_config(f"http://127.0.0.1:{port}")
         self.lm = LoadManager(self.folder / "lm", base_config(cluster, orchestrator=rules)).start()
         environment = {
-            "CONTROL_PLANE_URL": self.lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme", "ENV_ID": "dev",
+            "CONTROL_PLANE_URL": self.lm.url, "CONTROL_PLANE_TOKEN": CALLBACK_TOKEN, "TENANT_ID": "acme",
+            "ENV_ID": "dev",
             "METRICS_PUSH_INTERVAL": "1",
         }  # fmt: skip
         hosts = ["--host", url]
@@ -99,7 +101,8 @@ class Campaign:
     def run(self, kind: str, number: int) -> None:
         self.target.stdin.write(f"{FACTORS[kind]}\n")
         self.target.stdin.flush()
-        body = {"tenantId": "acme", "envId": "dev", "scenarioId": "shop", "targetUsers": 15, "spawnRate": 15, "durationSeconds": 10}  # fmt: skip
+        body = {"tenantId": "acme", "envId": "dev", "scenarioId": "shop", "targetUsers": 15, "spawnRate": 15,
+            "durationSeconds": 10}  # fmt: skip
         created = eventually(lambda: self._created(body), 60)
         run = eventually(lambda: self._final(created["id"]), 90)
         if self.keep:
@@ -111,7 +114,8 @@ class Campaign:
             self.equal.append(run["id"])
         numbers = run.get("lastMetrics") or {}
         print(
-            f"{number:4} {kind:12} {numbers.get('totalRequests')} requests, average {numbers.get('avgResponseMs') or 0:.1f} ms, "
+            f"{number:4} {kind:12} {numbers.get('totalRequests')} requests, average "
+                f"{numbers.get('avgResponseMs') or 0:.1f} ms, "
             f"load {os.getloadavg()[0]:.1f}: {told}", flush=True,
         )  # fmt: skip
 
@@ -142,7 +146,8 @@ class Campaign:
                 continue
             what = "false alarms" if kind == "equal" else "found"
             print(
-                f"{kind:12} {what}: {counts['regression']} of {pairs}, {interval(counts['regression'], pairs)}; "
+                f"{kind:12} {what}: {counts['regression']} of {pairs}, "
+                    f"{interval(counts['regression'], pairs)}; "
                 f"on the endpoint itself: {counts['on the endpoint']}; cannot tell: {counts['cannot tell']}"
             )  # fmt: skip
 
@@ -162,7 +167,8 @@ def main() -> int:
     for _ in range(options.pairs):
         kinds += draw.sample(list(FACTORS), len(FACTORS))
     print(
-        f"{options.pairs} pairs of each kind, seed {options.seed}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{options.pairs} pairs of each kind, seed {options.seed}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}"
     )
     with (
         tempfile.TemporaryDirectory(prefix="campaign-") as folder,

@@ -1,9 +1,12 @@
-"""Simulated runs for the comparison: how often equal runs are called a regression, how often a slower one is found.
+"""Simulated runs for the comparison: how often equal runs are called a regression, how often a slower one is
+found.
 
     python tests/gate_simulation.py [pairs] [seed]
 
-Each pair is a run and its history of five. A run is made as a machine makes it: its level differs from run to run,
-its seconds are alike, bursts slow all of it. What is counted is what users see: the judgement of a whole comparison."""
+Each pair is a run and its history of five. A run is made as a machine makes it: its level differs from run
+to run,
+its seconds are alike, bursts slow all of it. What is counted is what users see: the judgement of a whole
+comparison."""
 
 from __future__ import annotations
 
@@ -99,7 +102,8 @@ def a_run(world: World, draw: random.Random, level: float, slower: dict[str, flo
 def document_of(blocks: dict, run_id: str) -> dict:
     """The run's JSON, as far as a comparison reads it."""
     wholes = {key: loadmanager.functools.reduce(loadmanager._sum, parts) for key, parts in blocks.items()}
-    rows = {f"GET_{key[1]}": {"method": "GET", "name": key[1], "numRequests": whole.requests, "numFailures": 0}
+    rows = {f"GET_{key[1]}": {"method": "GET", "name": key[1], "numRequests": whole.requests,
+        "numFailures": 0}
             for key, whole in wholes.items() if key}  # fmt: skip
     requests = wholes[None].requests
     rate = requests / (wholes[None].total_ms / 1000 / 15)  # 15 users without a pause
@@ -141,10 +145,13 @@ def interval(found: int, of: int) -> str:
 def figures(pairs: int = 1000, seed: int = 1, names: Iterable[str] = tuple(WORLDS)) -> None:
     stated = 100 * loadmanager.FAMILY_FALSE_ALARMS
     print(
-        f"comparison, simulated: history of {HISTORY}, {pairs} pairs each, seed {seed}, stated rate {stated:g} %"
+        f"comparison, simulated: history of {HISTORY}, {pairs} pairs each, seed {seed}, stated rate "
+        f"{stated:g} %"
     )
     print(
-        f"  {'':24}{'false alarms at any size':>28}{'with tolerances':>24}{'5 %':>8}{'10 %':>8}{'20 %':>8} slower found"
+        "  "
+        f"{'':24}{'false alarms at any size':>28}{'with tolerances':>24}{'5 %':>8}{'10 %':>8}{'20 %':>8} "
+        "slower found"
     )
     for name in names:
         world = WORLDS[name]

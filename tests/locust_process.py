@@ -144,7 +144,8 @@ class LocustCluster:
         self.master.wait(END_WITHIN_S)
 
     def restart_master(self) -> None:
-        """A new master on the same ports; it waits for the web UI, not for workers (Locust's do not come back)."""
+        """A new master on the same ports; it waits for the web UI, not for workers (Locust's do not come
+        back)."""
         if self.master and self.master.poll() is None:
             self.terminate_master()
         self._start_master()

@@ -1,4 +1,5 @@
-"""The page's parts as files, to work on them: `make page` takes them out of loadmanager.py, or puts them back.
+"""The page's parts as files, to work on them: `make page` takes them out of loadmanager.py, or puts them
+back.
 
     python tests/page.py out DIR   writes each part as DIR/<file>
     python tests/page.py in DIR    puts the files back between their markers in loadmanager.py

@@ -281,7 +281,8 @@ def configuration(fakes: Fakes, target_url: str) -> dict[str, Any]:
     return {
         "storage": {"url": "sqlite:///soak.db", "retentionDays": RETENTION_S / 86400},
         "orchestrator": {"metricsPollIntervalSeconds": 1, "lostAfterSeconds": 60},
-        "locustClusters": [*clusters_of(fakes.ports), real], "schedules": schedules, "notifications": [receiver],
+        "locustClusters": [*clusters_of(fakes.ports), real], "schedules": schedules,
+        "notifications": [receiver],
     }  # fmt: skip
 
 

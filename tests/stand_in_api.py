@@ -14,9 +14,12 @@ RUN_ID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 
 def run_document(**changes: Any) -> dict[str, Any]:
     run = {
-        "id": RUN_ID, "tenantId": "acme", "envId": "dev", "locustClusterId": "one", "scenarioId": "browse", "targetUsers": 5, "spawnRate": 5.0,
-        "status": "Finished", "createdAt": "2026-11-23T12:00:00.000Z", "createdBy": "api", "source": "api", "durationSeconds": 60,
-        "startedAt": "2026-11-23T12:00:01.000Z", "finishedAt": "2026-11-23T12:01:01.000Z", "stopReason": "duration",
+        "id": RUN_ID, "tenantId": "acme", "envId": "dev", "locustClusterId": "one", "scenarioId": "browse",
+        "targetUsers": 5, "spawnRate": 5.0,
+        "status": "Finished", "createdAt": "2026-11-23T12:00:00.000Z", "createdBy": "api", "source": "api",
+        "durationSeconds": 60,
+        "startedAt": "2026-11-23T12:00:01.000Z", "finishedAt": "2026-11-23T12:01:01.000Z",
+        "stopReason": "duration",
     }  # fmt: skip
     return {**run, **changes}
 

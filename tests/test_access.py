@@ -1,4 +1,5 @@
-"""Who may do what: every route, every role, one's own tenant and another's; tokens, limits of loads, the audit."""
+"""Who may do what: every route, every role, one's own tenant and another's; tokens, limits of loads, the
+audit."""
 
 from __future__ import annotations
 
@@ -171,17 +172,22 @@ RULES = {
     "POST /v1/tests/{id}/rerun": of_run("/rerun", {}, (201,)),
     "POST /v1/tests/{id}/annotations": of_run("/annotations", {"text": "deploy"}, (201,)),
     **{f"GET /v1/tests/{{id}}{rest}": of_run(rest) for rest in (
-        "/metrics", "/failures", "/annotations", "/report.html", "/report.md", "/junit.xml", "/summary.md", "/metrics.csv", "/requests.csv", "/scenario.csv",
+        "/metrics", "/failures", "/annotations", "/report.html", "/report.md", "/junit.xml", "/summary.md",
+        "/metrics.csv", "/requests.csv", "/scenario.csv",
         "/events")},
-    **{f"GET /v1/tests/{{id}}{rest}": of_run(rest, own=(200, 404)) for rest in ("/locust-report.html", "/histograms")},  # not every run has them
+    **{f"GET /v1/tests/{{id}}{rest}": of_run(rest, own=(200, 404))
+        for rest in ("/locust-report.html", "/histograms")},  # not every run has them
     "GET /v1/tests/{id}/export": of_run("/export"),
-    "POST /v1/tests/import": plain("/v1/tests/import", lambda place, whose: exported(place, whose), (201,), (403,)),
+    "POST /v1/tests/import": plain("/v1/tests/import", lambda place, whose: exported(place, whose), (201,),
+        (403,)),
     "POST /v1/tests/{id}/users": of_run("/users", {"targetUsers": 3}, fresh="running"),
     "GET /v1/scenarios": plain("/v1/scenarios"),
-    "POST /v1/clusters/{id}/scale": plain("/v1/clusters/WHOSE-dev/scale", {"workers": 1}, (409,), (404,)),  # it has no launcher
+    "POST /v1/clusters/{id}/scale": plain("/v1/clusters/WHOSE-dev/scale", {"workers": 1}, (409,),
+        (404,)),  # it has no launcher
     "GET /v1/clusters/{id}/logs": plain("/v1/clusters/WHOSE-dev/logs", None, (200,), (404,)),
     "GET /v1/schedules": plain("/v1/schedules"),
-    "POST /v1/schedules": plain("/v1/schedules", lambda place, whose: {"cron": "@yearly", "test": create_body(tenantId=whose)}, (201,), (403,)),
+    "POST /v1/schedules": plain("/v1/schedules", lambda place,
+        whose: {"cron": "@yearly", "test": create_body(tenantId=whose)}, (201,), (403,)),
     "GET /v1/schedules/{id}": of_schedule(),
     "PATCH /v1/schedules/{id}": of_schedule("", {"paused": True}),
     "POST /v1/schedules/{id}/run": of_schedule("/run", None, (201,)),
@@ -191,7 +197,8 @@ RULES = {
     "GET /v1/tests/compare": Rule(compared),
     "GET /v1/trends": plain("/v1/trends?tenantId=WHOSE"),
     "GET /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, None, (200,), (404,)),
-    "PUT /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, lambda place, whose: {"runId": place.finished[whose]}, (200,), (403,)),
+    "PUT /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, lambda place,
+        whose: {"runId": place.finished[whose]}, (200,), (403,)),
     "DELETE /v1/baselines/{tenantId}/{envId}/{scenarioId}": plain(BASELINE, None, (204, 404), (404,)),
     "GET /v1/events": plain("/v1/events"),
     "GET /metrics": plain("/metrics"),
@@ -205,16 +212,20 @@ RULES = {
     "DELETE /session": plain("/session", None, (204,)),
     "POST /session/end": plain("/session/end", None, (204,)),
     # of anyone: they tell nothing of any tenant
-    **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health", "/ready")},
-    **{f"GET {path}": plain(path, own=(404,)) for path in ("/session/oidc", "/session/oidc/callback")},  # not configured here
+    **{f"GET {path}": plain(path) for path in ("/", "/docs", "/openapi.json", "/session", "/health",
+        "/ready")},
+    **{f"GET {path}": plain(path, own=(404,)) for path in ("/session/oidc",
+        "/session/oidc/callback")},  # not configured here
     "POST /session": plain("/session", {"token": "wrong"}, (401, 429)),
     # callbacks: with the token of acme's cluster
     **{f"POST /v1/internal/locust/{name}": plain(
         f"/v1/internal/locust/{name}",
-        lambda place, whose: {"runId": place.others_run if whose == "beta" else place.finished["acme"], "metrics": {}}, (200,), (404,))
+        lambda place, whose: {"runId": place.others_run if whose == "beta" else place.finished["acme"],
+            "metrics": {}}, (200,), (404,))
        for name in ("test-start", "test-stop", "metrics")},
     "POST /v1/internal/locust/register-external": plain(
-        "/v1/internal/locust/register-external", lambda place, whose: {"tenantId": whose, "envId": "dev"}, (200,), (403,)),
+        "/v1/internal/locust/register-external", lambda place, whose: {"tenantId": whose, "envId": "dev"},
+        (200,), (403,)),
 }  # fmt: skip
 
 
@@ -810,7 +821,8 @@ def test_audit_tells_who_did_what_from_where_with_what_result(load_manager, fake
     at = created.pop("at")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*Z", at)
     assert created == {
-        "who": "acme-operator", "role": "operator", "address": "127.0.0.1", "action": "POST /v1/tests", "tenantId": "acme", "envId": "dev",
+        "who": "acme-operator", "role": "operator", "address": "127.0.0.1", "action": "POST /v1/tests",
+        "tenantId": "acme", "envId": "dev",
         "runId": run_id, "status": 201, "outcome": "done",
     }  # fmt: skip
     lm.get("/v1/tests", token="wrong-secret-token")
@@ -865,7 +877,8 @@ def test_refusals_have_a_budget_for_each_address_and_in_all():
 
 
 def test_flood_without_credentials_does_not_fill_the_audit(load_manager, fake, monkeypatch):
-    """Sign-ins with bad bodies and wrong tokens, a provider's callback: some are written, the rest is counted."""
+    """Sign-ins with bad bodies and wrong tokens, a provider's callback: some are written, the rest is
+    counted."""
     lm = load_manager(cluster_config(fake.url))
     for _ in range(40):
         assert lm.post("/session", {"token": 1}, token=None).status == 400

@@ -1,4 +1,5 @@
-"""Limits of one caller that end nobody else's: sessions, wrong tokens; and what clients of the original send."""
+"""Limits of one caller that end nobody else's: sessions, wrong tokens; and what clients of the original
+send."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def test_body_is_json_whatever_its_type_says_when_a_token_comes_with_it(lm):
     answer = lm.post("/v1/tests", json.dumps(create_body()).encode(), headers=FORM)
     assert answer.status == 201, answer.body
     pushed = lm.request(
-        "POST", "/v1/internal/locust/metrics", json.dumps({"runId": answer.json["id"], "metrics": {}}).encode(),
+        "POST", "/v1/internal/locust/metrics", json.dumps({"runId": answer.json["id"],
+            "metrics": {}}).encode(),
         {**FORM, "X-Locust-Token": CALLBACK_TOKEN}, token=None,
     )  # fmt: skip
     assert pushed.status == 200

@@ -39,7 +39,8 @@ def test_created_run_has_the_contract_s_keys_and_types(lm):
     assert answer.status == 201 and answer.headers["location"] == f"/v1/tests/{run['id']}"
     uuid.UUID(run["id"])
     wanted = {
-        "tenantId": "acme", "envId": "dev", "scenarioId": "browse", "targetUsers": 5, "spawnRate": 2.5, "durationSeconds": 60,
+        "tenantId": "acme", "envId": "dev", "scenarioId": "browse", "targetUsers": 5, "spawnRate": 2.5,
+        "durationSeconds": 60,
         "status": "Running", "locustClusterId": "one", "metadata": {"ticket": "PERF-1"}, "source": "api",
     }  # fmt: skip
     assert {name: run.get(name) for name in wanted} == wanted
@@ -247,9 +248,11 @@ def test_same_idempotency_key_answers_the_same_run_also_after_a_restart(lm, fake
 
 def test_same_idempotency_key_at_once_makes_one_run(lm, fake):
     ids = []
-    send = lambda: ids.append(
-        lm.post("/v1/tests", create_body(), headers={"Idempotency-Key": "k"}).json["id"]
-    )  # noqa: E731
+
+    def send():
+        answer = lm.post("/v1/tests", create_body(), headers={"Idempotency-Key": "k"})
+        ids.append(answer.json["id"])
+
     threads = [threading.Thread(target=send) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -505,7 +508,8 @@ def test_continue_is_sent_before_a_body_that_will_be_read(lm_shared):
 
 @pytest.mark.parametrize("method,path,status,allow", [
     ("PUT", "/v1/tests", 405, "GET, HEAD, OPTIONS, POST"), ("GET", "/v1/tests/x/stop", 405, "OPTIONS, POST"),
-    ("TRACE", "/health", 405, "GET, HEAD, OPTIONS"), ("get", "/health", 405, "GET, HEAD, OPTIONS"), ("OPTIONS", "/v1/tests", 204, "GET, HEAD, OPTIONS, POST"),
+    ("TRACE", "/health", 405, "GET, HEAD, OPTIONS"), ("get", "/health", 405, "GET, HEAD, OPTIONS"),
+    ("OPTIONS", "/v1/tests", 204, "GET, HEAD, OPTIONS, POST"),
 ])  # fmt: skip
 def test_other_methods_name_the_allowed_ones(lm_shared, method, path, status, allow):
     received = lm_shared.raw(
@@ -601,10 +605,13 @@ def test_token_in_the_query_is_not_taken(load_manager):
 # ---- callbacks -------------------------------------------------------------
 
 METRICS = {
-    "timestamp": "2026-01-01T00:00:00Z", "totalRps": 12.5, "totalRequests": 100, "totalFailures": 2, "errorRate": 2.0, "avgResponseMs": 20.5,
+    "timestamp": "2026-01-01T00:00:00Z", "totalRps": 12.5, "totalRequests": 100, "totalFailures": 2,
+    "errorRate": 2.0, "avgResponseMs": 20.5,
     "p50ResponseMs": 18, "p95ResponseMs": 60, "p99ResponseMs": 90, "currentUsers": 5,
-    "requestStats": {"GET_/a_b": {"method": "GET", "name": "/a_b", "numRequests": 100, "numFailures": 2, "avgResponseTime": 20.5,
-                                  "minResponseTime": 3, "maxResponseTime": 99, "medianResponseTime": 18, "requestsPerSec": 12.5}},
+    "requestStats": {"GET_/a_b": {"method": "GET", "name": "/a_b", "numRequests": 100, "numFailures": 2,
+        "avgResponseTime": 20.5,
+                                  "minResponseTime": 3, "maxResponseTime": 99, "medianResponseTime": 18,
+                                  "requestsPerSec": 12.5}},
 }  # fmt: skip
 
 
@@ -684,7 +691,8 @@ def test_callback_for_another_tenant_s_run_is_404_and_changes_nothing(lm):
 
 
 @pytest.mark.parametrize("field_,value", [
-    ("totalRequests", "many"), ("totalRequests", -1), ("totalRequests", True), ("totalRequests", 1.5), ("errorRate", 101), ("totalRps", [1]),
+    ("totalRequests", "many"), ("totalRequests", -1), ("totalRequests", True), ("totalRequests", 1.5),
+    ("errorRate", 101), ("totalRps", [1]),
     ("timestamp", "yesterday"), ("timestamp", 5), ("requestStats", []), ("p95ResponseMs", "1"),
 ])  # fmt: skip
 def test_bad_metrics_are_refused_by_field(lm, field_, value):

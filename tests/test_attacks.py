@@ -69,8 +69,10 @@ def test_every_token_is_compared_whichever_is_right(monkeypatch):
 
 def test_wrong_tokens_of_every_shape_are_refused(lm):
     for authorization in (
-        "", "Bearer", "Bearer ", f"Basic {API_TOKEN}", API_TOKEN, f"Bearer {API_TOKEN}x", f"Bearer {API_TOKEN[:-1]}", f"Bearer {API_TOKEN.upper()}",
-        f"Bearer {API_TOKEN} {API_TOKEN}", f"Bearer \u00fc{API_TOKEN}", "Bearer null", f"Bearer {CALLBACK_TOKEN}", "Bearer " + "x" * 20_000, "Bearer ..", "Bearer *",
+        "", "Bearer", "Bearer ", f"Basic {API_TOKEN}", API_TOKEN, f"Bearer {API_TOKEN}x",
+        f"Bearer {API_TOKEN[:-1]}", f"Bearer {API_TOKEN.upper()}",
+        f"Bearer {API_TOKEN} {API_TOKEN}", f"Bearer \u00fc{API_TOKEN}", "Bearer null",
+        f"Bearer {CALLBACK_TOKEN}", "Bearer " + "x" * 20_000, "Bearer ..", "Bearer *",
     ):  # fmt: skip
         answer = lm.get("/v1/tests", headers={"Authorization": authorization.encode("latin-1")}, token=None)
         assert answer.status in (401, 429), (authorization[:40], answer.status)
@@ -78,7 +80,10 @@ def test_wrong_tokens_of_every_shape_are_refused(lm):
         "a token in the query counts"
     )
     twice = lm.raw(
-        f"GET /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nAuthorization: Bearer {API_TOKEN}\r\n\r\n".encode(),
+        (
+            "GET /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nAuthorization: Bearer "
+            f"{API_TOKEN}\r\n\r\n"
+        ).encode(),
         until_closed=True,
     )
     assert twice.startswith(b"HTTP/1.1 400 ")
@@ -112,9 +117,12 @@ def signed_in(lm):
 def test_page_of_another_site_can_do_nothing_with_the_cookie(lm, fake):
     cookie, csrf = signed_in(lm)
     for headers in (
-        {}, {"Origin": lm.url}, {"X-CSRF-Token": csrf}, {"Origin": "https://evil.example", "X-CSRF-Token": csrf}, {"Origin": "null", "X-CSRF-Token": csrf},
-        {"Origin": lm.url, "X-CSRF-Token": csrf[:-1] + "x"}, {"Origin": lm.url, "X-CSRF-Token": ""}, {"Origin": lm.url + ".evil.example", "X-CSRF-Token": csrf},
-        {"Origin": lm.url.replace("http:", "https:x"), "X-CSRF-Token": csrf}, {"Referer": lm.url, "X-CSRF-Token": csrf},
+        {}, {"Origin": lm.url}, {"X-CSRF-Token": csrf}, {"Origin": "https://evil.example",
+            "X-CSRF-Token": csrf}, {"Origin": "null", "X-CSRF-Token": csrf},
+        {"Origin": lm.url, "X-CSRF-Token": csrf[:-1] + "x"}, {"Origin": lm.url, "X-CSRF-Token": ""},
+        {"Origin": lm.url + ".evil.example", "X-CSRF-Token": csrf},
+        {"Origin": lm.url.replace("http:", "https:x"), "X-CSRF-Token": csrf},
+        {"Referer": lm.url, "X-CSRF-Token": csrf},
     ):  # fmt: skip
         for method, path, body in (
             ("POST", "/v1/tests", create_body()),
@@ -163,8 +171,10 @@ def test_host_name_that_is_not_ours_gets_nothing_with_the_cookie(lm):
 # ---- injection -------------------------------------------------------------
 
 HOSTILE = [
-    "a\r\nSet-Cookie: x=1", "a\nlevel=forged", "a\x00b", "a\x1b[31mred", "\u2028", "\u202etxt", "<script>alert(1)</script>", "'; DROP TABLE runs; --",
-    '" OR 1=1', "${jndi:ldap://x}", "{{7*7}}", "../../etc/passwd", "%s%n", "=HYPERLINK()", "a" * 256, "\ud800",
+    "a\r\nSet-Cookie: x=1", "a\nlevel=forged", "a\x00b", "a\x1b[31mred", "\u2028", "\u202etxt",
+    "<script>alert(1)</script>", "'; DROP TABLE runs; --",
+    '" OR 1=1', "${jndi:ldap://x}", "{{7*7}}", "../../etc/passwd", "%s%n", "=HYPERLINK()", "a" * 256,
+    "\ud800",
 ]  # fmt: skip
 
 
@@ -222,11 +232,16 @@ def test_path_tricks_reach_no_other_route_and_no_other_tenant(load_manager, fake
     run_id = lm.create().json["id"]
     bearer = f"Authorization: Bearer {OTHER['token']}\r\n"
     for path in (
-        f"/v1/tests/{run_id}", f"/v1/tests/{run_id}/", f"//v1/tests/{run_id}", f"/v1//tests/{run_id}", f"/v1/./tests/{run_id}", f"/v1/x/../tests/{run_id}",
-        f"/v1/tests/%2e%2e/tests/{run_id}", f"/v1/tests/x%2f..%2f{run_id}", f"/v1/tests/{run_id}%00", f"/v1/tests/{run_id}%0a", f"/v1/tests/{run_id};x", f"/v1/tests/{run_id}%20",
-        f"/V1/TESTS/{run_id}", f"/v1/tests/{run_id.upper()}", f"/v1/tests/{run_id}#x", f"/v1/tests/{run_id}?x", f"/v1/tests%2f{run_id}", f"/v1/tests/%2e/{run_id}",
-        f"/v1/tests/{run_id}/metrics/../events", f"/v1/tests/\xff{run_id}", f"http://127.0.0.1/v1/tests/{run_id}", f"/v1/internal/../tests/{run_id}", "/v1/audit/../audit",
-        "/.git/config", "/config.json", "/../config.json", "/runs.db", "/%2e%2e/config.json", "/v1/tests/..%2f..%2fconfig.json",
+        f"/v1/tests/{run_id}", f"/v1/tests/{run_id}/", f"//v1/tests/{run_id}", f"/v1//tests/{run_id}",
+        f"/v1/./tests/{run_id}", f"/v1/x/../tests/{run_id}",
+        f"/v1/tests/%2e%2e/tests/{run_id}", f"/v1/tests/x%2f..%2f{run_id}", f"/v1/tests/{run_id}%00",
+        f"/v1/tests/{run_id}%0a", f"/v1/tests/{run_id};x", f"/v1/tests/{run_id}%20",
+        f"/V1/TESTS/{run_id}", f"/v1/tests/{run_id.upper()}", f"/v1/tests/{run_id}#x",
+        f"/v1/tests/{run_id}?x", f"/v1/tests%2f{run_id}", f"/v1/tests/%2e/{run_id}",
+        f"/v1/tests/{run_id}/metrics/../events", f"/v1/tests/\xff{run_id}",
+        f"http://127.0.0.1/v1/tests/{run_id}", f"/v1/internal/../tests/{run_id}", "/v1/audit/../audit",
+        "/.git/config", "/config.json", "/../config.json", "/runs.db", "/%2e%2e/config.json",
+        "/v1/tests/..%2f..%2fconfig.json",
     ):  # fmt: skip
         raw = lm.raw(
             f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{bearer}Connection: close\r\n\r\n".encode("latin-1"),
@@ -235,7 +250,11 @@ def test_path_tricks_reach_no_other_route_and_no_other_tenant(load_manager, fake
         status = int(raw.split(b" ")[1])
         assert status in (400, 404), (path, status)
         assert b"acme" not in raw and b"apiToken" not in raw, (path, raw[:300])
-    smuggled = f"POST /v1/stop-all HTTP/1.1\r\nHost: x\r\n{bearer}Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\n\r\n"
+    smuggled = (
+        f"POST /v1/stop-all HTTP/1.1\r\nHost: x\r\n{bearer}Content-Length: 4\r\nTransfer-Encoding: "
+        "chunked\r\n\r\n0\r\n\r\nGET /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+        f"{API_TOKEN}\r\n\r\n"
+    )
     raw = lm.raw(smuggled.encode(), until_closed=True)
     assert raw.count(b"HTTP/1.1 ") == 1 and raw.startswith(b"HTTP/1.1 400 ")
     assert lm.run(run_id)["status"] == "Running"
@@ -276,9 +295,8 @@ def test_requests_of_one_token_are_limited_and_not_those_of_another(load_manager
     lm = load_manager(
         cluster_config(fake.url), security={"apiTokens": [OTHER]}, limits={"requestsPerSecond": 20}
     )
-    request = f"GET /v1/clusters HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {OTHER['token']}\r\n\r\n".encode().replace(
-        b"/v1/clusters", b"/v1/tests/none"
-    )
+    credentials = f"Authorization: Bearer {OTHER['token']}\r\n"
+    request = f"GET /v1/tests/none HTTP/1.1\r\nHost: x\r\n{credentials}\r\n".encode()
     with lm.connect() as sock:
         sock.sendall(request * 100)
         received = read_answers(sock, 100)
@@ -331,7 +349,10 @@ def test_slow_bodies_and_many_connections_keep_nobody_out(lm):
     for _ in range(100):
         sock = lm.connect()
         sock.sendall(
-            f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Length: 1000\r\n\r\n{{".encode()
+            (
+                "POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+                f"{API_TOKEN}\r\nContent-Length: 1000\r\n\r\n{{"
+            ).encode()
         )
         slow.append(sock)
     assert lm.get("/v1/tests", timeout_s=8).status == 200

@@ -116,11 +116,13 @@ def test_backups_during_a_stream_of_writes_hold_all_up_to_a_moment(served, tmp_p
     pusher.start()
     try:
         # what was pushed is answered before it is written
-        eventually(lambda: samples_in(served.folder / "lm.db", run_id), 30, what="samples are in the database")
+        eventually(
+            lambda: samples_in(served.folder / "lm.db", run_id), 30, what="samples are in the database"
+        )
         counts = []
         for number in range(4):
             enough = len(pushed) + 20
-            eventually(lambda: len(pushed) >= enough, 30, what="numbers are pushed")  # noqa: B023 - called at once
+            eventually(lambda enough=enough: len(pushed) >= enough, 30, what="numbers are pushed")
             made = command(served.folder, "backup", str(tmp_path / f"{number}.db"))
             assert made.returncode == 0, made
             counts.append(len(pushed))

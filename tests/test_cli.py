@@ -40,7 +40,8 @@ class Visitor(HttpUser):
 
     @task
     def odd(self):
-        self.client.get("/api/items/1", name="/\\u5546\\u54c1/\\U0001f680\\x1b[31mred\\x1b]0;owned\\x07\\u202egnp")
+        name = "/\\u5546\\u54c1/\\U0001f680\\x1b[31mred\\x1b]0;owned\\x07\\u202egnp"
+        self.client.get("/api/items/1", name=name)
 """
 CREATE = ("--tenant", "acme", "--env", "dev", "--scenario", "browse \U0001f4a5 \u5b57", "-u", "5", "-r", "5")
 
@@ -124,14 +125,16 @@ def cli(
     timeout_s: float = 40,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, PROGRAM, *arguments], env=env or towards(url), cwd=cwd or "/", capture_output=True, text=True, timeout=timeout_s,
+        [sys.executable, PROGRAM, *arguments], env=env or towards(url), cwd=cwd or "/", capture_output=True,
+        text=True, timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 def background(url: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, PROGRAM, *arguments], env=towards(url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/",
+        [sys.executable, PROGRAM, *arguments], env=towards(url), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd="/",
         preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
@@ -146,7 +149,8 @@ class Terminal:
 
     def __init__(self, url: str, *arguments: str, columns: int = 100, rows: int = 30, **variables: str):
         self.child = pexpect.spawn(
-            sys.executable, [PROGRAM, *arguments], dimensions=(rows, columns), env={**towards(url), **variables}, cwd="/", timeout=1,
+            sys.executable, [PROGRAM, *arguments], dimensions=(rows, columns),
+            env={**towards(url), **variables}, cwd="/", timeout=1,
             preexec_fn=heed_ctrl_c,
         )  # fmt: skip
         self._screen = pyte.Screen(columns, rows)
@@ -386,7 +390,8 @@ def test_something_else_at_the_address_is_exit_3(api):
 
 def test_https_server_is_trusted_by_its_certificate(api, tmp_path):
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "2", "-subj", "/CN=localhost",
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+            "-days", "2", "-subj", "/CN=localhost",
          "-addext", "subjectAltName=IP:127.0.0.1"], cwd=tmp_path, check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -533,7 +538,10 @@ def test_server_refuses_values_with_exit_2(server):
 
 
 def test_reader_that_goes_away_does_not_end_the_following(server):
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} run {shlex.join(CREATE)} -d 2s --every 1s | head -1; exit ${{PIPESTATUS[0]}}"
+    command = (
+        f"{shlex.quote(sys.executable)} {shlex.quote(PROGRAM)} run {shlex.join(CREATE)} -d 2s --every "
+        f"1s | head -1; exit ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(
         ["bash", "-c", command], env=towards(server.url), capture_output=True, text=True, timeout=40
     )
@@ -777,12 +785,15 @@ def test_reports_go_to_a_file_or_to_stdout(server, finished_run, api, tmp_path):
 def test_compare_tells_regressions_and_fails_where_asked(api):
     api.has_run()
     figure = {
-        "endpoint": "GET /items", "metric": "p95ResponseMs", "baseline": 100.0, "candidate": 140.0, "change": 40.0, "changePercent": 40.0,
+        "endpoint": "GET /items", "metric": "p95ResponseMs", "baseline": 100.0, "candidate": 140.0,
+        "change": 40.0, "changePercent": 40.0,
         "equalRuns": [95.0, 106.0], "judgement": "regression", "reason": "beyond 95 to 106",
     }  # fmt: skip
     document = {
-        "baseline": RUN_ID, "runs": [RUN_ID], "candidate": RUN_ID, "figures": [figure], "judgement": "regression", "message": "1 of 1 got worse",
-        "differences": ["the candidate had 10 users, the baseline 5"], "regressions": [{"message": "GET /items: p95ResponseMs +40%"}],
+        "baseline": RUN_ID, "runs": [RUN_ID], "candidate": RUN_ID, "figures": [figure],
+        "judgement": "regression", "message": "1 of 1 got worse",
+        "differences": ["the candidate had 10 users, the baseline 5"],
+        "regressions": [{"message": "GET /items: p95ResponseMs +40%"}],
     }  # fmt: skip
     errors = {
         **figure,
@@ -882,7 +893,10 @@ def test_terminal_without_unicode_still_gets_everything(api):
 def bash_offers(tmp_path: Path, *words: str) -> list[str]:
     """What a real bash offers for the last of the words."""
     (tmp_path / "completion").write_text(cli("", "completion", "bash").stdout)
-    script = 'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _loadmanager 2>/dev/null; printf "%s\\n" "${COMPREPLY[@]}"'
+    script = (
+        'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _loadmanager 2>/dev/null; printf '
+        '"%s\\n" "${COMPREPLY[@]}"'
+    )
     done = subprocess.run(
         ["bash", "--norc", "-euc", script, "bash", *words],
         cwd=tmp_path,

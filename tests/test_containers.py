@@ -213,7 +213,9 @@ def merged(whole: object, patch: object) -> object:
         return {name: value for name, value in {**whole, **kept}.items() if value is not None}
     if isinstance(whole, list) and isinstance(patch, list) and all("name" in one for one in [*whole, *patch]):
         names = {one["name"]: one for one in whole}
-        return [*{**names, **{one["name"]: merged(names.get(one["name"], {}), one) for one in patch}}.values()]
+        return [
+            *{**names, **{one["name"]: merged(names.get(one["name"], {}), one) for one in patch}}.values()
+        ]
     return patch
 
 
@@ -239,7 +241,9 @@ def test_patch_for_a_standby_makes_a_valid_deployment_whose_configuration_is_goo
     command = [sys.executable, ROOT / "loadmanager.py", "check", "-config", mounted_config(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
-    del environment["LOADMANAGER_STANDBY_ADVERTISEDURL"]  # the variables are read: one that is missing is missed
+    del environment[
+        "LOADMANAGER_STANDBY_ADVERTISEDURL"
+    ]  # the variables are read: one that is missing is missed
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
     assert done.returncode == 2 and "standby.advertisedUrl" in done.stdout + done.stderr
 

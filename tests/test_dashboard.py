@@ -1,4 +1,5 @@
-"""The dashboard in a real Chromium, against the real program and a real Locust. Screenshots: tests/output/."""
+"""The dashboard in a real Chromium, against the real program and a real Locust. Screenshots:
+tests/output/."""
 
 from __future__ import annotations
 
@@ -76,7 +77,10 @@ class Page:
         eventually(lambda: words in self.text(css), within_s, 0.05, f"{css} shows {words!r}")
 
     def press(self, label: str, within: str = "body") -> None:
-        find = "return [...document.querySelectorAll(arguments[0] + ' button')].find(b => b.innerText.trim() === arguments[1] && b.offsetParent && !b.disabled)"
+        find = (
+            "return [...document.querySelectorAll(arguments[0] + ' button')].find(b => "
+            "b.innerText.trim() === arguments[1] && b.offsetParent && !b.disabled)"
+        )
         eventually(lambda: self.driver.execute_script(find, within, label), what=f"button {label}").click()
 
     def keys(self, *keys: str) -> None:
@@ -268,7 +272,8 @@ def test_wrong_token_is_refused_in_words_and_nothing_is_shown(browser, seeded):
 
 def test_token_is_nowhere_a_script_could_read_it(page):
     kept = page.driver.execute_script(
-        "return document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + document.documentElement.outerHTML"
+        "return document.cookie + JSON.stringify(localStorage) + JSON.stringify(sessionStorage) + "
+        "document.documentElement.outerHTML"
     )
     assert API_TOKEN not in kept and "loadmanager_" not in kept
     assert page.driver.get_cookies()[0]["httpOnly"] is True
@@ -318,8 +323,10 @@ def test_hostile_names_are_text_and_never_markup(page):
 
 
 def test_policy_stops_a_script_that_got_into_the_page_all_the_same(page):
-    injected = """const s = document.createElement('script'); s.textContent = 'window.owned = 1'; document.body.append(s);
-                  const i = document.createElement('div'); document.body.append(i); i.innerHTML = '<img src=x onerror="window.owned = 1">';"""
+    injected = """const s = document.createElement('script');
+                  s.textContent = 'window.owned = 1'; document.body.append(s);
+                  const i = document.createElement('div'); document.body.append(i);
+                  i.innerHTML = '<img src=x onerror="window.owned = 1">';"""
     page.driver.execute_script(injected)
     page.shows("Recent runs")
     time.sleep(0.2)  # the time an onerror would have needed
@@ -344,7 +351,8 @@ def test_thousand_runs_are_filtered_and_paged(page):
     eventually(lambda: len(page.all(rows)) == 1)
     page.press("Clear")
     page.driver.execute_script(
-        "const s = document.querySelector('select[aria-label=Status]'); s.value = 'Failed'; s.dispatchEvent(new Event('change'))"
+        "const s = document.querySelector('select[aria-label=Status]'); s.value = 'Failed'; "
+        "s.dispatchEvent(new Event('change'))"
     )
     eventually(
         lambda: (
@@ -417,7 +425,8 @@ def painted_pixels(page: Page, chart: int, colour: str) -> int:
         const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
         let found = 0;
         for (let i = 0; i < data.length; i += 4)
-            found += data[i + 3] > 200 && Math.abs(data[i] - r) + Math.abs(data[i + 1] - g) + Math.abs(data[i + 2] - b) < 24;
+            found += data[i + 3] > 200 && Math.abs(data[i] - r) + Math.abs(data[i + 1] - g)
+              + Math.abs(data[i + 2] - b) < 24;
         return found;""",
         chart,
         colour,
@@ -511,9 +520,12 @@ def test_verdict_thresholds_marks_failures_and_exceptions_are_shown_as_text(page
         clearInterval(view.timers[1]);
         view.loadSides = () => {};
         view.show({...view.run, verdict: 'failed', trust: 'doubtful', annotations: [{at, text: hostile}],
-            thresholds: [{expr: 'p95ResponseMs < 500', value: 612.4, result: 'failed', firstFailedAt: at}, {expr: hostile, value: null, result: hostile}]});
-        view.failures = [{method: 'GET', name: hostile, error: hostile, occurrences: 1234, firstSeen: at, lastSeen: at}];
-        view.exceptions = [{count: 2, message: hostile, traceback: hostile + '\\n  line 2', nodes: ['w-1', hostile]}];
+            thresholds: [{expr: 'p95ResponseMs < 500', value: 612.4, result: 'failed', firstFailedAt: at},
+              {expr: hostile, value: null, result: hostile}]});
+        view.failures = [{method: 'GET', name: hostile, error: hostile, occurrences: 1234, firstSeen: at,
+          lastSeen: at}];
+        view.exceptions = [{count: 2, message: hostile, traceback: hostile + '\\n  line 2',
+          nodes: ['w-1', hostile]}];
         view.showTabs();""",
         HOSTILE,
     )
@@ -542,7 +554,8 @@ def test_history_shows_earlier_runs_of_the_scenario_and_overlays_one(page):
     assert len(page.all(dots)) == 3 * 26, "they and this one, for each figure"
     assert len(page.all(".trend svg path.normal")) >= 25, "where equal runs lie"
     page.driver.execute_script("""view.trends.totalRps.changePoints = [
-        {runId: view.history[3].id, afterRunId: view.history[4].id, before: 10, after: 12, changePercent: 20}]; view.simpleText = ''; view.showHistory()""")
+        {runId: view.history[3].id, afterRunId: view.history[4].id, before: 10, after: 12,
+          changePercent: 20}]; view.simpleText = ''; view.showHistory()""")
     changes = [title.get_attribute("textContent") for title in page.all(".trend svg path.change title")]
     assert any(
         change.startswith("RPS changed by +20") and "after the run of" in change for change in changes
@@ -559,9 +572,11 @@ def test_history_shows_earlier_runs_of_the_scenario_and_overlays_one(page):
 
 
 def test_hidden_tab_gives_its_connection_back_and_catches_up(page):
-    page.driver.execute_script("""window.hide = (hidden) => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+    page.driver.execute_script("""window.hide = (hidden) => {
+        Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
         document.dispatchEvent(new Event('visibilitychange')); };
-        const real = window.setTimeout; window.setTimeout = (work, ms) => real(work, ms === 20000 ? 50 : ms); hide(true);""")
+        const real = window.setTimeout; window.setTimeout = (work, ms) => real(work, ms === 20000 ? 50 : ms);
+        hide(true);""")
     eventually(lambda: page.driver.execute_script("return live.source === null"))
     run_id = page.plane.external_run(*NOBODY_ELSE)
     assert not page.all(f"tr[data-run='{run_id}']")
@@ -602,8 +617,10 @@ def test_no_page_is_wider_than_its_window(page, width, scheme):
 def test_every_control_is_reached_by_tab_and_has_a_name(page):
     page.open(f"#/runs/{page.plane.ids['failed']}")
     eventually(page.points)
-    nameless = page.driver.execute_script("""return [...document.querySelectorAll('button, a[href], input, select, textarea, canvas')]
-        .filter(e => !(e.innerText || e.getAttribute('aria-label') || (e.labels && e.labels.length))).map(e => e.outerHTML)""")
+    nameless = page.driver.execute_script("""return [...document.querySelectorAll(
+        'button, a[href], input, select, textarea, canvas')]
+        .filter(e => !(e.innerText || e.getAttribute('aria-label')
+          || (e.labels && e.labels.length))).map(e => e.outerHTML)""")
     assert nameless == []
     reached = set()
     for _ in range(40):
@@ -759,12 +776,17 @@ def test_comparison_shows_the_servers_own_judgement_interval_and_message(page):
     page.open(f"#/runs/{page.plane.ids['failed']}")
     eventually(page.points)
     page.driver.execute_script(
-        """const figure = {endpoint: 'GET /x', metric: 'p95ResponseMs', baseline: 100, candidate: 130, change: 30,
-            changePercent: 30, judgement: 'improvement', reason: 'beyond 90 to 110', interval: [20, 40], later: {}};
-        const told = {endpoint: null, metric: 'p99ResponseMs', baseline: 1, candidate: 2, change: 1, changePercent: 100,
+        """const figure = {
+            endpoint: 'GET /x', metric: 'p95ResponseMs', baseline: 100, candidate: 130, change: 30,
+            changePercent: 30, judgement: 'improvement', reason: 'beyond 90 to 110', interval: [20, 40],
+            later: {}};
+        const told = {endpoint: null, metric: 'p99ResponseMs', baseline: 1, candidate: 2, change: 1,
+          changePercent: 100,
             judgement: 'cannot tell', reason: 'not enough runs to tell: 2 of 5'};
-        view.show({...view.run, comparison: {with: 'history', baseline: 'b'.repeat(36), runs: ['a', 'b'], figures: [told, figure],
-            figuresCut: 0, judgement: 'no regression', message: 'none of 9 figures got worse', regressions: [], unknown: 1}});"""
+        view.show({...view.run, comparison: {with: 'history', baseline: 'b'.repeat(36), runs: ['a', 'b'],
+          figures: [told, figure],
+            figuresCut: 0, judgement: 'no regression', message: 'none of 9 figures got worse',
+            regressions: [], unknown: 1}});"""
     )
     page.shows("Compared with 2 runs, the newest run bbbbbbbb", ".comparison")
     page.shows("none of 9 figures got worse", ".comparison")
@@ -883,7 +905,8 @@ def test_changed_users_are_shown_and_a_finished_run_shows_the_users_it_had(page)
     page.shows("Users, at most\n200", ".tiles")
     page.driver.execute_script(
         """const at = new Date(view.start + 8000).toISOString();
-        view.show({...view.run, usersChanges: [{at, targetUsers: 300, spawnRate: 10, by: 'kim'}]}); view.choose('details');"""
+        view.show({...view.run, usersChanges: [{at, targetUsers: 300, spawnRate: 10, by: 'kim'}]});
+        view.choose('details');"""
     )
     page.shows("Users 200 \u2192 300", ".run-head")
     page.shows("300 users at 10/s after 0:08, by kim", ".details")
@@ -892,11 +915,16 @@ def test_changed_users_are_shown_and_a_finished_run_shows_the_users_it_had(page)
 def test_run_of_some_seconds_has_points_in_every_chart(page):
     drawn = page.driver.execute_script(
         """const start = Date.parse('2026-11-25T03:11:34Z');
-        const sample = (seconds, source, users, rps, p50) => ({timestamp: new Date(start + seconds * 1000).toISOString(), source,
-            currentUsers: users, totalRps: rps, p50ResponseMs: p50, failuresPerSec: source === 'poll' ? 0 : null});
-        const points = pointsOf([sample(1, 'poll', 10, 0, null), sample(1.5, 'push', 10, 0, 24), sample(2, 'poll', 10, 0, null),
-            sample(2.5, 'push', 20, 0, 24), sample(3.5, 'push', 0, 28.7, 24), sample(3.5, 'final', 20, 28.7, 24)], start);
-        const of = (key) => points.filter((point) => isNumber(point[key])).map((point) => [point.t, point[key]]);
+        const sample = (seconds, source, users, rps, p50) => ({timestamp: new Date(start
+          + seconds * 1000).toISOString(), source,
+            currentUsers: users, totalRps: rps, p50ResponseMs: p50,
+            failuresPerSec: source === 'poll' ? 0 : null});
+        const points = pointsOf([sample(1, 'poll', 10, 0, null), sample(1.5, 'push', 10, 0, 24),
+          sample(2, 'poll', 10, 0, null),
+            sample(2.5, 'push', 20, 0, 24), sample(3.5, 'push', 0, 28.7, 24),
+            sample(3.5, 'final', 20, 28.7, 24)], start);
+        const of = (key) => points.filter((point) => isNumber(point[key])).map((point) => [point.t,
+          point[key]]);
         return {users: of('users'), rps: of('rps'), p50: of('p50')};"""
     )
     assert drawn["users"] == [[1.5, 10], [2.5, 20]], (
@@ -945,7 +973,8 @@ addEventListener("focus", () => streamNotes.push("focus"));
 
 def test_every_one_of_many_tabs_is_answered_and_those_without_a_stream_ask_instead(page, seeded):
     """A browser has six connections to a server: six streams would leave none for the next tab."""
-    # As windows side by side: none is hidden, so none gives its stream back for that, however long this takes.
+    # As windows side by side: none is hidden, so none gives its stream back for that, however long this
+    # takes.
     in_sight = "Object.defineProperty(document, 'hidden', {get: () => false, configurable: true})"
     first = page.driver.current_window_handle
     page.driver.execute_script(in_sight)
@@ -981,7 +1010,10 @@ def test_charts_of_a_long_run_are_drawn_when_a_pixel_was_added(page, seeded):
     seeded.push(run_id, 10)
     page.open(f"#/runs/{run_id}")
     eventually(lambda: page.points() > 0, what="a point is drawn")
-    count_draws = "window.draws = 0; view.group.end = 1e5; view.group.drawnEnd = arguments[0]; view.group.draw = () => window.draws++; view.group.grow(); return window.draws"
+    count_draws = (
+        "window.draws = 0; view.group.end = 1e5; view.group.drawnEnd = arguments[0]; view.group.draw = "
+        "() => window.draws++; view.group.grow(); return window.draws"
+    )
     assert page.driver.execute_script(count_draws, 1e5 - 1) == 0
     assert page.driver.execute_script(count_draws, 1e5 - 1000) == 1
     end_run(seeded, run_id)

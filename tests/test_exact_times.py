@@ -27,10 +27,12 @@ class Reporter(User):
     def report(self):
         for ms in {TIMES}:
             self.environment.events.request.fire(
-                request_type="GET", name="/timed", response_time=ms, response_length=0, exception=None, context={{}}
+                request_type="GET", name="/timed", response_time=ms, response_length=0, exception=None,
+                context={{}},
             )
         self.environment.events.request.fire(
-            request_type="GET", name="/none", response_time=None, response_length=0, exception=None, context={{}}
+            request_type="GET", name="/none", response_time=None, response_length=0, exception=None,
+            context={{}},
         )
 """
 
@@ -131,7 +133,8 @@ buckets = sum(map(len, exact._times.values()))
 rows = exact.take()
 total = hooks.ExactTimes(environment)
 total.add_report(rows)
-print(json.dumps([len(rows), buckets, sum(sum(times.values()) for _, _, times in rows), sum(total._total.values()), len(exact.take())]))
+requests = sum(sum(times.values()) for _, _, times in rows)
+print(json.dumps([len(rows), buckets, requests, sum(total._total.values()), len(exact.take())]))
 """
 
 

@@ -21,10 +21,14 @@ PLACE = {"tenantId": "acme", "envId": "dev", "scenarioId": "shop"}
 
 
 def metrics(requests, ms):
-    row = {"method": "GET", "name": "/a", "numRequests": requests, "numFailures": 1, "avgResponseTime": ms, "medianResponseTime": ms, "p95ResponseTime": ms,
-           "p99ResponseTime": ms, "requestsPerSec": 10, "minResponseTime": 1, "maxResponseTime": ms, "responseTimes": {str(ms): requests}}  # fmt: skip
-    return {"totalRequests": requests, "totalFailures": 1, "totalRps": 10, "errorRate": 1, "avgResponseMs": ms, "p50ResponseMs": ms, "p95ResponseMs": ms,
-            "p99ResponseMs": ms, "currentUsers": 5, "responseTimes": {str(ms): requests}, "requestStats": {"GET_/a": row}}  # fmt: skip
+    row = {"method": "GET", "name": "/a", "numRequests": requests, "numFailures": 1, "avgResponseTime": ms,
+        "medianResponseTime": ms, "p95ResponseTime": ms,
+           "p99ResponseTime": ms, "requestsPerSec": 10, "minResponseTime": 1, "maxResponseTime": ms,
+           "responseTimes": {str(ms): requests}}  # fmt: skip
+    return {"totalRequests": requests, "totalFailures": 1, "totalRps": 10, "errorRate": 1,
+        "avgResponseMs": ms, "p50ResponseMs": ms, "p95ResponseMs": ms,
+            "p99ResponseMs": ms, "currentUsers": 5, "responseTimes": {str(ms): requests},
+            "requestStats": {"GET_/a": row}}  # fmt: skip
 
 
 @pytest.fixture
@@ -84,9 +88,12 @@ def test_every_key_of_a_run_can_be_imported():
         field.name: 1 for field in dataclasses.fields(loadmanager.Run)
         if field.default != () and field.name not in ("status", "comparison", "metadata", "plan")
     }  # fmt: skip
-    run = loadmanager.Run(**everything, status=loadmanager.RunStatus.FAILED, comparison={}, metadata={}, load_changes=(loadmanager.LoadChange(1.0, 2, 3.0, "me"),),
-                          plan=loadmanager.LoadProfile("http://t", ("A",), ("b",), ("c",), {"d": 1}, (loadmanager.Stage(1, 1.0, 1),)),
-                          warnings=(loadmanager.Warning_("c", 1.0, "m"),), annotations=(loadmanager.Annotation(1.0, "a"),),
+    run = loadmanager.Run(**everything, status=loadmanager.RunStatus.FAILED, comparison={}, metadata={},
+        load_changes=(loadmanager.LoadChange(1.0, 2, 3.0, "me"),),
+                          plan=loadmanager.LoadProfile("http://t", ("A",), ("b",), ("c",), {"d": 1},
+                              (loadmanager.Stage(1, 1.0, 1),)),
+                          warnings=(loadmanager.Warning_("c", 1.0, "m"),),
+                          annotations=(loadmanager.Annotation(1.0, "a"),),
                           thresholds=(loadmanager.parse_threshold("p95 < 5"),))  # fmt: skip
     missing = set(loadmanager.run_to_json(run)) - set(loadmanager.IMPORTED_RUN_KEYS)
     assert not missing, f"a run with {missing} could be exported, and not be imported again"
@@ -147,7 +154,8 @@ def headless(tmp_path_factory):
     folder = tmp_path_factory.mktemp("headless")
     with Target(fail_ratio=0.2) as target:
         done = subprocess.run(
-            [sys.executable, "-m", "locust", "-f", str(ROOT / "locust" / "locustfile.py"), "--headless", "-u", "20", "-r", "20", "-t", "4s", "--stop-timeout", "5",
+            [sys.executable, "-m", "locust", "-f", str(ROOT / "locust" / "locustfile.py"), "--headless", "-u",
+                "20", "-r", "20", "-t", "4s", "--stop-timeout", "5",
              "--host", target.url, "--json-file", "out", "--csv", "out", "--only-summary"],
             cwd=folder, capture_output=True, timeout=60,
         )  # fmt: skip
@@ -226,8 +234,11 @@ def test_a_file_of_locust_with_anything_in_it_is_taken_or_refused(headless, data
     """Any value of the file replaced by any JSON: a run whose numbers fit the database, or InvalidInput."""
     stats = json.loads((headless[0] / "out.json").read_text())
     anything = strategies.recursive(
-        strategies.none() | strategies.booleans() | strategies.floats(allow_nan=False, allow_infinity=False) | strategies.integers(-(10**30), 10**30) | strategies.text(max_size=5),
-        lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text("0123456789.-e", max_size=6), inner, max_size=3), max_leaves=5,
+        strategies.none() | strategies.booleans() | strategies.floats(allow_nan=False,
+            allow_infinity=False) | strategies.integers(-(10**30), 10**30) | strategies.text(max_size=5),
+        lambda inner: strategies.lists(inner,
+            max_size=3) | strategies.dictionaries(strategies.text("0123456789.-e", max_size=6), inner,
+            max_size=3), max_leaves=5,
     )  # fmt: skip
     entry = data.draw(strategies.sampled_from(copy.deepcopy(stats)))
     entry[data.draw(strategies.sampled_from(sorted(entry)))] = data.draw(anything)

@@ -1,4 +1,5 @@
-"""Faults of Locust, of the process and of the machine: nothing hangs, answers 500, loses a run or leaves a load."""
+"""Faults of Locust, of the process and of the machine: nothing hangs, answers 500, loses a run or leaves a
+load."""
 
 from __future__ import annotations
 
@@ -52,8 +53,10 @@ def test_hanging_swarm_is_504_and_its_load_is_stopped_until_confirmed(lm, fake):
 
 
 @pytest.mark.parametrize("fault,words", [
-    (faults.answer_500, "HTTP 500"), (faults.close_silently, "without an answer"), (faults.answer_garbage, "not JSON"),
-    (faults.answer_list, "not an object"), (faults.answer_login_page, "authentication"), (faults.refuse, "must be a number"),
+    (faults.answer_500, "HTTP 500"), (faults.close_silently, "without an answer"),
+    (faults.answer_garbage, "not JSON"),
+    (faults.answer_list, "not an object"), (faults.answer_login_page, "authentication"),
+    (faults.refuse, "must be a number"),
 ])  # fmt: skip
 def test_swarm_that_fails_is_502_with_the_reason(lm, fake, fault, words):
     fake.faults["/swarm"] = fault
@@ -609,8 +612,10 @@ def test_no_mistake_of_the_configuration_hides_another_or_is_told_of_a_second_ke
         "security": {"apiTokens": [{"name": "ci", "role": "boss", "token": "x"}]},
     }
     expected = {
-        "server.port", "locustClusters[0].baseUrl", "locustClusters[1].id", "security.apiTokens[0].role", "notifications[0].url",
-        "schedules[0].cron", "schedules[0].test.spawnRate", "schedules[1].id", "schedules[1].timezone", "schedules[1].cron",
+        "server.port", "locustClusters[0].baseUrl", "locustClusters[1].id", "security.apiTokens[0].role",
+        "notifications[0].url",
+        "schedules[0].cron", "schedules[0].test.spawnRate", "schedules[1].id", "schedules[1].timezone",
+        "schedules[1].cron",
         "schedules[1].test.targetUsers",
     }  # fmt: skip
     done = run_program(tmp_path, merged(changes), "check")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
-import time
 import uuid
 
 import pytest
@@ -14,8 +12,10 @@ from waiting import eventually
 import loadmanager
 
 RUN = {
-    "tenantId": "acme", "envId": "dev", "locustClusterId": "one", "scenarioId": "shop", "targetUsers": 5, "spawnRate": 5, "status": "Finished",
-    "createdAt": "2026-11-23T12:00:00.123Z", "startedAt": "2026-11-23T12:00:01.456Z", "finishedAt": "2026-11-23T13:00:00.789Z",
+    "tenantId": "acme", "envId": "dev", "locustClusterId": "one", "scenarioId": "shop", "targetUsers": 5,
+    "spawnRate": 5, "status": "Finished",
+    "createdAt": "2026-11-23T12:00:00.123Z", "startedAt": "2026-11-23T12:00:01.456Z",
+    "finishedAt": "2026-11-23T13:00:00.789Z",
 }  # fmt: skip
 
 
@@ -23,8 +23,10 @@ def export(count: int, **changes: object) -> bytes:
     """An export of so many samples, with endpoints, histograms and failures."""
     rows = [
         {
-            "timestamp": loadmanager.utc_text(1_764_000_000 + number), "totalRps": 12.25, "failuresPerSec": 0.5, "totalRequests": number,
-            "totalFailures": 12, "errorRate": 0.25, "avgResponseMs": 12.5, "p50ResponseMs": 12, "p95ResponseMs": 34, "p99ResponseMs": None,
+            "timestamp": loadmanager.utc_text(1_764_000_000 + number), "totalRps": 12.25,
+            "failuresPerSec": 0.5, "totalRequests": number,
+            "totalFailures": 12, "errorRate": 0.25, "avgResponseMs": 12.5, "p50ResponseMs": 12,
+            "p95ResponseMs": 34, "p99ResponseMs": None,
             "currentP50Ms": 12, "currentP95Ms": 34, "currentUsers": 10, "source": "poll",
         }
         for number in range(count)
@@ -32,9 +34,12 @@ def export(count: int, **changes: object) -> bytes:
     entry = {"method": "GET", "name": "/a", "numRequests": 5, "numFailures": 1}
     stats = {f"GET_/{number}": {**entry, "name": f"/{number}"} for number in range(1200)}
     document = {
-        "format": "loadmanager-run", "version": 1, "run": {"id": str(uuid.uuid4()), **RUN, "lastMetrics": {"totalRequests": 5, "requestStats": stats}},
-        "samples": rows, "histograms": [{"timestamp": RUN["finishedAt"], "isWhole": True, "rows": [[None, None, 5, 1, 50.0, [10, 5]]]}],
-        "failures": {"failures": [{"method": "GET", "name": "/a", "error": "é" * 100, "occurrences": 3}], "exceptions": []}, **changes,
+        "format": "loadmanager-run", "version": 1, "run": {"id": str(uuid.uuid4()), **RUN,
+            "lastMetrics": {"totalRequests": 5, "requestStats": stats}},
+        "samples": rows, "histograms": [{"timestamp": RUN["finishedAt"], "isWhole": True,
+            "rows": [[None, None, 5, 1, 50.0, [10, 5]]]}],
+        "failures": {"failures": [{"method": "GET", "name": "/a", "error": "é" * 100, "occurrences": 3}],
+            "exceptions": []}, **changes,
     }  # fmt: skip
     return json.dumps(document).encode()
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from chromium import Chromium
-from conftest import ROOT, LoadManager, cluster_config, create_body
+from conftest import ROOT, LoadManager, cluster_config
 from test_cli import cli
 from test_dashboard import Page, fill, leave_the_page_before
 from test_store import postgres_url  # noqa: F401 - a fixture
@@ -126,7 +126,8 @@ def test_a_file_of_locust_is_imported_with_the_labels_it_is_given(lm):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["red", {"red": 1}, [1], [None], [""], ["x" * 61], ["a\nb"], ["a", "a"], [str(n) for n in range(21)], [["a"]], 5, True],
+    ["red", {"red": 1}, [1], [None], [""], ["x" * 61], ["a\nb"], ["a", "a"], [str(n) for n in range(21)],
+        [["a"]], 5, True],
 )  # fmt: skip
 def test_wrong_labels_are_refused_by_name(lm, wrong):
     answer = lm.create(labels=wrong)

@@ -14,7 +14,8 @@ from waiting import eventually, holds_for
 import loadmanager
 
 LOCUSTFILE = ROOT / "locust" / "locustfile.py"
-# Without it Locust cuts requests off in the middle when it stops: the target has seen them, Locust never counts them.
+# Without it Locust cuts requests off in the middle when it stops: the target has seen them, Locust never
+# counts them.
 REQUESTS_ARE_FINISHED = ("--stop-timeout", "5")
 RULES = {"metricsPollIntervalSeconds": 1, "startTimeoutSeconds": 10, "lostAfterSeconds": 8}
 PLAIN = """
@@ -94,8 +95,10 @@ def assert_equals_csv(run, locust):
     shown = {(row["method"], row["name"]): row for row in metrics["requestStats"].values()}
     assert set(shown) == {(row["Type"], row["Name"]) for row in rows}
     columns = {
-        "numRequests": "Request Count", "numFailures": "Failure Count", "medianResponseTime": "Median Response Time", "avgResponseTime": "Average Response Time",
-        "minResponseTime": "Min Response Time", "maxResponseTime": "Max Response Time", "p95ResponseTime": "95%", "p99ResponseTime": "99%", "requestsPerSec": "Requests/s",
+        "numRequests": "Request Count", "numFailures": "Failure Count",
+        "medianResponseTime": "Median Response Time", "avgResponseTime": "Average Response Time",
+        "minResponseTime": "Min Response Time", "maxResponseTime": "Max Response Time",
+        "p95ResponseTime": "95%", "p99ResponseTime": "99%", "requestsPerSec": "Requests/s",
     }  # fmt: skip
     for row in rows:
         for key, column in columns.items():
@@ -103,8 +106,10 @@ def assert_equals_csv(run, locust):
             assert ours == pytest.approx(float(row[column]), rel=1e-6), (
                 f"{row['Name']} {column}: {ours} against Locust's {row[column]}"
             )
-    totals = {"totalRequests": "Request Count", "totalFailures": "Failure Count", "p50ResponseMs": "50%", "p95ResponseMs": "95%",
-              "p99ResponseMs": "99%", "avgResponseMs": "Average Response Time", "totalRps": "Requests/s"}  # fmt: skip
+    totals = {"totalRequests": "Request Count", "totalFailures": "Failure Count", "p50ResponseMs": "50%",
+        "p95ResponseMs": "95%",
+              "p99ResponseMs": "99%", "avgResponseMs": "Average Response Time",
+              "totalRps": "Requests/s"}  # fmt: skip
     for key, column in totals.items():
         assert metrics[key] == pytest.approx(float(total[column]), rel=1e-6), (
             f"Aggregated {column}: {metrics[key]} against {total[column]}"

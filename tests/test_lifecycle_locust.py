@@ -71,7 +71,8 @@ def pair(load_manager, target):
 
 @pytest.fixture(scope="session")
 def old_python(pytestconfig) -> str:
-    """The interpreter of a virtual environment with OLD_LOCUST, kept in pytest's cache folder between runs."""
+    """The interpreter of a virtual environment with OLD_LOCUST, kept in pytest's cache folder between
+    runs."""
     folder = Path(pytestconfig.cache.mkdir(f"locust-{OLD_LOCUST}"))
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():

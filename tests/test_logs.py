@@ -1,4 +1,5 @@
-"""The log: for people and as JSON lines, its levels, request ids and traces; its table is the program's own."""
+"""The log: for people and as JSON lines, its levels, request ids and traces; its table is the program's
+own."""
 
 from __future__ import annotations
 
@@ -278,9 +279,12 @@ def test_a_valid_traceparent_is_gone_on_with(text, flags):
 @pytest.mark.parametrize(
     "text",
     [
-        None, "", "00", TRACEPARENT + "-more", TRACEPARENT + "-", "ff" + TRACEPARENT[2:], TRACEPARENT.upper(), TRACEPARENT[:-1],
-        f"00-{'0' * 32}-b7ad6b7169203331-01", f"00-{TRACE_ID}-{'0' * 16}-01", f"0x-{TRACE_ID}-b7ad6b7169203331-01",
-        f"cc-{TRACE_ID}-b7ad6b7169203331-01x", f"{TRACEPARENT}, {TRACEPARENT}", TRACEPARENT.replace("a", "g"), "\u0661" + TRACEPARENT[1:],
+        None, "", "00", TRACEPARENT + "-more", TRACEPARENT + "-", "ff" + TRACEPARENT[2:], TRACEPARENT.upper(),
+        TRACEPARENT[:-1],
+        f"00-{'0' * 32}-b7ad6b7169203331-01", f"00-{TRACE_ID}-{'0' * 16}-01",
+        f"0x-{TRACE_ID}-b7ad6b7169203331-01",
+        f"cc-{TRACE_ID}-b7ad6b7169203331-01x", f"{TRACEPARENT}, {TRACEPARENT}", TRACEPARENT.replace("a", "g"),
+        "\u0661" + TRACEPARENT[1:],
     ],
 )  # fmt: skip
 def test_a_new_trace_begins_where_there_is_no_valid_one(text):
@@ -310,7 +314,8 @@ def test_trace_of_a_create_goes_to_locust_and_to_receivers_and_survives_a_restar
 
 
 def test_reruns_repeats_and_schedules_have_traces(load_manager, fake):
-    at = {"id": "now", "cron": "@yearly", "test": {"tenantId": "acme", "envId": "dev", "scenarioId": "browse", "targetUsers": 1, "spawnRate": 1}}  # fmt: skip
+    at = {"id": "now", "cron": "@yearly", "test": {"tenantId": "acme", "envId": "dev", "scenarioId": "browse",
+        "targetUsers": 1, "spawnRate": 1}}  # fmt: skip
     lm = load_manager(cluster_config(fake.url), schedules=[at])
     traces = functools.partial(
         lambda: [call.form["lm_traceparent"][3:35] for call in fake.calls if call.path == "/swarm"]

@@ -240,7 +240,8 @@ def test_a_server_that_is_away_is_an_error_and_no_end(lm):
 
 HELLO = {
     "jsonrpc": "2.0", "id": 0, "method": "initialize",
-    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}},
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {},
+        "clientInfo": {"name": "t", "version": "1"}},
 }  # fmt: skip
 
 
@@ -354,8 +355,10 @@ def test_hostile_lines_get_errors_and_the_next_line_is_answered(lm):
                 "id": "p",
                 "result": {},
             }, shown
-        for silent in ({"jsonrpc": "2.0", "method": "notifications/odd", "params": {}}, {"jsonrpc": "2.0", "id": 9, "result": {}},
-                       {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": {"a": []}}}, b"", b"  "):  # fmt: skip
+        for silent in ({"jsonrpc": "2.0", "method": "notifications/odd", "params": {}},
+            {"jsonrpc": "2.0", "id": 9, "result": {}},
+                       {"jsonrpc": "2.0", "method": "notifications/cancelled",
+                           "params": {"requestId": {"a": []}}}, b"", b"  "):  # fmt: skip
             lines.send(silent)
         odd = {"id": "\ud800", "limit": [1, {}], "brief": "maybe"}
         for name in ("show_run", "list_runs", "compare_runs"):

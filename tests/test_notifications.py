@@ -1,4 +1,5 @@
-"""Notifications: a real SMTP server with TLS and login, a real receiver that verifies signatures, and an outbox that loses nothing."""
+"""Notifications: a real SMTP server with TLS and login, a real receiver that verifies signatures, and an
+outbox that loses nothing."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ def certificate(tmp_path_factory):
     """Key and certificate of 127.0.0.1, trusted only where it is named."""
     folder = tmp_path_factory.mktemp("certificate")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
          "-keyout", folder / "key.pem", "-out", folder / "cert.pem"], check=True, capture_output=True,
     )  # fmt: skip
     return folder

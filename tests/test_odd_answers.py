@@ -196,7 +196,8 @@ GARBAGE = {
     "no": "",
     "null": "null",
     "text": '"x"',
-    "odd parts": '{"state": "ready", "stats": [[1]], "workers": {"a": 1}, "errors": 5, "exceptions": {"x": 1},'
+    "odd parts": '{"state": "ready", "stats": [[1]], "workers": {"a": 1}, "errors": 5,'
+    ' "exceptions": {"x": 1},'
     ' "master": 5, "workers": 5, "hooks": 1}',
 }
 

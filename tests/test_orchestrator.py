@@ -1,4 +1,5 @@
-"""Who has a cluster, what becomes of interrupted starts and ends, and the edge around every thread of a run."""
+"""Who has a cluster, what becomes of interrupted starts and ends, and the edge around every thread of a
+run."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def patched_load_manager(tmp_path):
         manager = LoadManager(tmp_path, base_config(*clusters, **sections))
         script = tmp_path / "patched.py"
         script.write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport loadmanager as lm\n{patch}\nsys.exit(lm.main())\n"
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport loadmanager as "
+            f"lm\n{patch}\nsys.exit(lm.main())\n"
         )
         manager._command = [sys.executable, str(script)]
         started.append(manager)
@@ -377,7 +379,10 @@ def test_unforeseen_error_in_a_verdict_does_not_keep_a_run_from_ending(patched_l
 def test_unforeseen_error_in_a_start_fails_the_run_and_frees_the_cluster(patched_load_manager, fake):
     lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm, 'swarm_form')", cluster_config(fake.url))
     body = json.dumps(create_body()).encode()
-    head = f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: application/json"
+    head = (
+        f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: "
+        "application/json"
+    )
     answer = lm.raw(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert b" 500 " in answer and b"its log has the details" in answer  # no answer that the document has
     (run,) = lm.get("/v1/tests").json
@@ -428,7 +433,10 @@ lm.ClusterPool._may_use = may_use
 def test_unforeseen_error_behind_a_handler_is_answered(patched_load_manager, fake):
     lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm.Store, 'audit')", cluster_config(fake.url))
     body = json.dumps(create_body()).encode()
-    head = f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: application/json"
+    head = (
+        f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: "
+        "application/json"
+    )
     answer = lm.raw(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
     assert b" 500 " in answer and b"its log has the details" in answer
     assert "Exception in thread" not in lm.log() and "unforeseen error" in lm.log()

@@ -1,4 +1,5 @@
-"""The page's JavaScript without a browser: it parses, its pure functions do, its parts go out and come back."""
+"""The page's JavaScript without a browser: it parses, its pure functions do, its parts go out and come
+back."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import loadmanager
 ROOT = Path(loadmanager.__file__).parent
 NODE = shutil.which("node") or shutil.which("nodejs")
 # What the tools of the page take from a browser when they are loaded.
-STAND_INS = """const document = {addEventListener() {}}; const location = {}; const addEventListener = () => {};
+STAND_INS = """const document = {addEventListener() {}}; const location = {};
+const addEventListener = () => {};
 class BroadcastChannel {}"""
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
@@ -142,8 +144,11 @@ def test_judgement_is_the_servers_word_or_what_its_lists_say():
         "warnings": ["totals: errorRate not judged: 3 requests"],
     }
     words = evaluate(
-        f"""((compared) => [['GET /a', 'p95ResponseMs'], ['GET /ab', 'p95ResponseMs'], [null, 'errorRate'], [null, 'totalRps']].map(
-        ([endpoint, metric]) => judgementOf(compared, {{endpoint, metric, change: 1, judgement: 'improvement'}}).word))({json.dumps(compared)})"""
+        f"""((compared) => [
+        ['GET /a', 'p95ResponseMs'], ['GET /ab', 'p95ResponseMs'], [null, 'errorRate'],
+        [null, 'totalRps']].map(
+        ([endpoint, metric]) => judgementOf(compared, {{endpoint, metric, change: 1,
+          judgement: 'improvement'}}).word))({json.dumps(compared)})"""
     )
     assert words == ["regression", "within tolerance", "cannot tell", "not judged"]
     own = evaluate("judgementOf({judgement: 'no regression'}, {judgement: 'improvement', reason: 'why'})")

@@ -26,7 +26,8 @@ REFERENCE = loadmanager.reference_markdown()
 
 @pytest.fixture
 def shipped_program(tmp_path):
-    """The program with the shipped config.yaml, on a free port and with a database of its own; yields its URL."""
+    """The program with the shipped config.yaml, on a free port and with a database of its own; yields its
+    URL."""
     with Target() as target:
         environment = {
             **os.environ,
@@ -91,7 +92,8 @@ def test_thresholds_of_the_example_are_accepted():
 
 
 EXAMPLES = [block for section in ("Scenarios", "Who may do what", "Schedules", "Notifications")
-            for block in re.findall(r"```yaml\n(.*?)```", REFERENCE.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)]  # fmt: skip
+            for block in re.findall(r"```yaml\n(.*?)```",
+                REFERENCE.split(f"\n## {section}\n")[1].split("\n## ")[0], re.S)]  # fmt: skip
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split(":")[0])

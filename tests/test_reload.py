@@ -36,7 +36,8 @@ def write(lm, **sections):
 def reload(lm, *options):
     """`python loadmanager.py reload` beside the server; it needs no token."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "loadmanager.py"), "reload", "-config", str(lm.folder / "config.json"), *options],
+        [sys.executable, str(ROOT / "loadmanager.py"), "reload", "-config", str(lm.folder / "config.json"),
+            *options],
         capture_output=True, text=True, timeout=60, cwd=lm.folder,
     )  # fmt: skip
 
@@ -153,8 +154,10 @@ def test_hup_reads_tenants_environments_scenarios_schedules_and_notifications(lm
         lm,
         environments=[{"tenantId": "acme", "id": "dev", "protected": True}],
         scenarios=[{"id": "browse", "targetUsers": 3, "spawnRate": 3}],
-        schedules=[{"id": "nightly", "cron": "@daily", "test": {"tenantId": "acme", "envId": "dev", "scenarioId": "browse", "confirm": "dev"}}],
-        notifications=[{"id": "hook", "type": "webhook", "url": "http://127.0.0.1:1/", "allowPrivateAddresses": True}],
+        schedules=[{"id": "nightly", "cron": "@daily", "test": {"tenantId": "acme", "envId": "dev",
+            "scenarioId": "browse", "confirm": "dev"}}],
+        notifications=[{"id": "hook", "type": "webhook", "url": "http://127.0.0.1:1/",
+            "allowPrivateAddresses": True}],
     )  # fmt: skip
     assert lm.process is not None
     lm.process.send_signal(signal.SIGHUP)
@@ -289,7 +292,8 @@ def test_sign_ins_are_listed_and_ended(lm, tmp_path):
 
     def cli(*words):
         return subprocess.run(
-            [sys.executable, str(ROOT / "loadmanager.py"), "sessions", *words, "--url", lm.url, "--token", API_TOKEN],
+            [sys.executable, str(ROOT / "loadmanager.py"), "sessions", *words, "--url", lm.url, "--token",
+                API_TOKEN],
             capture_output=True, text=True, timeout=60, cwd=tmp_path,
         )  # fmt: skip
 

@@ -65,11 +65,13 @@ def test_a_schedule_may_repeat_its_runs(load_manager, fake):
 
 def ended(run_id, judgement=None, **more):
     """A run as the server tells it at its end."""
-    figure = {"endpoint": "GET /a", "metric": "p50ResponseMs", "baseline": 100.0, "candidate": 120.0, "change": 20.0,
+    figure = {"endpoint": "GET /a", "metric": "p50ResponseMs", "baseline": 100.0, "candidate": 120.0,
+        "change": 20.0,
               "changePercent": 20.0, "judgement": judgement, "reason": "beyond 95 to 105"}  # fmt: skip
     words = "GET /a: p50ResponseMs went from 100 to 120 (+20.0%)"
     message = "not enough runs to tell: 2 of 5" if judgement == "cannot tell" else "1 of 1 figures got worse"
-    comparison = {"with": "history", "baseline": RUN_ID, "runs": [RUN_ID], "figures": [figure], "judgement": judgement, "message": message,
+    comparison = {"with": "history", "baseline": RUN_ID, "runs": [RUN_ID], "figures": [figure],
+        "judgement": judgement, "message": message,
                   "regressions": [words] if judgement == "regression" else []}  # fmt: skip
     verdicts = {"regression": "failed", "no regression": "passed"}
     found = {"verdict": verdicts[judgement]} if judgement in verdicts else {}

@@ -31,7 +31,9 @@ def sleeping(load_manager, target, tmp_path):
     """A launched cluster that runs only while it is needed, one worker for two users."""
     other = tmp_path / "other.py"
     other.write_text(
-        "import loadmanager_hooks\nfrom locust import HttpUser, task, constant\nclass Other(HttpUser):\n    wait_time = constant(0.1)\n    @task\n    def t(self):\n        self.client.get('/other')\n"
+        "import loadmanager_hooks\nfrom locust import HttpUser, task, constant\nclass "
+        "Other(HttpUser):\n    wait_time = constant(0.1)\n    @task\n    def t(self):\n        "
+        "self.client.get('/other')\n"
     )
     (tmp_path / "loadmanager_hooks.py").write_text((ROOT / "locust" / "loadmanager_hooks.py").read_text())
     launcher = {
@@ -149,8 +151,9 @@ with (folder / "calls").open("a") as calls:
 for pid in pids[wanted:]:
     os.kill(pid, signal.SIGTERM)
 for _ in range(wanted - len(pids)):
-    worker = subprocess.Popen([sys.executable, "-m", "locust", "-f", {locustfile!r}, "--worker", "--master-port", "{port}"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, start_new_session=True)
+    command = [sys.executable, "-m", "locust", "-f", {locustfile!r}, "--worker", "--master-port", "{port}"]
+    none = subprocess.DEVNULL
+    worker = subprocess.Popen(command, stdout=none, stderr=none, stdin=none, start_new_session=True)
     (folder / f"{{worker.pid}}.pid").touch()
 '''
 
@@ -257,7 +260,8 @@ def test_the_readme_s_templates_call_exactly_what_they_say(tmp_path, monkeypatch
     for kind in ("scale", "status"):
         stand_in = tmp_path / launcher[kind][0]
         stand_in.write_text(
-            f"#!{sys.executable}\nimport json, sys\nopen({str(tmp_path / 'seen')!r}, 'w').write(json.dumps(sys.argv[1:]))\nprint(3)\n"
+            f"#!{sys.executable}\nimport json, sys\nopen({str(tmp_path / 'seen')!r}, "
+            "'w').write(json.dumps(sys.argv[1:]))\nprint(3)\n"
         )
         stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -1,4 +1,5 @@
-"""What a scenarioId means, stages, and users changed in a running load; on real Locust where Locust decides."""
+"""What a scenarioId means, stages, and users changed in a running load; on real Locust where Locust
+decides."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Buyer(HttpUser):
     @tag("read")
     @task
     def browse(self):
-        self.client.get("/read", params={"size": self.environment.parsed_options.page_size}, name=f"/read {self.environment.parsed_options.page_size}")
+        size = self.environment.parsed_options.page_size
+        self.client.get("/read", params={"size": size}, name=f"/read {size}")
 
     @tag("write")
     @task
@@ -46,9 +48,11 @@ class Seller(HttpUser):
         self.client.get("/sell")
 """
 SCENARIOS = [
-    {"id": "checkout", "description": "buyers only", "userClasses": ["Buyer"], "options": {"page-size": 25}, "targetUsers": 3, "spawnRate": 3, "durationSeconds": 3,
+    {"id": "checkout", "description": "buyers only", "userClasses": ["Buyer"], "options": {"page-size": 25},
+        "targetUsers": 3, "spawnRate": 3, "durationSeconds": 3,
      "thresholds": ["errorRate < 50"], "tenants": ["acme"]},
-    {"id": "waves", "stages": [{"targetUsers": 2, "spawnRate": 10, "durationSeconds": 3}, {"targetUsers": 6, "spawnRate": 10, "durationSeconds": 4}]},
+    {"id": "waves", "stages": [{"targetUsers": 2, "spawnRate": 10, "durationSeconds": 3},
+        {"targetUsers": 6, "spawnRate": 10, "durationSeconds": 4}]},
     {"id": "others", "targetUsers": 1, "spawnRate": 1, "tenants": ["globex"]},
 ]  # fmt: skip
 
@@ -261,7 +265,8 @@ def test_scenarios_are_listed_by_api_and_command_line(configured):
     listed = {one["id"]: one for one in configured.get("/v1/scenarios").json}
     assert set(listed) == {"checkout", "waves"}
     assert listed["checkout"] == {
-        "id": "checkout", "description": "buyers only", "userClasses": ["Buyer"], "options": {"page_size": 25}, "targetUsers": 3, "spawnRate": 3,
+        "id": "checkout", "description": "buyers only", "userClasses": ["Buyer"],
+        "options": {"page_size": 25}, "targetUsers": 3, "spawnRate": 3,
         "durationSeconds": 3, "thresholds": ["errorRate < 50"], "tenants": ["acme"],
     }  # fmt: skip
     shown = subprocess.run(

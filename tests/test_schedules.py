@@ -1,4 +1,5 @@
-"""Runs that start by themselves: what cron means, clocks that are put forward and back, and schedules over restarts."""
+"""Runs that start by themselves: what cron means, clocks that are put forward and back, and schedules over
+restarts."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def random_expression(draw):
 
 
 def test_next_times_are_those_of_a_well_kept_cron_library():
-    """4,000 random expressions at random moments of 30 years; day and weekday together mean either, as in cron."""
+    """4,000 random expressions at random moments of 30 years; day and weekday together mean either, as in
+    cron."""
     draw = random.Random(20261123)
     compared = 0
     while compared < 4000:
@@ -60,7 +62,8 @@ def test_next_times_are_those_of_a_well_kept_cron_library():
             assert "no such day" in str(refused), f"{text}: {refused}"
             continue
         if cron.either_day and (len(cron.weekdays) == 7 or len(cron.days) == 31):
-            continue  # such as 0-7: every day by its name, and cron programs differ in whether that counts as *
+            # such as 0-7: every day by its name, and cron programs differ in whether that counts as *
+            continue
         ours = loadmanager.next_times(cron, UTC, start, 3)
         try:
             oracle = croniter(text, datetime.datetime.fromtimestamp(start, UTC))
@@ -139,8 +142,8 @@ def test_a_time_that_exists_twice_runs_once():
     ],
 )
 def test_moments_of_a_year_ascend_and_each_wall_time_comes_once(zone):
-    zone_, at, seen = ZoneInfo(zone), 1798761600.0, []
-    for at in loadmanager.next_times(loadmanager.parse_cron("*/30 * * * *"), zone_, at, 366 * 48):
+    zone_, began, seen = ZoneInfo(zone), 1798761600.0, []
+    for at in loadmanager.next_times(loadmanager.parse_cron("*/30 * * * *"), zone_, began, 366 * 48):
         seen.append(datetime.datetime.fromtimestamp(at, zone_).replace(tzinfo=None))
     assert len(seen) == len(set(seen)), "a wall time came twice"
     assert seen == sorted(seen)
@@ -149,10 +152,14 @@ def test_moments_of_a_year_ascend_and_each_wall_time_comes_once(zone):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "five fields"), ("* * * *", "five fields"), ("* * * * * *", "five fields"), ("60 * * * *", "minute '60': allowed is 0 to 59"),
-        ("* 24 * * *", "hour"), ("* * 0 * *", "day of month"), ("* * * 13 *", "month"), ("* * * foo *", "jan"), ("* * * * 8", "0 to 7"),
-        ("5-1 * * * *", "upwards"), ("*/0 * * * *", "1 or more"), ("*-5 * * * *", "allowed is *"), ("1,,2 * * * *", "allowed is *"),
-        ("0 0 30 2 *", "no such day"), ("@never", "five fields"), ("0 0 L * *", "allowed is *"), ("0 0 * * 1#2", "allowed is *"), ("\u0661 * * * *", "allowed is *"),
+        ("", "five fields"), ("* * * *", "five fields"), ("* * * * * *", "five fields"),
+        ("60 * * * *", "minute '60': allowed is 0 to 59"),
+        ("* 24 * * *", "hour"), ("* * 0 * *", "day of month"), ("* * * 13 *", "month"),
+        ("* * * foo *", "jan"), ("* * * * 8", "0 to 7"),
+        ("5-1 * * * *", "upwards"), ("*/0 * * * *", "1 or more"), ("*-5 * * * *", "allowed is *"),
+        ("1,,2 * * * *", "allowed is *"),
+        ("0 0 30 2 *", "no such day"), ("@never", "five fields"), ("0 0 L * *", "allowed is *"),
+        ("0 0 * * 1#2", "allowed is *"), ("\u0661 * * * *", "allowed is *"),
     ],
 )  # fmt: skip
 def test_a_wrong_expression_is_refused_with_its_field(text, says):
@@ -232,11 +239,12 @@ def test_kill_9_around_the_moment_neither_loses_nor_doubles_the_run(lm):
         lm.kill9()
         lm.restart()
         eventually(
-            lambda: len(runs_of(lm)) == before + 1,
+            lambda before=before: len(runs_of(lm)) == before + 1,
             20,
             what=f"one run of the schedule that was due {offset} s before the kill",
         )
-        eventually(lambda: lm.get(f"/v1/schedules/{made['id']}").json.get("lastRunId"), 20)
+        path = f"/v1/schedules/{made['id']}"
+        eventually(lambda path=path: lm.get(path).json.get("lastRunId"), 20)
         for run in runs_of(lm):
             lm.post(f"/v1/tests/{run['id']}/stop")
         eventually(lambda: not lm.get("/v1/tests?status=Pending,Running,Stopping").json, 40)
@@ -299,7 +307,9 @@ def test_a_minutely_schedule_replaces_queues_or_skips_its_own_active_run(tmp_pat
         ("Replace", [("stop", "r1"), ("create", False, "schedule", "schedule:s:60")]),
     ):
         engine, missed = Orders(), []
-        scheduler = loadmanager.Scheduler(config, store, engine, lambda schedule, why: missed.append(why))
+        scheduler = loadmanager.Scheduler(
+            config, store, engine, lambda _, why, missed=missed: missed.append(why)
+        )
         made = loadmanager.read_schedule(
             {"cron": "* * * * *", "concurrencyPolicy": policy, "test": create_body()}, ()
         )
@@ -336,9 +346,12 @@ def test_schedules_are_changed_paused_run_and_deleted(lm):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"cron": "* * * *"}, "cron"), ({"cron": None}, "cron"), ({"runAt": "2027-01-01T00:00:00Z"}, "cron"), ({"timezone": "Mars/Olympus"}, "timezone"),
-        ({"timezone": "../../etc/passwd"}, "timezone"), ({"concurrencyPolicy": "Maybe"}, "concurrencyPolicy"), ({"startingDeadlineSeconds": 0}, "startingDeadlineSeconds"),
-        ({"test": {}}, "test.tenantId"), ({"test": create_body(targetUsers=0)}, "test.targetUsers"), ({"test": []}, "test"), ({"colour": 1}, "colour"), ({"paused": "yes"}, "paused"),
+        ({"cron": "* * * *"}, "cron"), ({"cron": None}, "cron"), ({"runAt": "2027-01-01T00:00:00Z"}, "cron"),
+        ({"timezone": "Mars/Olympus"}, "timezone"),
+        ({"timezone": "../../etc/passwd"}, "timezone"), ({"concurrencyPolicy": "Maybe"}, "concurrencyPolicy"),
+        ({"startingDeadlineSeconds": 0}, "startingDeadlineSeconds"),
+        ({"test": {}}, "test.tenantId"), ({"test": create_body(targetUsers=0)}, "test.targetUsers"),
+        ({"test": []}, "test"), ({"colour": 1}, "colour"), ({"paused": "yes"}, "paused"),
         ({"cron": None, "runAt": "1970-01-01T00:00:01Z"}, "runAt"),
     ],
 )  # fmt: skip
@@ -592,7 +605,8 @@ time.time = moved
 
 
 def test_a_clock_set_back_by_an_hour_silences_no_schedule_and_repeats_none(load_manager, fake, tmp_path):
-    """A minutely schedule goes on within its minute; a nightly one whose time comes again does not start twice."""
+    """A minutely schedule goes on within its minute; a nightly one whose time comes again does not start
+    twice."""
     (tmp_path / "sitecustomize.py").write_text(SET_CLOCK)
     clock = tmp_path / "clock"
 
@@ -606,8 +620,10 @@ def test_a_clock_set_back_by_an_hour_silences_no_schedule_and_repeats_none(load_
         cluster_config(fake.url),
         environment={"PYTHONPATH": str(tmp_path), "CLOCK_FILE": str(clock)},
         schedules=[
-            {"id": "minutely", "cron": "* * * * *", "test": create_body(durationSeconds=1), "concurrencyPolicy": "Queue"},
-            {"id": "nightly", "cron": "0 12 * * *", "test": create_body(durationSeconds=1), "concurrencyPolicy": "Queue"},
+            {"id": "minutely", "cron": "* * * * *", "test": create_body(durationSeconds=1),
+                "concurrencyPolicy": "Queue"},
+            {"id": "nightly", "cron": "0 12 * * *", "test": create_body(durationSeconds=1),
+                "concurrencyPolicy": "Queue"},
         ],
     )  # fmt: skip
 

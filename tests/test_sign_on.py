@@ -1,4 +1,5 @@
-"""Single sign-on: signed tokens good and forged, keys that change, and a real OpenID provider for the dashboard."""
+"""Single sign-on: signed tokens good and forged, keys that change, and a real OpenID provider for the
+dashboard."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def part(value: Any) -> str:
 def by_hand(header: Any, body: Any, secret: bytes | None = None) -> str:
     """A token made without any library that would refuse to."""
     text = f"{part(header)}.{part(body)}"
-    return f"{text}.{part(hmac.new(secret, text.encode(), hashlib.sha256).digest()) if secret is not None else ''}"
+    signature = part(hmac.new(secret, text.encode(), hashlib.sha256).digest()) if secret is not None else ""
+    return f"{text}.{signature}"
 
 
 class JwksServer:
@@ -220,11 +222,13 @@ def test_token_without_a_role_or_tenants_may_nothing(file_lm):
 
 
 def test_shared_secret_needs_no_package(load_manager, fake, tmp_path):
-    """HS256 with the standard library alone, the secret from a file, roles and tenants from claims of any name."""
+    """HS256 with the standard library alone, the secret from a file, roles and tenants from claims of any
+    name."""
     (tmp_path / "secret").write_text(SECRET + "\n")
     (tmp_path / "jwt.py").write_text("raise ImportError('PyJWT is not here')")
     options = {
-        "issuer": ISSUER, "audience": AUDIENCE, "secretFile": str(tmp_path / "secret"), "roleClaim": "realm_access.roles",
+        "issuer": ISSUER, "audience": AUDIENCE, "secretFile": str(tmp_path / "secret"),
+        "roleClaim": "realm_access.roles",
         "roleMap": {"load-testers": "operator", "everybody": "viewer"}, "tenantsClaim": "groups",
     }  # fmt: skip
     lm = load_manager(
@@ -245,7 +249,8 @@ def test_shared_secret_needs_no_package(load_manager, fake, tmp_path):
 
 
 def test_token_whose_times_no_calendar_has_is_refused(load_manager, fake, tmp_path):
-    """1e400 reads as infinity, which is a token for ever; an integer of 400 digits once closed the connection."""
+    """1e400 reads as infinity, which is a token for ever; an integer of 400 digits once closed the
+    connection."""
     (tmp_path / "secret").write_text(SECRET)
     options = {"issuer": ISSUER, "audience": AUDIENCE, "secretFile": str(tmp_path / "secret")}
     lm = load_manager(cluster_config(fake.url), security={"jwt": options})
@@ -270,7 +275,8 @@ def test_missing_package_is_named_at_the_start(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = subprocess.run(
         [sys.executable, str(ROOT / "loadmanager.py"), "-config", str(tmp_path / "config.json")],
-        capture_output=True, text=True, timeout=30, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"},
+        capture_output=True, text=True, timeout=30, cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"},
     )  # fmt: skip
     assert (
         done.returncode == 1
@@ -381,12 +387,14 @@ def test_command_gets_its_token_from_a_command_and_again_when_it_is_refused(lm, 
     script = tmp_path / "token.py"
     script.write_text(
         "import pathlib, sys\nassert sys.argv[1] == 'two words; $HOME'\n"
-        f"count = pathlib.Path({str(tmp_path / 'count')!r})\nnumber = int(count.read_text())\ncount.write_text(str(number + 1))\n"
+        f"count = pathlib.Path({str(tmp_path / 'count')!r})\nnumber = "
+        "int(count.read_text())\ncount.write_text(str(number + 1))\n"
         f"print('expired-token' if number == 0 else {API_TOKEN!r})\n"
     )
     command = f"{sys.executable} {script} 'two words; $HOME'"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "loadmanager.py"), "list", "--url", lm.url], capture_output=True, text=True, timeout=30, cwd=tmp_path,
+        [sys.executable, str(ROOT / "loadmanager.py"), "list", "--url", lm.url], capture_output=True,
+        text=True, timeout=30, cwd=tmp_path,
         env={"LOADMANAGER_TOKEN_COMMAND": command, "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -394,11 +402,13 @@ def test_command_gets_its_token_from_a_command_and_again_when_it_is_refused(lm, 
 
 
 @pytest.mark.parametrize("command, status, words", [
-    ("/no/such/program", 2, "cannot be run"), ("false", 3, "no token"), ("echo two words", 3, "something else"), ("'", 2, "split into words"), (" ", 2, "split into words"),
+    ("/no/such/program", 2, "cannot be run"), ("false", 3, "no token"),
+    ("echo two words", 3, "something else"), ("'", 2, "split into words"), (" ", 2, "split into words"),
 ])  # fmt: skip
 def test_token_command_that_gives_none_is_one_line(command, status, words):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "loadmanager.py"), "list", "--url", "http://127.0.0.1:9"], capture_output=True, text=True, timeout=30,
+        [sys.executable, str(ROOT / "loadmanager.py"), "list", "--url", "http://127.0.0.1:9"],
+        capture_output=True, text=True, timeout=30,
         env={"LOADMANAGER_TOKEN_COMMAND": command, "PATH": "/usr/bin:/bin"}, cwd="/",
     )  # fmt: skip
     assert done.returncode == status and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -16,6 +17,7 @@ from conftest import ROOT, base_config, cluster_config
 from locust_process import LocustCluster, find_free_port
 from standby_campaign import CommandProxy
 from target import Target
+from tcp_proxy import TcpProxy
 from test_store import postgres_url  # noqa: F401 - a fixture
 from waiting import eventually, holds_for
 
@@ -30,11 +32,18 @@ def empty_postgres(postgres_url):  # noqa: F811
     return postgres_url
 
 
+def on_port(url, port):
+    """The database's URL by way of a proxy's port."""
+    parts = urlsplit(url)
+    user = f"{parts.username}@" if parts.username else ""
+    return parts._replace(netloc=f"{user}127.0.0.1:{port}").geturl() if port else url
+
+
 @pytest.fixture
 def member(load_manager, empty_postgres, monkeypatch):
     """Starts a Load Manager that may lead or stand by, and returns once it answers."""
 
-    def start(cluster_url, **server):
+    def start(cluster_url, database_port=None, **server):
         import conftest
 
         port = find_free_port()
@@ -49,7 +58,7 @@ def member(load_manager, empty_postgres, monkeypatch):
         return load_manager(
             cluster_config(cluster_url),
             server={"port": port, **server},
-            storage={"url": empty_postgres},
+            storage={"url": on_port(empty_postgres, database_port)},
             standby={"enabled": True, "advertisedUrl": url},
         )
 
@@ -125,7 +134,8 @@ def test_standby_passes_a_large_body_on(member, fake):
 
 
 def test_leader_learns_the_address_of_who_asked_a_standby(member, fake):
-    """The standby is a proxy as any other: it is believed where it is named, and what a client claims is not."""
+    """The standby is a proxy as any other: it is believed where it is named, and what a client claims is
+    not."""
     _, standby = both(member, fake.url, trustedProxies=["127.0.0.1"])
     address = ("127.0.0.1", int(standby.url.rpartition(":")[2]))
     with socket.create_connection(address, source_address=("127.0.0.3", 0)) as peer:
@@ -194,7 +204,12 @@ def test_workers_are_not_scaled_without_proof_of_the_lead(monkeypatch, tmp_path)
 
     monkeypatch.setattr(loadmanager.LocustClient, "before_command", staticmethod(refuse))
     ran = tmp_path / "ran"
-    launcher = {"type": "command", "scale": ["touch", str(ran), "{workers}"], "usersPerWorker": 1, "maxWorkers": 9}
+    launcher = {
+        "type": "command",
+        "scale": ["touch", str(ran), "{workers}"],
+        "usersPerWorker": 1,
+        "maxWorkers": 9,
+    }
     (tmp_path / "config.json").write_text(
         loadmanager.dump_json(base_config(cluster_config("http://127.0.0.1:9", launcher=launcher)))
     )
@@ -216,6 +231,27 @@ def test_short_campaign_of_kills_and_cuts_breaks_nothing():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 broken" in done.stdout and "2 kills, 2 cuts" in done.stdout, done.stdout
+
+
+def test_former_leader_that_was_cut_off_answers_no_reads(member, fake, empty_postgres):
+    """What it knows is old: a run that was made at the one that took over, it would call unknown."""
+    with TcpProxy(urlsplit(empty_postgres).port) as proxy:
+        leader = member(fake.url, database_port=proxy.port)
+        standby = member(fake.url)
+        assert leader.get("/v1/tests").status == 200
+        proxy.drop()
+        proxy.cut()
+        eventually(lambda: status_of(standby) == "leading", 10, what="the standby leads")
+        assert standby.create(durationSeconds=30).status == 201
+        until, answers = time.monotonic() + 3, set()
+        while time.monotonic() < until and leader.process.poll() is None:
+            try:
+                answers.add(leader.get("/v1/tests").status)
+            except OSError:
+                break
+        assert answers <= {503}, "the former leader answered from what it knew"
+        proxy.forward()
+        assert leader.process.wait(20) == loadmanager.EXIT_LEAD_LOST, leader.log()
 
 
 def epoch_in(url):

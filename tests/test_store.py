@@ -1,4 +1,5 @@
-"""The store on SQLite and on a real PostgreSQL: what was kept is there again, and a run moves only along its table."""
+"""The store on SQLite and on a real PostgreSQL: what was kept is there again, and a run moves only along
+its table."""
 
 from __future__ import annotations
 
@@ -140,7 +141,8 @@ def test_only_the_transitions_of_the_table_are_possible(open_store, status):
     paths = {
         lm.RunStatus.PENDING: [], lm.RunStatus.RUNNING: [lm.RunStatus.RUNNING],
         lm.RunStatus.STOPPING: [lm.RunStatus.RUNNING, lm.RunStatus.STOPPING],
-        lm.RunStatus.FINISHED: [lm.RunStatus.RUNNING, lm.RunStatus.STOPPING, lm.RunStatus.FINISHED], lm.RunStatus.FAILED: [lm.RunStatus.FAILED],
+        lm.RunStatus.FINISHED: [lm.RunStatus.RUNNING, lm.RunStatus.STOPPING, lm.RunStatus.FINISHED],
+        lm.RunStatus.FAILED: [lm.RunStatus.FAILED],
     }  # fmt: skip
     for to in lm.RunStatus:
         run = store.add(new_run())

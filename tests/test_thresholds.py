@@ -167,8 +167,10 @@ def test_long_form_takes_over_and_after_as_seconds_or_text():
 
 @pytest.mark.parametrize(
     "entry",
-    [5, None, {}, {"expr": 5}, {"expr": "p95 < 5", "metric": "p95"}, {"expr": "p95 < 5", "abortOnFail": "yes"}, {"expr": "p95 < 5", "colour": 1},
-     {"expr": "p95 < 5", "delaySeconds": -1}, {"expr": "p95 < 5", "delaySeconds": True}, {"expr": "requests > 5", "abortOnFail": True},
+    [5, None, {}, {"expr": 5}, {"expr": "p95 < 5", "metric": "p95"},
+        {"expr": "p95 < 5", "abortOnFail": "yes"}, {"expr": "p95 < 5", "colour": 1},
+     {"expr": "p95 < 5", "delaySeconds": -1}, {"expr": "p95 < 5", "delaySeconds": True},
+     {"expr": "requests > 5", "abortOnFail": True},
      {"metric": "p95", "op": "< 5 over", "value": 1}, {"metric": "p95", "op": "<", "value": math.inf}],
 )  # fmt: skip
 def test_a_wrong_object_is_refused_with_its_place(entry):
@@ -245,8 +247,10 @@ def test_window_percentiles_are_locust_s_own():
 
 
 def point(at, **endpoints):
-    """Histograms of `GET /<name>` at a moment: name=(requests so far, of them failed, {ms: requests so far})."""
-    histograms = {("GET", f"/{name}"): loadmanager.Histogram(requests, failures, float(sum(ms * n for ms, n in times.items())), times)
+    """Histograms of `GET /<name>` at a moment: name=(requests so far, of them failed, {ms: requests so
+    far})."""
+    histograms = {("GET", f"/{name}"): loadmanager.Histogram(requests, failures,
+        float(sum(ms * n for ms, n in times.items())), times)
                   for name, (requests, failures, times) in endpoints.items()}  # fmt: skip
     total = functools.reduce(loadmanager._sum, histograms.values(), loadmanager.Histogram(0, 0, 0.0, {}))
     return loadmanager.HistogramPoint(float(at), {None: total, **histograms})
@@ -321,8 +325,8 @@ def test_a_percentile_is_the_time_that_this_share_of_the_requests_stays_below(ti
 )
 def test_histograms_are_the_same_after_they_were_kept_piece_by_piece(requests):
     kept, before = [], None
-    for at, (name, ms, is_failed) in enumerate(requests):
-        so_far = [one for one in requests[: at + 1]]
+    for at in range(len(requests)):
+        so_far = requests[: at + 1]
         now = {
             key_: histogram_of([one for one in so_far if key_ in (None, ("GET", one[0]))])
             for key_ in {None, *(("GET", one[0]) for one in so_far)}

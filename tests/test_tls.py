@@ -1,4 +1,5 @@
-"""https: of our own with certificates that openssl made, and towards Locust masters with certificates that are not good."""
+"""https: of our own with certificates that openssl made, and towards Locust masters with certificates that
+are not good."""
 
 from __future__ import annotations
 
@@ -64,12 +65,14 @@ class Authority:
             for day in (min(0, days) - 2, days)
         ]
         (self.folder / f"{name}.cnf").write_text(
-            f"[ca]\ndefault_ca=x\n[x]\ndatabase=index-{name}\nserial=serial-{name}\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n"
+            f"[ca]\ndefault_ca=x\n[x]\ndatabase=index-{name}\nserial=serial-{name}\nnew_certs_dir=.\n"
+            "default_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n"
         )
         (self.folder / f"index-{name}").write_text("")
         (self.folder / f"serial-{name}").write_text(f"{int.from_bytes(os.urandom(7), 'big'):016x}\n")
         self._openssl(
-            "ca", "-batch", "-config", f"{name}.cnf", "-cert", f"{self.name}.pem", "-keyfile", f"{self.name}.key", "-in", f"{name}.csr", "-out", f"{name}.pem",
+            "ca", "-batch", "-config", f"{name}.cnf", "-cert", f"{self.name}.pem", "-keyfile",
+            f"{self.name}.key", "-in", f"{name}.csr", "-out", f"{name}.pem",
             "-extfile", f"{name}.ext", "-startdate", moments[0], "-enddate", moments[1], "-notext",
         )  # fmt: skip
         return str(self.folder / f"{name}.pem"), str(self.folder / f"{name}.key")
@@ -278,7 +281,8 @@ def test_wrong_files_are_told_at_the_start_and_by_check(authority, good, tmp_pat
         (tmp_path / "config.json").write_text(json.dumps(base_config(server={"tls": tls})))
         for command in (["check"], []):
             done = subprocess.run(
-                [sys.executable, str(ROOT / "loadmanager.py"), *command, "-config", "config.json"], cwd=tmp_path, capture_output=True, text=True, timeout=20,
+                [sys.executable, str(ROOT / "loadmanager.py"), *command, "-config", "config.json"],
+                cwd=tmp_path, capture_output=True, text=True, timeout=20,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
             assert done.returncode in (1, 2) and words in done.stderr and "Traceback" not in done.stderr, (
@@ -310,7 +314,8 @@ def test_command_line_over_https(https_lm, authority):
 
 def test_launched_cluster_calls_back_though_we_serve_https(load_manager, authority, good, tmp_path):
     (tmp_path / "locustfile.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'locust')!r})\nimport loadmanager_hooks\nfrom locust import User, task, constant\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'locust')!r})\nimport loadmanager_hooks\nfrom "
+        "locust import User, task, constant\n"
         "class Nobody(User):\n    wait_time = constant(1)\n    @task\n    def nothing(self):\n        pass\n"
     )
     launcher = {"locustfile": str(tmp_path / "locustfile.py"), "workers": 1}
@@ -354,7 +359,8 @@ def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(
     own.write_text("".join(Path(file).read_text() for file in authority.issue("locust", "DNS:locust")))
     port = find_free_port()
     lm = load_manager(
-        cluster_config(f"http://127.0.0.1:{port}"), server={"tls": {"certFile": good[0], "keyFile": good[1], "clientCaFile": authority.pem}},
+        cluster_config(f"http://127.0.0.1:{port}"), server={"tls": {"certFile": good[0], "keyFile": good[1],
+            "clientCaFile": authority.pem}},
         orchestrator={"metricsPollIntervalSeconds": 60, "startTimeoutSeconds": 15},
     )  # fmt: skip
     lm.tls = authority.trust((str(own), str(own)))
@@ -363,7 +369,8 @@ def test_real_locust_calls_back_over_https_with_a_certificate_of_its_own(
         "CONTROL_PLANE_CA_FILE": authority.pem, "CONTROL_PLANE_CLIENT_CERT": str(own),
     }  # fmt: skip
     (tmp_path / "locustfile.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'locust')!r})\nimport loadmanager_hooks\nfrom locust import User, task, constant\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'locust')!r})\nimport loadmanager_hooks\nfrom "
+        "locust import User, task, constant\n"
         "class Nobody(User):\n    wait_time = constant(1)\n    @task\n    def nothing(self):\n        pass\n"
     )
     with LocustCluster(tmp_path / "locustfile.py", 0, environment, web_port=port):

@@ -80,10 +80,14 @@ def test_normal_range_begins_anew_after_a_change():
 
 
 def imported(lm, index, ms):
-    stats = [{"method": "GET", "name": "/a", "num_requests": 100, "num_failures": 0, "total_response_time": ms * 100, "min_response_time": ms,
-              "max_response_time": ms, "response_times": {str(round(ms)): 100}, "num_none_requests": 0, "start_time": 1767225600 + 60 * index,
-              "last_request_timestamp": 1767225650 + 60 * index, "num_reqs_per_sec": {}, "num_fail_per_sec": {}}]  # fmt: skip
-    moments = {name: f"2026-01-01T{index // 60:02}:{index % 60:02}:{second}Z" for name, second in (("startedAt", "00"), ("finishedAt", "50"))}  # fmt: skip
+    stats = [{"method": "GET", "name": "/a", "num_requests": 100, "num_failures": 0,
+        "total_response_time": ms * 100, "min_response_time": ms,
+              "max_response_time": ms, "response_times": {str(round(ms)): 100}, "num_none_requests": 0,
+              "start_time": 1767225600 + 60 * index,
+              "last_request_timestamp": 1767225650 + 60 * index, "num_reqs_per_sec": {},
+              "num_fail_per_sec": {}}]  # fmt: skip
+    moments = {name: f"2026-01-01T{index // 60:02}:{index % 60:02}:{second}Z" for name,
+        second in (("startedAt", "00"), ("finishedAt", "50"))}  # fmt: skip
     answer = lm.post("/v1/tests/import", {"format": "locust-json", **PLACE, **moments, "stats": stats})
     assert answer.status == 201, answer.body
     return answer.json["id"]
