@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo test bench soak year gate chaos standby check page bundle packages clean
+.PHONY: help run demo lint test bench soak year gate chaos standby check page bundle packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -15,7 +15,12 @@ run: $(VENV)/run.stamp  ## serve with config.yaml
 demo: $(VENV)/run.stamp  ## a real 20 s load test, end to end
 	$(PY) tests/demo.py
 
-test: $(VENV)/test.stamp packages  ## all tests
+lint: $(VENV)/test.stamp  ## rules, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: $(VENV)/test.stamp packages lint  ## lint, and all tests
 	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS)
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach: make bench ONLY=page,reads
