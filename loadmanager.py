@@ -68,7 +68,7 @@ PART VI  FACE: what clients, browsers and shells meet
 42. COMMAND LINE    which commands there are, what they take, and where the program begins
 43. DASHBOARD PAGE  what a browser gets at / and at /docs
 
-Threads. An exception that nobody foresaw never ends one unseen: log_unforeseen() logs it with its
+Threads. An exception that no one foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` tells the count, and then what the last column says happens.
 
 thread             what it does                                      may wait for     when it raises
@@ -272,10 +272,10 @@ def parse_utc(text: object) -> float:
 
     match = RFC3339.fullmatch(text) if isinstance(text, str) else None
     if not match:
-        raise ValueError("allowed is an RFC 3339 moment such as 2026-11-23T12:00:00Z")
+        raise ValueError("must be an RFC 3339 time such as 2026-11-23T12:00:00Z")
     year, month, day, hour, minute, second, fraction, offset = match.groups()
     if int(year) < 1970:
-        raise ValueError("allowed is a moment from 1970 on")
+        raise ValueError("must be a time from 1970 on")
     if second == "60":  # a leap second is the end of its minute
         second = "59"
     zone = 0 if offset in "Zz" else (int(offset[1:3]) * 3600 + int(offset[4:]) * 60)
@@ -371,7 +371,7 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "certificate not read again; the one before is kept": _log_event(
         "error", "our certificate changed, and is not good", "why"
     ),
-    "signed in": _log_event("info", "somebody signed in at the page", "name address"),
+    "signed in": _log_event("info", "someone signed in at the page", "name address"),
     "sign-ins ended": _log_event("info", "a reload removed their tokens", "sessions why"),
     "keys of the identity provider read": _log_event("info", "they were asked for", "keys"),
     "keys of the identity provider not read": _log_event("warning", "the provider failed", "why"),
@@ -380,7 +380,7 @@ LOG_EVENTS: dict[str, LogEvent] = {
     # runs
     "run started": _log_event("info", "Locust took the start", "run cluster users duration_s"),
     "stage begins": _log_event("info", "the next stage of a run's load", "run users spawn_rate"),
-    "users changed": _log_event("info", "somebody changed the users of a run", "run users by"),
+    "users changed": _log_event("info", "someone changed the users of a run", "run users by"),
     "users rebalanced": _log_event(
         "info", "users were spread over the workers there are", "run cluster users"
     ),
@@ -695,7 +695,7 @@ class DeliveryFailed(LoadManagerError):
 
 
 class LocustBadAnswer(LocustError):
-    error = "Locust answered nonsense"
+    error = "invalid response from Locust"
     maybe_taken = True
 
 
@@ -769,7 +769,7 @@ else:
 
 
 class ScheduledCall:
-    """A moment somebody waits for; cancel() when it is no longer wanted."""
+    """A moment someone waits for; cancel() when it is no longer wanted."""
 
     __slots__ = ("due", "action", "cancelled")
 
@@ -889,7 +889,7 @@ UNFORESEEN: dict[str, int] = {}  # how many unforeseen exceptions met the edge o
 
 
 def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
-    """The edge of every thread: log an exception that nobody foresaw with its trace, and count it."""
+    """The edge of every thread: log an exception that no one foresaw with its trace, and count it."""
     import traceback
 
     trace = "".join(traceback.format_exception(error))
@@ -1228,7 +1228,7 @@ JWT_ALGORITHMS = {  # RFC 7518 and 8037: the algorithm and the kind of key it ta
 BASE_URL = Check("http(s)://host[:port][/path]", _accept_base_url)
 WORDS = Check("a list of names", _accept_words)
 NETWORKS = Check("a list of addresses or networks such as 10.0.0.0/8", _accept_networks)
-EXPIRY = Check("an RFC 3339 moment or a day such as 2027-01-31", _accept_expiry)
+EXPIRY = Check("an RFC 3339 time or a day such as 2027-01-31", _accept_expiry)
 HOST_PATTERNS = Check(
     "a list of host, *.host, address or network, each with or without :port", _accept_host_patterns
 )
@@ -1299,7 +1299,7 @@ class ServerConfig:
     )
     tls: ServerTlsConfig | None = setting("tls", None, ServerTlsConfig, "serve https instead of http")
     trusted_proxies: tuple[str, ...] = setting(
-        "trustedProxies", (), NETWORKS, "proxies whose X-Forwarded-For tells the client's address"
+        "trustedProxies", (), NETWORKS, "proxies whose X-Forwarded-For gives the client's address"
     )
 
 
@@ -1471,7 +1471,7 @@ class ApiTokenConfig:
     environments: tuple[str, ...] = setting(
         "environments", (), WORDS, "the environments of these; absent: all"
     )
-    expires_at: float | None = setting("expiresAt", None, EXPIRY, "refused from this moment on")
+    expires_at: float | None = setting("expiresAt", None, EXPIRY, "refused from this time on")
 
 
 @dataclass(frozen=True)
@@ -1758,7 +1758,7 @@ class ScheduleConfig:
         "timezone", None, text_value(), "IANA name of the clock that cron means; default: UTC"
     )
     run_at: str | None = setting(
-        "runAt", None, text_value(), "instead of cron: once, an RFC 3339 moment in quotes"
+        "runAt", None, text_value(), "instead of cron: once, an RFC 3339 time in quotes"
     )
     policy: str | None = setting(
         "concurrencyPolicy",
@@ -1772,7 +1772,7 @@ class ScheduleConfig:
         number_value(1, 7 * 86400),
         "how late a missed run may still start; default: 300",
     )
-    paused: bool | None = setting("paused", None, BOOLEAN, "never for now")
+    paused: bool | None = setting("paused", None, BOOLEAN, "it starts no run until this is false")
     test: dict[str, Any] = setting("test", REQUIRED, MAPPING, "the body of a create")
 
 
@@ -1796,7 +1796,7 @@ class SmtpConfig:
 
 @dataclass(frozen=True)
 class NotificationConfig:
-    """Who is told of what."""
+    """Who is notified of what."""
 
     id: str = setting("id", REQUIRED, ID_TEXT, "unique name of the notification")
     type: str = setting(
@@ -1827,7 +1827,7 @@ class NotificationConfig:
         "events",
         NOTIFY_EVENTS[1:],
         EVENT_NAMES,
-        "what is told; default: every end, and schedules that were missed; grafana: always start and end",
+        "which events are sent; default: every end, and missed schedules; grafana: always start and end",
     )
     tenants: tuple[str, ...] = setting("tenants", (), NAMES, "only of these; default: all")
     environments: tuple[str, ...] = setting("environments", (), NAMES, "only of these; default: all")
@@ -1881,7 +1881,7 @@ class Config:
         "schedules", (), [ScheduleConfig], "runs that start by themselves", live=True
     )
     notifications: tuple[NotificationConfig, ...] = setting(
-        "notifications", (), [NotificationConfig], "who is told of what", live=True
+        "notifications", (), [NotificationConfig], "who is notified of what", live=True
     )
     scenarios: tuple[ScenarioConfig, ...] = setting(
         "scenarios", (), [ScenarioConfig], "what scenarioIds mean", live=True
@@ -2058,7 +2058,7 @@ def _parse_yaml(text: str) -> Any:
             for key_node, _ in node.value:
                 if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
                     raise ValueError(
-                        f"line {key_node.start_mark.line + 1}: key {key_node.value!r} stands twice"
+                        f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is a duplicate"
                     )
                 seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
             return super().construct_mapping(node, deep)
@@ -2084,7 +2084,7 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice[:MAX_TEXT]!r} stands twice")
+        raise ValueError(f"key {twice[:MAX_TEXT]!r} is a duplicate")
     return mapping
 
 
@@ -2107,7 +2107,7 @@ class _ConfigReader:
         if document is None:
             document = {}
         if not isinstance(document, dict):
-            self.problems.append(f"{path.rstrip('.')}: allowed is a mapping, got {_shown(document)}")
+            self.problems.append(f"{path.rstrip('.')}: must be a mapping, got {_shown(document)}")
             return cls()
         self._unknown_keys(declared, document, path)
         values = {}
@@ -2125,7 +2125,7 @@ class _ConfigReader:
                 import difflib
 
                 near = difflib.get_close_matches(str(name), names, 1, 0.5)
-                hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(names)}"
+                hint = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(names)}"
                 self.problems.append(f"{path}{_printable(name)}: unknown key; {hint}")
 
     def _key(self, entry: dict[str, Any], document: dict[str, Any], path: str) -> Any:
@@ -2141,25 +2141,25 @@ class _ConfigReader:
         value = self._from_elsewhere(entry, document, where, value)
         if value is REQUIRED or (value is None and entry["default"] is not REQUIRED):
             if entry["default"] is REQUIRED:
-                self.problems.append(f"{where}: is missing; allowed is {check.allowed}")
+                self.problems.append(f"{where}: is missing; must be {check.allowed}")
             return REQUIRED
         try:
             return check.accept(value)
         except (ValueError, TypeError):
             shown = "something else" if entry["secret"] else _shown(value)
-            self.problems.append(f"{where}: allowed is {check.allowed}, got {shown}")
+            self.problems.append(f"{where}: must be {check.allowed}, got {shown}")
             return REQUIRED
 
     def _list(self, cls: type, value: Any, where: str) -> tuple[Any, ...]:
         if value is REQUIRED or value is None:
             return ()
         if not isinstance(value, list):
-            self.problems.append(f"{where}: allowed is a list, got {_shown(value)}")
+            self.problems.append(f"{where}: must be a list, got {_shown(value)}")
             return ()
         return tuple(self.section(cls, item, f"{where}[{index}].") for index, item in enumerate(value))
 
     def _from_elsewhere(self, entry: dict[str, Any], document: dict[str, Any], where: str, value: Any) -> Any:
-        """Apply the File twin of a secret, ${NAME} and LOADMANAGER_... to a value."""
+        """Apply the `...File` variant of a secret, ${NAME} and LOADMANAGER_... to a value."""
         if entry["secret"] and entry["name"] + "File" in document:
             value = self._secret_file(where + "File", document[entry["name"] + "File"], value)
         if "[" not in where:
@@ -2176,9 +2176,9 @@ class _ConfigReader:
 
     def _secret_file(self, where: str, name: Any, beside: Any) -> Any:
         if beside is not REQUIRED:
-            self.problems.append(f"{where}: allowed is this or {where.removesuffix('File')}, not both")
+            self.problems.append(f"{where}: must be this or {where.removesuffix('File')}, not both")
         if not isinstance(name, str) or not name or "\0" in name:
-            self.problems.append(f"{where}: allowed is a file name, got {_shown(name)}")
+            self.problems.append(f"{where}: must be a file name, got {_shown(name)}")
             return REQUIRED
         name = self._expand(name, where)
         try:
@@ -2261,8 +2261,7 @@ def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
     for index, item in enumerate(ids):
         if item in ids[:index]:
             yield (
-                f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; allowed "
-                "is a unique id"
+                f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; must be unique"
             )
 
 
@@ -2290,13 +2289,13 @@ def _token_problems(config: Config) -> Iterator[str]:
         where = f"security.apiTokens[{index}]"
         if item.name in names:
             yield (
-                f"{where}.name: {item.name} is taken; allowed is a unique name other than "
+                f"{where}.name: {item.name} is taken; must be a unique name other than "
                 f"{', '.join(RESERVED_NAMES)}"
             )
         if bool(item.token) == bool(item.token_sha256):
-            yield f"{where}: allowed is one of tokenSha256, token and tokenFile"
+            yield f"{where}: must have one of tokenSha256, token and tokenFile"
         if not item.tenants and item.role and item.role != "admin":
-            yield f'{where}.tenants: is missing; allowed is a list of tenants, or ["*"] for all'
+            yield f'{where}.tenants: is missing; must be a list of tenants, or ["*"] for all'
         digest = bytes.fromhex(item.token_sha256) if item.token_sha256 else token_digest(item.token)
         if digest in digests and (item.token or item.token_sha256):
             yield f"{where}: another token is the same; each needs one of its own"
@@ -2319,7 +2318,7 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
         ]
         if len(sources) != 1:
             yield (
-                f"security.jwt: allowed is one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
+                f"security.jwt: must have one of jwksUrl, jwksFile and secretFile; there are {len(sources)}"
             )
         wrong = [name for name in jwt.algorithms if (JWT_ALGORITHMS[name] == "oct") != bool(jwt.secret)]
         if wrong:
@@ -2328,7 +2327,7 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
                 "jwksUrl or jwksFile"
             )
         if jwt.secret and len(jwt.secret.encode()) < 32:
-            yield "security.jwt.secret: is too short; allowed are 32 bytes or more (RFC 7518, 3.2)"
+            yield "security.jwt.secret: is too short; must have 32 bytes or more (RFC 7518, 3.2)"
     urls = {
         "jwt.jwksUrl": jwt and jwt.jwks_url,
         "oidc.issuer": oidc and oidc.issuer,
@@ -2336,9 +2335,9 @@ def _sign_on_problems(config: Config) -> Iterator[str]:
     }
     for name, url in urls.items():
         if url and not url.startswith("https:") and not is_loopback(urlsplit(url).hostname or ""):
-            yield f"security.{name}: allowed is https, or http on this machine"
+            yield f"security.{name}: must be https, or http on this machine"
     if oidc and not urlsplit(oidc.redirect_url).path.endswith("/session/oidc/callback"):
-        yield "security.oidc.redirectUrl: allowed is our address with /session/oidc/callback"
+        yield "security.oidc.redirectUrl: must be our address with /session/oidc/callback"
     if oidc and "openid" not in oidc.scopes.split():
         yield "security.oidc.scopes: openid is missing"
 
@@ -2347,17 +2346,17 @@ def _launcher_problems(cluster: ClusterConfig, where: str) -> Iterator[str]:
     launcher = cluster.launcher
     is_process = launcher is not None and launcher.type == "process"
     if not cluster.base_url and not is_process:
-        yield f"{where}.baseUrl: is missing; allowed is {BASE_URL.allowed}, or a launcher of type process"
+        yield f"{where}.baseUrl: is missing; must be {BASE_URL.allowed}, or a launcher of type process"
     if cluster.base_url and is_process:
-        yield f"{where}.baseUrl: allowed is this or a launcher of type process, not both"
+        yield f"{where}.baseUrl: must be this or a launcher of type process, not both"
     if launcher is None:
         return
     if is_process and not launcher.locustfile:
-        yield f"{where}.launcher.locustfile: is missing; allowed is a file name"
+        yield f"{where}.launcher.locustfile: is missing; must be a file name"
     if is_process and launcher.workers > launcher.max_workers:
         yield f"{where}.launcher.workers: {launcher.workers} is more than maxWorkers, {launcher.max_workers}"
     if not is_process and not launcher.scale:
-        yield f"{where}.launcher.scale: is missing; allowed is {ARGUMENT_LIST.allowed}"
+        yield f"{where}.launcher.scale: is missing; must be {ARGUMENT_LIST.allowed}"
     if not is_process and launcher.scale and not any("{workers}" in word for word in launcher.scale):
         yield f"{where}.launcher.scale: does not say {{workers}}, which stands for their number"
 
@@ -2368,7 +2367,7 @@ def _cluster_problems(config: Config) -> Iterator[str]:
         where = f"locustClusters[{index}]"
         if cluster.id in seen:
             yield (
-                f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; allowed is "
+                f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; must be "
                 "a unique id"
             )
         seen.setdefault(cluster.id, index)
@@ -2389,7 +2388,7 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 
 
 class Scope(NamedTuple):
-    """What somebody may see and touch: tenants and their environments; None: all."""
+    """What someone may see and touch: tenants and their environments; None: all."""
 
     tenants: frozenset[str] | None = None
     environments: frozenset[str] | None = None
@@ -2615,7 +2614,7 @@ def plan_from_record(entry: list[Any]) -> LoadProfile:
 
 
 class LoadChange(NamedTuple):
-    """Users of a running load that somebody changed: epoch seconds, users, users/s, who."""
+    """Users of a running load that someone changed: epoch seconds, users, users/s, who."""
 
     at: float
     users: int
@@ -2701,7 +2700,7 @@ def baseline_to_json(baseline: Baseline) -> dict[str, Any]:
 
 
 class AuditEntry(NamedTuple):
-    """Somebody did, or was refused, something. A field that does not apply is empty."""
+    """Someone did, or was refused, something. A field that does not apply is empty."""
 
     at: float  # epoch seconds
     who: str
@@ -2782,7 +2781,7 @@ def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
 
 
 class Annotation(NamedTuple):
-    """A moment somebody marked: epoch seconds, their words."""
+    """A moment someone marked: epoch seconds, their words."""
 
     at: float
     text: str
@@ -2994,7 +2993,7 @@ class EndpointStats(NamedTuple):
     per_s: float | None
     p95_ms: float | None
     p99_ms: float | None
-    times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
+    times: dict[int, int] | None = None  # requests by whole ms, where the hooks send them
     fails_per_s: float | None = None  # current; polled only
     content_bytes: float | None = None  # of the average answer; polled only
 
@@ -3018,7 +3017,7 @@ class Snapshot(NamedTuple):
     fails_per_s: float | None = None
     window_p50_ms: float | None = None  # of about the last 10 s
     window_p95_ms: float | None = None
-    times: dict[int, int] | None = None  # requests by whole ms, where the hooks carry them
+    times: dict[int, int] | None = None  # requests by whole ms, where the hooks send them
     counted_at: float | None = None  # the hooks: until then (epoch seconds) all requests are counted,
     counted_requests: int | None = None  # and these are they
     counted_failures: int | None = None
@@ -3160,7 +3159,7 @@ def _sum(one: Histogram, other: Histogram) -> Histogram:
 
 
 def since(newer: Histogram, older: Histogram | None) -> Histogram | None:
-    """What came between two moments; None when the counters went back meanwhile."""
+    """What came between two times; None when the counters went back meanwhile."""
     if older is None:
         return newer
     times = {ms: more for ms, requests in newer.times.items() if (more := requests - older.times.get(ms, 0))}
@@ -3252,7 +3251,7 @@ def parse_json(raw: bytes, unique_keys: bool = True) -> Any:
     """Strict JSON of a request body, or InvalidInput: UTF-8, no NaN, no duplicate keys,
     bounded depth, and no lone surrogates, which SQLite could not store."""
     if not raw:
-        raise InvalidInput("the body is empty; allowed is a JSON object")
+        raise InvalidInput("the body is empty; must be a JSON object")
     try:
         value = (STRICT_JSON if unique_keys else CALLBACK_JSON).decode(raw.decode("utf-8"))
         if b"\\" in raw and (b"\\u" in raw or b"\\U" in raw):  # one byte is found 20 times as fast as two
@@ -3639,19 +3638,19 @@ def _accept_threshold(value: Any) -> Threshold:
     if isinstance(value, str):
         return parse_threshold(value)
     if not isinstance(value, dict):
-        raise InvalidValue(f"allowed is an expression or an object, got {_shown(value)}")
+        raise InvalidValue(f"must be an expression or an object, got {_shown(value)}")
     unknown = [name for name in value if name not in THRESHOLD_KEYS]
     if unknown:
-        raise InvalidValue(f"unknown key {_shown(unknown[0])}; allowed are {', '.join(THRESHOLD_KEYS)}")
+        raise InvalidValue(f"unknown key {_shown(unknown[0])}; must be one of {', '.join(THRESHOLD_KEYS)}")
     given = {name: entry for name, entry in value.items() if entry is not None}
     flags = {name: given.pop(name, False) for name in ("warnOnly", "abortOnFail")}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
-            raise InvalidValue(f"{name}: allowed is true or false, got {_shown(flag)}")
+            raise InvalidValue(f"{name}: must be true or false, got {_shown(flag)}")
     delay_s = _threshold_number(given.pop("delaySeconds", 0), "delaySeconds", 3600)
     if "expr" in given and len(given) > 1:
         raise InvalidValue(
-            f"beside expr stands {', '.join(sorted(set(given) - {'expr'}))}; allowed is either expr "
+            f"beside expr there is {', '.join(sorted(set(given) - {'expr'}))}; must be either expr "
             "or metric, op, value"
         )
     threshold = _long_form(given) if "expr" not in given else parse_threshold(_threshold_text(given, "expr"))
@@ -3666,13 +3665,13 @@ def _accept_threshold(value: Any) -> Threshold:
 
 def _threshold_text(given: dict[str, Any], name: str) -> str:
     if not isinstance(given.get(name), str) or not given[name]:
-        raise InvalidValue(f"{name}: allowed is a text, got {_shown(given.get(name))}")
+        raise InvalidValue(f"{name}: must be a text, got {_shown(given.get(name))}")
     return given[name]
 
 
 def _threshold_number(value: Any, name: str, highest: float) -> float:
     if type(value) not in (int, float) or not 0 <= value <= highest:
-        raise InvalidValue(f"{name}: allowed is a number from 0 to {_plain(highest)}, got {_shown(value)}")
+        raise InvalidValue(f"{name}: must be a number from 0 to {_plain(highest)}, got {_shown(value)}")
     return value
 
 
@@ -3718,7 +3717,7 @@ THRESHOLDS = Check(
 # machine, its neighbours, the hour. So a run is judged against several comparable ones. Each
 # figure is a random effect (DerSimonian and Laird 1986): how far runs lie apart, and how exact
 # each of them is, from its own time blocks (Woodruff 1952 for percentiles; Kish's design effect,
-# as requests of one moment are alike). A figure has changed when it lies outside of where the
+# as requests of the same time are alike). A figure has changed when it lies outside of where the
 # next run would be expected (prediction interval: Higgins, Thompson, Spiegelhalter 2009), all
 # figures together with false alarms in FAMILY_FALSE_ALARMS of the comparisons of equal runs
 # (Holm 1979, weighted), and by more than its tolerance.
@@ -3915,7 +3914,7 @@ def _why_no_window(threshold: Threshold, samples: list[Sample]) -> str:
     if threshold.metric in TIMED and (threshold.over_s or LOCUST_WINDOW_S) < LOCUST_WINDOW_S and not is_exact:
         return (
             f"Locust's own rate covers {LOCUST_WINDOW_S:g} s; a shorter window is made of what "
-            "loadmanager_hooks count by the second, and they told nothing"
+            "loadmanager_hooks count by the second, and they reported none"
         )
     return "no whole window had data"
 
@@ -5072,26 +5071,24 @@ def check_body(body: Any, keys: dict[str, BodyKey], strict: bool = True) -> dict
     A key with null is as good as absent when it is optional. Unknown keys are refused
     when `strict`; callbacks are not strict, as the original's were not."""
     if not isinstance(body, dict):
-        raise InvalidInput("the body is not a JSON object; allowed are the keys " + ", ".join(keys))
+        raise InvalidInput("the body must be a JSON object with the keys " + ", ".join(keys))
     problems: dict[str, str] = {}
     values: dict[str, Any] = {}
     for name in body if strict else ():
         if name not in keys:
-            problems[name[:MAX_TEXT]] = "unknown key; allowed are " + ", ".join(keys)
+            problems[name[:MAX_TEXT]] = "unknown key; must be one of " + ", ".join(keys)
     for name, entry in keys.items():
         value = body.get(name)
         if value is None:
             if entry.required:
-                problems[name] = (
-                    f"is {'null' if name in body else 'missing'}; allowed is {entry.check.allowed}"
-                )
+                problems[name] = f"is {'null' if name in body else 'missing'}; must be {entry.check.allowed}"
             continue
         try:
             values[entry.to] = entry.check.accept(value)
         except InvalidValue as error:
             problems[name] = str(error)
         except (ValueError, TypeError, OverflowError, RecursionError):
-            problems[name] = f"allowed is {entry.check.allowed}, got {_shown(value)}"
+            problems[name] = f"must be {entry.check.allowed}, got {_shown(value)}"
     if problems:
         raise InvalidInput(_joined(problems), problems)
     return values
@@ -5120,8 +5117,8 @@ def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
         raise
     if "stages" in given and any(entry.to in given for entry in LOAD_KEYS.values()):
         raise InvalidInput(
-            "stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either",
-            {"stages": "stand for targetUsers, spawnRate and durationSeconds; allowed are either"},
+            "stages: replace targetUsers, spawnRate and durationSeconds; must be given without them",
+            {"stages": "replace targetUsers, spawnRate and durationSeconds; must be given without them"},
         )
     values = {**_of_scenario(given, scenarios), **given}
     stages = values.get("stages")
@@ -5140,7 +5137,7 @@ def read_create(body: Any, scenarios: tuple[ScenarioConfig, ...]) -> RunRequest:
 def _missing_load(given: dict[str, Any]) -> dict[str, str]:
     """What a create without stages must say of its load, and does not."""
     return {
-        name: f"is missing; allowed is {entry.check.allowed}"
+        name: f"is missing; must be {entry.check.allowed}"
         for name, entry in LOAD_KEYS.items()
         if given.get(name) is None and name != "durationSeconds"
     }
@@ -5195,17 +5192,18 @@ def scenario_problems(config: Config) -> Iterator[str]:
     for index, scenario in enumerate(config.scenarios):
         where = f"scenarios[{index}]"
         if scenario.id in seen:
-            yield f"{where}.id: {scenario.id!r} stands twice; allowed is a unique id"
+            yield f"{where}.id: {scenario.id!r} is a duplicate; must be unique"
         seen.add(scenario.id)
         if scenario.stages and (scenario.target_users or scenario.spawn_rate or scenario.duration_s):
-            yield f"{where}.stages: stand for targetUsers, spawnRate and durationSeconds; allowed are either"
+            words = "replace targetUsers, spawnRate and durationSeconds; must be given without them"
+            yield f"{where}.stages: {words}"
         try:
             THRESHOLDS.accept(list(scenario.thresholds))
         except ValueError as error:
             yield (
                 f"{where}.thresholds: {error}"
                 if isinstance(error, InvalidValue)
-                else f"{where}.thresholds: allowed is {THRESHOLDS.allowed}"
+                else f"{where}.thresholds: must be {THRESHOLDS.allowed}"
             )
         if scenario.locustfile and not os.path.isfile(os.path.join(config.folder, scenario.locustfile)):
             yield f"{where}.locustfile: {scenario.locustfile} is not a file"
@@ -5254,9 +5252,9 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
     for name, text in pairs:
         check = allowed.get(name)
         if check is None:
-            problems[name[:MAX_TEXT]] = "unknown parameter; allowed are " + (", ".join(allowed) or "none")
+            problems[name[:MAX_TEXT]] = "unknown parameter; must be one of " + (", ".join(allowed) or "none")
         elif name in values and not check.repeats:
-            problems[name] = "stands twice"
+            problems[name] = "is a duplicate"
         elif text:
             try:
                 value = check.accept(check.from_text(text))
@@ -5264,7 +5262,7 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
             except InvalidValue as error:
                 problems[name] = str(error)
             except (ValueError, TypeError, OverflowError):
-                problems[name] = f"allowed is {check.allowed}, got {_shown(text)}"
+                problems[name] = f"must be {check.allowed}, got {_shown(text)}"
     if problems:
         raise InvalidInput("; ".join(f"{name}: {why}" for name, why in problems.items())[:2000], problems)
     return values
@@ -5279,7 +5277,7 @@ def _accept_moment(value: Any) -> float:
     return parse_utc(value)
 
 
-MOMENT = Check("an RFC 3339 moment or epoch seconds", _accept_moment)
+MOMENT = Check("an RFC 3339 time or epoch seconds", _accept_moment)
 ANNOTATION_KEYS = {"text": BodyKey("text", ANNOTATION_TEXT, required=True), "at": BodyKey("at", MOMENT)}
 
 
@@ -5361,7 +5359,7 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
     if metrics is None:
         return None
     if not isinstance(metrics, dict):
-        raise InvalidInput(f"{name}: allowed is an object", {name: "allowed is an object"})
+        raise InvalidInput(f"{name}: must be an object", {name: "must be an object"})
     problems: dict[str, str] = {}
     numbers = _checked_numbers(metrics, SNAPSHOT_NUMBERS, name, problems)
     try:
@@ -5410,7 +5408,7 @@ def _checked_times(times: Any, where: str, problems: dict[str, str]) -> dict[int
             found = dict(zip(map(int, times), counts, strict=True))
             if len(found) == len(times):
                 return found
-    problems[where] = f"allowed is an object of at most {MAX_BUCKETS} entries: whole ms to number of requests"
+    problems[where] = f"must be an object of at most {MAX_BUCKETS} entries: whole ms to number of requests"
     return None
 
 
@@ -5425,7 +5423,7 @@ def _checked_numbers(
     for name, is_good in kinds:
         value = entry.get(name)
         if not is_good(value):
-            problems[f"{where}.{name}"] = f"allowed is {NUMBER_KINDS[is_good]}, got {_shown(value)}"
+            problems[f"{where}.{name}"] = f"must be {NUMBER_KINDS[is_good]}, got {_shown(value)}"
         elif type(value) is float and is_good is _is_count:
             value = int(value)
         numbers.append(value)
@@ -5436,7 +5434,7 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
     if stats is None:
         return None
     if not isinstance(stats, dict):
-        problems[where] = "allowed is an object with an entry for each endpoint"
+        problems[where] = "must be an object with an entry for each endpoint"
         return None
     plain = _plain_endpoints(stats)
     if plain is not None:
@@ -5445,12 +5443,12 @@ def _checked_endpoints(stats: Any, where: str, problems: dict[str, str]) -> tupl
     for entry_name, entry in stats.items():
         place = f"{where}.{entry_name[:MAX_TEXT]}"
         if not isinstance(entry, dict):
-            problems[place] = "allowed is an object"
+            problems[place] = "must be an object"
             continue
         key_method, _, key_name = entry_name.partition("_")
         method, name = entry.get("method", key_method), entry.get("name", key_name)
         if type(method) is not str or type(name) is not str:
-            problems[place] = "allowed are strings for method and name"
+            problems[place] = "method and name must be strings"
         numbers = _checked_numbers(entry, ENDPOINT_NUMBERS, place, problems)
         times = _checked_times(entry.get("responseTimes"), f"{place}.responseTimes", problems)
         values: list[Any] = [storable_text(method), storable_text(name), *numbers, times]
@@ -7520,7 +7518,7 @@ class Store:
             return None
 
     def samples(self, run_id: str, from_at: float = 0.0, to_at: float = 1e12) -> list[Sample]:
-        """The run's history between two moments, oldest first; NotReady when it cannot be read."""
+        """The run's history between two times, oldest first; NotReady when it cannot be read."""
         columns = ", ".join(Sample._fields)
         rows = self._writer.read(
             lambda database: database.query(
@@ -8040,7 +8038,7 @@ class Store:
     def comparable_runs(self, run: Run, limit: int) -> list[Run]:
         """The newest Finished runs before this one that asked for the same load of the same cluster with
         the same locustfile, reliable and without a regression, oldest first. A baseline that was named
-        begins anew: what was before it is another system."""
+        begins again: what was before it is another system."""
         baseline = self.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
         begin = self.find(baseline.run_id) if baseline else None
         first = begin.seq if begin is not None and begin.seq < run.seq else 0
@@ -8313,7 +8311,7 @@ class _HistogramThinning:
         _add_to(self._part, more)
 
     def _is_reset(self, later: HistogramRow) -> bool:
-        """Whether the row after this one begins anew: then this one's counters are in none to come."""
+        """Whether the row after this one begins again: then this one's counters are in none to come."""
         if not later[1]:
             return False
         now: Histograms = {}
@@ -8344,7 +8342,7 @@ def _add_to(sums: Histograms, part: Histograms) -> None:
 
 
 def _came_since(now: Histograms, before: Histograms) -> Histograms | None:
-    """What came between two moments; None when counters went back meanwhile."""
+    """What came between two times; None when counters went back meanwhile."""
     if not _goes_on(HistogramPoint(0.0, before), HistogramPoint(0.0, now)):
         return None
     parts = {key: since(histogram, before.get(key)) for key, histogram in now.items()}
@@ -9136,7 +9134,7 @@ def _shut(sock: socket.socket | None) -> None:
 
 
 def _readable(sock: socket.socket) -> bool:
-    """On an idle connection: the other side closed it (or sent what nobody asked for)."""
+    """On an idle connection: the other side closed it (or sent what no one asked for)."""
     import select
 
     try:
@@ -9605,7 +9603,7 @@ class PollLoop(threading.Thread):
     ) -> None:
         """Have `then` called with headers, body and the moment of asking (monotonic seconds), else
         `otherwise`: with an error when the time is over, with None when a blocking call is needed.
-        `broken` is told what nobody foresaw, also in the other two."""
+        `broken` is told what no one foresaw, also in the other two."""
         connection = client.plain_connection()
         if connection is None:
             otherwise(None)
@@ -9683,7 +9681,7 @@ def plain_answer(raw: bytes) -> tuple[dict[str, str], bytes] | None:
         name, colon, value = line.partition(":")
         name = name.lower()
         if not colon or name in headers or name != name.strip():
-            raise ValueError("a header that stands twice, or is none")
+            raise ValueError("a duplicate header, or a line that is none")
         headers[name] = value.strip()
     length = headers.get("content-length", "")
     if not status.startswith("HTTP/1.1 200") or not (length.isascii() and length.isdecimal()):
@@ -9963,7 +9961,7 @@ def _tell_guard(guard: Any, document: dict[str, Any]) -> None:
 
 
 def _wait_unreaped(pid: int) -> None:
-    """Return when our child has ended, and leave its id taken: nobody else gets it meanwhile."""
+    """Return when our child has ended, and leave its id taken: no one else gets it meanwhile."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     except ChildProcessError:
@@ -10387,17 +10385,16 @@ def load_refusals(
                 if refused[0]
                 else "the cluster's own target is not known; host is needed"
             )
-            problems["host"] = f"{what}; allowed are {', '.join(patterns)}"
+            problems["host"] = f"{what}; must be one of {', '.join(patterns)}"
     if environment and environment.protected and request.confirm != environment.id:
         problems["confirm"] = (
-            f'environment {environment.id} is protected; allowed is "{environment.id}", to say that '
-            "it is meant"
+            f'environment {environment.id} is protected; must be "{environment.id}", to say that it is meant'
         )
     return problems
 
 
 class Idleness(Enum):
-    """What a cluster is doing, seen by somebody who wants to start a test there."""
+    """What a cluster is doing, seen by someone who wants to start a test there."""
 
     IDLE = "idle"
     LOADED = "runs a test"
@@ -10505,7 +10502,7 @@ def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -
 # that a master that hangs delays no other run, and one ends the run, so that hanging statistics
 # delay no stop and a stop never waits for a thread. A cluster's `operation` lock is held through
 # a start, a stop or a change of users there, as a start into a stopping Locust makes load that
-# nobody can stop. No lock but that one is held while talking to Locust.
+# no one can stop. No lock but that one is held while talking to Locust.
 
 
 # ---- clusters and who has them ----------------------------------------------
@@ -10540,7 +10537,7 @@ class Cluster:
 
     @property
     def is_asleep(self) -> bool:
-        """A launched cluster that was stopped as nobody needed it."""
+        """A launched cluster that was stopped as no one needed it."""
         return self.launched is not None and not self.launched.is_running and self.launched.problem is None
 
     def scale(self, workers: int) -> None:
@@ -10582,7 +10579,7 @@ class Cluster:
 
     def silent_s(self, asked_at: float) -> float:
         """Seconds since it was last seen, and since it was asked in vain (`asked_at` of
-        Timer.awake_s()): time in which nobody asked, or this process was suspended, is no silence."""
+        Timer.awake_s()): time in which no one asked, or this process was suspended, is no silence."""
         return self._timer.awake_s() - max(asked_at, self._seen_awake_s)
 
     def _note_reading(self, reading: Reading) -> Reading:
@@ -10836,7 +10833,7 @@ class ClusterPool:
         return any(one.run_id == run_id and not one.is_cleanup for one in self._reserved.values())
 
     def _may_take(self, cluster: Cluster, run: Run) -> bool:
-        """It is free, and nobody who waits for it goes first."""
+        """It is free, and no one who waits for it goes first."""
         if cluster.id in self._reserved:
             return False
         if run.id in self._queue:
@@ -10930,7 +10927,7 @@ class ClusterPool:
             try:
                 self._reserve_for_waiting(starts)
                 self._number_queue()
-            except BaseException:  # nobody would start what was reserved so far
+            except BaseException:  # no one would start what was reserved so far
                 for run, cluster in starts:
                     self.release(cluster, run.id)
                 raise
@@ -11392,7 +11389,7 @@ class RunMonitor:
         self._look_at(max(self._due + self._interval_s(), monotonic_s()))
 
     def _broken(self, error: Exception) -> None:
-        """The edge of what the polls' thread does for the run: what nobody foresaw ends it as Failed."""
+        """The edge of what the polls' thread does for the run: what no one foresaw ends it as Failed."""
         log_unforeseen("polls", error, run=self.run_id)
         self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
 
@@ -11587,11 +11584,11 @@ class RunMonitor:
             return
         silent_s = cluster.silent_s(self._unheard_since)
         if silent_s >= self._rules.lost_after_s:
-            reason = f"cluster {cluster.id} was silent for {silent_s:.0f} s: {error.message}"
+            reason = f"cluster {cluster.id} was unreachable for {silent_s:.0f} s: {error.message}"
             self._end.fail(run.id, reason, stop_reason="lost", cleanup=True)
 
     def _check_proof(self) -> None:
-        """startTimeoutSeconds are over: is there a start at all, if nobody saw a user?"""
+        """startTimeoutSeconds are over: is there a start at all, if no one saw a user?"""
         if self.users_seen:
             return
         why = "Locust accepted the start, but no test began"
@@ -11911,7 +11908,7 @@ class RunStopper:
     # ---- the edge
 
     def run_step(self, run_id: str, work: Callable[[], None]) -> None:
-        """The edge around every thread that works for a run: what nobody foresaw ends the run as
+        """The edge around every thread that works for a run: what no one foresaw ends the run as
         Failed, gives its cluster back, has its load stopped, and is logged and counted."""
         try:
             work()
@@ -11920,7 +11917,7 @@ class RunStopper:
             self.fail_unforeseen(run_id, error)
 
     def fail_unforeseen(self, run_id: str, error: Exception) -> None:
-        """End a run after an exception that nobody foresaw; again until that succeeds."""
+        """End a run after an exception that no one foresaw; again until that succeeds."""
         monitor = self.monitors.get(run_id)
         may_be_loaded = monitor is None or monitor.was_sent
         try:
@@ -12184,7 +12181,7 @@ class RunStopper:
             return
         began = monitor.users_seen or final is None or (final.requests or 0) > 0
         if run.stop_reason == "locust" and not began and monitor.age_s < self.rules.start_timeout_s:
-            reason = "Locust ended the test without starting a user: is a host set? Its log tells"
+            reason = "Locust ended the test without starting a user: is a host set? See its log"
             self._end_as_failed(run.id, reason, {}, final)
             return
         finished_at = max(finished_at, run.started_at or 0)
@@ -12203,7 +12200,7 @@ class RunStopper:
         early_s = (run.deadline_at or 0) - finished_at
         if run.stop_reason == "locust" and early_s > ON_TIME_S:
             words = f"Locust ended the test {early_s:.0f} s before its duration was over: it was stopped in"
-            words += " Locust's page or by the locustfile, or its workers were lost; its log tells"
+            words += " Locust's page or by the locustfile, or its workers were lost; see its log"
             self.warn(run.id, "ended_early", words)
 
     def _note_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
@@ -12946,7 +12943,7 @@ class Orchestrator:
         try:
             for run, cluster in self.pool.next_starts():
                 self._start_waiting(run, cluster)
-        finally:  # also when an error that nobody foresaw left some waiting
+        finally:  # also when an error that no one foresaw left some waiting
             if self._queue_retry is None and not self.pool.is_queue_empty():
                 self._queue_retry = self.timer.in_thread(self.QUEUE_RETRY_S, "queue", self._retry_queue)
 
@@ -13122,7 +13119,7 @@ class Orchestrator:
         cluster = self.pool.reserve_as_is(run, candidates)
         if cluster is None and not may_know_active:
             words = (
-                "there is an active run; its id is told only to a callback token of the cluster's own"
+                "there is an active run; its id is given only to a callback token of the cluster's own"
                 " (locustClusters[].callbackToken), as several tenants share this one"
             )
             raise Conflict(words)
@@ -13350,9 +13347,7 @@ def parse_cron(text: str) -> Cron:
     words = CRON_NAMES.get(text.strip().lower(), text).split()
     if len(words) != 5:
         names = ", ".join(name for name, *_ in CRON_FIELDS)
-        raise InvalidValue(
-            f"{_shown(text)}: allowed are five fields ({names}) or one of {', '.join(CRON_NAMES)}"
-        )
+        raise InvalidValue(f"{_shown(text)}: must be five fields ({names}) or one of {', '.join(CRON_NAMES)}")
     values = [_cron_field(word, *field_) for word, field_ in zip(words, CRON_FIELDS)]
     minutes, hours, days, months, weekdays = values
     either_day = not {words[2], words[4]} & {"*", "*/1"}
@@ -13381,7 +13376,7 @@ def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, in
         )
         if not match or (match.group(1) == "*" and match.group(2)):
             raise InvalidValue(
-                f"{name} {_shown(part)}: allowed is *, a value, a range such as {least}-{most}, "
+                f"{name} {_shown(part)}: must be *, a value, a range such as {least}-{most}, "
                 "each with /step, joined by commas"
             )
         first, last, step = match.groups()
@@ -13400,7 +13395,7 @@ def _cron_value(word: str, name: str, least: int, most: int, names: dict[str, in
     value = names.get(word.lower()) if word.isalpha() else int(word)
     if value is None or not least <= value <= most:
         allowed = f"{least} to {most}" + (f" or {', '.join(names)}" if names else "")
-        raise InvalidValue(f"{name} {_shown(word)}: allowed is {allowed}")
+        raise InvalidValue(f"{name} {_shown(word)}: must be {allowed}")
     return value
 
 
@@ -13421,7 +13416,7 @@ def time_zone(name: str) -> Any:
             else "; this machine has no time zones: install tzdata (a package of the system, or of Python)"
         )
         raise InvalidValue(
-            f"{_shown(name)} is no time zone; allowed are IANA names such as Europe/Berlin{hint}"
+            f"{_shown(name)} is no time zone; must be an IANA name such as Europe/Berlin{hint}"
         ) from None
 
 
@@ -13618,7 +13613,7 @@ def read_schedule(
             problems.update((f"test.{name}".rstrip("."), why) for name, why in wrong.items())
     both = [name for name in ("cron", "runAt") if body.get(name) is not None]
     if len(both) == 2 or (before is None and not both):
-        problems.setdefault("cron", "allowed is either cron or runAt")
+        problems.setdefault("cron", "must be either cron or runAt")
     if problems:
         raise InvalidInput(_joined(problems), problems)
     if before is not None:
@@ -13638,7 +13633,7 @@ def schedule_problems(config: Config, problems: Iterable[str] = ()) -> Iterator[
     for index, item in enumerate(config.schedules):
         where = f"schedules[{index}]"
         if item.id in seen:
-            yield f"{where}.id: {item.id!r} stands twice; allowed is a unique id"
+            yield f"{where}.id: {item.id!r} is a duplicate; must be unique"
         seen.add(item.id)
         is_scenario_wrong = any(
             isinstance(item.test, dict)
@@ -14002,7 +13997,7 @@ class Scheduler:
         return "started", run.id
 
     def _note(self, schedule: Schedule, run_id: str, http_status: int, detail: str) -> None:
-        """A start that nobody asked for just now is in the audit like any other."""
+        """A start that no one asked for just now is in the audit like any other."""
         action = f"schedule of {schedule.created_by}" if schedule.created_by else "schedule"
         entry = AuditEntry(
             time.time(),
@@ -14162,7 +14157,7 @@ SENDERS = 4  # threads of a channel: a receiver that is slow to answer has so ma
 
 
 def events_of(run: Run) -> tuple[str, ...]:
-    """What a run's new status is called, the most telling first; () for what nobody is told."""
+    """What a run's new status is called, the most telling first; () for what no one is told."""
     if run.status is RunStatus.RUNNING:
         return ("started",)
     if not run.is_final or run.imported_at is not None:
@@ -14215,7 +14210,7 @@ def run_details(run: Run) -> list[str]:
             lines.append(f"{threshold.expr}: {value}")
     lines += list((run.comparison or {}).get("regressions") or ())
     return lines + [
-        f"doubtful: {reason}"
+        f"unreliable: {reason}"
         for reason in doubts_of(run)
         if run.status is RunStatus.FINISHED and run.is_final
     ]
@@ -14428,7 +14423,7 @@ def post_to(
 
 def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int]:
     """An address of the host that may be called; OSError when all are of this machine or of a
-    private network, which a webhook of somebody else's must not reach."""
+    private network, which a webhook of someone else's must not reach."""
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (socket.gaierror, UnicodeError) as error:
@@ -14550,7 +14545,7 @@ class Notifier:
         channel = self.channels.get(channel_id)
         if channel is None:
             raise InvalidInput(
-                f"id: allowed are {', '.join(self.channels) or 'none: there are no notifications'}",
+                f"id: must be one of {', '.join(self.channels) or 'none: there are no notifications'}",
                 {"id": "is no notification of the configuration"},
             )
         facts = {"details": ["This is a test."], "link": f"{self._public_url}/"}
@@ -14705,28 +14700,28 @@ def notification_problems(config: Config) -> Iterator[str]:
     for index, item in enumerate(config.notifications):
         where = f"notifications[{index}]"
         if item.id in seen:
-            yield f"{where}.id: {item.id!r} stands twice; allowed is a unique id"
+            yield f"{where}.id: {item.id!r} is a duplicate; must be unique"
         seen.add(item.id)
         if item.type == "email":
             yield from _mail_problems(item, where)
         elif not item.url:
-            yield f"{where}.url: is missing; allowed is an http(s) URL"
+            yield f"{where}.url: is missing; must be an http(s) URL"
         if item.secret:
             try:
                 webhook_key(item.secret)
             except ValueError:
-                yield f"{where}.secret: allowed is whsec_ and base64, as Standard Webhooks have it"
+                yield f"{where}.secret: must be whsec_ and base64, as Standard Webhooks have it"
 
 
 def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
     if not item.smtp.host:
-        yield f"{where}.smtp.host: is missing; allowed is a host name"
+        yield f"{where}.smtp.host: is missing; must be a host name"
     if not item.to:
-        yield f"{where}.to: is missing; allowed is a list of mail addresses"
+        yield f"{where}.to: is missing; must be a list of mail addresses"
     if not item.sender:
-        yield f"{where}.from: is missing; allowed is a mail address"
+        yield f"{where}.from: is missing; must be a mail address"
     if item.smtp.username and item.smtp.security == "none":
-        yield f"{where}.smtp.security: a password is not sent in plain text; allowed is starttls or tls"
+        yield f"{where}.smtp.security: a password is not sent in plain text; must be starttls or tls"
 
 
 # ============================================================================
@@ -15719,7 +15714,7 @@ def read_import(body: Any, now: float) -> ImportedRun:
     readers = {EXPORT_FORMAT: _read_export, LOCUST_JSON: _read_locust_json, LOCUST_CSV: _read_locust_csv}
     kind = body.get("format") if isinstance(body, dict) else None
     if not isinstance(kind, str) or kind not in readers:
-        why = f"allowed is {', '.join(readers)}, got {_shown(kind)}"
+        why = f"must be {', '.join(readers)}, got {_shown(kind)}"
         raise InvalidInput(f"format: {why}", {"format": why})
     found = readers[kind](body, now)
     run = found.run
@@ -15729,7 +15724,7 @@ def read_import(body: Any, now: float) -> ImportedRun:
         ("finishedAt", run.finished_at or 0.0),
     ):
         if not 0 <= at <= LATEST_MOMENT_S:
-            raise _bad(name, "allowed is a moment before the year 2100")
+            raise _bad(name, "must be before the year 2100")
     if (run.finished_at or 0.0) < (run.started_at or 0.0):
         raise _bad("finishedAt", "is before startedAt")
     _check_sizes(found)
@@ -15743,7 +15738,7 @@ def _check_sizes(found: ImportedRun) -> None:
     problems: dict[str, str] = {}
     for sample in found.samples:
         if not 0 <= sample.at <= LATEST_MOMENT_S:
-            raise _bad("samples", f"allowed are moments before the year 2100, got {_shown(sample.at)}")
+            raise _bad("samples", f"must be before the year 2100, got {_shown(sample.at)}")
         _checked_numbers(
             sample_to_json(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems
         )
@@ -15928,7 +15923,7 @@ def _limit_import() -> None:
 def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     check_body(body, EXPORT_KEYS)
     if body.get("version") != EXPORT_VERSION:
-        why = f"allowed is {EXPORT_VERSION}, got {_shown(body.get('version'))}"
+        why = f"must be {EXPORT_VERSION}, got {_shown(body.get('version'))}"
         raise InvalidInput(f"version: {why}", {"version": why})
     document = body.get("run")
     try:
@@ -15969,16 +15964,16 @@ def _read_samples(rows: Any, run_id: str) -> list[Sample]:
     if rows is None:
         return []
     if not isinstance(rows, list) or len(rows) > MAX_IMPORTED_SAMPLES:
-        raise _bad("samples", f"allowed is a list of at most {MAX_IMPORTED_SAMPLES} points")
+        raise _bad("samples", f"must be a list of at most {MAX_IMPORTED_SAMPLES} points")
     samples = []
     problems: dict[str, str] = {}
     for index, row in enumerate(rows):
         place = f"samples[{index}]"
         if not isinstance(row, dict) or set(row) - {"timestamp", *SAMPLE_KEYS}:
-            raise _bad(place, f"allowed is an object with the keys timestamp, {', '.join(SAMPLE_KEYS)}")
+            raise _bad(place, f"must be an object with the keys timestamp, {', '.join(SAMPLE_KEYS)}")
         numbers = _checked_numbers(row, SAMPLE_NUMBERS, place, problems)
         if row.get("source") not in ("poll", "push", "final"):
-            problems[f"{place}.source"] = "allowed is poll, push or final"
+            problems[f"{place}.source"] = "must be poll, push or final"
         if problems:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
         samples.append(
@@ -15991,7 +15986,7 @@ def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
     if rows is None:
         return
     if not isinstance(rows, list) or len(rows) > MAX_IMPORTED_SAMPLES:
-        raise _bad("histograms", f"allowed is a list of at most {MAX_IMPORTED_SAMPLES} entries")
+        raise _bad("histograms", f"must be a list of at most {MAX_IMPORTED_SAMPLES} entries")
     for index, row in enumerate(rows):
         place = f"histograms[{index}]"
         if (
@@ -15999,13 +15994,11 @@ def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
             or set(row) != {"timestamp", "isWhole", "rows"}
             or not isinstance(row["isWhole"], bool)
         ):
-            raise _bad(
-                place, "allowed is an object with the keys timestamp, isWhole (true or false) and rows"
-            )
+            raise _bad(place, "must be an object with the keys timestamp, isWhole (true or false) and rows")
         if not isinstance(row["rows"], list) or not all(map(_is_histogram_row, row["rows"])):
             raise _bad(
                 f"{place}.rows",
-                "allowed is a list of [method, name, requests, failures, total ms, [ms, requests, ...]]",
+                "must be a list of [method, name, requests, failures, total ms, [ms, requests, ...]]",
             )
         yield _moment_at(row["timestamp"], f"{place}.timestamp"), int(row["isWhole"]), dump_json(row["rows"])
 
@@ -16069,7 +16062,7 @@ def _moment_at(value: Any, place: str) -> float:
     try:
         return parse_utc(value)
     except (ValueError, TypeError, OverflowError):
-        raise _bad(place, f"allowed is {MOMENT.allowed}, got {_shown(value)}") from None
+        raise _bad(place, f"must be {MOMENT.allowed}, got {_shown(value)}") from None
 
 
 # ---- files of a headless Locust ----
@@ -16103,10 +16096,10 @@ def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
     values = check_body(body, LOCUST_JSON_KEYS)
     entries = [_LocustEntry(entry, f"stats[{index}]") for index, entry in enumerate(values["stats"])]
     if not entries or not any(entry.requests for entry in entries):
-        raise _bad("stats", "holds no request; allowed is what Locust's --json-file holds")
+        raise _bad("stats", "holds no request; must be what Locust's --json-file holds")
     began, ended = min(entry.began for entry in entries), max(entry.ended for entry in entries)
     if ended > LATEST_MOMENT_S:
-        raise _bad("stats", f"allowed are moments before the year 2100, got {_shown(ended)}")
+        raise _bad("stats", f"must be before the year 2100, got {_shown(ended)}")
     lasted_s = ended - began
     histograms: Histograms = {(entry.method, entry.name): entry.histogram for entry in entries}
     total = functools.reduce(_sum, histograms.values())
@@ -16129,7 +16122,7 @@ class _LocustEntry:
 
     def __init__(self, entry: Any, place: str):
         if not isinstance(entry, dict):
-            raise _bad(place, "allowed is an object")
+            raise _bad(place, "must be an object")
         self._entry, self._place = entry, place
         self.method, self.name = (
             self._take(name, lambda value: isinstance(value, str) or value is None, "a text") or ""
@@ -16151,7 +16144,7 @@ class _LocustEntry:
     def _take(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> Any:
         value = self._entry.get(name)
         if not is_good(value):
-            raise _bad(f"{self._place}.{name}", f"allowed is {allowed}, got {_shown(value)}")
+            raise _bad(f"{self._place}.{name}", f"must be {allowed}, got {_shown(value)}")
         return value
 
     def _number(self, name: str) -> float:
@@ -16171,7 +16164,7 @@ class _LocustEntry:
             ):
                 raise _bad(
                     f"{self._place}.{name}",
-                    f"allowed are numbers to whole numbers, got {_shown(key)}: {_shown(count)}",
+                    f"must be numbers to whole numbers, got {_shown(key)}: {_shown(count)}",
                 )
             found[round(float(key))] = found.get(round(float(key)), 0) + count
         return found
@@ -16257,7 +16250,7 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
     if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
         raise _bad(
             "startedAt",
-            "is missing; allowed is startedAt with finishedAt, or history, the text of "
+            "is missing; must be startedAt with finishedAt, or history, the text of "
             "_stats_history.csv, which has them",
         )
     try:
@@ -16417,7 +16410,7 @@ def _parse_head(raw: bytes) -> RequestHead:
         raise BadRequest("the request line is not METHOD SP target SP HTTP/1.1")
     method, target, major, minor = (part.decode("ascii") for part in match.groups())
     if major != "1":
-        raise BadRequest("allowed are HTTP/1.1 and HTTP/1.0", 505)
+        raise BadRequest("must be HTTP/1.1 or HTTP/1.0", 505)
     if len(lines) > MAX_HEADERS + 1:
         raise BadRequest(f"more than {MAX_HEADERS} headers", 431)
     headers = _parse_headers(lines[1:])
@@ -16444,7 +16437,7 @@ def _parse_headers(lines: list[bytes]) -> dict[str, str]:
             raise BadRequest("a header line is not Name: value, or has control characters")
         name, value = match.group(1).decode("ascii").lower(), match.group(2).decode("latin-1").rstrip(" \t")
         if name in headers and name in ONLY_ONCE:
-            raise BadRequest(f"the header {name} stands twice")
+            raise BadRequest(f"the header {name} is a duplicate")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
@@ -17372,7 +17365,7 @@ class ConnectionLoop(threading.Thread):
                 if monotonic_s() >= sweep_at:
                     sweep_at = monotonic_s() + 1
                     self._sweep()
-            except Exception as error:  # noqa: BLE001 - the edge: nobody is served without this thread
+            except Exception as error:  # noqa: BLE001 - the edge: no one is served without this thread
                 log_unforeseen("connections", error)
                 time.sleep(0.02)  # should it come at each turn
 
@@ -17560,7 +17553,7 @@ class ApiServer(ThreadingHTTPServer):
         while not self._ends:
             try:
                 self.serve_forever(0.1)
-            except Exception as error:  # noqa: BLE001 - the edge: nobody could connect any more
+            except Exception as error:  # noqa: BLE001 - the edge: no one could connect any more
                 log_unforeseen("accept", error)
                 time.sleep(0.05)
 
@@ -17655,7 +17648,7 @@ class EventFeed:
 
     Events: `run` (the run's JSON; in the feed of all runs without requestStats), `sample`
     (one point of its series; only in the stream of one run), `deleted` {"id"}, and at the
-    start `ready`, or `reset` where a Last-Event-ID cannot be resumed: read all anew."""
+    start `ready`, or `reset` where a Last-Event-ID cannot be resumed: read all again."""
 
     ROUND_S = 0.25
     HEARTBEAT_S = 15.0
@@ -17756,7 +17749,7 @@ class EventFeed:
         return [stream for streams in self._streams.values() for stream in streams]
 
     def _welcome(self, stream: Stream) -> list[bytes]:
-        """What a new stream gets first: what it missed, or that it must read all anew; the
+        """What a new stream gets first: what it missed, or that it must read all again; the
         stream of one run gets the run."""
         retry = b"retry: 1000\n\n"
         missed = None if stream.resume_id is None else self._missed(stream)
@@ -17806,7 +17799,7 @@ class EventFeed:
                 self._one_by_one(self._tell_followers, run_id, change.seq)
 
     def _one_by_one(self, tell: Callable[..., Any], *about: Any) -> Any:
-        """The edge around the telling of one run: an exception nobody foresaw keeps it from nobody else."""
+        """The edge around the telling of one run: an exception no one foresaw keeps it from no one else."""
         try:
             return tell(*about)
         except Exception as error:  # noqa: BLE001 - the edge
@@ -18340,7 +18333,7 @@ METRICS = (
     ),
     Metric(
         "loadmanager_run_request_duration_seconds", "histogram",
-        "Response times of the whole run so far, where the hooks carry them", RUN_LABELS,
+        "Response times of the whole run so far, where the hooks send them", RUN_LABELS,
         _of_runs(_response_histogram),
         tuple(
             Panel(
@@ -18462,7 +18455,7 @@ METRICS = (
                 "LoadManagerRunLost", 'increase(@{reason="lost"}[5m]) > 0', 0, "warning",
                 "A run of {{ $labels.tenant }}/{{ $labels.environment }} was lost",
                 (
-                    "Its cluster was silent, was restarted or lost its workers; the run's failureReason "
+                    "Its cluster was unreachable, was restarted or lost its workers; the run's failureReason "
                     "says which. Its load is stopped when the cluster is back."
                 ),
             ),
@@ -18580,13 +18573,13 @@ METRICS = (
     ),
     Metric(
         "loadmanager_unforeseen_errors", "counter",
-        "Exceptions that nobody foresaw and that a thread survived; the log has each with its trace", (),
+        "Exceptions that no one foresaw and that a thread survived; the log has each with its trace", (),
         _of_program(lambda sources: sum(UNFORESEEN.copy().values())),
         (Panel(_HEALTH, "Unforeseen errors", "short", "sum(@)", "errors", "stat"),),
         (
             Alert(
                 "LoadManagerUnforeseenError", "increase(@[15m]) > 0", 0, "warning",
-                "Load Manager met an error that nobody foresaw",
+                "Load Manager met an error that no one foresaw",
                 "Its log has the trace: please report it.",
             ),
         ),
@@ -19336,7 +19329,7 @@ def fetch_json(
 class KeySource:
     """An issuer's public keys (JWKS, RFC 7517), read in the background."""
 
-    STALE_S = 600.0  # read again after this even if nobody asks for a new key
+    STALE_S = 600.0  # read again after this even if no one asks for a new key
     RETRY_S = 10.0  # after a failure
     MAX_WAITING = 1000
 
@@ -19935,7 +19928,7 @@ def session_secret(head: RequestHead, server: ServerConfig) -> str | None:
 
 
 def check_host(head: RequestHead, server: ServerConfig) -> None:
-    """Forbidden under a host name that is not ours. An address in digits is: nobody can
+    """Forbidden under a host name that is not ours. An address in digits is: no one can
     make another's page look as if it came from there."""
     name = (_url_parts("//" + head.headers.get("host", "")).hostname or "").rstrip(".")
     ours = {"localhost", server.host.lower(), *server.allowed_hosts}
@@ -20071,7 +20064,7 @@ def get_ready(api: Api, request: Request) -> Response:
 
 def post_test(api: Api, request: Request) -> Response:
     body = parse_json(request.body)
-    api.check_named_place(request, body)  # first: what there is in another tenant is nobody's business
+    api.check_named_place(request, body)  # first: what there is in another tenant is no one's business
     run_request = read_create(body, api.config.scenarios)
     api.check_place(request, run_request.tenant_id, run_request.env_id)
     run_request = replace(run_request, traceparent=request.traceparent())
@@ -20081,7 +20074,7 @@ def post_test(api: Api, request: Request) -> Response:
         request.run_id = run.id
         return api.run_response(run.id, 201)
     if not 1 <= len(key) <= 255 or not key.isprintable():
-        raise InvalidInput("Idempotency-Key: allowed are 1 to 255 printable characters")
+        raise InvalidInput("Idempotency-Key: must be 1 to 255 printable characters")
     return api.create_once(f"{request.principal.name}:{key}", body, run_request, request)
 
 
@@ -20258,7 +20251,7 @@ def post_import(api: Api, request: Request) -> Response:
 
 
 def get_histograms(api: Api, request: Request) -> Response:
-    """Response times between two moments: what stood at the later minus what stood at the earlier."""
+    """Response times between two times: what stood at the later minus what stood at the earlier."""
     run, query = api.visible_run(request), request.query
     start, end = HistogramPoint(run.started_at or run.created_at, {}), None
     for point in api.store.histograms(run.id, query.get("to", 1e12)):
@@ -20653,9 +20646,7 @@ def _sign_in_token(request: Request) -> str:
     elif content_type == JSON_TYPE:
         body = parse_json(request.body)
     else:
-        raise UnsupportedMediaType(
-            f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE} or a form"
-        )
+        raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: must be {JSON_TYPE} or a form")
     return check_body(body, SIGN_IN_KEYS)["token"]
 
 
@@ -20704,7 +20695,7 @@ def locust_metrics(api: Api, request: Request) -> Response:
     snapshot = check_metrics(body, "metrics", time.time())
     if snapshot is None:
         raise InvalidInput(
-            "metrics: is missing; allowed is an object", {"metrics": "is missing; allowed is an object"}
+            "metrics: is missing; must be an object", {"metrics": "is missing; must be an object"}
         )
     api.orchestrator.locust_measured(run_id, snapshot)
     return SUCCESS
@@ -20907,7 +20898,7 @@ ROUTES = (
         query=METRICS_QUERY, answer="Series", errors=(503,)),
     Route(
         "GET", "/v1/tests/{id}/histograms", get_histograms, "viewer",
-        "Response times by whole ms, with percentiles, of the whole run or between two moments",
+        "Response times by whole ms, with percentiles, of the whole run or between two times",
         query=HISTOGRAMS_QUERY, answer="Histograms", errors=(409, 503),
     ),
     Route("GET", "/v1/tests/{id}/failures", get_failures, "viewer",
@@ -20915,10 +20906,10 @@ ROUTES = (
         errors=LOCUST_ANSWERS, tool="show_failures"),
     Route(
         "POST", "/v1/tests/{id}/annotations", post_annotation, "operator",
-        "Mark a moment of the run, shown on charts and in reports; default: now",
+        "Annotate a point in time of the run, shown on charts and in reports; default: now",
         body=ANNOTATION_KEYS, answer="Annotation", success=201, errors=(409, 503),
     ),
-    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The marked moments", waits=False,
+    Route("GET", "/v1/tests/{id}/annotations", get_annotations, "viewer", "The annotations", waits=False,
         answer="Annotations"),
     Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer",
         "The run as one page without scripts, for mail and print; each report takes `?download=1`",
@@ -20984,7 +20975,7 @@ ROUTES = (
     Route("POST", "/v1/schedules/{id}/run", post_schedule_run, "operator", "Start its run now", answer="Run",
         success=201, errors=STARTING),
     Route("GET", "/v1/notifications", get_notifications, "admin",
-        "Who is told of what, and the 200 newest deliveries", waits=False, answer="Notifications"),
+        "Who is notified of what, and the 200 newest deliveries", waits=False, answer="Notifications"),
     Route("POST", "/v1/notifications/test", post_notification_test, "admin",
         "Send a message to one channel now; 502 says why it could not be", body=NOTIFICATION_TEST_KEYS,
         errors=(502,)),
@@ -21321,7 +21312,7 @@ class Router:
         if method == "OPTIONS":
             return None, {}, allow
         if method not in methods:
-            raise MethodNotAllowed(f"{_printable(method)} is not allowed here; allowed are {allow}", allow)
+            raise MethodNotAllowed(f"{_printable(method)} is not allowed here; must be one of {allow}", allow)
         return methods[method], params, allow
 
     def _methods(self, path: str) -> tuple[dict[str, Route], dict[str, str]]:
@@ -21504,11 +21495,11 @@ class Api:
         """TooLarge or UnsupportedMediaType before a byte of the body is read."""
         most = self._body_limits.get(route.most_body_bytes, route.most_body_bytes)
         if head.content_length > most:
-            raise TooLarge(f"the body has {head.content_length} bytes; allowed are {most}")
+            raise TooLarge(f"the body has {head.content_length} bytes; must be at most {most}")
         if route.body is not None and not _carries_token(head):
             content_type = head.headers.get("content-type", JSON_TYPE).split(";")[0].strip().lower()
             if content_type != JSON_TYPE and not content_type.endswith("+json"):
-                raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: allowed is {JSON_TYPE}")
+                raise UnsupportedMediaType(f"Content-Type {_printable(content_type)}: must be {JSON_TYPE}")
 
     def _principal(self, head: RequestHead, route: Route, address: str) -> Principal:
         if route.access == "anyone":
@@ -21754,11 +21745,11 @@ class Api:
         is_tenant = scope.tenants is not None and tenant_id not in scope.tenants
         name, value = ("tenantId", tenant_id) if is_tenant else ("envId", env_id)
         allowed = ", ".join(sorted((scope.tenants if is_tenant else scope.environments) or ())) or "none"
-        why = f"the token may not use {_shown(value)}; allowed are {allowed}"
+        why = f"the token may not use {_shown(value)}; must be one of {allowed}"
         raise Forbidden(f"{name}: {why}", {name: why})
 
     def check_named_place(self, request: Request, body: Any) -> None:
-        """check_place() of a body that nobody has checked, as far as it names one."""
+        """check_place() of a body that no one has checked, as far as it names one."""
         names = body if isinstance(body, dict) else {}
         tenant_id, env_id = names.get("tenantId"), names.get("envId")
         if isinstance(tenant_id, str) and isinstance(env_id, str):
@@ -22806,7 +22797,7 @@ class Screen:
         self._write(self._erased() + "".join(line + "\n" for line in lines))
 
     def draw(self, lines: list[str]) -> None:
-        """The live view anew, in place of the one before."""
+        """The live view again, in place of the one before."""
         columns, rows = self.size
         # One column less: some terminals wrap as soon as the last one is written.
         shown = [clip(line, columns - 1) for line in lines[: max(1, rows - 1)]]
@@ -22945,7 +22936,7 @@ def token_of_command(command: str) -> str:
 
 def _is_near(url: str | None, configured_url: str) -> bool:
     """The token of a configuration found by chance goes to its own server or to this
-    machine, not to any address that somebody names."""
+    machine, not to any address that someone names."""
     return url in (None, configured_url) or is_loopback(urlsplit(url).hostname or "")
 
 
@@ -22953,7 +22944,7 @@ def _given_url(url: str | None) -> str | None:
     try:
         return BASE_URL.accept(url) if url else None
     except ValueError:
-        raise CommandError(f"--url: allowed is {BASE_URL.allowed}, got {_shown(url)}", EXIT_USAGE) from None
+        raise CommandError(f"--url: must be {BASE_URL.allowed}, got {_shown(url)}", EXIT_USAGE) from None
 
 
 def _given_token(options: Any, environ: dict[str, str]) -> str | None:
@@ -22971,7 +22962,7 @@ def _given_token(options: Any, environ: dict[str, str]) -> str | None:
     token = environ.get("LOADMANAGER_TOKEN") or None if token is None else token
     if token is not None and not re.fullmatch("[!-~]*", token):
         raise CommandError(
-            "the token has characters that no token has; allowed are printable ASCII characters", EXIT_USAGE
+            "the token has characters that no token has; must be printable ASCII characters", EXIT_USAGE
         )
     return token
 
@@ -23066,7 +23057,7 @@ class ApiClient:
         """A good answer; ServerGone without one, ServerRefused for one that is an error.
 
         What changes something is sent on a new connection: on a kept one that the server
-        just closed nobody could tell whether it was carried out."""
+        just closed no one could tell whether it was carried out."""
         if method != "GET":
             self.close()
         is_kept = self._connection is not None
@@ -23612,7 +23603,7 @@ class McpServer:
         self._send(_error_json(error, error.message_id))
 
     def _send(self, message: dict[str, Any]) -> None:
-        """Write one line; when nobody reads any more, there is nobody to tell."""
+        """Write one line; when no one reads any more, there is no one to tell."""
         line = json.dumps({"jsonrpc": "2.0", **message}, allow_nan=False).encode() + b"\n"
         try:
             with self._writing:
@@ -23678,7 +23669,7 @@ def say(text: str) -> None:
     try:
         print(f"loadmanager: {text}", file=sys.stderr, flush=True)
     except OSError:
-        pass  # nobody reads it
+        pass  # no one reads it
 
 
 # ---- values as people write them -------------------------------------------
@@ -23844,7 +23835,7 @@ def command_migrate(options: Any) -> int:
         raise CommandError(f"not migrated: {error}", EXIT_USAGE) from None
     except tuple(kind for database in opened for kind in database.errors) as error:
         why = (str(error).strip() or repr(error)).splitlines()[0]
-        words = f"not migrated whole: {why}; run the same command again, it goes on"
+        words = f"not migrated whole: {why}; run the same command again to continue"
         raise CommandError(words, EXIT_FAILED) from None
     finally:
         for database in opened:
@@ -24194,7 +24185,7 @@ def command_users(options: Any) -> int:
     answer = client.request(
         "POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None}
     )
-    return tell_done(options, answer, f"run {run_id} goes to {options.users} users")
+    return tell_done(options, answer, f"run {run_id} is changed to {options.users} users")
 
 
 SCHEDULE_COLUMNS = (
@@ -24275,7 +24266,7 @@ def command_scale(options: Any) -> int:
     return tell_done(
         options,
         answer,
-        f"cluster {options.cluster} goes to {options.workers} worker{'s' * (options.workers != 1)}",
+        f"cluster {options.cluster} is scaled to {options.workers} worker{'s' * (options.workers != 1)}",
     )
 
 
@@ -24292,7 +24283,7 @@ def command_logs(options: Any) -> int:
 
 def command_stop(options: Any) -> int:
     if (options.run is None) != options.all:
-        raise CommandError("allowed is a RUN or --all", EXIT_USAGE)
+        raise CommandError("must be a RUN or --all", EXIT_USAGE)
     client = open_client(options)
     if options.all:
         return stop_all(options, client)
@@ -24311,14 +24302,14 @@ def stop_all(options: Any, client: ApiClient) -> int:
         f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]),
     )
     for item in outcome["failed"]:
-        say(f"run {item.get('runId')} goes on: {item.get('message')}")
+        say(f"run {item.get('runId')} is still running: {item.get('message')}")
     return EXIT_FAILED if outcome["failed"] else EXIT_DONE
 
 
 def command_token(options: Any) -> int:
     """Print a new token, once, and the line of the configuration that knows its hash."""
     if not options.tenant and options.role != "admin":
-        raise CommandError("--tenant: is missing; allowed is a tenant, or * for all", EXIT_USAGE)
+        raise CommandError("--tenant: is missing; must be a tenant, or * for all", EXIT_USAGE)
     token = "lm_" + secrets.token_urlsafe(32)
     entry: dict[str, Any] = {
         "name": options.name,
@@ -24448,7 +24439,7 @@ def import_body(options: Any) -> dict[str, Any]:
         document = json.loads(read_text(options.file))
     except (ValueError, RecursionError):
         raise CommandError(
-            f"{options.file} is neither JSON nor named ..._stats.csv; allowed is an export, or a "
+            f"{options.file} is neither JSON nor named ..._stats.csv; must be an export, or a "
             "file of Locust's --json-file or --csv",
             EXIT_USAGE,
         ) from None
@@ -24541,7 +24532,7 @@ def command_compare(options: Any) -> int:
 
 class CtrlC:
     """Ctrl-C and SIGTERM of a command that starts a run. While `held`, the first one waits:
-    a run whose id has not come yet could be stopped by nobody. The second always raises."""
+    a run whose id has not come yet could be stopped by no one. The second always raises."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -24625,7 +24616,9 @@ class Follower:
         now = time.monotonic()
         if self._gone_since is None:
             self._gone_since = now
-            self.notice(f"{error.message}; the run goes on, trying again for {clock_words(self._patience_s)}")
+            self.notice(
+                f"{error.message}; the run is still running; trying again for {clock_words(self._patience_s)}"
+            )
         if now - self._gone_since >= self._patience_s:
             raise CommandError(
                 f"{error.message}; gave up after {clock_words(now - self._gone_since)}; {self.whereabouts()}",
@@ -24633,7 +24626,7 @@ class Follower:
             )
 
     def whereabouts(self) -> str:
-        """What is known of the run, and what somebody who leaves can do."""
+        """What is known of the run, and what someone who leaves can do."""
         if self.status in FINAL_WORDS:
             return f"run {self._run_id} is {self.status}"
         return f"run {self._run_id} is still {self.status}; stop it with: {PROGRAM} stop {self._run_id}"
@@ -24733,7 +24726,7 @@ def create_body(options: Any) -> dict[str, Any]:
     metadata, custom = dict(options.meta), dict(options.option)
     for name, pairs, given in (("--meta", metadata, options.meta), ("--option", custom, options.option)):
         if len(pairs) < len(given):
-            raise CommandError(f"{name}: a name stands twice; allowed is each once", EXIT_USAGE)
+            raise CommandError(f"{name}: a name is a duplicate; must be unique", EXIT_USAGE)
     body = {
         "tenantId": options.tenant,
         "envId": options.env,
@@ -24850,7 +24843,7 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
                 return
             starting = error.http_status == 409 and error.document.get("status") == RunStatus.PENDING.value
             if error.http_status == 409 and not starting:
-                return  # somebody else was first
+                return  # someone else was first
             if not starting and error.http_status != 503 or time.monotonic() > give_up_at:
                 raise
         except ServerGone as error:
@@ -25641,7 +25634,7 @@ def content_findings(connection: Any) -> Iterator[Finding]:
 
 
 def counts_findings(connection: Any, version: int) -> Iterator[Finding]:
-    """Look for rows that belong to no run: a deletion was cut off, or somebody changed the tables."""
+    """Look for rows that belong to no run: a deletion was cut off, or someone changed the tables."""
     runs = _asked(connection, "SELECT COUNT(*) FROM runs")
     lost = []
     for table in ("samples", "histograms", "artefacts"):
@@ -25712,7 +25705,7 @@ def integrity_finding(file: str) -> Finding:
     if not os.path.isfile(file) or not os.access(file, os.R_OK):
         advice = "let this user read it, or change storage.url"
         return Finding("problem", "database", f"{file} is no file that can be read", advice)
-    # A reader of a database with a log makes files beside it, unless it is told that nobody writes.
+    # A reader of a database with a log makes files beside it, unless it is told that no one writes.
     how = "mode=ro" if os.path.exists(f"{file}-wal") else "mode=ro&immutable=1"
     until = time.monotonic() + DOCTOR_READS_S
     try:
@@ -25849,7 +25842,7 @@ def port_finding(server: ServerConfig) -> Finding:
         with socket.socket(family) as sock:
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((server.host, server.port))  # it does not listen: nobody can connect
+            sock.bind((server.host, server.port))  # it does not listen: no one can connect
         return Finding("ok", "port", f"{where} is free")
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -26178,7 +26171,7 @@ def _compile_program(path: str) -> None:
     try:
         os.chmod(py_compile.compile(path, doraise=True) or path, 0o644)
     except (OSError, py_compile.PyCompileError) as error:
-        say(f"no bytecode is kept, each start compiles anew: {one_line(error)}")
+        say(f"no bytecode is kept, each start compiles again: {one_line(error)}")
 
 
 def _next_steps(prefix: str, is_upgrade: bool) -> Iterator[str]:
@@ -26456,7 +26449,7 @@ GUIDE = r"""
 `--help` of each command lists its options. Wherever a run is named, `latest`, its id, or the first 6 or
 more characters of it will do. Durations are `90s`, `5m`, `1h30m`; counts `1000`, `1_000`, `1k`. With
 `--json` stdout has exactly the API's JSON and nothing else; notices and errors are one line each on
-stderr. When the server goes away while a run is followed, the run goes on: it is asked again for
+stderr. When the server goes away while a run is followed, the run is still running: it is asked again for
 `--patience` (5 minutes). Ctrl-C (and SIGTERM) during `run` and `rerun` has the server stop the run and
 waits for its end; a second one leaves at once and says what is still running. Ctrl-C during `watch` and
 `wait` only leaves.
@@ -26509,7 +26502,7 @@ numbers equal Locust's own CSV report. Locust cuts off requests that are under w
 not count them though the target has seen them; started with `--stop-timeout 10` it finishes and counts
 them.
 
-**warnings** tell what makes the numbers doubtful: `workers_lost`, `workers_missing` (fewer came than the
+**warnings** tell what makes the numbers unreliable: `workers_lost`, `workers_missing` (fewer came than the
 run needs), `cpu_high` (a generator over 90%), `users_not_reached`, `users_changed`, `ended_early`,
 `stats_reset`, `endpoints_cut` (over 500), `hooks_absent`, `final_numbers_missing`, `stop_unconfirmed`.
 
@@ -26524,9 +26517,9 @@ run it keeps as Failed in `runId`.
   takes the run. Before the start the cluster is asked what it is doing: a test that Load Manager did
   not start there is a 409, no worker a 502.
 - **Stopped on time**, by a timer at the deadline. A stop that fails is tried until it succeeds or the
-  cluster has been silent for `lostAfterSeconds`; a lost cluster that comes back with the load still
+  cluster has been unreachable for `lostAfterSeconds`; a lost cluster that comes back with the load still
   running is stopped then.
-- **A load does not outlive its controller.** Locust itself is told to stop 5 s after the deadline
+- **A load does not outlive its controller.** Locust itself is asked to stop 5 s after the deadline
   (`run_time`, from Locust 2.47 on, and the hooks' own timer on every version). A run without a duration
   holds a lease that the hooks renew; after `leaseSeconds` without contact they stop the test. *Without
   the hooks a run without duration has no such protection*, and its run says so in a warning.
@@ -26560,7 +26553,7 @@ what was expected. `stopReason` is `threshold` when one aborted the run.
 - An endpoint is `METHOD name` or the name alone; `*` stands for any text, and then the worst endpoint
   counts. In double quotes (a JSON string) or as `endpoint` of the long form it is a name as it stands.
 - Without `over`, the final numbers of the whole run decide: Locust's own, never computed from others.
-  While the run goes on, `abortOnFail` looks at the numbers so far. `over 30s` must hold in every window
+  While the run is running, `abortOnFail` looks at the numbers so far. `over 30s` must hold in every window
   of that length, `after 60s` ignores what was before.
 - `over` and `after` take any length and also endpoints; only `minResponseMs` and `maxResponseMs` are of
   the whole run alone. Counters of the totals, and p50 and p95 of the totals `over 10s`, which Locust
@@ -26609,12 +26602,12 @@ the scatter learned from the comparable ones. `GET
   runs once more what got worse, and exits with 99 only if a figure got worse in both.
 - **Different load** (users, also those changed during the run, spawn rate, profile, duration,
   locustfile, cluster) and unreliable data (lost workers, saturated generators) are named in
-  `differences` and `warnings`, and nothing is told of such a pair. Too few requests (p50 20, p95 100,
+  `differences` and `warnings`, and such a pair is not judged. Too few requests (p50 20, p95 100,
   p99 500) are `cannot tell` too.
 
 *The method.* A figure is a random effect over runs (DerSimonian and Laird), on a logarithmic scale (error
 rate: arcsine). Its scatter within a run comes from up to 20 time blocks: Woodruff's interval for
-percentiles with Kish's design effect, as requests of one moment are alike, and the block jackknife
+percentiles with Kish's design effect, as requests of the same time are alike, and the block jackknife
 (Künsch), as one burst may be all of a p99. Alarms are beyond the prediction interval of the next run
 (Higgins, Thompson, Spiegelhalter) with Satterthwaite's degrees of freedom, by Holm's procedure with
 weights for all figures. Runs are never taken to be more alike than 1 %. `make bench` prints false alarms
@@ -26695,8 +26688,8 @@ when a proxy or a DNS name is in front.
 **Events.** `curl -N -H "Authorization: Bearer $TOKEN" $URL/v1/events` follows all runs,
 `/v1/tests/{id}/events` one. Events are `ready` at the start, `run` (the run's JSON, at most four a second
 for each run; in `/v1/events` without `requestStats`), `sample` (a point of the time series, in the stream
-of one run), `deleted` and, when a `Last-Event-ID` is too old to resume, `reset`: read everything anew. A
-run that changed while you were away is told once, in its newest state. A comment every 15 s keeps proxies
+of one run), `deleted` and, when a `Last-Event-ID` is too old to resume, `reset`: read everything again. A
+run that changed while you were away is sent once, in its newest state. A comment every 15 s keeps proxies
 from closing the stream; a client that leaves 1 MiB unread is dropped. Streams may take half of
 `server.maxConnections`.
 
@@ -26728,7 +26721,7 @@ security:
   field. `environments` narrows that further. An expired token is a 401.
 - **Callbacks**: a cluster with `callbackToken` of its own is reached by that alone, and that reaches
   only this cluster's runs; one that Load Manager launches has a random one. Of a token that several
-  tenants share, `check` and the start warn, and it is not told the id of an active run.
+  tenants share, `check` and the start warn, and it is not given the id of an active run.
 - **A token that leaked**: take it out of the file and `python loadmanager.py reload`. Its requests,
   sign-ins and event streams end at once; `sessions` lists and ends single sign-ins.
 - After 30 wrong tokens in a minute an address gets 429 for wrong ones; a good token from the same
@@ -26758,7 +26751,7 @@ security:
 Issuer, audience, `exp`, `nbf` and `iat` are checked with `leewaySeconds`. The configuration says which
 algorithms count: HS256 only with a secret, and needs no package; RS256, ES256 and EdDSA (and RS384 to
 ES512 when listed) need `pip install 'PyJWT[crypto]'`. A key that is not known has the keys read again,
-once a minute at most; meanwhile nobody else waits. A token is looked at again every 5 minutes at the
+once a minute at most; meanwhile no one else waits. A token is looked at again every 5 minutes at the
 latest. Runs and the audit name the caller `sso:<sub>` (`nameClaim`). A sign-in to the dashboard lasts 12
 hours, whatever the provider does meanwhile. The command line takes such tokens from
 `LOADMANAGER_TOKEN_COMMAND`.
@@ -26780,7 +26773,7 @@ environments:
 A start on a protected environment needs `"confirm": "prod"` (`run --confirm prod`; the dashboard asks),
 else it is a 400. Where hosts are limited, the run's `host`, or that of the launched cluster, must be one
 of them; names are compared, not resolved. *A locustfile with absolute URLs of its own, and a test that
-somebody starts in Locust's own page, are beyond this.*
+someone starts in Locust's own page, are beyond this.*
 
 **Limits** of one caller, whatever the token, are under `limits`: requests in a second, open event
 streams, sizes of bodies. Beyond them it is a 429 with `Retry-After`, or a 413 before the body is read.
@@ -26842,7 +26835,7 @@ launcher:
            "jsonpath={.status.readyReplicas}"]
 ```
 
-A machine with ssh, where `locust-workers` is a script of yours that runs so many workers:
+A machine with ssh, where `locust-workers` is a script of yours that runs that many workers:
 
 ```yaml
 launcher:
@@ -26872,10 +26865,10 @@ The same keys (without `id`) are the body of `POST /v1/schedules`. `test` is the
 checked as one, at once and again at each start. Schedules of the configuration are shown by the API
 (`readOnly`) and changed in the file. Fields take names, lists, ranges and steps; where day of month and
 day of week both say something other than `*`, a day that fits either is meant, as in cron. When clocks
-are put forward, a time that does not exist runs at the first moment that does; when they are put back,
+are put forward, a time that does not exist runs at the first time that does; when they are put back,
 one that exists twice runs once. Of what was missed while Load Manager was away the newest starts, if it
-is not later than the deadline; no moment starts two runs, `kill -9` included. `lastOutcome` tells what
-became of the last moment.
+is not later than the deadline; no time starts two runs, `kill -9` included. `lastOutcome` tells what
+became of its last time.
 
 When the local clock is set back, a schedule's next run comes with its first time that is more than half
 an interval after the last one in truth: a nightly run does not start twice, a minutely one does not wait
@@ -26887,7 +26880,7 @@ until the clock has caught up.
 notifications:
   - id: chat
     type: slack
-    urlFile: /run/secrets/slack-url   # a Slack incoming webhook; secrets have a File twin
+    urlFile: /run/secrets/slack-url   # a Slack incoming webhook; secrets have a `...File` variant
   - id: hook
     type: webhook
     url: https://ci.example.com/hooks/load
@@ -26973,7 +26966,7 @@ with `time`, `level`, `event`, and where they are known `run`, `cluster`, `tenan
 reload. Each answer has an `X-Request-Id`: the caller's, when it is 1 to 128 letters, digits or
 `._:/+=@-`, else a new one; lines that are logged while a request is served have it, too. A
 [`traceparent`](https://www.w3.org/TR/trace-context/) that comes with a create, a rerun or the start of a
-schedule is kept with the run, and passed on to Locust's hooks, whose calls carry it back, and to webhooks
+schedule is kept with the run, and passed on to Locust's hooks, whose calls return it, and to webhooks
 as header and as `traceId`; without a valid one a new trace begins. The table "Events of the log" has every
 event with its level and its facts. Secrets of the configuration are shown as `***`.
 
@@ -26988,7 +26981,7 @@ YAML, or JSON (then nothing needs to be installed). `check` reports every proble
 a signal is sent to the server that the file `config.yaml.pid` names, and its answer printed) and `POST
 /v1/admin/reload` have the file read again: `locustClusters`, `tenants`, `environments`, `scenarios`,
 `schedules`, `notifications` and `security` are taken at once, other keys that differ are named as needing
-a restart. A file with a problem is refused as a whole, every problem is told, and all stays as it was.
+a restart. A file with a problem is refused as a whole, every problem is reported, and all stays as it was.
 Runs go on: a cluster that is gone or has another address is left as it is until its run is over.
 
 A missing or empty token is a refusal to start unless `security.allowAnonymous: true`; so is listening
@@ -27012,7 +27005,7 @@ one leads.
 `clientCaFile` every client, Locust and health checks included, must show a certificate signed by one of
 these, besides its token. The files are read again within a second or two when they change; open
 connections go on, and a pair that does not fit together is logged and left. A handshake that hangs is
-ended after 10 s and delays nobody. Clusters that Load Manager launches call back on a loopback port of
+ended after 10 s and delays no one. Clusters that Load Manager launches call back on a loopback port of
 their own, in plain HTTP, which answers nothing but callbacks. `locustClusters[].tls.caFile` trusts an
 https master; a certificate that has expired or is of another name is a 502 that says so.
 
@@ -27141,7 +27134,7 @@ FOLLOW_ARGUMENTS = (
     argument(
         "--summary", metavar="FILE", completes="file", help="when it is over, write its summary in Markdown"
     ),
-    argument("--require-trusted", action="store_true", help="exit 99 too when the numbers are doubtful"),
+    argument("--require-trusted", action="store_true", help="exit 99 too when the numbers are unreliable"),
     argument(
         "--every",
         metavar="TIME",
@@ -27303,8 +27296,8 @@ COMMANDS = (
         (
             RUN_ARGUMENT,
             argument("--from", dest="since", metavar="MOMENT",
-                help="from this moment on: RFC 3339 or epoch seconds"),
-            argument("--to", dest="until", metavar="MOMENT", help="to this moment"),
+                help="from this time on: RFC 3339 or epoch seconds"),
+            argument("--to", dest="until", metavar="MOMENT", help="to this time"),
             argument("--step", metavar="TIME", value=duration_value, help="one point in this time"),
             argument("--max-points", metavar="N", value=count_value, default=30,
                 help="how many points, extremes kept; default: 30"),
@@ -27321,7 +27314,7 @@ COMMANDS = (
             OUTPUT,
         ),
     ),
-    Command("export", command_export, "a run with all samples as one file, to carry elsewhere",
+    Command("export", command_export, "a run with all samples as one file, to take elsewhere",
         "export latest -o run.json", (RUN_ARGUMENT, OUTPUT)),
     Command(
         "import", command_import, "keep a run from a file: an export, or what a headless Locust wrote",
@@ -27493,7 +27486,7 @@ def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> N
         try:
             return entry.value(text)  # type: ignore[misc]
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"allowed is {error}, got {_shown(text)}") from None
+            raise argparse.ArgumentTypeError(f"must be {error}, got {_shown(text)}") from None
 
     options = {
         **entry.options,
@@ -30585,7 +30578,7 @@ class RunView {
           "div",
           {class: "bar"},
           mayAct() ? [act("stop", "Stop", stopRun, "danger"), act("users_", "Change users", changeUsers),
-            act("mark", "Mark moment", annotate), act("again", "Run again", rerun)] : [],
+            act("mark", "Annotate", annotate), act("again", "Run again", rerun)] : [],
           make("report", "a", {class: "button", id: "report", href: runPath(run.id, "/report.html"),
             target: "_blank", rel: "noopener"}, "Report"),
           mayAct() ? act("remove", "Delete", deleteRun, "plain") : null,

@@ -798,7 +798,7 @@ def stop_load(environment) -> None:
     """What POST /stop does. Blocks until the users are gone; not for listeners."""
     runner, web_ui = environment.runner, environment.web_ui
     if getattr(environment.parsed_options, "headless", False):
-        runner.quit()  # nobody could start another test: end as after --run-time
+        runner.quit()  # no one could start another test: end as after --run-time
         return
     _end_ramp(web_ui)
     if runner.state == "stopped" and runner.user_count and hasattr(runner, "update_state"):
@@ -850,7 +850,7 @@ class Hooks:
         self._worker_ids, self._flushed_ids = set(), set()
         arguments = self._take_arguments()
         if not arguments["run_id"]:
-            self.options.remember()  # what somebody chose in Locust's own page stays, as it does without us
+            self.options.remember()  # what someone chose in Locust's own page stays, as it does without us
         run = Run(self, arguments)
         self._runs.append(run)
         run.start()
@@ -1073,7 +1073,7 @@ class WorkerHooks:
         self._flushing = True
         try:
             send_stats()
-        except Exception as exc:  # noqa: BLE001 - the master is gone: nobody to tell
+        except Exception as exc:  # noqa: BLE001 - the master is gone: no one to tell
             log.debug("last report not sent: %s", exc)
         finally:
             self._flushing = False

@@ -436,16 +436,16 @@ def test_new_token_of_the_command_line_works_until_it_expires(load_manager, fake
     [
         (
             [{"name": "a", "role": "viewer", "tenants": ["t"]}],
-            "allowed is one of tokenSha256, token and tokenFile",
+            "must have one of tokenSha256, token and tokenFile",
         ),
         (
             [{"name": "a", "role": "viewer", "tenants": ["t"], "token": "x", "tokenSha256": "0" * 64}],
-            "allowed is one of",
+            "must have one of",
         ),
         ([{"name": "a", "role": "viewer", "token": "x"}], "tenants: is missing"),
         (
             [{"name": "a", "role": "owner", "token": "x", "tenants": ["t"]}],
-            "role: allowed is viewer or operator or admin",
+            "role: must be viewer or operator or admin",
         ),
         (
             [{"name": "a", "role": "admin", "token": "x"}, {"name": "a", "role": "admin", "token": "y"}],
@@ -457,19 +457,19 @@ def test_new_token_of_the_command_line_works_until_it_expires(load_manager, fake
             "another token is the same",
         ),
         ([{"name": "a", "role": "admin", "token": API_TOKEN}], "another token is the same"),
-        ([{"name": "a\nb", "role": "admin", "token": "x"}], "name: allowed is"),
+        ([{"name": "a\nb", "role": "admin", "token": "x"}], "name: must be"),
         (
             [{"name": "a", "role": "admin", "token": "x", "expiresAt": "tomorrow"}],
-            "expiresAt: allowed is an RFC 3339 moment",
+            "expiresAt: must be an RFC 3339 time",
         ),
         (
             [{"name": "a", "role": "admin", "tokenSha256": "abc"}],
-            "tokenSha256: allowed is 64 hexadecimal digits",
+            "tokenSha256: must be 64 hexadecimal digits",
         ),
         ([{"name": "a", "role": "admin", "token": "x", "tenant": "t"}], "did you mean tenants?"),
         (
             [{"name": "a", "role": "viewer", "token": "x", "tenants": []}],
-            "tenants: allowed is a list of names",
+            "tenants: must be a list of names",
         ),
     ],
 )

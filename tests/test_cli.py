@@ -225,13 +225,13 @@ def test_help_tells_exit_statuses_and_variables():
         (["run"], "the following arguments are required: --tenant"),
         (
             ["run", *CREATE, "--users", "many"],
-            "allowed is a whole number such as 1000, 1_000 or 1k, got 'many'",
+            "must be a whole number such as 1000, 1_000 or 1k, got 'many'",
         ),
-        (["run", *CREATE, "-u", "1.5"], "allowed is a whole number"),
-        (["run", *CREATE, "-d", "5 minutes"], "allowed is a duration such as 90s, 5m or 1h30m"),
-        (["run", *CREATE, "-r", "fast"], "allowed is users per second"),
-        (["run", *CREATE, "--meta", "novalue"], "allowed is name=value"),
-        (["run", *CREATE, "--meta", "a=1", "--meta", "a=2"], "stands twice"),
+        (["run", *CREATE, "-u", "1.5"], "must be a whole number"),
+        (["run", *CREATE, "-d", "5 minutes"], "must be a duration such as 90s, 5m or 1h30m"),
+        (["run", *CREATE, "-r", "fast"], "must be users per second"),
+        (["run", *CREATE, "--meta", "novalue"], "must be name=value"),
+        (["run", *CREATE, "--meta", "a=1", "--meta", "a=2"], "is a duplicate"),
         (["run", *CREATE, "--compare-with", "tomorrow"], "invalid choice"),
         (["run", *CREATE, "--junit", "/no/such/folder/junit.xml"], "cannot be written"),
         (
@@ -247,7 +247,7 @@ def test_help_tells_exit_statuses_and_variables():
         (["compare", "latest"], "required: CANDIDATE"),
         (["report", "latest", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["completion", "fish"], "invalid choice: 'fish'"),
-        (["list", "--url", "ftp://somewhere"], "--url: allowed is http(s)://host[:port][/path]"),
+        (["list", "--url", "ftp://somewhere"], "--url: must be http(s)://host[:port][/path]"),
         (["list", "--token-file", "/no/such/file"], "cannot be read"),
         (["list", "--url", "http://127.0.0.1:1", "--token", "two\nlines"], "printable ASCII"),
         (["list", "-config", "/no/such/config.yaml"], "cannot be read"),
@@ -658,7 +658,7 @@ def test_killed_server_that_comes_back_is_followed_again(server):
     running = background(server.url, "run", *CREATE, "-d", "4s", "--every", "1s")
     assert "started on" in running.stdout.readline()  # the answer is there, not only the run
     server.kill9()
-    assert "the run goes on, trying again for 5:00" in running.stderr.readline()
+    assert "the run is still running; trying again for 5:00" in running.stderr.readline()
     server.start()
     assert "answers again" in running.stderr.readline()
     assert running.wait(30) == 0

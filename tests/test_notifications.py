@@ -443,10 +443,10 @@ def test_names_of_others_cannot_make_mail_headers(load_manager, fake, mail, cert
     ("entry", "problem"),
     [
         ({"type": "webhook"}, ".url: is missing"),
-        ({"type": "webhook", "url": "ftp://x/"}, ".url: allowed is an http(s) URL"),
+        ({"type": "webhook", "url": "ftp://x/"}, ".url: must be an http(s) URL"),
         (
             {"type": "webhook", "url": "https://x.test/", "secret": "not base64!"},
-            ".secret: allowed is whsec_",
+            ".secret: must be whsec_",
         ),
         ({"type": "email"}, ".smtp.host: is missing"),
         (
@@ -460,12 +460,12 @@ def test_names_of_others_cannot_make_mail_headers(load_manager, fake, mail, cert
         ),
         (
             {"type": "email", "smtp": {"host": "m"}, "from": "a@b.c\nBcc: x@y.z", "to": ["a@b.c"]},
-            ".from: allowed is a mail address",
+            ".from: must be a mail address",
         ),
-        ({"type": "pager"}, ".type: allowed is slack or webhook or email"),
+        ({"type": "pager"}, ".type: must be slack or webhook or email"),
         (
             {"type": "slack", "url": "https://x.test/", "events": ["exploded"]},
-            ".events: allowed is a list of started",
+            ".events: must be a list of started",
         ),
     ],
 )

@@ -286,9 +286,9 @@ def test_the_readme_s_templates_call_exactly_what_they_say(tmp_path, monkeypatch
         ({"type": "process"}, "launcher.locustfile: is missing"),
         ({"type": "command"}, "launcher.scale: is missing"),
         ({"type": "command", "scale": ["docker"]}, "does not say {workers}"),
-        ({"type": "command", "scale": "docker compose up"}, "allowed is a list of program and arguments"),
+        ({"type": "command", "scale": "docker compose up"}, "must be a list of program and arguments"),
         ({"type": "process", "locustfile": "l.py", "workers": 40}, "more than maxWorkers"),
-        ({"type": "nomad"}, "launcher.type: allowed is process or command"),
+        ({"type": "nomad"}, "launcher.type: must be process or command"),
     ],
 )
 def test_a_wrong_launcher_is_a_refusal_to_start(tmp_path, launcher, problem):

@@ -290,10 +290,10 @@ def test_scenarios_are_listed_by_api_and_command_line(configured):
     ("scenario", "problem"),
     [
         ({"id": "a", "thresholds": ["p95 ! 5"]}, "scenarios[0].thresholds: [0]"),
-        ({"id": "a", "thresholds": "p95 < 5"}, "scenarios[0].thresholds: allowed is"),
+        ({"id": "a", "thresholds": "p95 < 5"}, "scenarios[0].thresholds: must be"),
         ({"id": "a", "locustfile": "nope.py"}, "scenarios[0].locustfile: nope.py is not a file"),
-        ({"id": "a", "targetUsers": 0}, "scenarios[0].targetUsers: allowed is"),
-        ({"id": "a", "stages": [{}]}, "scenarios[0].stages: allowed is"),
+        ({"id": "a", "targetUsers": 0}, "scenarios[0].targetUsers: must be"),
+        ({"id": "a", "stages": [{}]}, "scenarios[0].stages: must be"),
         ({"id": "a", "colour": 1}, "scenarios[0].colour: unknown key"),
         ({}, "scenarios[0].id: is missing"),
     ],

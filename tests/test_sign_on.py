@@ -356,17 +356,17 @@ def test_new_key_in_the_file_is_found(load_manager, fake, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"jwksFile": "k", "secret": SECRET}, "allowed is one of jwksUrl, jwksFile and secretFile"),
-        ({}, "allowed is one of jwksUrl, jwksFile and secretFile"),
+        ({"jwksFile": "k", "secret": SECRET}, "must have one of jwksUrl, jwksFile and secretFile"),
+        ({}, "must have one of jwksUrl, jwksFile and secretFile"),
         ({"jwksFile": "k", "algorithms": ["HS256"]}, "HS256 needs secretFile"),
         (
             {"secret": SECRET, "algorithms": ["HS256", "RS256"]},
             "RS256: HS256 needs secretFile, all others jwksUrl",
         ),
-        ({"jwksFile": "k", "algorithms": ["none"]}, "algorithms: allowed is a list of HS256"),
+        ({"jwksFile": "k", "algorithms": ["none"]}, "algorithms: must be a list of HS256"),
         ({"secret": "short"}, "32 bytes or more"),
-        ({"jwksUrl": "http://id.example/keys"}, "allowed is https"),
-        ({"jwksFile": "k", "roleMap": {"a": "owner"}}, "roleMap: allowed is"),
+        ({"jwksUrl": "http://id.example/keys"}, "must be https"),
+        ({"jwksFile": "k", "roleMap": {"a": "owner"}}, "roleMap: must be"),
     ],
 )
 def test_wrong_sign_on_is_a_problem_of_the_configuration(options, words, tmp_path):

@@ -1,0 +1,86 @@
+"""The words of the field stand in messages, help, reference and READMEs; those they took the place of do not
+come back."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import loadmanager
+
+ROOT = Path(loadmanager.__file__).parent
+TREE = ast.parse(Path(loadmanager.__file__).read_text(encoding="utf-8"))
+
+# What must not be said, and what is said instead; a pattern may leave out what it means elsewhere.
+INSTEAD = {
+    r"allowed (is|are)\b": "must be",
+    r"(?<!in a )(?<!at the )\bmoments?\b": "time, timestamp, point in time",
+    r"stands? twice": "is a duplicate",
+    r"\b(is|are|was|were|who is) told\b": "is reported, is notified",
+    r"\b[Ss]omebody|\b[Nn]obody": "someone, no one",
+    r"\boftener\b|\banew\b": "more often, again",
+    r"\bswarmed\b": "started",
+    r"\brespread": "rebalance",
+    r"so many workers|goes to \S+ workers?": "scale to",
+    r"\bdoubtful\b": "unreliable",
+    r"\bartefacts?\b": "attachment",
+    r"whatever it does": "with retries",
+    r"\bnonsense\b": "invalid response",
+    r"never for now": "paused",
+    r"\bruns? goes on\b": "is still running",
+    r"\bstranger": "untrusted",
+    r"\bFile twin\b": "`...File` variant",
+    r"\bsilent for\b": "unreachable for",
+}
+HONEST = {
+    "doubtful": "the value of the JSON key trust",
+    "artefacts": "the table's name, which a database has had since its first version",
+}
+
+
+def docstrings() -> set[int]:
+    with_body = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    bodies = [node.body[0] for node in ast.walk(TREE) if isinstance(node, with_body)]
+    return {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
+
+
+def texts() -> list[tuple[str, str]]:
+    """Where, and what a user may read: the program's strings without docstrings, SQL and JavaScript."""
+    left_out = docstrings()
+    found = []
+    for node in ast.walk(TREE):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or id(node) in left_out:
+            continue
+        text = node.value
+        is_code = re.match(r"\s*(SELECT|INSERT|CREATE|DELETE|UPDATE)\b", text) or "=> {" in text
+        if not is_code and text not in HONEST:
+            found += [(f"loadmanager.py:{node.lineno}", line) for line in text.splitlines()]
+    for path in (ROOT / "README.md", *ROOT.glob("*/README.md")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [(f"{path.name} of {path.parent.name}", line) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize("word", INSTEAD)
+def test_word_that_was_replaced_does_not_come_back(word):
+    pattern = re.compile(word)
+    found = [f"{where}: {line.strip()}" for where, line in texts() if pattern.search(without_honest(line))]
+    assert not found, f"say instead: {INSTEAD[word]}\n" + "\n".join(found)
+
+
+def without_honest(line: str) -> str:
+    """The line without what it quotes of the API."""
+    return re.sub(r"`[^`]*`|\"trust\": \"doubtful\"", "", line)
+
+
+def test_every_word_is_found_where_it_is_said():
+    """The patterns above can fail: each finds the words it is there for."""
+    said = (
+        "allowed is x, the moment, stands twice, who is told, somebody, anew, swarmed, respread, so many workers,"
+        " doubtful, artefact, whatever it does, nonsense, never for now, the run goes on, a stranger,"
+        " a File twin, was silent for 5 s"
+    )
+    assert [word for word in INSTEAD if not re.search(word, said)] == []
