@@ -20,7 +20,7 @@ lint: $(VENV)/test.stamp  ## rules, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: $(VENV)/test.stamp packages lint  ## lint, and all tests
+test: lint packages  ## lint, and all tests
 	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS)
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach: make bench ONLY=page,reads

@@ -157,7 +157,7 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from enum import Enum
+from enum import Enum, StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
 from typing import IO, Any, NamedTuple
@@ -175,7 +175,7 @@ VERSION = "1.0.0"
 JSON_TYPE = "application/json"
 
 
-class RunStatus(str, Enum):
+class RunStatus(StrEnum):
     """Where a run is in its life. The five words of the wire; there are no others."""
 
     PENDING = "Pending"
@@ -1235,7 +1235,7 @@ HOST_PATTERNS = Check(
 ROLE_MAP = Check("a mapping of words of the claim to " + ", ".join(ROLES), _accept_role_map)
 ALGORITHMS = Check("a list of " + ", ".join(JWT_ALGORITHMS), _accept_jwt_algorithms)
 HOST_NAMES = Check("a list of host names without ports", _accept_host_names)
-ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT)
+ID_TEXT = text_value(f"a string of 1 to {MAX_TEXT} printable characters", rf"(?s:.{{1,{MAX_TEXT}}})")
 URL_TEXT = text_value("an http(s) URL", r"https?://[^\s/@?#]+[^\s@#]*")
 STORAGE_URL = text_value(
     "memory: or sqlite:///file or postgresql://user@host/database", r"memory:|sqlite:///.+|postgres(ql)?://.+"
@@ -3144,7 +3144,7 @@ def histograms_from_record(text: str, before: Histograms | None) -> Histograms:
     found = dict(before or {})
     for method, name, requests, failures, total_ms, pairs in json.loads(text):
         key = None if method is None else (method, name)
-        part = Histogram(requests, failures, total_ms, dict(zip(pairs[::2], pairs[1::2])))
+        part = Histogram(requests, failures, total_ms, dict(zip(pairs[::2], pairs[1::2], strict=True)))
         found[key] = _sum(found[key], part) if key in found else part
     return found
 
@@ -4375,7 +4375,7 @@ def time_blocks_of(points: list[HistogramPoint], total_requests: int | None) -> 
     if not points or points[-1].histograms.get(None, Histogram(0, 0, 0, {})).requests != total_requests:
         return None
     found: TimeBlocks = {key: [] for key in points[-1].histograms}
-    for before, point in zip([HistogramPoint(0, {}), *points], points):
+    for before, point in itertools.pairwise([HistogramPoint(0, {}), *points]):
         for key, histogram in point.histograms.items():
             part = since(histogram, before.histograms.get(key))
             if part is None:
@@ -4963,7 +4963,8 @@ def _welch_p_value(metric: str, values: list[float], before: list[float], after:
         middle = sorted(values)[len(values) // 2]
         least += _grain(middle, locust_step_ms(middle))
     parts = [max(_variance(side), least) / len(side) for side in (before, after)]
-    degrees = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (before, after)))
+    sides = zip(parts, (before, after), strict=True)
+    degrees = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in sides)
     return 2 * t_tail(abs(_mean(after) - _mean(before)) / math.sqrt(sum(parts)), degrees)
 
 
@@ -4989,14 +4990,15 @@ def trend_of(metric: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         point["normal"] = normal_range(metric, values[begin:index])
     edges = [0, *(index for index, _ in found), len(values)]
     changes = []
-    for (index, p_value), first, last in zip(found, edges, edges[2:]):
+    for (index, p_value), first, last in zip(found, edges[:-2], edges[2:], strict=True):
         before, after = _mean(values[first:index]), _mean(values[index:last])
         changes.append(
             {
                 "runId": known[index]["runId"],
                 "afterRunId": known[index - 1]["runId"],
                 "pValue": p_value,
-                **{name: one for name, one in zip(("before", "after"), (before, after))},
+                "before": before,
+                "after": after,
                 "changePercent": 100 * (after - before) / before if before else None,
             }
         )
@@ -5048,7 +5050,7 @@ USERS_KEYS = {
 }
 MAX_ANNOTATION = 1000  # characters
 ANNOTATION_TEXT = text_value(
-    f"a text of 1 to {MAX_ANNOTATION} printable characters", r"(?s:.{1,%d})" % MAX_ANNOTATION
+    f"a text of 1 to {MAX_ANNOTATION} printable characters", rf"(?s:.{{1,{MAX_ANNOTATION}}})"
 )
 CALLBACK_KEYS = {
     "runId": BodyKey("run_id", ID_TEXT, required=True),
@@ -6650,7 +6652,7 @@ def _packed_dense(text: str) -> str:
     """A record of histograms, of many requests, in less than half of what _packed() takes."""
     rows = json.loads(text)
     for row in rows:
-        pairs, before = sorted(zip(row[5][::2], row[5][1::2])), 0
+        pairs, before = sorted(zip(row[5][::2], row[5][1::2], strict=True)), 0
         row[5] = []
         for ms, requests in pairs:
             row[5] += (ms - before, requests)
@@ -13348,7 +13350,7 @@ def parse_cron(text: str) -> Cron:
     if len(words) != 5:
         names = ", ".join(name for name, *_ in CRON_FIELDS)
         raise InvalidValue(f"{_shown(text)}: must be five fields ({names}) or one of {', '.join(CRON_NAMES)}")
-    values = [_cron_field(word, *field_) for word, field_ in zip(words, CRON_FIELDS)]
+    values = [_cron_field(word, *field_) for word, field_ in zip(words, CRON_FIELDS, strict=True)]
     minutes, hours, days, months, weekdays = values
     either_day = not {words[2], words[4]} & {"*", "*/1"}
     cron = Cron(
@@ -13365,7 +13367,7 @@ def parse_cron(text: str) -> Cron:
     return cron
 
 
-MONTH_DAYS = dict(zip(range(1, 13), (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)))
+MONTH_DAYS = dict(enumerate((31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), 1))
 
 
 def _cron_field(word: str, name: str, least: int, most: int, names: dict[str, int]) -> frozenset[int]:
@@ -20753,7 +20755,7 @@ LIST_QUERY = {
         "one or more, joined by commas, of " + ", ".join(status.value for status in RunStatus),
         _accept_statuses,
     ),
-    "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", r"(?s:.{1,%d})" % MAX_TEXT),
+    "search": text_value(f"a string of 1 to {MAX_TEXT} printable characters", rf"(?s:.{{1,{MAX_TEXT}}})"),
     "label": replace(LABEL, repeats=True),
     "brief": BOOLEAN,
     "limit": number_value(1, 1000, whole=True),
@@ -25067,7 +25069,7 @@ def endpoint_lines(
     lines = paint_head(screen, table(ENDPOINT_COLUMNS, [endpoint_row(row) for row in shown], columns))
     lines = [
         screen.paint(line, "red") if row is not None and row["numFailures"] else line
-        for line, row in zip(lines, [None, *shown])
+        for line, row in zip(lines, [None, *shown], strict=True)
     ]
     return lines + ([f"… and {len(rows) - len(shown)} more endpoints"] if len(shown) < len(rows) else [])
 
@@ -26048,13 +26050,13 @@ def files_to_install(prefix: str) -> list[Installed]:
         launcher=f"{prefix}/bin/loadmanager",
         cluster=LAUNCHED_CLUSTER if can_launch else OTHER_CLUSTER,
     )
-    tokens = [secrets.token_urlsafe(32).encode() + b"\n" for _ in TOKEN_FILES]
+    tokens = {name: secrets.token_urlsafe(32).encode() + b"\n" for name in TOKEN_FILES}
     return [
         Installed(PROGRAM, program),
         Installed("bin/loadmanager", _launcher_script(prefix).encode(), 0o755),
         *hooks,
         *(Installed(f"grafana/{name}", text.encode()) for name, text in grafana_files().items()),
-        *(Installed(name, token, 0o600, False, True) for name, token in zip(TOKEN_FILES, tokens)),
+        *(Installed(name, token, 0o600, False, True) for name, token in tokens.items()),
         Installed("config.yaml", config.encode(), 0o600, is_ours=False),
         Installed("loadmanager.service", service_unit(prefix, sys.executable, _service_user()).encode()),
     ]

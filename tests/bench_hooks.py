@@ -157,7 +157,7 @@ def hooks_figures() -> None:
         ("processor time per request, without; with", cpu, 1),
         ("requests/s, without; with", rate, -1),
     ):
-        cost = [sign * (after / before - 1) for before, after in zip(without, with_)]
+        cost = [sign * (after / before - 1) for before, after in zip(without, with_, strict=True)]
         middle, low, high = interval(cost)
         unit = "us" if sign > 0 else "/s"
         figures = f"{statistics.median(without):.1f}; {statistics.median(with_):.1f} {unit}"

@@ -250,7 +250,7 @@ def many_tabs(browser: Any, program: Program, run_id: str) -> None:
         row(f"{tabs} tabs open: the last one's first paint", "NONE within 20 s", "<= 1,000 ms", False)
     after = program.resident_mib(), program.descriptors(), program.threads()
     row("  the server's processor time", f"{share:.1f} % of a core", "<= 5 %", share <= 5)
-    words = [f"{one:.0f} \u2192 {two:.0f}" for one, two in zip(before, after)]
+    words = [f"{one:.0f} \u2192 {two:.0f}" for one, two in zip(before, after, strict=True)]
     more = after[1] - before[1]
     row("  its memory (MiB); descriptors; threads", "; ".join(words), "<= 2 descriptors a tab",
         more <= 2 * tabs)  # fmt: skip

@@ -182,7 +182,7 @@ def test_person_signs_in_starts_a_test_sees_it_grow_stops_it_and_finds_the_repor
     page.press("Start a test")
     page.one("#start-dialog")
     fields = page.all("#start-dialog input")
-    for field, text in zip(fields[:4], ("checkout", "many", "20", "1h30x")):
+    for field, text in zip(fields[:4], ("checkout", "many", "20", "1h30x"), strict=True):
         field.clear()
         field.send_keys(text)
     page.press("Start test")
@@ -881,7 +881,7 @@ def test_start_form_gives_thresholds_stages_tags_and_user_classes(browser, load_
     fill(page, "#start-dialog", metadata="version=2.1", compareWith="previous")
     page.press("Add a stage", "#start-dialog")
     inputs = page.all("#start-dialog .stage input")
-    for field, text in zip(inputs, ("2", "2", "30s", "4", "1", "soon")):
+    for field, text in zip(inputs, ("2", "2", "30s", "4", "1", "soon"), strict=True):
         field.clear()
         field.send_keys(text)
     page.press("Start test", "#start-dialog")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from conftest import cluster_config, create_body
 from stand_in_api import RUN_ID, StandInApi, run_document
@@ -26,7 +28,7 @@ def test_a_create_with_repeat_makes_its_runs_one_after_another(lm, fake):
     assert [run.get("repeat") for run in runs] == [3, 2, None]
     assert [run.get("repeatOf") for run in runs] == [None, first["id"], first["id"]]
     assert all(run["metadata"] == {"build": "7"} for run in runs)
-    assert all(before["finishedAt"] <= after["startedAt"] for before, after in zip(runs, runs[1:]))
+    assert all(before["finishedAt"] <= after["startedAt"] for before, after in itertools.pairwise(runs))
 
 
 def test_a_run_that_a_user_stopped_is_not_repeated(lm, fake):
@@ -106,7 +108,7 @@ def api():
 def answer_creates(api, *judgements, **more):
     """Each create is answered by the next of these runs, which is over at once."""
     ids = [f"{index:08d}-2fa1-41d2-883f-0016d3cca427" for index in range(len(judgements))]
-    runs = [ended(run_id, judgement, **more) for run_id, judgement in zip(ids, judgements)]
+    runs = [ended(run_id, judgement, **more) for run_id, judgement in zip(ids, judgements, strict=True)]
     for run in runs:
         api.answers["GET", f"/v1/tests/{run['id']}"] = (200, run)
     api.answers["POST", "/v1/tests"] = [(201, run) for run in runs]

@@ -238,7 +238,7 @@ def test_client_certificates(https_lm, authority, tmp_path):
 
 def test_new_certificate_is_used_without_dropping_connections(load_manager, fake, authority, good, tmp_path):
     files = [str(tmp_path / name) for name in ("cert.pem", "key.pem")]
-    for source, target in zip(good, files):
+    for source, target in zip(good, files, strict=True):
         shutil.copy(source, target)
     lm = load_manager(cluster_config(fake.url), server={"tls": {"certFile": files[0], "keyFile": files[1]}})
     lm.tls = authority.trust()
@@ -254,7 +254,7 @@ def test_new_certificate_is_used_without_dropping_connections(load_manager, fake
     Path(files[0]).write_text("-----BEGIN CERTIFICATE-----\nhalf a file")
     eventually(lambda: "certificate not read again" in lm.log(), 5)
     assert serial() == first, "half a certificate took the good one's place"
-    for source, target in zip(authority.issue("next"), files):
+    for source, target in zip(authority.issue("next"), files, strict=True):
         shutil.copy(source, target)
     eventually(lambda: serial() != first, 5, what="the new certificate is used")
     kept.request("GET", "/health")
