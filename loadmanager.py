@@ -2514,8 +2514,11 @@ def fields_schema(cls: type) -> dict[str, Any]:
     for _, one in run_fields(cls):
         if one.group is not None:
             found.update(fields_schema(one.group))
+        elif one.name and one.schema:
+            found[one.name] = one.schema
         elif one.name:
-            found[one.name] = one.schema or answer_schema(one.check)  # type: ignore[arg-type]
+            assert one.check is not None, f"{one.name} has neither a schema nor a check with one"
+            found[one.name] = answer_schema(one.check)
     return found
 
 
@@ -3247,7 +3250,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_n
 CALLBACK_JSON = json.JSONDecoder(parse_constant=_no_constant)  # half the time: 1,000 pushes a second
 
 
-def parse_json(raw: bytes, unique_keys: bool = True) -> Any:
+def parse_json(raw: bytes | bytearray, unique_keys: bool = True) -> Any:
     """Strict JSON of a request body, or InvalidInput: UTF-8, no NaN, no duplicate keys,
     bounded depth, and no lone surrogates, which SQLite could not store."""
     if not raw:
@@ -6487,7 +6490,8 @@ class Numbers:
     def json(self) -> bytes:
         found = self._json
         if found is None:
-            found = self._json = storable_json(snapshot_to_json(self.snapshot))  # type: ignore[arg-type]
+            assert self.snapshot is not None, "a final run's numbers have their JSON"
+            found = self._json = storable_json(snapshot_to_json(self.snapshot))
         return found
 
     def brief(self) -> dict[str, Any]:
@@ -9071,7 +9075,7 @@ class LocustClient:
             )
         else:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
-        # the library's own seam; bounds name look-ups
+        # The library's own seam, which its types do not tell; bounds name look-ups.
         connection._create_connection = self._connect  # type: ignore[attr-defined]
         return connection
 
@@ -9351,7 +9355,7 @@ _OF_STATS_ROW = (
 def _endpoint_of_stats(row: dict[str, Any]) -> EndpointStats:
     values = [*map(row.get, _OF_STATS_ROW)]
     if values[2] and None not in values[:11] and is_plain_row(values):  # a third of the time of what follows
-        return EndpointStats(*values[:11], None, *values[11:])  # type: ignore[call-arg,arg-type]
+        return EndpointStats._make((*values[:11], None, *values[11:]))
     requests = _whole(row.get("num_requests"))
     per_s = measure_or_none(row.get("current_rps", row.get("total_rps")))
     return EndpointStats(
@@ -15776,7 +15780,7 @@ class ImportReader:
         """The run in the body of an import. InvalidInput names what is wrong in it, NotReady when other
         imports take too long, TooLarge when it takes more memory or time than an import may have."""
         if len(body) <= SMALL_IMPORT_BYTES:
-            return read_import(parse_json(bytes(body)), now)
+            return read_import(parse_json(body), now)
         busy = NotReady("another import is being read", retry_after_s=5)
         if not self._places.acquire(blocking=False):
             raise busy
@@ -16202,7 +16206,7 @@ def _snapshot_of_entries(
     per_s = total.requests / lasted_s if lasted_s else None
     rows = tuple(entry.row(lasted_s) for entry in entries)
     totals: list[Any] = [ended, per_s, total.requests, total.failures, error_percent, average]
-    return Snapshot(*totals, *percentiles, 0, rows)  # type: ignore[call-arg]
+    return Snapshot(*[*totals, *percentiles, 0, rows])
 
 
 def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
@@ -16530,7 +16534,7 @@ class Request:
         self.params = params
         self.principal = principal
         self.address = address
-        self.body = b""
+        self.body: bytes | bytearray = b""
         self.query: dict[str, Any] = {}
         self.tenant_id = self.env_id = self.run_id = self.note = ""
         self.whole_at = 0.0  # of time.perf_counter(): its last byte was there
@@ -16843,13 +16847,15 @@ class Connection:
 
     def _shake_hands(self) -> None:
         """Go on with the TLS handshake as far as it goes without waiting."""
+        sock = self.sock
+        assert isinstance(sock, TlsSocket)
         try:
-            wanted = self.sock.handshake()  # type: ignore[union-attr]
+            wanted = sock.handshake()
         except (OSError, ValueError) as error:
             self.loop.tell_failed_handshake(self.address, error)
             if getattr(error, "reason", None) == "HTTP_REQUEST":
                 answer = error_response(BadRequest("this port speaks https, and was sent plain HTTP"))
-                self.sock.send_plain(answer.to_bytes(request_id_of(None), False))  # type: ignore[union-attr]
+                sock.send_plain(answer.to_bytes(request_id_of(None), False))
             self.close()
             return
         if wanted:
@@ -16861,8 +16867,9 @@ class Connection:
         self._receive()
 
     def _receive(self) -> None:
+        assert self.sock is not None
         try:
-            received = self.sock.recv(65536)  # type: ignore[union-attr]
+            received = self.sock.recv(65536)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -16916,7 +16923,8 @@ class Connection:
 
     def _skip_empty_lines(self) -> bool:
         """Take the empty lines before a request off the buffer; False when they were too many."""
-        size = EMPTY_LINES.match(self.buffer).end()  # type: ignore[union-attr]
+        found = EMPTY_LINES.match(self.buffer)
+        size = found.end() if found else 0
         self.empty_lines += size // 2
         if self.empty_lines > MAX_EMPTY_LINES:
             self.buffer = b""
@@ -17033,7 +17041,7 @@ class Connection:
         assert request is not None
         request.whole_at = time.perf_counter()
         body, self.body = self.body, None
-        request.body = bytes(body or b"") if not self.reserved else body  # type: ignore[assignment]
+        request.body = body if body and self.reserved else bytes(body or b"")  # a big one is not copied
         if not request.route.waits and not self.reserved:
             self.answer(request, self.loop.api.respond(request))
             return
@@ -17175,8 +17183,9 @@ class Connection:
     def _close_gently(self) -> None:
         """Say that no more comes, and read on for a moment: a close with unread bytes would
         reset the connection, and the client might never see our answer."""
+        assert self.sock is not None
         try:
-            self.sock.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
             return
@@ -20263,14 +20272,15 @@ def get_histograms(api: Api, request: Request) -> Response:
     if end is None:
         raise NotFound("there are no histograms in this time: loadmanager_hooks inside Locust push them")
     parts = {key: since(histogram, start.histograms.get(key)) for key, histogram in end.histograms.items()}
-    if None in parts.values():
+    whole = parts.get(None)
+    if whole is None or None in parts.values():
         raise Conflict("Locust's statistics were reset in this time")
     endpoints = [
         {"method": key[0], "name": key[1], **histogram_to_json(part)}
         for key, part in parts.items()
         if key and part
     ]
-    totals = histogram_to_json(parts[None])  # type: ignore[arg-type]
+    totals = histogram_to_json(whole)
     return json_response(
         {
             "runId": run.id,
@@ -27485,8 +27495,9 @@ def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> N
     import argparse
 
     def convert(text: str) -> Any:
+        assert entry.value is not None
         try:
-            return entry.value(text)  # type: ignore[misc]
+            return entry.value(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"must be {error}, got {_shown(text)}") from None
 
