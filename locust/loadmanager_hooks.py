@@ -28,7 +28,9 @@ import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import gevent
 import gevent.event
@@ -36,6 +38,12 @@ import requests
 from locust.runners import MasterRunner, WorkerRunner
 
 from locust import events  # first: importing locust makes requests, time and threading cooperative
+
+if TYPE_CHECKING:
+    from locust.env import Environment
+    from locust.runners import WorkerNode
+    from locust.stats import StatsEntry
+    from locust.web import WebUI
 
 HOOKS_VERSION = 1  # of the state route and the callbacks
 
@@ -47,9 +55,9 @@ RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attemp
 FINAL_RETRY_FOR_S = 60.0
 LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
 GUARD_TICK_S = 0.25
-# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates 2
-# s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s on
-# all.
+# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates
+# 2 s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s
+# on all.
 PUSH_INTERVAL_S = 2.0
 FIRST_PUSH_S = 1.0  # after the start, so that a run of some seconds has points
 SILENT_WORKER_S = 8.0  # without a report for so long it is lost, and nothing waits for its numbers
@@ -83,11 +91,15 @@ TIMES_MARK = "loadmanager_times"  # in every report: rows of method, name, {ms: 
 
 log = logging.getLogger("loadmanager")
 
+Json = dict[str, Any]  # an object of JSON
+Endpoint = tuple[str, str] | None  # method and name; None: all, or those beyond a limit
+Times = dict[int, int]  # ms -> requests
+
 
 # ---- settings and small conversions ----
 
 
-def _seconds(text, default: float = 0.0) -> float:
+def _seconds(text: str, default: float = 0.0) -> float:
     """A positive finite number of seconds, else `default`."""
     try:
         value = float(text)
@@ -96,14 +108,14 @@ def _seconds(text, default: float = 0.0) -> float:
     return value if math.isfinite(value) and value > 0 else default
 
 
-def _number(value):
+def _number(value: object) -> float | None:
     """The number, or None when it is none that JSON knows (a custom request event may report NaN)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if math.isfinite(value) else None
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     """Text that survives strict JSON readers: no lone surrogates, no NUL."""
     return str(value or "").encode("utf-8", "replace").decode("utf-8").replace("\0", "?")
 
@@ -115,7 +127,7 @@ def _utc_now() -> str:
 class Settings:
     """The environment variables, read when Locust is initialised: a locustfile may set them itself."""
 
-    def __init__(self, environ=os.environ) -> None:
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         def variable(name: str) -> str:
             return (environ.get(name) or "").strip()
 
@@ -145,15 +157,18 @@ class Settings:
 
 
 def metrics_of(
-    environment, final: bool = False, exact: ExactTimes | None = None, counts: ExactCounts | None = None
-) -> dict:
+    environment: Environment,
+    final: bool = False,
+    exact: ExactTimes | None = None,
+    counts: ExactCounts | None = None,
+) -> Json:
     """Rates are the current ones, in the final numbers the whole run's; all else covers the whole run."""
     total = environment.stats.total
     entries = list(environment.stats.entries.values())
     shown = MAX_FINAL_ENDPOINTS if final else MAX_PUSHED_ENDPOINTS
     if len(entries) > shown:
         entries = sorted(entries, key=lambda entry: entry.num_requests, reverse=True)[:shown]
-    metrics = {
+    metrics: Json = {
         "timestamp": _utc_now(),
         "totalRps": _rate(total, final),
         "totalRequests": total.num_requests,
@@ -182,7 +197,7 @@ def metrics_of(
     return metrics
 
 
-def _endpoint_metrics(entry, final: bool) -> dict:
+def _endpoint_metrics(entry: StatsEntry, final: bool) -> Json:
     return {
         "method": _text(entry.method),
         "name": _text(entry.name),
@@ -198,7 +213,7 @@ def _endpoint_metrics(entry, final: bool) -> dict:
     }
 
 
-def _response_times(entry, exact: dict | None) -> dict:
+def _response_times(entry: StatsEntry, exact: Times | None) -> dict[str, int]:
     """Requests by whole ms, since the start: exact ones, or the counts from which Locust makes its
     percentiles."""
     counts: dict[str, int] = {}
@@ -208,16 +223,16 @@ def _response_times(entry, exact: dict | None) -> dict:
     return counts
 
 
-def _rate(entry, final: bool):
+def _rate(entry: StatsEntry, final: bool) -> float | None:
     return _number(entry.total_rps if final else entry.current_rps)
 
 
-def _average_ms(entry):
+def _average_ms(entry: StatsEntry) -> float | None:
     # Locust says 0 without response times; that would be a very fast system.
     return _number(entry.avg_response_time) if entry.response_times else None
 
 
-def _percentile_ms(entry, ratio: float):
+def _percentile_ms(entry: StatsEntry, ratio: float) -> float | None:
     return _number(entry.get_response_time_percentile(ratio)) if entry.response_times else None
 
 
@@ -231,7 +246,7 @@ class ExactCounts:
     made of two of them is wrong by as much. Locust also counts by the second; until the last second before
     the oldest of the workers' last reports all requests are there."""
 
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._reported_at: dict[str, float] = {}  # worker -> when it reported last
         self.test_started()
@@ -254,8 +269,8 @@ class ExactCounts:
         self._total, self._began_at = total, total.start_time
         return self._resets
 
-    def to_json(self) -> dict:
-        document: dict = {"statsResets": self.resets()}
+    def to_json(self) -> Json:
+        document: Json = {"statsResets": self.resets()}
         now, until = time.time(), self._complete_until()
         total = self._environment.stats.total
         if until > total.start_time:
@@ -275,7 +290,7 @@ class ExactCounts:
                 oldest = min(oldest, reported_at)
         return int(oldest - 0.2)  # a report may have been under way for a moment
 
-    def stamp(self, response) -> None:
+    def stamp(self, response: Any) -> None:
         """Say how old the statistics are that Locust answers: it keeps an answer for 2 s or longer."""
         made = getattr(response, "loadmanager_made", None)
         if made is None:  # just made
@@ -285,7 +300,7 @@ class ExactCounts:
         response.headers[STATS_HEADER] = json.dumps({**age, **counted})
 
 
-def _since(by_second: dict, begin: int, now: float) -> int:
+def _since(by_second: dict[int, int], begin: int, now: float) -> int:
     """What was counted from a second on; clocks of workers may be some seconds ahead."""
     return sum(by_second.get(second, 0) for second in range(begin, int(now) + 10))
 
@@ -300,17 +315,17 @@ class ExactTimes:
     standalone Locust only notes. Kept in step with Locust's statistics: these get a new dict of response
     times at each start, reset and report, and then ours begin again too."""
 
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._environment = environment
         self._origin: object = None  # Locust's dict that ours goes with
         self.clear()
 
     def clear(self) -> None:
-        self._times: dict = {}  # (method, name) -> {ms: requests}; None: of endpoints beyond the limit
-        self._total: dict = {}  # the master's; elsewhere made when needed
+        self._times: dict[Endpoint, Times] = {}
+        self._total: Times = {}  # the master's; elsewhere made when needed
         self._buckets = 0
-        self._incomplete: set = set()
-        self._noted: dict = {}  # (method, name) -> response times that are not counted yet
+        self._incomplete: set[Endpoint] = set()
+        self._noted: dict[Endpoint, list[float]] = {}  # response times that are not counted yet
 
     def _follow_locust(self) -> None:
         """Begin again where Locust did, and count what was noted."""
@@ -324,7 +339,7 @@ class ExactTimes:
                 if ms >= 0:
                     self._add(key, ms if ms < 1000 else _rounded(ms, 3), requests_)
 
-    def on_request(self, request_type, name, response_time, **_kwargs) -> None:
+    def on_request(self, request_type: str, name: str, response_time: float, **_kwargs: object) -> None:
         """Note it, and count later, many at once: this runs within each request of the load."""
         times = self._noted.get((request_type, name))
         is_other = self._environment.stats.total.response_times is not self._origin
@@ -334,25 +349,25 @@ class ExactTimes:
             times = self._noted.setdefault((request_type, name), [])
         times.append(response_time)
 
-    def _add(self, key, ms: int, requests_: int) -> None:
+    def _add(self, key: Endpoint, ms: int, requests_: int) -> None:
         if key not in self._times and len(self._times) >= MAX_EXACT_ENDPOINTS:
             key = None
         self._count(self._times.setdefault(key, {}), ms, requests_)
 
-    def _count(self, times: dict, ms: int, requests_: int) -> None:
+    def _count(self, times: Times, ms: int, requests_: int) -> None:
         if ms not in times and self._buckets >= MAX_EXACT_BUCKETS:
             ms = _rounded(ms, 2)
         self._buckets += ms not in times
         times[ms] = times.get(ms, 0) + requests_
 
-    def take(self) -> list:
+    def take(self) -> list[list[Any]]:
         """What came since the last report, as rows for the next; called before Locust takes its own."""
         self._follow_locust()
-        rows = [[*(key or (None, None)), times] for key, times in self._times.items()]
+        rows: list[list[Any]] = [[*(key or (None, None)), times] for key, times in self._times.items()]
         self.clear()
         return rows
 
-    def add_report(self, rows) -> None:
+    def add_report(self, rows: Iterable[list[Any]] | None) -> None:
         """A worker's report, after Locust has added it to its statistics."""
         self._follow_locust()
         for method, name, times in rows or ():
@@ -361,7 +376,7 @@ class ExactTimes:
                 self._add(key, ms, requests_)
                 self._count(self._total, ms, requests_)
 
-    def of(self, key, entry) -> dict | None:
+    def of(self, key: Endpoint, entry: StatsEntry) -> Times | None:
         """The times of an endpoint, of all for None. When a worker without these hooks takes part, or the
         endpoint is beyond the limit, they are not all: None, then and for the rest of the test."""
         self._follow_locust()
@@ -371,15 +386,15 @@ class ExactTimes:
             self._incomplete.add(key)
         return None if key in self._incomplete else times
 
-    def _sum(self) -> dict:
-        total: dict = {}
+    def _sum(self) -> Times:
+        total: Times = {}
         for times in self._times.values():
             for ms, requests_ in times.items():
                 total[ms] = total.get(ms, 0) + requests_
         return total
 
 
-def _counted(times: list) -> Counter:
+def _counted(times: list[float]) -> Counter[int]:
     """How often each whole ms; what is None or NaN is left out, as Locust counts no time of it either."""
     try:
         return Counter(map(round, times))
@@ -398,9 +413,9 @@ class Scenes:
     """The tasks of the user classes, and which of them a test runs: Locust itself filters by tags once
     in the life of a process."""
 
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._environment = environment
-        self._whole: dict = {}  # holder of tasks -> its tasks
+        self._whole: dict[type[Any], list[Any]] = {}  # holder of tasks -> its tasks
 
     def tags(self) -> list[str]:
         found: set[str] = set()
@@ -429,12 +444,11 @@ class Scenes:
         for user_class in self._classes():
             filter_tasks_by_tags(user_class, tags or None, exclude_tags or None)
 
-    def _classes(self) -> list:
-        return list((getattr(self._environment, "available_user_classes", None) or {}).values()) or list(
-            self._environment.user_classes
-        )
+    def _classes(self) -> list[type[Any]]:
+        available = getattr(self._environment, "available_user_classes", None) or {}
+        return list(available.values()) or list(self._environment.user_classes)
 
-    def _holders(self, holder, seen=None):
+    def _holders(self, holder: type[Any], seen: set[type[Any]] | None = None) -> Iterator[type[Any]]:
         """A user class or TaskSet and all TaskSets within it."""
         seen = set() if seen is None else seen
         if holder in seen:
@@ -450,7 +464,7 @@ class Options:
     """The custom arguments and the host, without those that starts of ours brought: values of the /swarm
     form would stay."""
 
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._environment = environment
         classes = (getattr(environment, "available_user_classes", None) or {}).values()
         self._class_hosts = {
@@ -496,12 +510,11 @@ def _default_options() -> set[str]:
 class Answer:
     """What a callback came to. `status` 0: no answer."""
 
-    def __init__(self, status: int = 0, body: dict | None = None, problem: str = "") -> None:
+    def __init__(self, status: int = 0, body: Json | None = None, problem: str = "") -> None:
         self.status, self.body, self.problem = status, body or {}, problem
         self.ok = 200 <= status < 300
-        self.away = not self.ok and (
-            status == 0 or status >= 500 or status in (408, 425, 429)
-        )  # worth another try
+        is_passing = status == 0 or status >= 500 or status in (408, 425, 429)
+        self.away = not self.ok and is_passing  # worth another try
 
 
 class ControlPlane:
@@ -512,7 +525,7 @@ class ControlPlane:
         self._cert = settings.client_cert or None
         self._away = False
 
-    def post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S, traceparent: str = "") -> Answer:
+    def post(self, call: str, body: Json, timeout_s: float = CALL_TIMEOUT_S, traceparent: str = "") -> Answer:
         """Never raises, and never takes longer than `timeout_s`."""
         answer = self._post(call, body, timeout_s, traceparent)
         if answer.away and not self._away:
@@ -522,7 +535,7 @@ class ControlPlane:
         self._away = answer.away
         return answer
 
-    def _post(self, call: str, body: dict, timeout_s: float, traceparent: str) -> Answer:
+    def _post(self, call: str, body: Json, timeout_s: float, traceparent: str) -> Answer:
         headers = {"Content-Type": "application/json", "X-Locust-Token": self._token}
         if traceparent:
             headers["traceparent"] = traceparent
@@ -554,9 +567,8 @@ class ControlPlane:
         except ValueError:
             answered = None
         shown = text[:300].decode("utf-8", "replace")
-        return Answer(
-            status, answered if isinstance(answered, dict) else {}, f"HTTP {status} {shown}".strip()
-        )
+        said = answered if isinstance(answered, dict) else {}
+        return Answer(status, said, f"HTTP {status} {shown}".strip())
 
     def _without_token(self, text: str) -> str:
         return text.replace(self._token, "***")[:300]
@@ -568,7 +580,7 @@ class ControlPlane:
 class Run:
     """One test in this Locust, from its test_start until its final numbers are delivered."""
 
-    def __init__(self, hooks: Hooks, arguments: dict) -> None:
+    def __init__(self, hooks: Hooks, arguments: dict[str, str]) -> None:
         settings = hooks.settings
         self._hooks = hooks
         self._environment = hooks.environment
@@ -576,13 +588,12 @@ class Run:
         self.tenant_id = arguments["tenant_id"] or settings.tenant_id
         self.env_id = arguments["env_id"] or settings.env_id
         # W3C Trace Context of whoever asked for the run; our calls carry it back
-        self.traceparent = (
-            arguments["lm_traceparent"] if TRACEPARENT.fullmatch(arguments["lm_traceparent"]) else ""
-        )
+        traceparent = arguments["lm_traceparent"]
+        self.traceparent = traceparent if TRACEPARENT.fullmatch(traceparent) else ""
         self.started_at = time.time()
         self.stopping = False  # test_stopping was seen
         self.ended = gevent.event.Event()
-        self.final: dict = {}  # metrics
+        self.final: Json = {}  # metrics
         self.complete = False  # all workers' last reports are in `final`
         self.closed = False  # the final numbers are delivered, or given up
         self._stop_at = math.inf  # monotonic clock, as the lease
@@ -590,7 +601,7 @@ class Run:
         self._renewed_at = time.monotonic()
         self._push_interval_s = settings.push_interval_s
         self._warned: set[str] = set()
-        self._reporter = None
+        self._reporter: gevent.Greenlet | None = None
         self.take_limits(arguments)
 
     def start(self) -> None:
@@ -600,7 +611,7 @@ class Run:
         else:
             self.closed = True
 
-    def take_limits(self, arguments: dict) -> None:
+    def take_limits(self, arguments: dict[str, str]) -> None:
         """From the start, and from a change of users: the newest that was given counts."""
         if _seconds(arguments["lm_stop_after"]):
             self._stop_at = time.monotonic() + _seconds(arguments["lm_stop_after"])
@@ -620,9 +631,8 @@ class Run:
 
     def keep_final(self, complete: bool) -> None:
         metrics = metrics_of(self._environment, True, self._hooks.exact, self._hooks.counts)
-        if metrics["totalRequests"] >= self.final.get(
-            "totalRequests", 0
-        ):  # less: they were reset after the end
+        # Fewer requests than before: they were reset after the end.
+        if metrics["totalRequests"] >= self.final.get("totalRequests", 0):
             self.final, self.complete = metrics, complete
 
     # The guard: the test ends in time, whatever becomes of the control plane.
@@ -756,10 +766,10 @@ class Run:
             return Answer(status=200)
         return answer
 
-    def _identity(self) -> dict:
+    def _identity(self) -> Json:
         return {"runId": self.id, "tenantId": self.tenant_id, "envId": self.env_id}
 
-    def _external_identity(self) -> dict:
+    def _external_identity(self) -> Json:
         runner, options = self._environment.runner, self._environment.parsed_options
         body = {
             "tenantId": self.tenant_id,
@@ -771,7 +781,7 @@ class Run:
         }
         return {key: value for key, value in body.items() if value or key in ("tenantId", "envId")}
 
-    def _post(self, call: str, body: dict, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
+    def _post(self, call: str, body: Json, timeout_s: float = CALL_TIMEOUT_S) -> Answer:
         answer = self._hooks.control_plane.post(call, body, timeout_s, self.traceparent)
         if answer.ok and call == "metrics":
             self.renew()
@@ -786,7 +796,7 @@ def _retry_delay_s(attempts: int) -> float:
     return RETRY_AFTER_S[min(attempts, len(RETRY_AFTER_S)) - 1]
 
 
-def _logged(function) -> None:
+def _logged(function: Callable[[], None]) -> None:
     """An exception that leaves a greenlet would change Locust's exit status."""
     try:
         function()
@@ -794,7 +804,7 @@ def _logged(function) -> None:
         log.exception("loadmanager_hooks: %s failed; the load is not affected", function.__name__)
 
 
-def stop_load(environment) -> None:
+def stop_load(environment: Environment) -> None:
     """What POST /stop does. Blocks until the users are gone; not for listeners."""
     runner, web_ui = environment.runner, environment.web_ui
     if getattr(environment.parsed_options, "headless", False):
@@ -802,13 +812,12 @@ def stop_load(environment) -> None:
         return
     _end_ramp(web_ui)
     if runner.state == "stopped" and runner.user_count and hasattr(runner, "update_state"):
-        runner.update_state(
-            "running"
-        )  # a test started while Locust was stopping: its own stop() would do nothing
+        # A test started while Locust was stopping: its own stop() would do nothing.
+        runner.update_state("running")
     runner.stop()
 
 
-def _end_ramp(web_ui) -> None:
+def _end_ramp(web_ui: WebUI | None) -> None:
     """POST /stop does this too, but run_time does not: a master whose ramp is still under way then
     goes on sending users to its workers, and ends up running all of them (seen with 2.20 to 2.47)."""
     ramp = getattr(web_ui, "_swarm_greenlet", None)
@@ -820,7 +829,7 @@ def _end_ramp(web_ui) -> None:
 
 
 class Hooks:
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.settings = Settings()
         self.control_plane = ControlPlane(self.settings)
@@ -881,7 +890,7 @@ class Hooks:
             run.ended.set()
         self.take_changed_limits(run)  # a change of users just before: its fields must not stay
 
-    def on_worker_report(self, client_id: str, data: dict) -> None:
+    def on_worker_report(self, client_id: str, data: Json) -> None:
         self.counts.on_worker_report(client_id)
         self.exact.add_report(data.get(TIMES_MARK))
         if data.get(FLUSH_MARK):
@@ -910,12 +919,12 @@ class Hooks:
     def _running(self) -> Run | None:
         return next((run for run in reversed(self._runs) if not run.ended.is_set()), None)
 
-    def _workers(self) -> list:
+    def _workers(self) -> list[WorkerNode]:
         return list(self.environment.runner.clients.values()) if self.distributed else []
 
     # the fields of the /swarm form: Locust keeps them until they are overwritten
 
-    def _take_arguments(self) -> dict:
+    def _take_arguments(self) -> dict[str, str]:
         """The fields, and clear them, so that the next test does not get them too."""
         options = vars(self.environment.parsed_options) if self.environment.parsed_options else {}
         arguments = {}
@@ -932,13 +941,13 @@ class Hooks:
 
     # the web UI
 
-    def add_to_web_ui(self, web_ui) -> None:
+    def add_to_web_ui(self, web_ui: WebUI) -> None:
         import flask
 
         base_path = getattr(self.environment.parsed_options, "web_base_path", None) or None
         routes = flask.Blueprint("loadmanager", __name__, url_prefix=base_path)
 
-        def get_state():
+        def get_state() -> flask.Response:
             run = self._running()
             if run and self._knows_token(flask.request.headers.get("X-Locust-Token", "")):
                 run.renew()
@@ -953,7 +962,7 @@ class Hooks:
         stats_path = (base_path or "").rstrip("/") + "/stats/requests"
 
         @web_ui.app.after_request
-        def stamp_statistics(response):
+        def stamp_statistics(response: flask.Response) -> flask.Response:
             if flask.request.path == stats_path and response.status_code == 200:
                 _quietly(self.counts.stamp, response)
             return response
@@ -961,7 +970,7 @@ class Hooks:
         swarm_path = (base_path or "").rstrip("/") + "/swarm"
 
         @web_ui.app.before_request
-        def forget_stale_arguments():
+        def forget_stale_arguments() -> None:
             # The UI's form does not have our fields: whatever is left is of a start that never came about.
             request = flask.request
             if request.method != "POST" or request.path != swarm_path:
@@ -979,7 +988,7 @@ class Hooks:
             given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace")
         )
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         runner, total, run = self.environment.runner, self.environment.stats.total, self._running()
         state = runner.state
         if state == "stopped" and run and run.stopping:
@@ -1029,7 +1038,7 @@ def _locust_version() -> str:
     return str(getattr(locust, "__version__", "") or getattr(locust, "version", ""))
 
 
-def _locustfile_sha256(environment) -> str:
+def _locustfile_sha256(environment: Environment) -> str:
     """Of one file: its own SHA-256. Of several: that of their sums in the order of loading. "": not
     readable."""
     paths = getattr(environment, "parsed_locustfiles", None)
@@ -1049,7 +1058,7 @@ def _locustfile_sha256(environment) -> str:
 
 
 class WorkerHooks:
-    def __init__(self, environment) -> None:
+    def __init__(self, environment: Environment) -> None:
         self._runner = environment.runner
         self._scenes = Scenes(environment)
         self.exact = ExactTimes(environment)
@@ -1078,7 +1087,7 @@ class WorkerHooks:
         finally:
             self._flushing = False
 
-    def on_report_to_master(self, data: dict) -> None:
+    def on_report_to_master(self, data: Json) -> None:
         data[TIMES_MARK] = self.exact.take()
         if self._flushing:
             data[FLUSH_MARK] = True
@@ -1093,7 +1102,7 @@ _worker_hooks: WorkerHooks | None = None
 
 
 @events.init_command_line_parser.add_listener
-def _add_arguments(parser, **_kwargs) -> None:
+def _add_arguments(parser: Any, **_kwargs: object) -> None:
     for name in (*ARGUMENTS, *TAG_ARGUMENTS):
         option = "--" + name.replace("_", "-")
         try:
@@ -1110,7 +1119,7 @@ def _add_arguments(parser, **_kwargs) -> None:
 
 
 @events.init.add_listener
-def _on_init(environment, **_kwargs) -> None:
+def _on_init(environment: Environment, **_kwargs: object) -> None:
     global _hooks, _worker_hooks
     try:
         if isinstance(environment.runner, WorkerRunner):
@@ -1129,16 +1138,16 @@ def _on_init(environment, **_kwargs) -> None:
         log.exception("loadmanager_hooks: not all of it works; the load is not affected")
 
 
-def _quietly(listener, *args, **kwargs) -> None:
+def _quietly(listener: Callable[..., None], *args: object) -> None:
     """An exception that leaves a listener would change Locust's exit status."""
     try:
-        listener(*args, **kwargs)
+        listener(*args)
     except Exception:  # noqa: BLE001
         log.exception("loadmanager_hooks: %s failed; the load is not affected", listener.__name__)
 
 
 @events.test_start.add_listener
-def _on_test_start(**_kwargs) -> None:
+def _on_test_start(**_kwargs: object) -> None:
     if _worker_hooks:
         _quietly(_worker_hooks.on_test_start)
     if _hooks:
@@ -1146,7 +1155,7 @@ def _on_test_start(**_kwargs) -> None:
 
 
 @events.test_stop.add_listener
-def _on_test_stop(**_kwargs) -> None:
+def _on_test_stop(**_kwargs: object) -> None:
     if _worker_hooks:
         _quietly(_worker_hooks.on_test_stop)
     if _hooks:
@@ -1156,23 +1165,23 @@ def _on_test_stop(**_kwargs) -> None:
 if hasattr(events, "test_stopping"):
 
     @events.test_stopping.add_listener
-    def _on_test_stopping(**_kwargs) -> None:
+    def _on_test_stopping(**_kwargs: object) -> None:
         if _hooks:
             _quietly(_hooks.on_test_stopping)
 
 
 @events.report_to_master.add_listener
-def _on_report_to_master(data, **_kwargs) -> None:
+def _on_report_to_master(data: Json, **_kwargs: object) -> None:
     if _worker_hooks:
         _quietly(_worker_hooks.on_report_to_master, data)
 
 
-def _on_worker_report(client_id, data, **_kwargs) -> None:
+def _on_worker_report(client_id: str, data: Json, **_kwargs: object) -> None:
     if _hooks:
         _quietly(_hooks.on_worker_report, client_id, data)
 
 
 @events.quitting.add_listener
-def _on_quitting(**_kwargs) -> None:
+def _on_quitting(**_kwargs: object) -> None:
     if _hooks:
         _quietly(_hooks.on_quitting)
