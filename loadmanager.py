@@ -934,9 +934,8 @@ class Check:
     allowed: str
     accept: Callable[[Any], Any]
     from_text: Callable[[str], Any] = str  # how an environment variable's text is read
-    schema: dict[str, Any] = field(
-        default_factory=lambda: {"type": "string"}, compare=False
-    )  # for the API's document
+    # For the API's document:
+    schema: dict[str, Any] = field(default_factory=lambda: {"type": "string"}, compare=False)
     repeats: bool = False  # a query may have it more than once: its value is a tuple
 
 
@@ -1107,9 +1106,10 @@ OPTIONS = Check(
 )
 STAGES = Check(
     f"a list of 1 to {MAX_STAGES} objects with targetUsers (from 1), spawnRate (from 0.1) and "
-        "durationSeconds (from 1)", _accept_stages,
+    "durationSeconds (from 1)",
+    _accept_stages,
     schema={"type": "array", "items": {"type": "object"}, "minItems": 1, "maxItems": MAX_STAGES},
-)  # fmt: skip
+)
 ARGUMENT_LIST = Check(
     "a list of program and arguments, which no shell reads",
     _accept_arguments,
@@ -2729,8 +2729,8 @@ class AuditEntry(NamedTuple):
 
 AUDIT_KEYS = {
     "who": "who", "role": "role", "address": "address", "action": "action", "tenantId": "tenant_id",
-    "envId": "env_id",
-    "runId": "run_id", "status": "http_status", "detail": "detail", "outcome": "outcome",
+    "envId": "env_id", "runId": "run_id", "status": "http_status", "detail": "detail",
+    "outcome": "outcome",
 }  # fmt: skip
 
 
@@ -2767,8 +2767,8 @@ class Delivery(NamedTuple):
 
 def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
     wire: dict[str, Any] = {
-        "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event, "title": delivery.title,
-        "attempts": delivery.attempts,
+        "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event,
+        "title": delivery.title, "attempts": delivery.attempts,
         "createdAt": utc_text(delivery.created_at), "outcome": delivery.outcome,
     }  # fmt: skip
     optional = {
@@ -2838,9 +2838,8 @@ class Run:
     stop_reason: str | None = run_field("stopReason", None, schema={"enum": list(STOP_REASONS)})
     failure_reason: str | None = run_field("failureReason", None, schema=ANSWER_TEXT)
     queued: bool = run_field("", False)
-    queue_position: int | None = run_field(
-        "queuePosition", None, schema=ANSWER_WHOLE, stored=False
-    )  # 1: next
+    # Its place in the queue; 1: next.
+    queue_position: int | None = run_field("queuePosition", None, schema=ANSWER_WHOLE, stored=False)
     metadata: dict[str, Any] | None = asked_field("metadata", METADATA, None, may_change=True, carried=True)
     repeat: int = asked_field(  # runs to make, with this one
         "repeat",
@@ -3027,8 +3026,8 @@ class Snapshot(NamedTuple):
     resets: int | None = None  # of Locust's statistics since the test began; None: not known
 
 
-# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its second
-# on).
+# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its
+# second on).
 ENDPOINT_KEYS = {
     "method": "method",
     "name": "name",
@@ -4813,9 +4812,9 @@ def _shown_regression(entry: dict[str, Any]) -> dict[str, Any]:
 PLAN_NAMES = ("userClasses", "tags", "excludeTags", "options", "stages")
 ASKED_FOR = {  # what two runs must share for a fair comparison, in words
     "tenantId": "tenant", "envId": "environment", "scenarioId": "scenario", "targetUsers": "users",
-    "spawnRate": "spawn rate",
-    "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster", "userClasses": "user classes",
-    "tags": "tags", "excludeTags": "excluded tags", "options": "options", "stages": "stages",
+    "spawnRate": "spawn rate", "locustfileSha256": "locustfile (its hash)", "locustClusterId": "cluster",
+    "userClasses": "user classes", "tags": "tags", "excludeTags": "excluded tags", "options": "options",
+    "stages": "stages",
 }  # fmt: skip
 
 
@@ -4876,12 +4875,11 @@ def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[s
     )  # fmt: skip
     ranks = {REGRESSION: 0, IMPROVEMENT: 1}
     figures = comparison["figures"]
-    kept = sorted(
-        range(len(figures)),
-        key=lambda index: (
-            ranks.get(figures[index]["judgement"], 2 + (figures[index]["endpoint"] is not None)), index,
-        ),
-    )[:MAX_KEPT_FIGURES]  # fmt: skip
+
+    def rank(index: int) -> int:
+        return ranks.get(figures[index]["judgement"], 2 + (figures[index]["endpoint"] is not None))
+
+    kept = sorted(range(len(figures)), key=rank)[:MAX_KEPT_FIGURES]
     return {
         "with": compared_with,
         **{name: comparison[name] for name in names},
@@ -4893,8 +4891,10 @@ def comparison_summary(compared_with: str, comparison: dict[str, Any]) -> dict[s
 
 def is_comparable(other: Run, run: Run) -> bool:
     """Whether a run may serve as what is normal for another: the same load, reliable, no regression."""
-    asked = ("tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256", "target_users",
-        "spawn_rate", "duration_s", "plan")  # fmt: skip
+    asked = (
+        "tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256",
+        "target_users", "spawn_rate", "duration_s", "plan",
+    )  # fmt: skip
     if other.status is not RunStatus.FINISHED or doubts_of(other) or other.load_changes:
         return False
     if (other.comparison or {}).get("regressions"):
@@ -6551,12 +6551,10 @@ class _Batch:
 
     gone: dict[str, None] = field(default_factory=dict)  # runs to be deleted with all they have
     runs: dict[str, RunState] = field(default_factory=dict)
-    baselines: dict[tuple[str, str, str], Baseline | None] = field(
-        default_factory=dict
-    )  # None: none any more
-    documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(
-        default_factory=dict
-    )  # table and id -> the rest of the row; None: deleted
+    # None: none any more.
+    baselines: dict[tuple[str, str, str], Baseline | None] = field(default_factory=dict)
+    # Table and id -> the rest of the row; None: deleted.
+    documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(default_factory=dict)
     artefacts: dict[tuple[str, str], str] = field(default_factory=dict)  # run id, name -> packed content
     keys: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # as Store._keys
     packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
@@ -9308,9 +9306,7 @@ def _snapshot_of_stats(document: dict[str, Any], now: float) -> Snapshot:
     requests, failures = count_or_none(total.get("num_requests")), count_or_none(total.get("num_failures"))
     window = document.get("current_response_time_percentiles")
     window = window if isinstance(window, dict) else {}
-    current = document.get(
-        "current_rps", document.get("total_rps")
-    )  # total_rps is the current one before 2.46
+    current = document.get("current_rps", document.get("total_rps"))  # before 2.46 the total is the current
     return Snapshot(
         taken_at=now,
         rps=measure_or_none(current),
@@ -9713,8 +9709,8 @@ def plain_answer(raw: bytes) -> tuple[dict[str, str], bytes] | None:
 
 INHERITED_VARIABLES = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP",
-    "PYTHONPATH", "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "SYSTEMROOT",
+    "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+    "SYSTEMROOT",
 )  # fmt: skip
 WEB_TOKEN_VARIABLE = "LOADMANAGER_WEB_TOKEN"
 
@@ -13455,10 +13451,8 @@ def _moment_of(local: Any, zone: Any) -> float:
     moment = local.replace(tzinfo=zone).timestamp()
     if datetime.datetime.fromtimestamp(moment, zone).replace(tzinfo=None) == local:
         return moment
-    low, high = (
-        local.replace(tzinfo=zone, fold=1).timestamp(),
-        moment,
-    )  # the clock is put forward between the two
+    # The clock is put forward between these two.
+    low, high = local.replace(tzinfo=zone, fold=1).timestamp(), moment
     offset = datetime.datetime.fromtimestamp(low, zone).utcoffset()
     while high - low > 1:
         middle = (low + high) // 2
@@ -13531,8 +13525,8 @@ class Schedule:
 def schedule_to_json(schedule: Schedule, upcoming: Iterable[float]) -> dict[str, Any]:
     """A schedule as JSON; upcoming: its next times (epoch seconds)."""
     wire: dict[str, Any] = {
-        "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id, "test": schedule.test,
-        "concurrencyPolicy": schedule.policy,
+        "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id,
+        "test": schedule.test, "concurrencyPolicy": schedule.policy,
         "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused,
         "readOnly": schedule.read_only, "timezone": schedule.timezone,
         "createdAt": utc_text(schedule.created_at), "createdBy": schedule.created_by,
@@ -13688,8 +13682,8 @@ def _place_problems(config: Config, schedule: Schedule, where: str) -> Iterator[
 def _configured_schedule(item: ScheduleConfig, scenarios: tuple[ScenarioConfig, ...]) -> Schedule:
     body = {
         "description": item.description, "test": item.test, "cron": item.cron, "timezone": item.timezone,
-        "runAt": item.run_at,
-        "concurrencyPolicy": item.policy, "startingDeadlineSeconds": item.deadline_s, "paused": item.paused,
+        "runAt": item.run_at, "concurrencyPolicy": item.policy,
+        "startingDeadlineSeconds": item.deadline_s, "paused": item.paused,
     }  # fmt: skip
     schedule = read_schedule({name: value for name, value in body.items() if value is not None}, scenarios)
     return replace(schedule, id=item.id, created_by="configuration", read_only=True)
@@ -14185,8 +14179,7 @@ def events_of(run: Run) -> tuple[str, ...]:
 
 TITLES = {
     "started": "started", "finished": "finished", "passed": "PASSED", "failed": "FAILED",
-    "aborted": "ABORTED by a threshold", "lost": "LOST its cluster",
-    "scheduleMissed": "schedule missed",
+    "aborted": "ABORTED by a threshold", "lost": "LOST its cluster", "scheduleMissed": "schedule missed",
 }  # fmt: skip
 
 
@@ -14614,9 +14607,7 @@ class Notifier:
         problem, is_final = self._try(channel, delivery)
         now, attempts = time.time(), delivery.attempts + 1
         pause_s = RETRY_DELIVERY_S[min(attempts, len(RETRY_DELIVERY_S)) - 1]
-        pause_s *= (
-            0.8 + 0.4 * secrets.randbelow(1000) / 1000
-        )  # receivers that come back are not met by all at once
+        pause_s *= 0.8 + 0.4 * secrets.randbelow(1000) / 1000  # so that not all meet who comes back at once
         ended = problem is None or is_final or now - delivery.created_at > GIVE_UP_DELIVERY_S
         changed = delivery._replace(
             attempts=attempts, next_at=now + pause_s, ended_at=now if ended else None, problem=problem
@@ -15619,9 +15610,12 @@ def _is_figure(one: Any) -> bool:
         and one["judgement"] in JUDGEMENTS
         and isinstance(one["reason"], str)
         and all(value is None or _is_measure(value) or type(value) in (int, float) for value in numbers)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair)
-            for pair in ranges)
-    )  # fmt: skip
+        and all(map(_is_range, ranges))
+    )
+
+
+def _is_range(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(one) in (int, float) for one in pair)
 
 
 FIGURE_RANGES = ("interval", "equalRuns")
@@ -15629,19 +15623,22 @@ KEPT_FIGURES = _only(
     f"a list of at most {MAX_KEPT_FIGURES} figures",
     lambda value: isinstance(value, list) and len(value) <= MAX_KEPT_FIGURES and all(map(_is_figure, value)),
 )
+TEXTS_BY_NAME = _only(
+    "an object of texts",
+    lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
+)
+FIGURE_COUNT = number_value(0, 100_000, whole=True)
 COMPARISON_KEYS = {
     "with": BodyKey("with", one_of(*COMPARE_WITH), required=True),
     "baseline": BodyKey("baseline", RUN_ID),
-    "tolerances": BodyKey("tolerances", _only("an object of texts",
-        lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))),
+    "tolerances": BodyKey("tolerances", TEXTS_BY_NAME),
     **{name: BodyKey(name, TEXTS) for name in ("differences", "warnings", "noise", "regressions", "runs")},
     **{name: BodyKey(name, BOOLEAN) for name in ("noiseJudged", "exactTimes")},
-    **{name: BodyKey(name, number_value(0, 100_000, whole=True))
-        for name in ("runsKnown", "runsNeeded", "figuresCut")},
+    **{name: BodyKey(name, FIGURE_COUNT) for name in ("runsKnown", "runsNeeded", "figuresCut")},
     "judgement": BodyKey("judgement", one_of(REGRESSION, NO_REGRESSION, CANNOT_TELL)),
     "message": BodyKey("message", LONG_TEXT),
     "figures": BodyKey("figures", KEPT_FIGURES),
-}  # fmt: skip
+}
 COMPARISON = Check(
     "an object with the keys " + ", ".join(COMPARISON_KEYS),
     lambda value: {"baseline": None, "regressions": [], **check_body(value, COMPARISON_KEYS)},
@@ -15701,9 +15698,12 @@ EXPORT_KEYS = {
     name: BodyKey(name, ANY_JSON)
     for name in ("format", "version", "loadManager", "exportedAt", "run", "failures", "samples", "histograms")
 }
-LOCUST_JSON_KEYS = {"format": BodyKey("format", ANY_JSON), **CARRIED_KEYS,
-    "stats": BodyKey("stats", _only("a list, what Locust's --json-file holds",
-        lambda value: isinstance(value, list)), required=True)}  # fmt: skip
+LOCUST_STATS = _only("a list, what Locust's --json-file holds", lambda value: isinstance(value, list))
+LOCUST_JSON_KEYS = {
+    "format": BodyKey("format", ANY_JSON),
+    **CARRIED_KEYS,
+    "stats": BodyKey("stats", LOCUST_STATS, required=True),
+}
 CSV_TEXT = _only("the text of a CSV file", lambda value: isinstance(value, str))
 LOCUST_CSV_KEYS = {
     "format": BodyKey("format", ANY_JSON),
@@ -16014,12 +16014,12 @@ def _is_histogram_row(row: Any) -> bool:
         return False
     method, name, requests, failures, total_ms, pairs = row
     is_named = (method is None and name is None) or (type(method) is str and type(name) is str)
-    counted = all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures))
     is_measured = total_ms is not None and _is_measure(total_ms)
-    return is_named and counted and is_measured and isinstance(pairs,
-        list) and len(pairs) % 2 == 0 and len(pairs) <= 2 * MAX_BUCKETS and all(
-        type(number) is int and 0 <= number < 1 << 53 for number in pairs
-    )  # fmt: skip
+    if not is_named or not is_measured or not isinstance(pairs, list):
+        return False
+    if len(pairs) % 2 or len(pairs) > 2 * MAX_BUCKETS:
+        return False
+    return all(type(number) is int and 0 <= number < 1 << 53 for number in (requests, failures, *pairs))
 
 
 FAILURE_KEYS = {
@@ -16299,9 +16299,10 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
     whole_run = (None, None, None) if is_current else (p50, p95, p99)
     return Sample(
         run_id, _csv_number(row.get("Timestamp")) or 0.0, _csv_number(row.get("Requests/s")),
-        _csv_number(row.get("Failures/s")), requests, failures,
-        _error_percent(requests, failures), _csv_number(row.get("Total Average Response Time")), *whole_run,
-        *((p50, p95) if is_current else (None, None)), int(_csv_number(row.get("User Count")) or 0), "poll",
+        _csv_number(row.get("Failures/s")), requests, failures, _error_percent(requests, failures),
+        _csv_number(row.get("Total Average Response Time")), *whole_run,
+        *((p50, p95) if is_current else (None, None)),
+        int(_csv_number(row.get("User Count")) or 0), "poll",
     )  # fmt: skip
 
 
@@ -16566,8 +16567,7 @@ class Response:
 
     def __init__(
         self, body: bytes | list[bytes] = b"", http_status: int = 200, content_type: str = JSON_TYPE,
-        headers: dict[str, str] | None = None,
-        opens: Callable[[Connection], None] | None = None,
+        headers: dict[str, str] | None = None, opens: Callable[[Connection], None] | None = None,
     ):  # fmt: skip
         self.http_status = http_status
         self.body = body
@@ -16716,9 +16716,8 @@ class TlsFiles:
         context.set_alpn_protocols(["http/1.1"])
         name = "certFile"
         try:
-            context.load_cert_chain(
-                self._paths["certFile"], self._paths["keyFile"], password=lambda: ""
-            )  # a prompt would hang
+            files = self._paths["certFile"], self._paths["keyFile"]
+            context.load_cert_chain(*files, password=lambda: "")  # a prompt would hang
             if "clientCaFile" in self._paths:
                 name = "clientCaFile"
                 context.load_verify_locations(self._paths[name])
@@ -16801,10 +16800,8 @@ class Connection:
 
     __slots__ = (
         "loop", "sock", "address", "buffer", "scanned", "empty_lines", "request", "body", "missing",
-        "reserved", "reserved_waits", "busy", "owner",
-        "out", "unsent", "counted", "window_sent", "closing", "deadline", "mask", "waiting_since", "streams",
-        "chunked", "on_close",
-        "shakes_hands",
+        "reserved", "reserved_waits", "busy", "owner", "out", "unsent", "counted", "window_sent",
+        "closing", "deadline", "mask", "waiting_since", "streams", "chunked", "on_close", "shakes_hands",
     )  # fmt: skip
 
     def __init__(self, loop: ConnectionLoop, sock: socket.socket | TlsSocket, address: str):
@@ -19053,9 +19050,8 @@ class Principal:
     scope: Scope = EVERYTHING
     ends_at: float = math.inf
     clusters: frozenset[str] | None = None
-    proof: Any = field(
-        default=None, compare=False, repr=False
-    )  # a token's digest, or the sign-on's configuration
+    # A token's digest, or the sign-on's configuration:
+    proof: Any = field(default=None, compare=False, repr=False)
 
     def may_touch(self, tenant_id: str, env_id: str) -> bool:
         return self.scope.covers(tenant_id, env_id)
@@ -19107,9 +19103,8 @@ class CallbackTokens:
     def __init__(self, config: Config, own_tokens: Iterable[tuple[str, str]]):
         own = [(token_digest(token), cluster_id) for cluster_id, token in own_tokens]
         self._tenants = {item.tenant_id for item in config.clusters if not item.has_own_token}
-        self.guarded = frozenset(
-            cluster_id for _, cluster_id in own
-        )  # clusters that the common token does not reach
+        # The clusters that the common token does not reach:
+        self.guarded = frozenset(cluster_id for _, cluster_id in own)
         common = config.security.callback_token
         self._common = token_digest(common) if common else None
         self._is_open = not common and config.security.allow_anonymous
@@ -21047,8 +21042,10 @@ _RANGE = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems
 _CHANGE = {
     **dict.fromkeys(("baseline", "candidate", "change", "changePercent"), _MEASURE),
     "judgement": {"enum": list(JUDGEMENTS)}, "reason": _TEXT, "pValue": {"type": "number"},
-    "interval": {**_RANGE, "description": "of the change, in the figure's unit: 95 of 100 such intervals "
-        "hold the true one"},
+    "interval": {
+        **_RANGE,
+        "description": "of the change, in the figure's unit: 95 of 100 such intervals hold the true one",
+    },
     "equalRuns": {**_RANGE, "description": "beyond it the figure of a run is no longer one of an equal run"},
 }  # fmt: skip
 SCHEMAS: dict[str, Any] = {
@@ -22751,9 +22748,8 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
         last = max(chosen, key=lambda index: columns[index].drop)
         over = sum(widths[index] + 2 for index in chosen) - 2 - width
         widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
-        least = (
-            28 if columns[last].drop > 3 else 16
-        )  # a name that still tells is worth more than the lesser numbers
+        # A name that still tells is worth more than the lesser numbers.
+        least = 28 if columns[last].drop > 3 else 16
         if widths[widest] - over >= min(least, widths[widest]):
             widths[widest] -= over
         elif columns[last].drop > 0:
@@ -24255,9 +24251,8 @@ def command_schedules(options: Any) -> int:
 def schedule_body(options: Any) -> dict[str, Any]:
     test = {
         "tenantId": options.tenant, "envId": options.env, "scenarioId": options.scenario,
-        "targetUsers": options.users,
-        "spawnRate": options.spawn_rate, "durationSeconds": options.duration,
-        "thresholds": options.threshold or None,
+        "targetUsers": options.users, "spawnRate": options.spawn_rate,
+        "durationSeconds": options.duration, "thresholds": options.threshold or None,
     }  # fmt: skip
     body = {
         "cron": options.cron, "timezone": options.timezone, "runAt": options.at,
@@ -24956,27 +24951,24 @@ STATUS_COLOURS = {
 }
 LIST_COLUMNS = (
     Column("RUN", drop=0), Column("STATUS"), Column("SCENARIO"), Column("TENANT/ENV", drop=3),
-    Column("CLUSTER", drop=6),
-    Column("USERS", True, drop=2), Column("REQ/S", True, drop=4), Column("FAILURES", True, drop=5),
-    Column("P95 MS", True, drop=4),
-    Column("TIME", True, drop=1), Column("CREATED", True, drop=7),
+    Column("CLUSTER", drop=6), Column("USERS", True, drop=2), Column("REQ/S", True, drop=4),
+    Column("FAILURES", True, drop=5), Column("P95 MS", True, drop=4), Column("TIME", True, drop=1),
+    Column("CREATED", True, drop=7),
 )  # fmt: skip
 CLUSTER_COLUMNS = (
     Column("CLUSTER"), Column("TENANT/ENV", drop=2), Column("STATE"), Column("USERS", True, drop=1),
-    Column("WORKERS", True, drop=1),
-    Column("CPU %", True, drop=3), Column("RUN"), Column("PROBLEM"),
+    Column("WORKERS", True, drop=1), Column("CPU %", True, drop=3), Column("RUN"), Column("PROBLEM"),
 )  # fmt: skip
 METRICS_COLUMNS = (
     Column("TIME"), Column("USERS", True, 1), Column("REQ/S", True), Column("FAIL/S", True, 1),
-    Column("REQUESTS", True, 4),
-    Column("FAILURES", True, 4), Column("P50 MS", True, 2), Column("P95 MS", True), Column("P99 MS", True, 3),
+    Column("REQUESTS", True, 4), Column("FAILURES", True, 4), Column("P50 MS", True, 2),
+    Column("P95 MS", True), Column("P99 MS", True, 3),
 )  # fmt: skip
 # In the order of Locust's own page, which its users know.
 ENDPOINT_COLUMNS = (
     Column("TYPE", drop=5), Column("NAME"), Column("REQUESTS", True), Column("FAILS", True, 1),
-    Column("P50 MS", True, 3),
-    Column("P95 MS", True, 2), Column("P99 MS", True, 4), Column("AVG MS", True, 6),
-    Column("MIN MS", True, 7), Column("MAX MS", True, 7),
+    Column("P50 MS", True, 3), Column("P95 MS", True, 2), Column("P99 MS", True, 4),
+    Column("AVG MS", True, 6), Column("MIN MS", True, 7), Column("MAX MS", True, 7),
     Column("REQ/S", True, 3),
 )  # fmt: skip
 
@@ -26328,9 +26320,8 @@ def config_chapters() -> Iterator[Chapter]:
         sections.setdefault(re.split(r"\.|\[", path)[0], []).append(
             (_code(path), default_words(declared), meaning)
         )
-    yield Chapter("Keys of the configuration", ("Section", "Keys"), [
-        (_code(name), str(len(rows))) for name, rows in sections.items()
-    ], 2)  # fmt: skip
+    sizes = [(_code(name), str(len(rows))) for name, rows in sections.items()]
+    yield Chapter("Keys of the configuration", ("Section", "Keys"), sizes, 2)
     for name, rows in sections.items():
         yield Chapter(f"Section {name}", ("Key", "Default", "Meaning"), rows)
 
@@ -27197,8 +27188,8 @@ COMMANDS = (
         calls_server=False,
     ),
     Command(
-        "migrate", command_migrate, "copy all from one database into another, such as from SQLite to "
-            "PostgreSQL",
+        "migrate", command_migrate,
+        "copy all from one database into another, such as from SQLite to PostgreSQL",
         "migrate --from sqlite:///loadmanager.db --to postgresql://loadmanager@db.example/loadmanager",
         (
             argument("--from", dest="source", required=True, metavar="URL",
@@ -27697,9 +27688,8 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
     if sys.dont_write_bytecode or not sys.executable or not path.endswith(".py"):
         return
     try:
-        importlib.machinery.SourceFileLoader("loadmanager", path).get_code(
-            "loadmanager"
-        )  # writes what is missing
+        loader = importlib.machinery.SourceFileLoader("loadmanager", path)
+        loader.get_code("loadmanager")  # writes what is missing
         if not os.path.exists(importlib.util.cache_from_source(path)):
             return
         flags = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]

@@ -55,9 +55,9 @@ RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)  # after the first, second... failed attemp
 FINAL_RETRY_FOR_S = 60.0
 LATE_REPORTS_S = 4.0  # workers without these hooks report every 3 s
 GUARD_TICK_S = 0.25
-# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own rates
-# 2 s after that: of the first second of a test there are users, of the first 3 s some requests, from 5 s
-# on all.
+# A request is in the master's numbers when its worker has reported, up to 3 s later, in Locust's own
+# rates 2 s after that: of the first second of a test there are users, of the first 3 s some requests,
+# from 5 s on all.
 PUSH_INTERVAL_S = 2.0
 FIRST_PUSH_S = 1.0  # after the start, so that a run of some seconds has points
 SILENT_WORKER_S = 8.0  # without a report for so long it is lost, and nothing waits for its numbers
@@ -850,8 +850,8 @@ class Hooks:
     def on_test_start(self) -> None:
         self.scenes.choose()
         self.counts.test_started()
-        # A start while the test before was still stopping: its numbers are gone now, those of test_stopping
-        # stay.
+        # A start while the test before was still stopping: its numbers are gone now, those of
+        # test_stopping stay.
         for earlier in self._runs:
             if not earlier.ended.is_set() and not earlier.stopping:
                 earlier.ended.set()
@@ -869,8 +869,8 @@ class Hooks:
         self._flushed_ids = set()
         _end_ramp(self.environment.web_ui)
         if self.distributed:
-            # Spawn messages on their way must not reach a worker behind its stop message: its users would go
-            # on (2.47).
+            # Spawn messages on their way must not reach a worker behind its stop message: its users
+            # would go on (2.47).
             gevent.sleep(RAMP_SETTLES_S)
         for run in self._runs:
             if not run.ended.is_set() and not run.stopping:

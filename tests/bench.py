@@ -68,9 +68,8 @@ def timed_ms(command: list[str], environment: dict[str, str], times: int = 7) ->
 def start_figures() -> None:
     head("start and memory")
     environment = cached_environment()
-    subprocess.run(
-        [sys.executable, "-c", "import loadmanager"], check=True, env=environment, cwd=ROOT
-    )  # the cache
+    command = [sys.executable, "-c", "import loadmanager"]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)  # the cache
     bare_ms = timed_ms(["-c", "pass"], environment)
     row("python -c pass", f"{bare_ms:.0f} ms")
     for name, command, goal_ms in (("module", AS_MODULE, 150), ("script", AS_SCRIPT, None)):

@@ -241,9 +241,8 @@ def test_patch_for_a_standby_makes_a_valid_deployment_whose_configuration_is_goo
     command = [sys.executable, ROOT / "loadmanager.py", "check", "-config", mounted_config(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
-    del environment[
-        "LOADMANAGER_STANDBY_ADVERTISEDURL"
-    ]  # the variables are read: one that is missing is missed
+    # The variables are read: one that is missing is missed.
+    del environment["LOADMANAGER_STANDBY_ADVERTISEDURL"]
     done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment})
     assert done.returncode == 2 and "standby.advertisedUrl" in done.stdout + done.stderr
 

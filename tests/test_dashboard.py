@@ -973,8 +973,8 @@ addEventListener("focus", () => streamNotes.push("focus"));
 
 def test_every_one_of_many_tabs_is_answered_and_those_without_a_stream_ask_instead(page, seeded):
     """A browser has six connections to a server: six streams would leave none for the next tab."""
-    # As windows side by side: none is hidden, so none gives its stream back for that, however long this
-    # takes.
+    # As windows side by side: none is hidden, so none gives its stream back for that, however long
+    # this takes.
     in_sight = "Object.defineProperty(document, 'hidden', {get: () => false, configurable: true})"
     first = page.driver.current_window_handle
     page.driver.execute_script(in_sight)

@@ -14,8 +14,8 @@ from waiting import eventually, holds_for
 import loadmanager
 
 LOCUSTFILE = ROOT / "locust" / "locustfile.py"
-# Without it Locust cuts requests off in the middle when it stops: the target has seen them, Locust never
-# counts them.
+# Without it Locust cuts requests off in the middle when it stops: the target has seen them, Locust
+# never counts them.
 REQUESTS_ARE_FINISHED = ("--stop-timeout", "5")
 RULES = {"metricsPollIntervalSeconds": 1, "startTimeoutSeconds": 10, "lostAfterSeconds": 8}
 PLAIN = """

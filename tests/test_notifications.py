@@ -175,9 +175,8 @@ def test_webhooks_are_signed_as_the_standard_says_and_carry_numbers_verdict_and_
     eventually(lambda: len(receiver.messages) == 2, 10, what="both messages")
     verifier = Webhook(SECRET)
     for _, headers, body in receiver.messages:
-        verifier.verify(
-            body, {name.lower(): value for name, value in headers.items()}
-        )  # raises when the signature is wrong
+        given = {name.lower(): value for name, value in headers.items()}
+        verifier.verify(body, given)  # raises when the signature is wrong
     started, failed = receiver.bodies()
     assert (started["type"], failed["type"]) == ("run.started", "run.failed")
     assert failed["data"]["id"] == run["id"] and failed["data"]["verdict"] == "failed"

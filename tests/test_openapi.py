@@ -134,8 +134,8 @@ def test_answers_of_a_whole_life_match_the_document(manager):
 
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-# One test for each operation, made here: under xdist, schemathesis' own parametrize ran only the first of
-# them.
+# One test for each operation, made here: under xdist, schemathesis' own parametrize ran only the
+# first of them.
 OPERATIONS = [(route.method, route.path) for route in loadmanager.ROUTES if route.path not in STREAMS]
 
 

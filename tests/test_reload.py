@@ -252,9 +252,8 @@ def test_callback_token_that_leaked_is_revoked(lm):
 def test_command_finds_no_server_that_was_killed(lm):
     lm.kill9()
     mark = json.loads((lm.folder / "config.json.pid").read_text())
-    (lm.folder / "config.json.pid").write_text(
-        json.dumps({**mark, "pid": os.getpid()})
-    )  # the number is ours now
+    ours = json.dumps({**mark, "pid": os.getpid()})  # the number is ours now
+    (lm.folder / "config.json.pid").write_text(ours)
     done = reload(lm)
     assert done.returncode == 3 and "is Load Manager running there?" in done.stderr, done.stderr
     lm.start()

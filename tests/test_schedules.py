@@ -230,9 +230,8 @@ def test_a_moment_missed_while_away_is_made_up_for_once_and_only_in_time(lm):
 def test_kill_9_around_the_moment_neither_loses_nor_doubles_the_run(lm):
     for offset in (0.0, 0.02, 0.06, 0.15):
         before = len(runs_of(lm))
-        made = schedule(
-            lm, runAt=in_seconds(0.8), concurrencyPolicy="Queue"
-        )  # a killed start is cleaned up first
+        # Queue: a killed start is cleaned up first.
+        made = schedule(lm, runAt=in_seconds(0.8), concurrencyPolicy="Queue")
         due = loadmanager.parse_utc(made["runAt"])
         while time.time() < due + offset:
             time.sleep(0.005)

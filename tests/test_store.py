@@ -1132,9 +1132,8 @@ def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypat
     """Adopted with at most its duration, whatever the wall clock says."""
     store = open_store()
     run = store.add(new_run())
-    run = store.transition(
-        run.id, lm.RunStatus.RUNNING, started_at=time.time() + 3600
-    )  # our clock was an hour ahead
+    in_an_hour = time.time() + 3600  # our clock was an hour ahead
+    run = store.transition(run.id, lm.RunStatus.RUNNING, started_at=in_an_hour)
     config = lm.Config(
         clusters=(lm.ClusterConfig(id="one", tenant_id="acme", env_id="dev", base_url="http://127.0.0.1:1"),)
     )

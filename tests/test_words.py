@@ -79,7 +79,8 @@ def without_honest(line: str) -> str:
 def test_every_word_is_found_where_it_is_said():
     """The patterns above can fail: each finds the words it is there for."""
     said = (
-        "allowed is x, the moment, stands twice, who is told, somebody, anew, swarmed, respread, so many workers,"
+        "allowed is x, the moment, stands twice, who is told, somebody, anew, swarmed, respread,"
+        " so many workers,"
         " doubtful, artefact, whatever it does, nonsense, never for now, the run goes on, a stranger,"
         " a File twin, was silent for 5 s"
     )
