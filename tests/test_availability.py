@@ -426,7 +426,7 @@ def test_unforeseen_exception_ends_no_thread_of_the_server(lm_service, counted, 
         eventually(lambda: sum(counted.values()) >= 2)
     seen = sum(counted.values())
     with monkeypatch.context() as patch:  # before the body is read
-        patch.setattr(service._loop.api, "_principal", fail)
+        patch.setattr(service._loop.api.authentication, "caller_of", fail)
         assert requests.get(service.url + "/v1/tests", headers=headers, timeout=10).status_code == 500
     assert health()["unforeseenErrors"] > seen
     with monkeypatch.context() as patch:  # a handler in a thread

@@ -223,7 +223,7 @@ def test_silent_cluster_loses_the_run_and_its_load_is_stopped_when_it_is_back(lm
     eventually(lambda: lm.run(run_id).get("lastMetrics"), 10)
     fake.faults["*"] = faults.close_silently
     run = lm.wait_for(run_id, "Failed", within_s=20)
-    assert run["stopReason"] == "lost" and "silent" in run["failureReason"]
+    assert run["stopReason"] == "lost" and "unreachable" in run["failureReason"]
     assert fake.users == 5
     fake.faults.clear()
     eventually(lambda: fake.users == 0, 8, what="the lost run's load is stopped once its cluster is back")

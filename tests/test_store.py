@@ -1139,7 +1139,8 @@ def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypat
     )
     timer = lm.Timer()
     engine = lm.Orchestrator(config, store, timer)
-    engine._adopt(run, engine._take_over(run))
+    adopter = engine._adopter
+    adopter._adopt(run, adopter._take_over(run))
     assert engine._monitors[run.id].remaining_s() <= 60
     engine._monitors[run.id].over.set()
 
