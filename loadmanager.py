@@ -28230,8 +28230,8 @@ function h(tag, attributes, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined
-    && child !== false));
+  element.append(
+    ...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
@@ -28266,13 +28266,13 @@ function toast(text, kind) {
 // ---- numbers and moments ----
 
 const NONE = "\u2013";
-const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US",
-  {minimumFractionDigits: digits, maximumFractionDigits: digits}));
+const formats = [0, 1, 2].map(
+  (digits) => new Intl.NumberFormat("en-US", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
 
 const isNumber = (value) => typeof value === "number" && isFinite(value);
 const count = (value) => (isNumber(value) ? formats[0].format(value) : NONE);
-const rate = (value) => (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 10 ? 1 : 2].format(value)
-  : NONE);
+const rate = (value) =>
+  (isNumber(value) ? formats[value >= 1000 ? 0 : value >= 10 ? 1 : 2].format(value) : NONE);
 const millis = (value) => (isNumber(value) ? formats[value < 10 && value % 1 ? 1 : 0].format(value) : NONE);
 const percent = (value) =>
   isNumber(value) ? (value > 0 && value < 0.01 ? "<0.01" : formats[value >= 10 ? 1 : value ? 2
@@ -28375,8 +28375,8 @@ async function api(method, path, body) {
   if (method !== "GET" && session && session.csrfToken) headers["X-CSRF-Token"] = session.csrfToken;
   let response;
   try {
-    response = await fetch(path, {method, headers, body: body === undefined ? undefined
-      : JSON.stringify(body), cache: "no-store"});
+    response = await fetch(path,
+      {method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store"});
   } catch (error) {
     live.unreachable();
     throw error;
@@ -28562,8 +28562,8 @@ const isActive = (run) => ACTIVE.includes(run.status);
 const STATUS_CLASS = {Pending: "warn", Running: "busy", Stopping: "warn", Finished: "", Failed: "bad"};
 
 function showStatus(badge, run) {
-  setText(badge, run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition
-    : run.status);
+  setText(badge,
+    run.status === "Pending" && run.queuePosition ? "Queued, no. " + run.queuePosition : run.status);
   setClass(badge, "badge " + (STATUS_CLASS[run.status] || ""));
 }
 
@@ -28726,8 +28726,8 @@ async function rerun(run) {
   const users = count(run.targetUsers) + " users";
   const text = runWords(run) + " with " + users + ". It waits in the queue if the cluster is busy.";
   if (!(await confirmed("Start the same test again?", text, "Start test"))) return;
-  const answer = await attempt(() => callConfirmed("POST", runPath(run.id, "/rerun"), {queue: true},
-    run.envId));
+  const answer = await attempt(
+    () => callConfirmed("POST", runPath(run.id, "/rerun"), {queue: true}, run.envId));
   if (answer) openRun(answer.data.id);
 }
 
@@ -28781,8 +28781,8 @@ function parsePairs(text) {
   return Object.keys(pairs).length ? pairs : undefined;
 }
 
-const pairsText = (pairs) => Object.entries(pairs || {}).map(([key, value]) => key + "="
-  + plainText(value)).join("\n");
+const pairsText = (pairs) =>
+  Object.entries(pairs || {}).map(([key, value]) => key + "=" + plainText(value)).join("\n");
 
 /** One threshold a line, as its sentence; {"metric": ...} on a line is the long form. */
 function parseThresholds(text) {
@@ -28797,8 +28797,8 @@ function parseLoad(texts, isDurationNeeded) {
   if (!Number.isInteger(load.targetUsers) || load.targetUsers < 1)
     problems.targetUsers = "a whole number from 1";
   if (!(load.spawnRate >= 0.1)) problems.spawnRate = "a number from 0.1";
-  if (texts.durationSeconds.trim() || isDurationNeeded) load.durationSeconds =
-    parseSpan(texts.durationSeconds);
+  if (texts.durationSeconds.trim() || isDurationNeeded)
+    load.durationSeconds = parseSpan(texts.durationSeconds);
   if ("durationSeconds" in load && !(load.durationSeconds >= 1)) {
     const open = isDurationNeeded ? "" : "; empty: until it is stopped";
     problems.durationSeconds = "like 90s, 5m or 1h30m" + open;
@@ -28841,8 +28841,8 @@ class Fields {
 class StageRows {
   constructor(stages) {
     this.rows = h("div", {class: "stages"});
-    this.box = h("div", {}, this.rows, h("button", {type: "button", class: "small",
-      onclick: () => this.add()}, "Add a stage"));
+    this.box = h("div", {}, this.rows,
+      h("button", {type: "button", class: "small", onclick: () => this.add()}, "Add a stage"));
     for (const stage of stages) this.add(stage);
   }
   add(stage) {
@@ -28887,14 +28887,14 @@ class TestForm extends Fields {
 
   constructor(given, clusters, recent, known) {
     const last = given || recent[0] || {};
-    const places = [...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]),
-      one])).values()];
+    const places = [
+      ...new Map(clusters.map((one) => [JSON.stringify([one.tenantId, one.envId]), one])).values()];
     const isNew = (one) => one.tenantId === last.tenantId && one.envId === last.envId;
     if (given && !places.some(isNew)) places.push({tenantId: given.tenantId, envId: given.envId});
     const start = given || {targetUsers: last.targetUsers || 10, spawnRate: last.spawnRate || 1,
       durationSeconds: 300};
-    const text = (name, more) => h("input", {autocomplete: "off", spellcheck: "false", value: start[name],
-      ...more});
+    const text = (name, more) =>
+      h("input", {autocomplete: "off", spellcheck: "false", value: start[name], ...more});
     const list = (name, hint) => text(name, {value: (start[name] || []).join(", "), placeholder: hint});
     const area = (value, hint) => h("textarea", {rows: 2, placeholder: hint, spellcheck: "false"}, value);
     const choice = (pairs, chosen) =>
@@ -28986,8 +28986,8 @@ class TestForm extends Fields {
         inputs[name].value = name === "durationSeconds" ? span(value) : value;
     }
     const own = [...inputs.profile.options].find((option) => option.value === "scenario");
-    if (stages.length && !own) inputs.profile.prepend(h("option", {value: "scenario"},
-      "The stages of the scenario"));
+    if (stages.length && !own)
+      inputs.profile.prepend(h("option", {value: "scenario"}, "The stages of the scenario"));
     if (!stages.length && own) own.remove();
     if (stages.length && !this.hasOwnLoad) inputs.profile.value = "scenario";
     inputs.thresholds.placeholder = thresholds.join("\n") || "p95ResponseMs < 500\nerrorRate < 1";
@@ -29033,8 +29033,8 @@ class TestForm extends Fields {
     if (inputs.profile.value === "stages") set("stages", () => this.stages.read());
     if (inputs.profile.value === "constant") {
       const texts = (name) => [name, inputs[name].value];
-      const {load, problems: wrong} = parseLoad(Object.fromEntries(["targetUsers", "spawnRate",
-        "durationSeconds"].map(texts)));
+      const {load, problems: wrong} = parseLoad(
+        Object.fromEntries(["targetUsers", "spawnRate", "durationSeconds"].map(texts)));
       Object.assign(body, load);
       Object.assign(problems, wrong);
     }
@@ -29049,10 +29049,10 @@ class TestForm extends Fields {
 async function sendForm(dialog, forms, alertBox, problems, send) {
   const show = (wrong, message) => {
     const rest = forms.flatMap(([form, prefix]) => {
-      const own = Object.entries(wrong).filter(([name]) => name.startsWith(prefix)
-        && (prefix || !name.includes(".")));
-      return form.showProblems(Object.fromEntries(own.map(([name, why]) => [name.slice(prefix.length),
-        why])));
+      const own = Object.entries(wrong).filter(
+        ([name]) => name.startsWith(prefix) && (prefix || !name.includes(".")));
+      return form.showProblems(
+        Object.fromEntries(own.map(([name, why]) => [name.slice(prefix.length), why])));
     });
     setText(alertBox, [...rest, message].filter(Boolean).join("; "));
     const bad = dialog.querySelector("[aria-invalid]");
@@ -29064,8 +29064,8 @@ async function sendForm(dialog, forms, alertBox, problems, send) {
     return await send();
   } catch (error) {
     const body = error.body || {};
-    show(body.fields || {}, body.fields ? "" : error instanceof ApiError ? error.message
-      : "Load Manager did not answer.");
+    show(body.fields || {},
+      body.fields ? "" : error instanceof ApiError ? error.message : "Load Manager did not answer.");
     if (body.activeRunId) {
       const link = {href: "#/runs/" + encodeURIComponent(body.activeRunId), onclick: () => dialog.close()};
       alertBox.append(" ", h("a", link, "Open the run that has it"));
@@ -29125,8 +29125,8 @@ function scheduleFields(given) {
     timezone: h("input", {value: given.timezone || zone, list: "zones", autocomplete: "off",
       spellcheck: "false"}),
     runAt: h("input", {type: "datetime-local", value: localInput(given.runAt)}),
-    concurrencyPolicy: h("select", {}, POLICIES.map(([value, label]) => option(value, label,
-      given.concurrencyPolicy))),
+    concurrencyPolicy: h("select", {},
+      POLICIES.map(([value, label]) => option(value, label, given.concurrencyPolicy))),
   });
 }
 
@@ -29137,8 +29137,9 @@ async function scheduleDialog(given, done) {
     {inputs} = fields;
   const zones = Intl.supportedValuesOf ? ["UTC", ...Intl.supportedValuesOf("timeZone")] : ["UTC"];
   const list = (id, values) => h("datalist", {id}, values.map((value) => h("option", {value})));
-  const again = h("div", {class: "two-columns"}, fields.row("cron", "When, as cron",
-    "minute hour day month weekday"), fields.row("timezone", "Time zone"));
+  const again = h("div", {class: "two-columns"},
+    fields.row("cron", "When, as cron", "minute hour day month weekday"),
+    fields.row("timezone", "Time zone"));
   const once = fields.row("runAt", "At, in this browser's zone (" + ZONE + ")");
   const showKind = () => {
     again.hidden = inputs.kind.value !== "cron";
@@ -29146,8 +29147,8 @@ async function scheduleDialog(given, done) {
   };
   inputs.kind.addEventListener("change", showKind);
   showKind();
-  const coming = given && given.next.length ? "Next: " + given.next.map((one) => scheduledTime(one,
-    given.timezone)).join("; ") : "";
+  const coming = given && given.next.length
+    ? "Next: " + given.next.map((one) => scheduledTime(one, given.timezone)).join("; ") : "";
   const problem = h("div", {class: "wrong", role: "alert"});
   const body = [
     fields.row("description", "Name"),
@@ -29171,8 +29172,9 @@ async function scheduleDialog(given, done) {
     const answer = await sendForm(dialog, forms, problem, problems, send);
     if (!answer) return;
     const [next] = answer.data.next;
-    toast("Saved. " + (next ? "Next: " + scheduledTime(next, answer.data.timezone) + "."
-      : "It does not start by itself now."));
+    const starts = next ? "Next: " + scheduledTime(next, answer.data.timezone) + "."
+      : "It does not start by itself now.";
+    toast("Saved. " + starts);
     dialog.close();
     done();
   };
@@ -29269,8 +29271,8 @@ function showTop() {
           mayAct() ? h("button", {class: "primary", id: "start", onclick: startDialog}, "Start a test")
             : null,
           mayAct() ? h("button", {class: "danger", id: "stop-all", onclick: stopAll}, "Stop all") : null,
-          h("span", {class: "who"}, session.anonymous ? "no sign-in needed"
-            : session.name + ", " + session.role),
+          h("span", {class: "who"},
+            session.anonymous ? "no sign-in needed" : session.name + ", " + session.role),
           session.anonymous ? null : h("button", {class: "plain", id: "sign-out", onclick: signOut},
             "Sign out"),
         ].filter(Boolean)
@@ -29294,8 +29296,8 @@ function plainTable(label, heads, rows) {
       content instanceof Node ? content : String(content));
   const head = heads.map(([text, kind]) => h("th", {scope: "col", class: kind || null}, text));
   const body = rows.map((cells) => h("tr", {}, cells.map(cell)));
-  return scrollBox(label, h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)),
-    h("tbody", {}, body)));
+  return scrollBox(label,
+    h("table", {class: "cards"}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, body)));
 }
 
 /** Rows of a tbody kept by key, so that an update keeps focus and selection. */
@@ -29356,8 +29358,8 @@ function runRow(first) {
     const [label, kind] = RUN_COLUMNS[index];
     return h("td", {class: kind || kinds[index] || null, "data-label": label}, content);
   });
-  const element = h("tr", {"data-run": run.id}, cells, h("td", {class: "acts"},
-    mayAct() ? [stop, again, remove] : []));
+  const element = h("tr", {"data-run": run.id}, cells,
+    h("td", {class: "acts"}, mayAct() ? [stop, again, remove] : []));
   return {
     element,
     update(newRun) {
@@ -29370,10 +29372,11 @@ function runRow(first) {
       setText(link, run.scenarioId);
       setText(place, run.tenantId + " / " + run.envId);
       setText(cluster, run.locustClusterId || NONE);
-      for (const cut of [link, place, cluster]) cut.title = cut.textContent.length > 40 ? cut.textContent
-        : "";
-      setText(users, isActive(run) && isNumber(numbers.currentUsers)
-        ? count(numbers.currentUsers) + " / " + usersText(run) : usersText(run));
+      for (const cut of [link, place, cluster])
+        cut.title = cut.textContent.length > 40 ? cut.textContent : "";
+      setText(users,
+        isActive(run) && isNumber(numbers.currentUsers)
+          ? count(numbers.currentUsers) + " / " + usersText(run) : usersText(run));
       setText(rps, rate(numbers.totalRps));
       setText(failures, percent(numbers.errorRate));
       setClass(cells[7], numbers.errorRate > 0 ? "num fails" : "num");
@@ -29413,8 +29416,9 @@ class Overview {
     this.asked = 0;
     this.filters = {search: "", status: "", place: ""};
     this.build();
-    this.timers = [setInterval(() => this.tick(), 1000), setInterval(() => document.hidden
-      || (this.loadClusters(), this.loadSchedules()), 5000)];
+    this.timers = [
+      setInterval(() => this.tick(), 1000),
+      setInterval(() => document.hidden || (this.loadClusters(), this.loadSchedules()), 5000)];
   }
 
   build() {
@@ -29474,10 +29478,10 @@ class Overview {
     );
     $("main").replaceChildren(
       h("h1", {class: "unseen"}, "Load tests"),
-      h("section", {"aria-labelledby": "h-clusters"}, h("div", {class: "head"},
-        h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
-      h("section", {}, h("div", {class: "bar", role: "search"}, this.search, this.status, this.place,
-        this.clear)),
+      h("section", {"aria-labelledby": "h-clusters"},
+        h("div", {class: "head"}, h("h2", {id: "h-clusters"}, "Clusters")), this.clusterBox),
+      h("section", {},
+        h("div", {class: "bar", role: "search"}, this.search, this.status, this.place, this.clear)),
       this.runningSection,
       this.recentSection,
       this.scheduleSection,
@@ -29520,8 +29524,8 @@ class Overview {
       [this.scheduleLast(one), "wide"],
       [h("span", {}, mayAct() ? this.scheduleActs(one) : []), "acts"],
     ]);
-    const add = h("button", {id: "new-schedule", onclick: () => scheduleDialog(null,
-      () => this.loadSchedules())}, "New schedule");
+    const add = h("button",
+      {id: "new-schedule", onclick: () => scheduleDialog(null, () => this.loadSchedules())}, "New schedule");
     const head = h("div", {class: "head"}, h("h2", {id: "h-schedules"}, "Schedules"),
       h("span", {class: "space"}), mayAct() ? add : null);
     const empty = h("div", {class: "panel empty"},
@@ -29545,17 +29549,17 @@ class Overview {
 
   scheduleLast(one) {
     if (!one.lastTime && !one.lastOutcome) return NONE;
-    const words = [one.lastOutcome, one.lastTime && scheduledTime(one.lastTime,
-      one.timezone)].filter(Boolean).join(", ");
+    const words = [one.lastOutcome, one.lastTime && scheduledTime(one.lastTime, one.timezone)]
+      .filter(Boolean).join(", ");
     return one.lastRunId ? h("a", {href: "#/runs/" + encodeURIComponent(one.lastRunId)}, words) : words;
   }
 
   scheduleActs(one) {
     const again = () => this.loadSchedules();
-    const act = (text, work) => h("button", {class: "small",
-      onclick: async () => (await attempt(work), again())}, text);
-    const start = act("Run now", async () => openRun((await api("POST",
-      schedulePath(one.id, "/run"))).data.id));
+    const act = (text, work) =>
+      h("button", {class: "small", onclick: async () => (await attempt(work), again())}, text);
+    const start = act("Run now",
+      async () => openRun((await api("POST", schedulePath(one.id, "/run"))).data.id));
     if (one.readOnly) return [h("span", {class: "hint"}, "from the configuration "), start];
     return [
       start,
@@ -29602,8 +29606,8 @@ class Overview {
     if (this.cursors.at(-1)) older.set("cursor", this.cursors.at(-1));
     try {
       const [active, recent] = await Promise.all([
-        !wants || wants.includes("Running") ? api("GET", "/v1/tests?"
-          + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
+        !wants || wants.includes("Running")
+          ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
         wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older),
       ]);
       if (asked !== this.asked || this.closed) return;
@@ -29695,8 +29699,9 @@ class Overview {
     this.recentSection.hidden = wants.includes("Running");
     this.finished.box.hidden = !this.recent.length;
     this.recentEmpty.hidden = this.recent.length > 0;
-    setText(this.recentEmpty, filtered ? "No run matches the filters."
-      : "No finished run yet. Start a test, and its numbers stay here.");
+    setText(this.recentEmpty,
+      filtered ? "No run matches the filters."
+        : "No finished run yet. Start a test, and its numbers stay here.");
     this.newer.disabled = this.cursors.length < 2;
     this.older.disabled = !this.next;
     this.pages.hidden = this.newer.disabled && this.older.disabled;
@@ -29770,8 +29775,9 @@ function clusterCard(first) {
       setClass(badge, "badge " + kind);
       badge.title = "Locust says: " + one.state;
       const alive = one.workers.filter((worker) => worker.state !== "missing");
-      setText(workers, one.state === "unreachable" ? NONE : alive.length
-        + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
+      setText(workers,
+        one.state === "unreachable"
+          ? NONE : alive.length + (alive.length < one.workers.length ? " of " + one.workers.length : ""));
       setText(users, count(one.userCount));
       const hottest = Math.max(...alive.map((worker) => worker.cpuPercent).filter(isNumber));
       setText(cpu, isFinite(hottest) ? Math.round(hottest) + "%" : NONE);
@@ -29989,14 +29995,15 @@ class Chart {
         : group.nearest(group.hover) + (event.key === "ArrowLeft" ? -1 : 1);
       const point = points[Math.min(points.length - 1, Math.max(0, index))];
       group.setHover(Math.min(to, Math.max(from, point.t)), this);
-      say(clock(point.t) + ": " + this.series.map((one) => one.label + " "
-        + this.format(group.value(one.key, points.indexOf(point)))).join(", "));
+      say(clock(point.t) + ": " +
+        this.series.map((one) => one.label + " " + this.format(group.value(one.key, points.indexOf(point))))
+          .join(", "));
     } else if (event.key === "+" || event.key === "-") {
       const centre = group.hover === null ? (from + to) / 2 : group.hover,
         half = (to - from) * (event.key === "+" ? 0.25 : 1);
       const range = [Math.max(0, centre - half), Math.min(group.end, centre + half)];
-      group.setZoom(range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range
-        : group.zoom);
+      group.setZoom(
+        range[1] - range[0] >= group.end * 0.999 ? null : range[1] - range[0] >= 1 ? range : group.zoom);
     } else if (event.key === "Escape" || event.key === "0") {
       group.setHover(null);
       if (group.zoom) group.setZoom(null);
@@ -30041,8 +30048,8 @@ class Chart {
     this.visibleOther = this.shown(this.group.other);
     let most = 0;
     for (const points of [this.visible, this.visibleOther]) {
-      for (const one of this.series) if (one.on) for (const point of points) if (point[one.key] > most)
-        most = point[one.key];
+      for (const one of this.series)
+        if (one.on) for (const point of points) if (point[one.key] > most) most = point[one.key];
     }
     const top_ = most > 0 ? most * 1.02 : 1,
       step = niceStep(top_, 4),
@@ -30172,8 +30179,8 @@ class Chart {
         const swatch = h("i");
         swatch.style.background = "var(" + one.color + ")";
         const value = this.group.value(one.key, this.index);
-        return h("div", {}, swatch, one.label, h("b", {}, this.format(value)
-          + (value === null ? "" : this.unit)));
+        return h("div", {}, swatch, one.label,
+          h("b", {}, this.format(value) + (value === null ? "" : this.unit)));
       });
     const marks = this.group.marks
       .filter((mark) => Math.abs(mark.t - this.group.hover) <= near)
@@ -30182,8 +30189,8 @@ class Chart {
     this.tip.replaceChildren(h("div", {class: "soft"}, clock(point.t)), ...rows, ...marks);
     const box = this.canvas.offsetLeft,
       width = this.tip.offsetWidth;
-    this.tip.style.left = (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14)
-      : box + x + 14) + "px";
+    this.tip.style.left =
+      (x + 14 + width > this.canvas.clientWidth ? Math.max(0, box + x - width - 14) : box + x + 14) + "px";
     this.tip.style.top = this.canvas.offsetTop + 12 + "px";
   }
 
@@ -30213,8 +30220,9 @@ const TREND_METRICS = ["p95ResponseMs", "totalRps", "errorRate"];
  */
 function trendLine(title, color, items, format) {
   const known = items.filter((item) => isNumber(item.value));
-  const most = Math.max(...known.flatMap((item) => [item.value,
-    item.normal ? Math.min(item.normal[1], 2 * item.value) : 0]), 0) || 1;
+  const most = Math.max(
+    ...known.flatMap((item) => [item.value, item.normal ? Math.min(item.normal[1], 2 * item.value) : 0]),
+    0) || 1;
   const svg = (tag, attributes, ...children) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
@@ -30243,8 +30251,8 @@ function trendLine(title, color, items, format) {
   });
   const changes = known.map((item, index) => {
     if (!item.change || !index) return null;
-    const percent = isNumber(item.change.changePercent) ? " by "
-      + signedPercent(item.change.changePercent / 100) : "";
+    const percent = isNumber(item.change.changePercent)
+      ? " by " + signedPercent(item.change.changePercent / 100) : "";
     const words = title + " changed" + percent + " after the run of " + known[index - 1].label;
     const middle = (x(index) + x(index - 1)) / 2;
     const drawn = {class: "change", stroke: "var(--bad)", "stroke-dasharray": "3 2", "stroke-width": 1.5,
@@ -30255,10 +30263,11 @@ function trendLine(title, color, items, format) {
   const mine = known.find((item) => item.isThis);
   const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE)
     + (told ? "; changed " + told + " times" : "");
-  const picture = svg("svg", {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img",
-    "aria-label": label}, ...[...normal, ...changes].filter(Boolean), line, ...dots);
-  return h("div", {class: "panel trend"}, h("div", {class: "label"}, title,
-    h("b", {}, mine ? format(mine.value) : NONE)), picture);
+  const picture = svg("svg",
+    {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label},
+    ...[...normal, ...changes].filter(Boolean), line, ...dots);
+  return h("div", {class: "panel trend"},
+    h("div", {class: "label"}, title, h("b", {}, mine ? format(mine.value) : NONE)), picture);
 }
 """
 
@@ -30289,10 +30298,10 @@ const DRAWN = Object.values(SERIES).flatMap((one) => one.keys);
  * for Locust to give a rate.
  */
 function seriesOf(samples) {
-  const numberOf = (source, key) => samples.reduce((sum, one) => sum
-    + (one.source === source && isNumber(one[key])), 0);
-  const dropped = (key) => (2 * numberOf("push", key) >= numberOf("poll", key) && numberOf("push", key)
-    ? "poll" : "push");
+  const numberOf = (source, key) =>
+    samples.reduce((sum, one) => sum + (one.source === source && isNumber(one[key])), 0);
+  const dropped = (key) =>
+    (2 * numberOf("push", key) >= numberOf("poll", key) && numberOf("push", key) ? "poll" : "push");
   const drops = DRAWN.map((key) => [key, dropped(key)]);
   const final = samples.findLast((one) => one.source === "final");
   // hooks push their last numbers too
@@ -30362,8 +30371,8 @@ function speaksOf(entry, endpoint, metric) {
 function judgementOf(compared, figure) {
   if (compared.judgement && figure.judgement) return {word: String(figure.judgement),
     why: String(figure.reason || "")};
-  const found = (name) => (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint,
-    figure.metric));
+  const found = (name) =>
+    (compared[name] || []).find((entry) => speaksOf(entry, figure.endpoint, figure.metric));
   const words = (entry) => String(entry.message || entry);
   const tolerance = (compared.tolerances || {})[figure.metric];
   if (found("regressions")) return {word: "regression", why: words(found("regressions"))};
@@ -30378,11 +30387,12 @@ function judgementOf(compared, figure) {
 function figuresOf(compared) {
   if (compared.figures) return compared.figures;
   const listed = (metrics, endpoint) =>
-    Object.keys(FIGURES).filter((name) => (metrics || {})[name]).map((metric) => ({endpoint, metric,
-      ...metrics[metric]}));
+    Object.keys(FIGURES).filter((name) => (metrics || {})[name])
+      .map((metric) => ({endpoint, metric, ...metrics[metric]}));
   const name = (one) => [one.method, one.name].filter(Boolean).join(" ");
-  return [...listed(compared.totals, null), ...(compared.endpoints
-    || []).flatMap((one) => listed(one.metrics, name(one)))];
+  return [
+    ...listed(compared.totals, null),
+    ...(compared.endpoints || []).flatMap((one) => listed(one.metrics, name(one)))];
 }
 
 /** The change as a bar from the middle: to the right is more; `most` percent fill a half. */
@@ -30411,8 +30421,8 @@ function figureCells(compared, figure, isAgain, most) {
   const now = h("span", {}, format(figure.candidate));
   if (range) now.title = "between " + range.join(" and ") + " with 95 % certainty";
   return [
-    [figure.endpoint || "All requests", "wide name" + (figure.endpoint ? "" : " strong")
-      + (isAgain ? " again" : "")],
+    [figure.endpoint || "All requests",
+      "wide name" + (figure.endpoint ? "" : " strong") + (isAgain ? " again" : "")],
     [label],
     [format(figure.baseline), "num"],
     [now, "num"],
@@ -30431,26 +30441,27 @@ function comparisonParts(compared, whole, isWhole, showWhole) {
   const against = runs.length > 1 ? [runs.length + " runs, the newest ", link]
     : [compared.with ? compared.with + " " : "", link];
   const bad = (compared.regressions || []).length;
-  const word = compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression"
-    : "no regression");
+  const word =
+    compared.judgement || (!compared.baseline ? "cannot tell" : bad ? "regression" : "no regression");
   const kind = JUDGEMENT_CLASS[word] === undefined ? "good" : JUDGEMENT_CLASS[word];
   const head = h("div", {class: "head"}, h("h2", {}, "Compared with ", against),
     h("span", {class: "badge " + kind}, capital(word)));
   const keyOf = (one) => (one.endpoint || "") + " " + one.metric;
   const kept = new Map((compared.figures || []).map((one) => [keyOf(one), one]));
-  const all = (isWhole || !compared.figures ? figuresOf(whole)
-    : compared.figures).map((one) => kept.get(keyOf(one)) || one);
-  const ranks = (one) => !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared,
-    one).word);
+  const all = (isWhole || !compared.figures ? figuresOf(whole) : compared.figures)
+    .map((one) => kept.get(keyOf(one)) || one);
+  const ranks = (one) =>
+    !one.endpoint || ["regression", "improvement"].includes(judgementOf(compared, one).word);
   const shown = isWhole ? all : all.filter(ranks);
   const heads = [["Endpoint"], ["Figure"], ["Baseline", "num"], ["Now", "num"], ["Change", "num"], [""],
     ["Judgement"]];
   const most = Math.max(20, ...shown.map((one) => Math.abs(one.changePercent || 0)));
-  const rows = shown.map((one, index) => figureCells(compared, one,
-    index > 0 && shown[index - 1].endpoint === one.endpoint, most));
+  const rows = shown.map((one, index) =>
+    figureCells(compared, one, index > 0 && shown[index - 1].endpoint === one.endpoint, most));
   const more = all.length - shown.length + (isWhole ? 0 : compared.figuresCut || 0);
-  const button = more > 0 ? h("div", {class: "pages"}, h("button", {class: "small", onclick: showWhole},
-    "Show all figures")) : null;
+  const button = more > 0
+    ? h("div", {class: "pages"}, h("button", {class: "small", onclick: showWhole}, "Show all figures"))
+    : null;
   const unsaid = (entry) => !all.some((one) => speaksOf(entry, one.endpoint || null, one.metric));
   const sentence = (entry) => h("li", {}, String(entry.message || entry));
   const notes = [...(compared.differences || []), ...(compared.warnings || []).filter(unsaid)];
@@ -30543,8 +30554,8 @@ class RunView {
       if (this.group.zoom === zoom) this.detail = answer.points;
     } else {
       const last = answer.points.length ? at(answer.points.at(-1).timestamp) : 0;
-      this.whole = answer.points.concat(this.whole.filter((point) => point.live
-        && at(point.timestamp) > last));
+      this.whole = answer.points.concat(
+        this.whole.filter((point) => point.live && at(point.timestamp) > last));
     }
     this.plot();
   }
@@ -30604,8 +30615,8 @@ class RunView {
   async loadSides() {
     if (this.closed || !this.run) return;
     const quiet = (path) => get(path).catch(() => null);
-    const [failures, clusters] = await Promise.all([quiet(runPath(this.id, "/failures")),
-      isActive(this.run) ? quiet("/v1/clusters") : null]);
+    const [failures, clusters] = await Promise.all([
+      quiet(runPath(this.id, "/failures")), isActive(this.run) ? quiet("/v1/clusters") : null]);
     if (this.closed) return;
     this.failures = (failures && failures.failures) || null;
     this.exceptions = (failures && failures.exceptions) || null;
@@ -30686,10 +30697,10 @@ class RunView {
             "div",
             {class: "badges"},
             labelled("Status", make("status", "span", {class: "badge"})),
-            make("verdictBox", "span", {hidden: true}, labelled("Verdict",
-              make("verdict", "span", {class: "badge"}))),
-            make("trustBox", "span", {hidden: true}, labelled("Data",
-              make("trust", "span", {class: "badge"}))),
+            make("verdictBox", "span", {hidden: true},
+              labelled("Verdict", make("verdict", "span", {class: "badge"}))),
+            make("trustBox", "span", {hidden: true},
+              labelled("Data", make("trust", "span", {class: "badge"}))),
           ),
           make("facts", "div", {class: "facts"}),
         ),
@@ -30746,8 +30757,8 @@ class RunView {
     this.total = ENDPOINT_COLUMNS.map((_, index) => h("td", {class: index > 1 ? "num" : ""}));
     this.heads = heads;
     this.endpointRows = new Rows(body, () => {
-      const cells = ENDPOINT_COLUMNS.map((_, index) => h("td",
-        {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
+      const cells = ENDPOINT_COLUMNS.map(
+        (_, index) => h("td", {class: index > 1 ? "num" : index === 1 ? "wide name" : ""}));
       return {
         element: h("tr", {}, cells),
         update(row) {
@@ -30775,8 +30786,8 @@ class RunView {
       "div",
       {},
       h("div", {class: "bar", hidden: true}, this.wordField),
-      scrollBox("Endpoints", h("table", {}, h("thead", {}, h("tr", {}, heads)), body,
-        h("tfoot", {}, h("tr", {}, this.total)))),
+      scrollBox("Endpoints",
+        h("table", {}, h("thead", {}, h("tr", {}, heads)), body, h("tfoot", {}, h("tr", {}, this.total)))),
       h("div", {class: "pages"}, this.more),
     );
     this.noEndpoints = h("div", {class: "panel empty"}, "No requests yet.");
@@ -30823,10 +30834,10 @@ class RunView {
     this.showComparison(run);
     const marks = [
       ...(run.annotations || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.text})),
-      ...(run.usersChanges || []).map((one) => ({t: (at(one.at) - started) / 1000,
-        text: count(one.targetUsers) + " users, by " + one.by})),
-      ...(run.warnings || []).map((one) => ({t: (at(one.at) - started) / 1000, text: one.message,
-        kind: "warn"})),
+      ...(run.usersChanges || []).map((one) =>
+        ({t: (at(one.at) - started) / 1000, text: count(one.targetUsers) + " users, by " + one.by})),
+      ...(run.warnings || []).map((one) =>
+        ({t: (at(one.at) - started) / 1000, text: one.message, kind: "warn"})),
     ];
     if (JSON.stringify(marks) !== JSON.stringify(this.group.marks)) {
       this.group.marks = marks;
@@ -30860,8 +30871,8 @@ class RunView {
       run.locustClusterId ? fact("Cluster", run.locustClusterId) : null,
       run.stages ? fact("Stages", run.stages.map((one) => count(one.targetUsers)).join(" \u2192 ") + " users")
         : null,
-      run.stages ? null : fact("Users", usersText(run) + (run.usersChanges ? ""
-        : " at " + perSecond(run.spawnRate))),
+      run.stages ? null
+        : fact("Users", usersText(run) + (run.usersChanges ? "" : " at " + perSecond(run.spawnRate))),
       fact(run.startedAt ? "Started" : "Created", zonedMoment(run.startedAt || run.createdAt)),
       run.createdBy ? fact("By", run.createdBy) : null,
       run.stopReason ? fact("Ended by", run.stopReason) : null,
@@ -30922,8 +30933,8 @@ class RunView {
     const text = JSON.stringify(list);
     if (text === this.thresholdText) return;
     this.thresholdText = text;
-    const word = (one) => String(one.result === undefined || one.result === null ? "not yet known"
-      : one.result);
+    const word = (one) =>
+      String(one.result === undefined || one.result === null ? "not yet known" : one.result);
     const kind = (one) => ({passed: "good", failed: "bad"})[word(one)] || "";
     const value = (one) => (isNumber(one.value) ? rate(one.value) : NONE);
     const why = (one) => String(one.message || one.reason || "");
@@ -30950,8 +30961,8 @@ class RunView {
     this.fillComparison(compared);
     if (!compared.baseline || (compared.figures && !compared.figuresCut)) return;
     const wanted = new URLSearchParams({baseline: compared.baseline, candidate: run.id});
-    const tolerance = Object.entries(compared.tolerances || {}).map(([name, limit]) => name + ":"
-      + limit).join(",");
+    const tolerance = Object.entries(compared.tolerances || {})
+      .map(([name, limit]) => name + ":" + limit).join(",");
     if (tolerance) wanted.set("tolerance", tolerance);
     // the baseline may be deleted by now
     const whole = await get("/v1/tests/compare?" + wanted).catch(() => null);
@@ -31096,8 +31107,9 @@ class RunView {
     const trend = (this.trends || {})[metric];
     if (!trend) return {};
     const point = trend.points.find((one) => one.runId === id);
-    return {normal: point && point.normal, change: (trend.changePoints
-      || []).find((one) => one.runId === id)};
+    return {
+      normal: point && point.normal,
+      change: (trend.changePoints || []).find((one) => one.runId === id)};
   }
 
   async loadHistory() {
@@ -31106,8 +31118,8 @@ class RunView {
     const wanted = new URLSearchParams({brief: "true", limit: 100, status: "Finished,Failed", tenantId, envId,
       search: scenarioId});
     const runs = await get("/v1/tests?" + wanted).catch(() => null);
-    const one = (metric) => get("/v1/trends?" + new URLSearchParams({tenantId, envId, scenarioId,
-      metric})).catch(() => null);
+    const one = (metric) =>
+      get("/v1/trends?" + new URLSearchParams({tenantId, envId, scenarioId, metric})).catch(() => null);
     const trends = await Promise.all(TREND_METRICS.map(one));
     if (this.closed || !runs) return;
     this.trends = Object.fromEntries(TREND_METRICS.map((metric, index) => [metric, trends[index]]));
@@ -31141,8 +31153,8 @@ class RunView {
     this.simpleText = text;
     if (!this.history || !this.history.length) {
       this.parts.panel.replaceChildren(
-        h("div", {class: "panel empty"}, this.history ? "No other run of this scenario has ended yet."
-          : "Loading\u2026"),
+        h("div", {class: "panel empty"},
+          this.history ? "No other run of this scenario has ended yet." : "Loading\u2026"),
       );
       return;
     }
@@ -31160,8 +31172,8 @@ class RunView {
       num("99%ile (ms)"),
     ];
     const rows = this.history.map((run) => this.historyRow(run, mine));
-    const over = [this.run, ...this.history].filter((run) => run.lastMetrics).sort((a,
-      b) => at(a.createdAt) - at(b.createdAt));
+    const over = [this.run, ...this.history].filter((run) => run.lastMetrics)
+      .sort((a, b) => at(a.createdAt) - at(b.createdAt));
     const trend = (title, color, key, format) =>
       trendLine(
         title,
@@ -31190,8 +31202,8 @@ class RunView {
     showStatus(status, run);
     showVerdict(verdict, run);
     showTrust(trust, run);
-    const change = (key) => (numbers[key] > 0 && isNumber(mine[key])
-      ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
+    const change = (key) =>
+      (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
     return [
       [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
       [status],
@@ -31513,8 +31525,8 @@ function route(path, method, operation) {
   inside.append(make("p", "Who may: " + operation["x-access"]));
   const inputs = {};
   if (operation.parameters.length) {
-    inside.append(table(["Parameter", "In", "Allowed"], operation.parameters.map((one) => [one.name, one.in,
-      one.description || kind(one.schema)])));
+    inside.append(table(["Parameter", "In", "Allowed"],
+      operation.parameters.map((one) => [one.name, one.in, one.description || kind(one.schema)])));
   }
   const body = operation.requestBody && operation.requestBody.content["application/json"].schema;
   if (body) inside.append(make("h3", "Body"), table(["Key", "Type", "Allowed"], properties(body)));
@@ -31526,8 +31538,8 @@ function route(path, method, operation) {
 
 function answers(operation) {
   const rows = Object.entries(operation.responses).map(([status, answer]) => {
-    const content = Object.entries(answer.content || {}).map(([type, one]) => (type === "application/json"
-      ? kind(one.schema) : type));
+    const content = Object.entries(answer.content || {})
+      .map(([type, one]) => (type === "application/json" ? kind(one.schema) : type));
     return [status, answer.description, content.join(", ")];
   });
   return table(["Status", "", "Body"], rows);
