@@ -29,7 +29,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import gevent
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from locust.runners import WorkerNode
     from locust.stats import StatsEntry
     from locust.web import WebUI
+
+    Json = dict[str, Any]  # an object of JSON
+    Endpoint = tuple[str, str] | None  # method and name; None: all, or those beyond a limit
+    Times = dict[int, int]  # ms -> requests
 
 HOOKS_VERSION = 1  # of the state route and the callbacks
 
@@ -91,11 +95,6 @@ TIMES_MARK = "loadmanager_times"  # in every report: rows of method, name, {ms: 
 
 log = logging.getLogger("loadmanager")
 
-Json = dict[str, Any]  # an object of JSON
-Endpoint = tuple[str, str] | None  # method and name; None: all, or those beyond a limit
-Times = dict[int, int]  # ms -> requests
-
-
 # ---- settings and small conversions ----
 
 
@@ -121,7 +120,7 @@ def _text(value: object) -> str:
 
 
 def _utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,6 +70,17 @@ def pair(load_manager, target):
         locust.stop()
 
 
+def oldest_python() -> str:
+    """The oldest Python of this machine that OLD_LOCUST runs on: the hooks must, too."""
+    for minor in (9, 10):
+        found = [shutil.which(f"python3.{minor}")]
+        found += sorted(map(str, Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")))
+        for python in filter(None, found):
+            if subprocess.run([python, "-c", "import venv"], capture_output=True).returncode == 0:
+                return python
+    return sys.executable
+
+
 @pytest.fixture(scope="session")
 def old_python(pytestconfig) -> str:
     """The interpreter of a virtual environment with OLD_LOCUST, kept in pytest's cache folder between
@@ -76,7 +88,7 @@ def old_python(pytestconfig) -> str:
     folder = Path(pytestconfig.cache.mkdir(f"locust-{OLD_LOCUST}"))
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=60)
+        subprocess.run([oldest_python(), "-m", "venv", "--clear", str(folder)], check=True, timeout=60)
         # It names no bounds for what broke it later.
         pinned = [f"locust=={OLD_LOCUST}", "setuptools<81"]
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pinned]
