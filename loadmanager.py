@@ -21,7 +21,7 @@ PART I   VALUES: words, time, errors and the configuration: what every other par
  5. CONFIG          the configuration file: keys, defaults, checks, environment
 
 PART II  MODEL: what a run is, whether it passed, and what may be asked for
- 6. MODEL           run, snapshot, sample, and their translation to the wire's JSON
+ 6. MODEL           run, snapshot, sample, and their translation to the API's JSON
  7. THRESHOLDS      did a run pass: thresholds, their windows, and how they are judged
  8. COMPARISON      two runs, and a run with its history: what differs beyond the scatter
  9. REQUESTS        what may be asked for, and which reported numbers are believed
@@ -176,7 +176,7 @@ JSON_TYPE = "application/json"
 
 
 class RunStatus(StrEnum):
-    """Where a run is in its life. The five words of the wire; there are no others."""
+    """Where a run is in its life. The API's five words; there are no others."""
 
     PENDING = "Pending"
     RUNNING = "Running"
@@ -900,7 +900,7 @@ def log_unforeseen(where: str, error: BaseException, **facts: object) -> None:
 
 class DurationCounter:
     """Counts durations by upper bounds in seconds, as a Prometheus histogram has them. Its owner
-    sees to it that one thread at a time calls note()."""
+    sees to it that one thread at a time calls record()."""
 
     __slots__ = ("bounds", "counts", "total_s")
 
@@ -909,7 +909,7 @@ class DurationCounter:
         self.counts = [0] * (len(bounds) + 1)  # of each bucket; the last one is beyond all bounds
         self.total_s = 0.0
 
-    def note(self, seconds: float, times: int = 1) -> None:
+    def record(self, seconds: float, times: int = 1) -> None:
         self.counts[bisect.bisect_left(self.bounds, seconds)] += times
         self.total_s += seconds * times
 
@@ -1645,7 +1645,7 @@ class SecurityConfig:
     )
 
     @property
-    def is_open(self) -> bool:
+    def is_anonymous(self) -> bool:
         """Anybody may call: no way to prove who one is, is configured."""
         return not (self.api_token or self.api_tokens or self.jwt or self.oidc)
 
@@ -2270,7 +2270,7 @@ def _token_problems(config: Config) -> Iterator[str]:
     security = config.security
     all_guarded = bool(config.clusters) and all(cluster.has_own_token for cluster in config.clusters)
     needed = {
-        "apiToken": security.is_open,
+        "apiToken": security.is_anonymous,
         "locustCallbackToken": not security.callback_token and not all_guarded,
     }
     for name, token in (("apiToken", security.api_token), ("locustCallbackToken", security.callback_token)):
@@ -2381,10 +2381,10 @@ def _cluster_problems(config: Config) -> Iterator[str]:
 # ============================================================================
 
 # ============================================================================
-# 6. MODEL - run, snapshot, sample, and their translation to the wire's JSON
+# 6. MODEL - run, snapshot, sample, and their translation to the API's JSON
 # ============================================================================
 
-# Ours is snake_case with units; the wire's camelCase is met only here and in CONFIG.
+# Ours is snake_case with units; the API's camelCase is met only here and in CONFIG.
 
 
 class Scope(NamedTuple):
@@ -2410,7 +2410,7 @@ EVERYTHING = Scope()
 
 ANSWER_TEXT, ANSWER_WHOLE = {"type": "string"}, {"type": "integer"}
 ANSWER_OBJECT = {"type": "object"}
-ANSWER_MOMENT = {"type": "string", "format": "date-time", "description": "RFC 3339, UTC"}
+ANSWER_TIME = {"type": "string", "format": "date-time", "description": "RFC 3339, UTC"}
 
 
 def array_schema(name: str) -> dict[str, Any]:
@@ -2469,22 +2469,22 @@ def run_fields(cls: type) -> tuple[tuple[str, RunField], ...]:
 
 
 def fields_to_json(of: Run | LoadProfile) -> dict[str, Any]:
-    wire: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     cls: type = type(of)
     for attribute, one in run_fields(cls):
         value = getattr(of, attribute)
         if one.group is not None:
-            wire.update(fields_to_json(value))
+            document.update(fields_to_json(value))
         elif one.name:
             if one.is_list:
                 value = [one.to_json(item) for item in value] if value else None
             elif value is not None:
                 value = one.to_json(value)
             if value is not None:
-                wire[one.name] = value
+                document[one.name] = value
         if one.also is not None:
-            wire.update(one.also(of))
-    return wire
+            document.update(one.also(of))
+    return document
 
 
 @functools.cache
@@ -2565,16 +2565,16 @@ def undecided(threshold: Threshold) -> Threshold:
 
 
 def threshold_to_json(threshold: Threshold) -> dict[str, Any]:
-    wire: dict[str, Any] = {"expr": threshold.expr, "value": threshold.value, "result": threshold.result}
+    document: dict[str, Any] = {"expr": threshold.expr, "value": threshold.value, "result": threshold.result}
     if threshold.first_failed_at is not None:
-        wire["firstFailedAt"] = utc_text(threshold.first_failed_at)
+        document["firstFailedAt"] = utc_text(threshold.first_failed_at)
     if threshold.message:
-        wire["message"] = threshold.message
+        document["message"] = threshold.message
     if threshold.abort_on_fail:
-        wire.update(abortOnFail=True, delaySeconds=threshold.delay_s)
+        document.update(abortOnFail=True, delaySeconds=threshold.delay_s)
     if threshold.warn_only:
-        wire["warnOnly"] = True
-    return wire
+        document["warnOnly"] = True
+    return document
 
 
 def stage_to_json(stage: Stage) -> dict[str, Any]:
@@ -2735,11 +2735,11 @@ AUDIT_KEYS = {
 
 
 def audit_to_json(entry: AuditEntry) -> dict[str, Any]:
-    wire = {
+    document = {
         "at": utc_text(entry.at),
         **{name: getattr(entry, attribute) for name, attribute in AUDIT_KEYS.items()},
     }
-    return {name: value for name, value in wire.items() if value != ""}
+    return {name: value for name, value in document.items() if value != ""}
 
 
 class Delivery(NamedTuple):
@@ -2766,7 +2766,7 @@ class Delivery(NamedTuple):
 
 
 def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
-    wire: dict[str, Any] = {
+    document: dict[str, Any] = {
         "id": delivery.id, "channelId": delivery.channel_id, "event": delivery.event,
         "title": delivery.title, "attempts": delivery.attempts,
         "createdAt": utc_text(delivery.created_at), "outcome": delivery.outcome,
@@ -2779,8 +2779,8 @@ def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
     optional["nextAt"] = (
         utc_text(delivery.next_at) if delivery.ended_at is None and delivery.attempts else None
     )
-    wire.update((name, value) for name, value in optional.items() if value is not None)
-    return wire
+    document.update((name, value) for name, value in optional.items() if value is not None)
+    return document
 
 
 class Annotation(NamedTuple):
@@ -2794,17 +2794,17 @@ def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
     return {"at": utc_text(annotation.at), "text": annotation.text}
 
 
-def _exact_moments(run: Run) -> dict[str, int]:
+def _exact_times(run: Run) -> dict[str, int]:
     moments = {"startedAtMs": run.started_at, "finishedAtMs": run.finished_at}
     return {name: epoch_ms(at) for name, at in moments.items() if at is not None}
 
 
 def _trust(run: Run) -> dict[str, Any]:
-    """Whether the numbers of a final run may be believed, and why not."""
+    """Whether the numbers of a final run are reliable, and why not."""
     if not run.is_final:
         return {}
-    doubts = doubts_of(run)
-    return {"trust": "doubtful" if doubts else "ok", "trustReasons": doubts}
+    reasons = unreliable_reasons(run)
+    return {"trust": "doubtful" if reasons else "ok", "trustReasons": reasons}
 
 
 @dataclass(frozen=True, slots=True)
@@ -2826,14 +2826,14 @@ class Run:
         to_json=attrgetter("value"),
         from_record=RunStatus,
     )
-    created_at: float = run_field("createdAt", always=True, schema=ANSWER_MOMENT, to_json=utc_text)
+    created_at: float = run_field("createdAt", always=True, schema=ANSWER_TIME, to_json=utc_text)
     _: KW_ONLY
     created_by: str = run_field("createdBy", "", always=True, schema=ANSWER_TEXT)
     source: str = run_field("source", "api", always=True, schema={"enum": list(SOURCES)})
     duration_s: int | None = asked_field("durationSeconds", DURATION, None)
-    started_at: float | None = run_field("startedAt", None, schema=ANSWER_MOMENT, to_json=utc_second_text)
+    started_at: float | None = run_field("startedAt", None, schema=ANSWER_TIME, to_json=utc_second_text)
     finished_at: float | None = run_field(
-        "finishedAt", None, schema=ANSWER_MOMENT, to_json=utc_second_text, also=_exact_moments
+        "finishedAt", None, schema=ANSWER_TIME, to_json=utc_second_text, also=_exact_times
     )
     stop_reason: str | None = run_field("stopReason", None, schema={"enum": list(STOP_REASONS)})
     failure_reason: str | None = run_field("failureReason", None, schema=ANSWER_TEXT)
@@ -2851,7 +2851,7 @@ class Run:
     )
     repeat_of: str | None = run_field("repeatOf", None, schema=ANSWER_TEXT)  # the first, for all but that
     locustfile_sha256: str | None = run_field("locustfileSha256", None, schema=ANSWER_TEXT)  # from the hooks
-    imported_at: float | None = run_field("importedAt", None, schema=ANSWER_MOMENT, to_json=utc_text)
+    imported_at: float | None = run_field("importedAt", None, schema=ANSWER_TIME, to_json=utc_text)
     history_step_s: int | None = run_field(  # its history was thinned
         "historyStepSeconds",
         None,
@@ -2943,8 +2943,8 @@ def request_again(run: Run) -> RunRequest:
     return RunRequest(**values)
 
 
-# Warnings that put the numbers in doubt; the others say something else about the run.
-DOUBTS = frozenset(
+# Warnings that make the numbers unreliable; the others say something else about the run.
+UNRELIABLE_CODES = frozenset(
     {
         "workers_lost",
         "workers_missing",
@@ -2958,9 +2958,9 @@ DOUBTS = frozenset(
 )
 
 
-def doubts_of(run: Run) -> list[str]:
+def unreliable_reasons(run: Run) -> list[str]:
     """Why the numbers of a run may not be those of the load that was asked for."""
-    reasons = [warning.message for warning in run.warnings if warning.code in DOUBTS]
+    reasons = [warning.message for warning in run.warnings if warning.code in UNRELIABLE_CODES]
     if run.status is RunStatus.FAILED:
         reasons.append(f"the run failed: {run.failure_reason}")
     return reasons
@@ -3026,7 +3026,7 @@ class Snapshot(NamedTuple):
     resets: int | None = None  # of Locust's statistics since the test began; None: not known
 
 
-# The wire's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its
+# The API's keys, read in both directions; in the order of the tuples' fields (Snapshot's from its
 # second on).
 ENDPOINT_KEYS = {
     "method": "method",
@@ -3055,17 +3055,18 @@ SNAPSHOT_KEYS = {
 
 
 def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
-    wire: dict[str, Any] = {
+    document: dict[str, Any] = {
         "timestamp": utc_second_text(snapshot.taken_at),
         "timestampMs": epoch_ms(snapshot.taken_at),
     }
-    wire.update(zip(SNAPSHOT_KEYS, snapshot[1:], strict=False))  # by place: a fifth of the time of by name
+    # By place: a fifth of the time of by name.
+    document.update(zip(SNAPSHOT_KEYS, snapshot[1:], strict=False))
     if snapshot.endpoints is not None:
-        wire["requestStats"] = {
+        document["requestStats"] = {
             f"{row.method}_{row.name}": dict(zip(ENDPOINT_KEYS, row, strict=False))
             for row in snapshot.endpoints
         }
-    return wire
+    return document
 
 
 class Sample(NamedTuple):
@@ -4086,7 +4087,7 @@ class ThresholdWatch:
         self._windows: dict[int, HistogramWindow] = {}
         self.samples: list[Sample] = []  # of the last _keep_s seconds, and one before
 
-    def note(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
+    def record_sample(self, snapshot: Snapshot, started_at: float) -> Threshold | None:
         """Take new numbers; the threshold that now aborts the run, or None."""
         with self._lock:
             is_newest = not self.samples or snapshot.taken_at > self.samples[-1].at
@@ -4179,7 +4180,7 @@ HISTORY_RUNS = 10  # the newest comparable ones are looked at
 FAMILY_FALSE_ALARMS = 0.02  # of the comparisons of equal runs, over all figures together
 CERTAINTY = 0.95  # of the intervals that are shown
 ROUNDING_STEPS = 1.5  # of Locust's rounding that a time must change by where only that is known
-LEAST_SCATTER = 0.01  # between runs; five runs that are more alike are so by chance
+MIN_SCATTER = 0.01  # between runs; five runs that are more alike are so by chance
 ASSUMED_SCATTER = {  # while too few runs are known: more than equal runs on a busy machine differ
     "totalRps": 0.15, "errorRate": 0.03, "avgResponseMs": 0.15,
     "p50ResponseMs": 0.15, "p95ResponseMs": 0.25, "p99ResponseMs": 0.40,
@@ -4544,7 +4545,7 @@ def _scatter_between(metric: str, scatter: list[Figure]) -> tuple[float, float]:
         return ASSUMED_SCATTER[metric] ** 2, 0.0
     spread = _variance([_scaled(metric, one.value) for one in scatter])
     between = spread - _mean([one.variance for one in scatter])
-    return max(between, LEAST_SCATTER**2), spread
+    return max(between, MIN_SCATTER**2), spread
 
 
 def alarms_among(p_values: list[tuple[float, float]], rate: float) -> set[int]:
@@ -4895,7 +4896,7 @@ def is_comparable(other: Run, run: Run) -> bool:
         "tenant_id", "env_id", "scenario_id", "cluster_id", "locustfile_sha256",
         "target_users", "spawn_rate", "duration_s", "plan",
     )  # fmt: skip
-    if other.status is not RunStatus.FINISHED or doubts_of(other) or other.load_changes:
+    if other.status is not RunStatus.FINISHED or unreliable_reasons(other) or other.load_changes:
         return False
     if (other.comparison or {}).get("regressions"):
         return False
@@ -4914,7 +4915,7 @@ def no_comparison(compared_with: str, why: str) -> dict[str, Any]:
 # the method of Apache Otava and of MongoDB's performance tests.
 
 CHANGE_P_VALUE = 0.001  # as in Otava
-LEAST_LEVEL = 3  # runs at a level
+MIN_LEVEL = 3  # runs at a level
 MAX_TREND = 300  # the newest runs of a series that are looked at
 
 
@@ -4925,7 +4926,7 @@ def change_points(metric: str, values: list[float]) -> list[tuple[int, float]]:
     open_parts = [(0, len(places))]
     while open_parts:
         begin, end = open_parts.pop()
-        if end - begin < 2 * LEAST_LEVEL:
+        if end - begin < 2 * MIN_LEVEL:
             continue
         split = begin + _best_split(places[begin:end])
         p_value = _welch_p_value(metric, values, places[begin:split], places[split:end])
@@ -4940,15 +4941,15 @@ def _best_split(places: list[float]) -> int:
     count = len(places)
     right = [math.fsum(abs(one - other) for other in places) for one in places]  # to all, as all are right
     within_left, within_right, cross = 0.0, math.fsum(right) / 2, 0.0
-    best, split = -math.inf, LEAST_LEVEL
-    for index in range(count - LEAST_LEVEL):
+    best, split = -math.inf, MIN_LEVEL
+    for index in range(count - MIN_LEVEL):
         to_left = math.fsum(abs(places[index] - other) for other in places[:index])
         to_right = right[index] - to_left
         within_left += to_left
         within_right -= to_right
         cross += to_right - to_left
         left = index + 1
-        if left < LEAST_LEVEL:
+        if left < MIN_LEVEL:
             continue
         rest = count - left
         between = 2 * cross / (left * rest)
@@ -4961,7 +4962,7 @@ def _best_split(places: list[float]) -> int:
 
 def _welch_p_value(metric: str, values: list[float], before: list[float], after: list[float]) -> float:
     """Two-sided. No side is taken to scatter less than runs do at least, or than the figures' rounding."""
-    least = LEAST_SCATTER**2
+    least = MIN_SCATTER**2
     if metric.endswith("Ms"):
         middle = sorted(values)[len(values) // 2]
         least += _grain(middle, locust_step_ms(middle))
@@ -4977,7 +4978,7 @@ def normal_range(metric: str, before: list[float]) -> list[float] | None:
     if len(known) < ENOUGH_RUNS:
         return None
     places = [_scaled(metric, value) for value in known]
-    deviation = math.sqrt(max(_variance(places), LEAST_SCATTER**2) * (1 + 1 / len(known)))
+    deviation = math.sqrt(max(_variance(places), MIN_SCATTER**2) * (1 + 1 / len(known)))
     half = t_quantile((1 - CERTAINTY) / 2, len(known) - 1) * deviation
     return [_unscaled(metric, _mean(places) + sign * half) for sign in (-1, 1)]
 
@@ -5224,7 +5225,7 @@ def _scenario_settings() -> Iterator[tuple[str, str, Check]]:
 
 
 def scenario_to_json(scenario: ScenarioConfig) -> dict[str, Any]:
-    wire: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     for attribute, name, _ in _scenario_settings():
         value = getattr(scenario, attribute)
         if attribute == "thresholds":
@@ -5232,8 +5233,8 @@ def scenario_to_json(scenario: ScenarioConfig) -> dict[str, Any]:
         elif attribute == "stages":
             value = [stage_to_json(stage) for stage in value]
         if value:
-            wire[name] = list(value) if isinstance(value, tuple) else value
-    return wire
+            document[name] = list(value) if isinstance(value, tuple) else value
+    return document
 
 
 def scenario_schema() -> dict[str, Any]:
@@ -5273,7 +5274,7 @@ def check_query(query: str, allowed: dict[str, Check]) -> dict[str, Any]:
     return values
 
 
-def _accept_moment(value: Any) -> float:
+def _accept_timestamp(value: Any) -> float:
     """RFC 3339, or epoch seconds, as a number or its digits."""
     if type(value) in (int, float) and 0 <= value < 1e11:
         return float(value)
@@ -5282,8 +5283,8 @@ def _accept_moment(value: Any) -> float:
     return parse_utc(value)
 
 
-MOMENT = Check("an RFC 3339 time or epoch seconds", _accept_moment)
-ANNOTATION_KEYS = {"text": BodyKey("text", ANNOTATION_TEXT, required=True), "at": BodyKey("at", MOMENT)}
+TIMESTAMP = Check("an RFC 3339 time or epoch seconds", _accept_timestamp)
+ANNOTATION_KEYS = {"text": BodyKey("text", ANNOTATION_TEXT, required=True), "at": BodyKey("at", TIMESTAMP)}
 
 
 def _is_measure(value: Any) -> bool:
@@ -5799,7 +5800,7 @@ class SqliteDatabase:
         self._connection = self._connect(self.path)
         self.execute("PRAGMA journal_mode=WAL")
         self.execute("PRAGMA synchronous=FULL")
-        self._note_files()
+        self._record_files()
 
     def _connect(self, name: str, **how: Any) -> Any:
         return self._sqlite3.connect(name, timeout=5, isolation_level=None, check_same_thread=False, **how)
@@ -5858,7 +5859,7 @@ class SqliteDatabase:
 
     # ---- is it still there? ------------------------------------------------
 
-    def _note_files(self) -> None:
+    def _record_files(self) -> None:
         if self.path != ":memory:":
             names = [self.path, *(self.path + end for end in self.SIDE_FILES)]
             self._opened = {name: _file_id(name) for name in names}
@@ -5917,7 +5918,7 @@ class SqliteDatabase:
         self.execute("PRAGMA synchronous=FULL")
         self.query("SELECT COUNT(*) FROM meta")  # its log is there from the first reading on
         _sync_folder(self.path)
-        self._note_files()
+        self._record_files()
 
     # ---- statements --------------------------------------------------------
 
@@ -6861,7 +6862,7 @@ class DatabaseWriter(threading.Thread):
         with self._changed:
             self._next().keys[key] = known
 
-    def save_artefact(self, run_id: str, name: str, content: bytes) -> None:
+    def save_attachment(self, run_id: str, name: str, content: bytes) -> None:
         packed = _packed(content)
         with self._changed:
             self._next().artefacts[run_id, name] = packed
@@ -7218,10 +7219,10 @@ class StoredRun:
             if self.numbers:
                 self.numbers.compact()
 
-    def wire(self) -> bytes:
-        return b"".join(self.wire_parts())
+    def to_json(self) -> bytes:
+        return b"".join(self.json_parts())
 
-    def wire_parts(self) -> tuple[bytes, ...]:
+    def json_parts(self) -> tuple[bytes, ...]:
         """The answer in pieces, so that a list of 10,000 is copied once."""
         head, numbers = self.head, self.numbers
         if head is None:
@@ -7230,12 +7231,12 @@ class StoredRun:
         return (head, b',"lastMetrics":', numbers.json(), b"}") if numbers else (head, b"}")
 
     def brief(self) -> bytes:
-        """As wire(), without the endpoints' rows."""
+        """As to_json(), without the endpoints' rows."""
         assert self.shown is not None
-        wire = run_to_json(self.shown)
+        document = run_to_json(self.shown)
         if self.numbers is not None:
-            wire["lastMetrics"] = self.numbers.brief()
-        return storable_json(wire)
+            document["lastMetrics"] = self.numbers.brief()
+        return storable_json(document)
 
 
 def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[HistogramPoint]:
@@ -7366,7 +7367,7 @@ class Store:
         opened_at = monotonic_s()
         open_tables(database, self._load)
         self._database = database
-        self._writer = DatabaseWriter(database, audit_file, each_second=self._note_clock)
+        self._writer = DatabaseWriter(database, audit_file, each_second=self._record_clock)
         self._writer.lead_proved_at = opened_at
         self._writer.start()
 
@@ -7423,16 +7424,16 @@ class Store:
         record = self._records.get(run_id)
         return record.run if record else None
 
-    def wire(self, run_id: str) -> bytes:
+    def run_json(self, run_id: str) -> bytes:
         """The run's answer as JSON bytes, or NotFound."""
         with self._lock:
             record = self._records.get(run_id)
             if record is None or record.shown is None:
                 raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-            return record.wire()
+            return record.to_json()
 
     def brief(self, run_id: str) -> bytes:
-        """As wire(), without the endpoints' rows."""
+        """As to_json(), without the endpoints' rows."""
         with self._lock:
             record = self._records.get(run_id)
             if record is None or record.shown is None:
@@ -7463,7 +7464,7 @@ class Store:
             shown = [record.shown for record in reversed(self._records.values())]
         return [run for run in shown if run is not None and wanted.takes(run)]
 
-    def list_wire(
+    def list_json(
         self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
     ) -> tuple[list[tuple[bytes, ...]], int | None]:
         """Up to `limit` answers in pieces, newest first, from before `before_seq`; and the last one's
@@ -7480,7 +7481,7 @@ class Store:
         is_more = limit is not None and len(found) > limit
         found = found[:limit]
         with self._lock:
-            page = [(record.brief(),) if brief else record.wire_parts() for record in found]
+            page = [(record.brief(),) if brief else record.json_parts() for record in found]
         return page, found[-1].run.seq if is_more else None
 
     def _candidates(self, wanted: RunFilter) -> list[StoredRun]:
@@ -7532,7 +7533,7 @@ class Store:
         )
         return [Sample(*row) for row in rows]
 
-    def artefact(self, run_id: str, name: str) -> bytes | None:
+    def attachment(self, run_id: str, name: str) -> bytes | None:
         """What was kept beside a run under this name, or None."""
         rows = self._writer.read(
             lambda database: database.query(
@@ -7673,7 +7674,7 @@ class Store:
                 record.final_numbers = Numbers(snapshot, "final")
             self._writer.save_history(record.state(record.run), samples, histograms)
             if failures is not None:
-                self._writer.save_artefact(run.id, FAILURES, failures)
+                self._writer.save_attachment(run.id, FAILURES, failures)
         self._wait_for_new(run.id, 60.0)
 
     def transition(
@@ -7765,10 +7766,10 @@ class Store:
             )
             return True
 
-    def keep_artefact(self, run_id: str, name: str, content: bytes) -> None:
+    def keep_attachment(self, run_id: str, name: str, content: bytes) -> None:
         """Keep a file beside a run; it goes with the run."""
         if run_id in self._records:
-            self._writer.save_artefact(run_id, name, content)
+            self._writer.save_attachment(run_id, name, content)
 
     def annotate(self, run_id: str, annotation: Annotation) -> None:
         """Mark a moment of a run, also of a final one: the one thing a person may still add
@@ -7816,10 +7817,10 @@ class Store:
     def _clock_shift_s(self, record: StoredRun) -> float:
         """Seconds by which the wall clock was set back since the run began: added to its times,
         they go on from where they were, and a run's history is in the order in which it came."""
-        self._note_clock()
+        self._record_clock()
         return record.clock_shift_s
 
-    def _note_clock(self) -> None:
+    def _record_clock(self) -> None:
         """Notice a clock that was set; called about once a second, as clocks also drift."""
         with self._lock:
             offset_s = time.time() - monotonic_s()
@@ -7921,7 +7922,7 @@ class Store:
 
         self._writer.change(change)
 
-    def note_thinned(self, run_id: str, step_s: int) -> None:
+    def record_thinned(self, run_id: str, step_s: int) -> None:
         """Have a run say that its history has a sample per so many seconds only."""
         with self._lock:
             record = self._record(run_id)
@@ -8182,16 +8183,16 @@ class Comparer:
     def compared(self, run: Run, document: dict[str, Any] | None = None) -> ComparedRun:
         """A run with its figures. document: its JSON when that is not what the store has yet."""
         if document is not None or not run.is_final:
-            document = document or json.loads(self._store.wire(run.id))
+            document = document or json.loads(self._store.run_json(run.id))
             return ComparedRun(document, self._made(document))
-        document = json.loads(self._store.wire(run.id))
+        document = json.loads(self._store.run_json(run.id))
         with self._lock:
             figures = self._kept.get(run.id)
         if figures is None:
             figures = self._read(run.id)
             if figures is None:
                 figures = self._made(document)
-                self._store.keep_artefact(run.id, RUN_FIGURES, run_figures_to_record(figures))
+                self._store.keep_attachment(run.id, RUN_FIGURES, run_figures_to_record(figures))
         with self._lock:
             self._kept[run.id] = figures
             self._kept.move_to_end(run.id)
@@ -8201,7 +8202,7 @@ class Comparer:
 
     def _read(self, run_id: str) -> RunFigures | None:
         try:
-            record = self._store.artefact(run_id, RUN_FIGURES)
+            record = self._store.attachment(run_id, RUN_FIGURES)
             return None if record is None else run_figures_from_record(record)
         except NotReady as error:
             log("figures of a run not read", run=run_id, why=error.message)
@@ -8385,7 +8386,7 @@ class HistoryThinner:
             kept, points = thinned_samples(samples, step_s), thinning.take(histograms)
             if len(kept) < len(samples) or len(points) < len(histograms):
                 self._timed(functools.partial(self._replace, run.id, (samples, kept), (histograms, points)))
-        self._store.note_thinned(run.id, step_s)
+        self._store.record_thinned(run.id, step_s)
 
     def _thin_safely(self, run: Run, step_s: int) -> bool:
         """Thin a run so that one which cannot be read does not keep the others from it; whether it was."""
@@ -8402,13 +8403,13 @@ class HistoryThinner:
 
     def _keep_figures(self, run: Run) -> None:
         """Keep what a run is compared by, of its whole history, unless it is kept; NotReady."""
-        record = self._store.artefact(run.id, RUN_FIGURES)
+        record = self._store.attachment(run.id, RUN_FIGURES)
         if record is not None and run_figures_from_record(record) is not None:
             return
-        document = json.loads(self._store.wire(run.id))
+        document = json.loads(self._store.run_json(run.id))
         requests = (document.get("lastMetrics") or {}).get("totalRequests")
         figures = run_figures(document, self._store.time_blocks(run.id, requests))
-        self._store.keep_artefact(run.id, RUN_FIGURES, run_figures_to_record(figures))
+        self._store.keep_attachment(run.id, RUN_FIGURES, run_figures_to_record(figures))
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         """Do `work`, and rest so long that the others have their share."""
@@ -8647,7 +8648,7 @@ class StatsTimes:
         self._made_after = -math.inf
         self._asked_at = -math.inf
 
-    def note(self, answer: object, asked_at: float, answered_at: float) -> tuple[float, float, bool]:
+    def record(self, answer: object, asked_at: float, answered_at: float) -> tuple[float, float, bool]:
         """When an answer was made, how long before that it may have been, and whether it came before."""
         with self._lock:
             if answer == self._answer and asked_at - self._first_at < self.REPEATS_FOR_S:
@@ -8820,9 +8821,9 @@ class LocustClient:
         age_s = measure_or_none(told.get("age"))
         if age_s is None:
             answer: object = hashlib.sha256(body).digest()
-            made, uncertainty_s, is_repeat = self._stats_times.note(answer, asked_at, answered_at)
+            made, uncertainty_s, is_repeat = self._stats_times.record(answer, asked_at, answered_at)
         else:
-            *_, is_repeat = self._stats_times.note(told.get("madeAt"), asked_at, answered_at)
+            *_, is_repeat = self._stats_times.record(told.get("madeAt"), asked_at, answered_at)
             made, uncertainty_s = answered_at - age_s, answered_at - asked_at
         made_at = time.time() - (monotonic_s() - made)
         snapshot = with_counts(reading.snapshot._replace(taken_at=made_at), told)
@@ -10599,21 +10600,21 @@ class Cluster:
         Timer.awake_s()): time in which no one asked, or this process was suspended, is no silence."""
         return self._timer.awake_s() - max(asked_at, self._seen_awake_s)
 
-    def _note_reading(self, reading: Reading) -> Reading:
+    def _record_reading(self, reading: Reading) -> Reading:
         self.seen()
         self.problem = None
         self.had_workers = self.had_workers or bool(reading.live_workers)
         return reading
 
     def read_state(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
-        return self._note_reading(self.client.read_state(timeout_s))
+        return self._record_reading(self.client.read_state(timeout_s))
 
     def read_stats(self, timeout_s: float = LOCUST_CALL_S) -> Reading:
-        return self._note_reading(self.client.read_stats(timeout_s))
+        return self._record_reading(self.client.read_stats(timeout_s))
 
     def polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
         """The reading in an answer 200 of /stats/requests; as read_stats()."""
-        return self._note_reading(self.client.reading_of(200, headers, body, asked_at))
+        return self._record_reading(self.client.reading_of(200, headers, body, asked_at))
 
     def is_loaded(self, min_workers: int | None = None) -> bool:
         """A test runs there, or (where asked for) it has so many workers already."""
@@ -11359,7 +11360,7 @@ class RunMonitor:
             self.users_seen = requests > 0
             self.start_seen = self.users_seen or time.time() - (run.started_at or 0) > 3
 
-    def note_start(self, reading: Reading) -> None:
+    def record_start(self, reading: Reading) -> None:
         with self._lock:
             self.start_seen = self.start_seen or reading.is_loaded
             self.users_seen = self.users_seen or (reading.users > 0 and reading.is_loaded)
@@ -11368,13 +11369,13 @@ class RunMonitor:
             if reading.is_loaded and reading.users:
                 self.last_users = reading.users
 
-    def note_test_start(self) -> None:
+    def record_test_start(self) -> None:
         """The hooks saw the test begin."""
         with self._lock:
             self.start_seen = self.calls_back = True
         self.cluster.seen()
 
-    def note_push(self, snapshot: Snapshot) -> None:
+    def record_push(self, snapshot: Snapshot) -> None:
         """The hooks pushed numbers, which the store has taken."""
         with self._lock:
             self.start_seen = self.calls_back = True
@@ -11387,7 +11388,7 @@ class RunMonitor:
         self.cluster.seen()
         self._judge(snapshot)
 
-    def note_complete_end(self, snapshot: Snapshot) -> None:
+    def record_complete_end(self, snapshot: Snapshot) -> None:
         """The hooks saw the test end and sent its complete final numbers."""
         with self._lock:
             self.reported = snapshot
@@ -11449,8 +11450,8 @@ class RunMonitor:
                 return
             self._heard()
             if not self._is_from_before(reading):
-                self.note_start(reading)
-                self._note_reading(run, reading)
+                self.record_start(reading)
+                self._record_reading(run, reading)
             self._look_again()
         except LocustError:
             self.post(self._look_once)
@@ -11500,7 +11501,7 @@ class RunMonitor:
         if not self.users_seen or self._lease_needs_us(run):
             state = cluster.read_state(self._look_timeout_s)
             if state.hooks:
-                self.note_start(state)
+                self.record_start(state)
                 if self._is_over(run, state):
                     self._ended_by_locust(state)
                     return
@@ -11511,13 +11512,13 @@ class RunMonitor:
         reading = reading or cluster.read_stats(self._look_timeout_s)
         if self.over.is_set() or self._is_from_before(reading):
             return
-        self.note_start(reading)
+        self.record_start(reading)
         if self._is_over(run, reading):
             self._confirm_end(run, reading)
             return
         if not reading.is_loaded:
             return  # not begun, or just ended or restarted: its numbers need not be this test's
-        self._note_reading(run, reading)
+        self._record_reading(run, reading)
 
     @property
     def _look_timeout_s(self) -> float:
@@ -11549,7 +11550,7 @@ class RunMonitor:
         if self._is_over(run, second):
             self._ended_by_locust(second)
 
-    def _note_reading(self, run: Run, reading: Reading) -> None:
+    def _record_reading(self, run: Run, reading: Reading) -> None:
         self.was_repeat = reading.is_cached_repeat
         if self.was_repeat:
             return  # nothing new: what is the same in two readings of one cache is not stable for that
@@ -11562,12 +11563,12 @@ class RunMonitor:
         ):
             self._end.warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
-            self._note_numbers(run, reading, reading.snapshot)
+            self._record_numbers(run, reading, reading.snapshot)
         if before is not None and not self._is_all_well(reading):
             self.post(functools.partial(self._mind_users, run, before, reading, workers_before))
         self._replace_lost(reading)
 
-    def _note_numbers(self, run: Run, reading: Reading, snapshot: Snapshot) -> None:
+    def _record_numbers(self, run: Run, reading: Reading, snapshot: Snapshot) -> None:
         """Keep a reading's numbers, unless they may be older than those of a push and are fewer: a cached
         reading must not set the counters back. A reset shows in the next one."""
         with self._lock:
@@ -11586,7 +11587,7 @@ class RunMonitor:
         is_judged = run is not None and run.status is RunStatus.RUNNING and run.thresholds
         if run is None or not is_judged or run.started_at is None:
             return
-        failed = self.judge.note(snapshot, run.started_at)
+        failed = self.judge.record_sample(snapshot, run.started_at)
         if failed is not None and self._end.begin_stop(run.id, "threshold"):
             log("run aborted by a threshold", run=run.id, threshold=failed.expr)
 
@@ -11611,7 +11612,7 @@ class RunMonitor:
         why = "Locust accepted the start, but no test began"
         try:
             reading = self.cluster.read_state(5.0)
-            self.note_start(reading)
+            self.record_start(reading)
             if idleness(reading) is Idleness.NO_WORKERS:
                 why = "no worker is connected to the master"
             elif reading.state == "running" and reading.users == 0:
@@ -11670,9 +11671,9 @@ class RunMonitor:
         if reading.live_workers and self.rebalance_due:
             self.rebalance_due = not self._rebalance_if_heard(run)
             return
-        self._note_users_changed(run, before, reading)
+        self._record_users_changed(run, before, reading)
 
-    def _note_users_changed(self, run: Run, before: Reading, reading: Reading) -> None:
+    def _record_users_changed(self, run: Run, before: Reading, reading: Reading) -> None:
         """The number of users is stable, and not the one asked for: it was changed in Locust's page."""
         wanted = self.target.users
         is_stable = before.users == reading.users and before.state == "running" and self.wanted_for_s > 5
@@ -11855,7 +11856,9 @@ class RunJudge:
             return no_comparison(run.compare_with or "", "not compared: the run failed")
         document = run_to_json(run)
         document.update(
-            status=RunStatus.FINISHED.value, finishedAt=utc_text(finished_at), trustReasons=doubts_of(run)
+            status=RunStatus.FINISHED.value,
+            finishedAt=utc_text(finished_at),
+            trustReasons=unreliable_reasons(run),
         )
         document["lastMetrics"] = snapshot_to_json(snapshot) if snapshot else None
         return self._store.comparer.judgement(run, document)
@@ -11874,13 +11877,13 @@ class RunCounts:
         self.ended: dict[tuple[str, str, str], int] = {}  # by tenant, environment and reason
         self.lateness = DurationCounter(self.LATENESS_S)  # of stops whose time was the duration's end
 
-    def note_end(self, run: Run, reason: str | None) -> None:
+    def record_end(self, run: Run, reason: str | None) -> None:
         """A run is final; without a stop reason it failed before it was stopped."""
         key = (run.tenant_id, run.env_id, reason or "error")
         with self._lock:
             self.ended[key] = self.ended.get(key, 0) + 1
 
-    def note_quiet(self, run: Run | None, monitor: RunMonitor) -> None:
+    def record_quiet(self, run: Run | None, monitor: RunMonitor) -> None:
         """The load of a run has stopped; how late that is, where its duration was to end it."""
         monitor.is_quiet = True
         if run is None or run.stop_reason != "duration" or run.deadline_at is None:
@@ -11888,7 +11891,7 @@ class RunCounts:
         by_clock_s = time.time() - run.deadline_at  # of one that was overdue when this process began
         late_s = by_clock_s if monitor.deadline is None else monotonic_s() - monitor.deadline
         with self._lock:
-            self.lateness.note(max(0.0, late_s))
+            self.lateness.record(max(0.0, late_s))
 
 
 # ============================================================================
@@ -12156,10 +12159,10 @@ class RunStopper:
     def _finish(self, monitor: RunMonitor, quiet_at: float, failure: str | None = None) -> None:
         """Read the final numbers and end the run; its details are kept after that, as nothing that
         is kept about a run may stand before its end. The cluster is free when they are read."""
-        self.counts.note_quiet(self.store.find(monitor.run_id), monitor)
+        self.counts.record_quiet(self.store.find(monitor.run_id), monitor)
         final = self._final_numbers(monitor, quiet_at)
         if final is not None:
-            self._doubt_if_reset(monitor.run_id, final)
+            self._warn_if_reset(monitor.run_id, final)
             # Locust's report has no users, and after the stop there are none: those that it had.
             final = final._replace(users=monitor.last_users or self._users_shown(monitor.run_id))
         if failure:
@@ -12179,7 +12182,7 @@ class RunStopper:
         if certain_s > 0:
             self.load.add_cleanup(monitor.run_id, monitor.cluster, certain_s)
 
-    def _doubt_if_reset(self, run_id: str, final: Snapshot) -> None:
+    def _warn_if_reset(self, run_id: str, final: Snapshot) -> None:
         """Warn when final numbers are not those of the whole run: they stay Locust's own."""
         run = self.store.find(run_id)
         if run is None or run.started_at is None:
@@ -12264,7 +12267,7 @@ class RunStopper:
         return now.hooks and (now.is_loaded or monitor.run_id not in (now.run_id, now.last_run_id, ""))
 
     def last_requests(self, run_id: str) -> int:
-        document = json.loads(self.store.wire(run_id)).get("lastMetrics") or {}
+        document = json.loads(self.store.run_json(run_id)).get("lastMetrics") or {}
         return document.get("totalRequests") or 0
 
     def _conclude(self, monitor: RunMonitor, final: Snapshot | None, finished_at: float) -> None:
@@ -12278,8 +12281,8 @@ class RunStopper:
             self._end_as_failed(run.id, reason, {}, final)
             return
         finished_at = max(finished_at, run.started_at or 0)
-        self._note_users_never_reached(run, monitor)
-        self._note_ended_early(run, finished_at)
+        self._record_users_never_reached(run, monitor)
+        self._record_ended_early(run, finished_at)
         judged = self._judge.judgement(self.store.get(run.id), monitor, final, finished_at, has_failed=False)
         changes = {"finished_at": finished_at, **judged}
         try:
@@ -12287,16 +12290,16 @@ class RunStopper:
         except Conflict:
             return
         log("run finished", run=run.id, cluster=run.cluster_id, why=run.stop_reason)
-        self.counts.note_end(run, run.stop_reason)
+        self.counts.record_end(run, run.stop_reason)
 
-    def _note_ended_early(self, run: Run, finished_at: float) -> None:
+    def _record_ended_early(self, run: Run, finished_at: float) -> None:
         early_s = (run.deadline_at or 0) - finished_at
         if run.stop_reason == "locust" and early_s > ON_TIME_S:
             words = f"Locust ended the test {early_s:.0f} s before its duration was over: it was stopped in"
             words += " Locust's page or by the locustfile, or its workers were lost; see its log"
             self.warn(run.id, "ended_early", words)
 
-    def _note_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
+    def _record_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
         last, target = monitor.last, monitor.target
         is_ours = target.users == load_target(run, time.time()).users  # changed by no one in Locust's page
         if last and is_ours and monitor.wanted_for_s > 5 and last.users < target.users:
@@ -12329,7 +12332,7 @@ class RunStopper:
         monitor = self.monitors.get(run_id)
         if monitor and monitor.failures:
             kept = dump_json(failures_to_json(monitor.failures, ())).encode()
-            self.store.keep_artefact(run_id, FAILURES, kept)
+            self.store.keep_attachment(run_id, FAILURES, kept)
         self._let_go(run_id)
         if cluster and is_ended:
             self.load.clean_up_soon(cluster)
@@ -12350,7 +12353,7 @@ class RunStopper:
         except (Conflict, NotFound):
             return False
         log("run failed", run=run_id, cluster=run.cluster_id, why=reason)
-        self.counts.note_end(run, changes.get("stop_reason") or run.stop_reason)
+        self.counts.record_end(run, changes.get("stop_reason") or run.stop_reason)
         return True
 
     def _let_go(self, run_id: str) -> None:
@@ -12377,9 +12380,9 @@ class RunStopper:
         exceptions = self._detail(run_id, client.read_exceptions) or ()
         report = self._detail(run_id, client.read_report)
         kept = dump_json(failures_to_json(failures, exceptions)).encode()
-        self.store.keep_artefact(run_id, FAILURES, kept)
+        self.store.keep_attachment(run_id, FAILURES, kept)
         if report:
-            self.store.keep_artefact(run_id, LOCUST_REPORT, report)
+            self.store.keep_attachment(run_id, LOCUST_REPORT, report)
 
     def _detail(self, run_id: str, read: Callable[[], Any]) -> Any:
         """What `read` gives, or None: an end must not depend on it, whatever goes wrong is logged."""
@@ -12394,7 +12397,7 @@ class RunStopper:
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
         self.wait_for_details(run)
-        kept = self.store.artefact(run.id, FAILURES)
+        kept = self.store.attachment(run.id, FAILURES)
         if kept is not None:
             return json.loads(kept)
         monitor = self.monitors.get(run.id)
@@ -12749,7 +12752,7 @@ class LocustReports:
             run = self._starter.started(run_id)
         monitor = self._stopper.monitors.get(run_id)
         if monitor:
-            monitor.note_test_start()
+            monitor.record_test_start()
         elif run.status is RunStatus.FAILED and time.time() - (run.finished_at or 0) < 120:
             self._stopper.load.clean_up_late_start(run)
 
@@ -12759,7 +12762,7 @@ class LocustReports:
             return
         monitor = self._stopper.monitors.get(run_id)
         if monitor:
-            monitor.note_push(snapshot)
+            monitor.record_push(snapshot)
 
     def stopped(self, run_id: str, snapshot: Snapshot | None, complete: bool) -> None:
         """The hooks saw the test end. `complete` numbers (ours flush the workers) are the final
@@ -12774,7 +12777,7 @@ class LocustReports:
         if snapshot is not None:
             self._store.add_snapshot(run_id, snapshot, "push", is_last=True)
             if complete:
-                monitor.note_complete_end(snapshot)
+                monitor.record_complete_end(snapshot)
         self._stopper.claim_end(monitor, "locust")  # or our own stop is going on
 
     def register_external(
@@ -13498,7 +13501,7 @@ def times_after(cron: Cron, zone: Any, after: float) -> Iterator[float]:
     is_changing = local_at(after - around_s).utcoffset() != local_at(after + around_s).utcoffset()
     last, start = after, local_at(after).replace(tzinfo=None)
     for local in cron.after(start - datetime.timedelta(seconds=around_s if is_changing else 0)):
-        moment = _moment_of(local, zone)
+        moment = _timestamp_of(local, zone)
         if moment > last:
             last = moment
             yield moment
@@ -13509,7 +13512,7 @@ def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[floa
     return list(itertools.islice(times_after(cron, zone, after), count))
 
 
-def _moment_of(local: Any, zone: Any) -> float:
+def _timestamp_of(local: Any, zone: Any) -> float:
     import datetime
 
     moment = local.replace(tzinfo=zone).timestamp()
@@ -13588,7 +13591,7 @@ class Schedule:
 
 def schedule_to_json(schedule: Schedule, upcoming: Iterable[float]) -> dict[str, Any]:
     """A schedule as JSON; upcoming: its next times (epoch seconds)."""
-    wire: dict[str, Any] = {
+    document: dict[str, Any] = {
         "id": schedule.id, "tenantId": schedule.tenant_id, "envId": schedule.env_id,
         "test": schedule.test, "concurrencyPolicy": schedule.policy,
         "startingDeadlineSeconds": schedule.deadline_s, "paused": schedule.paused,
@@ -13602,8 +13605,8 @@ def schedule_to_json(schedule: Schedule, upcoming: Iterable[float]) -> dict[str,
         "lastTime": schedule.taken_at and utc_text(schedule.taken_at), "lastRunId": schedule.last_run_id,
         "lastOutcome": schedule.last_outcome,
     }  # fmt: skip
-    wire.update((name, value) for name, value in optional.items() if value is not None)
-    return wire
+    document.update((name, value) for name, value in optional.items() if value is not None)
+    return document
 
 
 def schedule_from_record(text: str) -> Schedule:
@@ -13648,7 +13651,7 @@ SCHEDULE_KEYS = {
     "timezone": BodyKey(
         "timezone", Check("an IANA name such as Europe/Berlin", _accept_zone, schema={"type": "string"})
     ),
-    "runAt": BodyKey("run_at", MOMENT),
+    "runAt": BodyKey("run_at", TIMESTAMP),
     "concurrencyPolicy": BodyKey("policy", one_of("Forbid", "Queue", "Replace")),
     "startingDeadlineSeconds": BodyKey("deadline_s", number_value(1, 7 * 86400)),
     "paused": BodyKey("paused", BOOLEAN),
@@ -14274,7 +14277,7 @@ def run_details(run: Run) -> list[str]:
     lines += list((run.comparison or {}).get("regressions") or ())
     return lines + [
         f"unreliable: {reason}"
-        for reason in doubts_of(run)
+        for reason in unreliable_reasons(run)
         if run.status is RunStatus.FINISHED and run.is_final
     ]
 
@@ -14793,7 +14796,7 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 # 23. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 
-# Pure: the run as on the wire, its samples and failures go in, text comes out. Names come
+# Pure: the run as the API's JSON, its samples and failures go in, text comes out. Names come
 # from users and from Locust: each is escaped for where it goes. The page has no script and
 # needs nothing from anywhere, so that it opens from a mail attachment and prints.
 
@@ -15540,7 +15543,7 @@ EXPORT_FORMAT, EXPORT_VERSION = "loadmanager-run", 1
 LOCUST_JSON, LOCUST_CSV = "locust-json", "locust-csv"
 IMPORT_BYTES = 64 * 1024 * 1024
 MAX_IMPORTED_SAMPLES = 500_000
-LATEST_MOMENT_S = 4_102_444_800.0  # the year 2100
+LATEST_TIME_S = 4_102_444_800.0  # the year 2100
 IMPORT_NAMESPACE = "b0f6c0de-5d5c-4f0e-9d0b-6c6f6164746d"  # of ids made from a file's content
 
 
@@ -15636,25 +15639,25 @@ TEXTS = _only(
     ),
 )
 RUN_ID = Check("a UUID", _accept_run_id)
-EPOCH_MS = number_value(0, 1000 * LATEST_MOMENT_S, whole=True)
+EPOCH_MS = number_value(0, 1000 * LATEST_TIME_S, whole=True)
 USERS_OR_NONE = number_value(0, MAX_USERS, whole=True)
 WARNING_KEYS = {
     "code": BodyKey("code", ID_TEXT, required=True),
-    "at": BodyKey("at", MOMENT, required=True),
+    "at": BodyKey("at", TIMESTAMP, required=True),
     "message": BodyKey("message", LONG_TEXT, required=True),
 }
 JUDGED_KEYS = {
     "expr": BodyKey("expr", _long_text(MAX_THRESHOLD), required=True),
     "value": BodyKey("value", MEASURE),
     "result": BodyKey("result", one_of("passed", "failed"), required=True),
-    "firstFailedAt": BodyKey("first_failed_at", MOMENT),
+    "firstFailedAt": BodyKey("first_failed_at", TIMESTAMP),
     "message": BodyKey("message", LONG_TEXT),
     "abortOnFail": BodyKey("abort_on_fail", BOOLEAN),
     "delaySeconds": BodyKey("delay_s", number_value(0, 3600)),
     "warnOnly": BodyKey("warn_only", BOOLEAN),
 }
 LOAD_CHANGE_KEYS = {
-    "at": BodyKey("at", MOMENT, required=True),
+    "at": BodyKey("at", TIMESTAMP, required=True),
     "targetUsers": BodyKey("users", USERS, required=True),
     "spawnRate": BodyKey("spawn_rate", SPAWN_RATE, required=True),
     "by": BodyKey("by", LONG_TEXT, required=True),
@@ -15714,11 +15717,11 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "targetUsers": BodyKey("target_users", USERS_OR_NONE, required=True),
     "spawnRate": BodyKey("spawn_rate", number_value(0, MAX_SPAWN_RATE), required=True),
     "status": BodyKey("status", one_of(*sorted(status.value for status in FINAL)), required=True),
-    "createdAt": BodyKey("created_at", MOMENT, required=True),
+    "createdAt": BodyKey("created_at", TIMESTAMP, required=True),
     "createdBy": BodyKey("created_by", LONG_TEXT),
     "source": BodyKey("source", one_of(*SOURCES)),
-    "startedAt": BodyKey("started_at", MOMENT),
-    "finishedAt": BodyKey("finished_at", MOMENT, required=True),
+    "startedAt": BodyKey("started_at", TIMESTAMP),
+    "finishedAt": BodyKey("finished_at", TIMESTAMP, required=True),
     "startedAtMs": BodyKey("started_ms", EPOCH_MS),
     "finishedAtMs": BodyKey("finished_ms", EPOCH_MS),
     "stopReason": BodyKey("stop_reason", one_of(*STOP_REASONS)),
@@ -15727,7 +15730,7 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
     "warnings": BodyKey("warnings", _list_of(WARNING_KEYS, 100,
         lambda values: Warning_(values["code"], values["at"], values["message"]))),
     "annotations": BodyKey("annotations", _list_of({**ANNOTATION_KEYS,
-        "at": BodyKey("at", MOMENT, required=True)}, MAX_ANNOTATIONS,
+        "at": BodyKey("at", TIMESTAMP, required=True)}, MAX_ANNOTATIONS,
         lambda values: Annotation(values["at"], values["text"]))),
     "thresholds": BodyKey("thresholds", _list_of(JUDGED_KEYS, MAX_THRESHOLDS, _imported_threshold)),
     "verdict": BodyKey("verdict", one_of("passed", "failed")),
@@ -15736,7 +15739,7 @@ IMPORTED_RUN_KEYS = {  # every key of a final run's JSON; those without an attri
         lambda values: LoadChange(values["at"], values["users"], values["spawn_rate"], values["by"]))),
     "repeatOf": BodyKey("repeat_of", RUN_ID),
     "repeat": BodyKey("", ANY_JSON),
-    "importedAt": BodyKey("", MOMENT),
+    "importedAt": BodyKey("", TIMESTAMP),
     "historyStepSeconds": BodyKey("history_step_s", number_value(1, 3600, whole=True)),
     "trust": BodyKey("", ANY_JSON),
     "trustReasons": BodyKey("", ANY_JSON),
@@ -15755,8 +15758,8 @@ CARRIED = {  # of a file of Locust: what it does not say itself
 }
 CARRIED_KEYS = {
     **CARRIED,
-    "startedAt": BodyKey("started_at", MOMENT),
-    "finishedAt": BodyKey("finished_at", MOMENT),
+    "startedAt": BodyKey("started_at", TIMESTAMP),
+    "finishedAt": BodyKey("finished_at", TIMESTAMP),
 }
 EXPORT_KEYS = {
     name: BodyKey(name, ANY_JSON)
@@ -15793,7 +15796,7 @@ def read_import(body: Any, now: float) -> ImportedRun:
         ("startedAt", run.started_at or 0.0),
         ("finishedAt", run.finished_at or 0.0),
     ):
-        if not 0 <= at <= LATEST_MOMENT_S:
+        if not 0 <= at <= LATEST_TIME_S:
             raise _bad(name, "must be before the year 2100")
     if (run.finished_at or 0.0) < (run.started_at or 0.0):
         raise _bad("finishedAt", "is before startedAt")
@@ -15807,7 +15810,7 @@ def _check_sizes(found: ImportedRun) -> None:
         check_metrics({"stats": snapshot_to_json(found.snapshot)}, "stats", math.inf)
     problems: dict[str, str] = {}
     for sample in found.samples:
-        if not 0 <= sample.at <= LATEST_MOMENT_S:
+        if not 0 <= sample.at <= LATEST_TIME_S:
             raise _bad("samples", f"must be before the year 2100, got {_shown(sample.at)}")
         _checked_numbers(
             sample_to_json(sample), SAMPLE_NUMBERS, f"samples at {utc_text(sample.at)}", problems
@@ -16015,7 +16018,7 @@ def _read_export(body: dict[str, Any], now: float) -> ImportedRun:
     snapshot = check_metrics(document, "lastMetrics", math.inf)
     exact_ms = document["lastMetrics"].get("timestampMs") if snapshot is not None else None
     if snapshot is not None and exact_ms is not None:
-        if not _is_count(exact_ms) or exact_ms > 1000 * LATEST_MOMENT_S:
+        if not _is_count(exact_ms) or exact_ms > 1000 * LATEST_TIME_S:
             raise _bad("run.lastMetrics.timestampMs", "must be whole milliseconds since 1970")
         snapshot = snapshot._replace(taken_at=exact_ms / 1000)
     if snapshot is not None and snapshot.taken_at == math.inf:  # it does not say when
@@ -16047,7 +16050,9 @@ def _read_samples(rows: Any, run_id: str) -> list[Sample]:
         if problems:
             raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items()), problems)
         samples.append(
-            Sample(*[run_id, _moment_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]])
+            Sample(
+                *[run_id, _timestamp_at(row.get("timestamp"), f"{place}.timestamp"), *numbers, row["source"]]
+            )
         )
     return sorted(samples, key=lambda sample: sample.at)
 
@@ -16070,7 +16075,8 @@ def _read_histograms(rows: Any) -> Iterator[tuple[float, int, str]]:
                 f"{place}.rows",
                 "must be a list of [method, name, requests, failures, total ms, [ms, requests, ...]]",
             )
-        yield _moment_at(row["timestamp"], f"{place}.timestamp"), int(row["isWhole"]), dump_json(row["rows"])
+        at = _timestamp_at(row["timestamp"], f"{place}.timestamp")
+        yield at, int(row["isWhole"]), dump_json(row["rows"])
 
 
 def _is_histogram_row(row: Any) -> bool:
@@ -16091,8 +16097,8 @@ FAILURE_KEYS = {
     "name": BodyKey("name", LONG_TEXT, required=True),
     "error": BodyKey("error", _long_text(100_000), required=True),
     "occurrences": BodyKey("occurrences", number_value(0, 1e15, whole=True), required=True),
-    "firstSeen": BodyKey("first_seen_at", MOMENT),
-    "lastSeen": BodyKey("last_seen_at", MOMENT),
+    "firstSeen": BodyKey("first_seen_at", TIMESTAMP),
+    "lastSeen": BodyKey("last_seen_at", TIMESTAMP),
 }
 EXCEPTION_KEYS = {
     "count": BodyKey("count", number_value(0, 1e15, whole=True), required=True),
@@ -16128,11 +16134,11 @@ def _bad(place: str, why: str) -> InvalidInput:
     return InvalidInput(f"{place}: {why}", {place: why})
 
 
-def _moment_at(value: Any, place: str) -> float:
+def _timestamp_at(value: Any, place: str) -> float:
     try:
         return parse_utc(value)
     except (ValueError, TypeError, OverflowError):
-        raise _bad(place, f"must be {MOMENT.allowed}, got {_shown(value)}") from None
+        raise _bad(place, f"must be {TIMESTAMP.allowed}, got {_shown(value)}") from None
 
 
 # ---- files of a headless Locust ----
@@ -16168,7 +16174,7 @@ def _read_locust_json(body: dict[str, Any], now: float) -> ImportedRun:
     if not entries or not any(entry.requests for entry in entries):
         raise _bad("stats", "holds no request; must be what Locust's --json-file holds")
     began, ended = min(entry.began for entry in entries), max(entry.ended for entry in entries)
-    if ended > LATEST_MOMENT_S:
+    if ended > LATEST_TIME_S:
         raise _bad("stats", f"must be before the year 2100, got {_shown(ended)}")
     lasted_s = ended - began
     histograms: Histograms = {(entry.method, entry.name): entry.histogram for entry in entries}
@@ -16317,7 +16323,7 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
         values.get("started_at", min(moments, default=None)),
         values.get("finished_at", max(moments, default=None)),
     )
-    if began is None or ended is None or max(began, ended) > LATEST_MOMENT_S:
+    if began is None or ended is None or max(began, ended) > LATEST_TIME_S:
         raise _bad(
             "startedAt",
             "is missing; must be startedAt with finishedAt, or history, the text of "
@@ -16399,8 +16405,8 @@ MAX_BIG_REQUESTS = 128 * 1024 * 1024  # and all others (two of the largest impor
 IDLE_CONNECTION_S = 70.0
 HEAD_DEADLINE_S = 15.0  # from a request's first byte to the end of its head
 BODY_DEADLINE_S = 30.0
-WRITE_WINDOW_S = 30.0  # a reader that takes less than LEAST_READ_BYTES in it is let go
-LEAST_READ_BYTES = 128 * 1024
+WRITE_WINDOW_S = 30.0  # a reader that takes less than MIN_READ_BYTES in it is let go
+MIN_READ_BYTES = 128 * 1024
 STREAM_SEND_BUFFER = 128 * 1024  # of the kernel, for each event stream; its default grows to 4 MiB
 HANDSHAKE_DEADLINE_S = 10.0
 LINGER_S = 2.0  # reading on after an answer that closes the connection
@@ -16557,16 +16563,16 @@ class HttpTraffic:
         self.routes: dict[int, RouteTraffic] = {}  # by the route's id()
         self.refused: dict[tuple[str, str, int], int] = {}  # by their head: method, path of the route, status
 
-    def note(self, request: Request, http_status: int) -> None:
+    def record_response(self, request: Request, http_status: int) -> None:
         route = request.route
         traffic = self.routes.get(id(route))
         if traffic is None:
             traffic = self.routes[id(route)] = RouteTraffic(route)
         answered = traffic.answered
         answered[http_status] = answered.get(http_status, 0) + 1
-        traffic.durations.note(time.perf_counter() - request.whole_at)
+        traffic.durations.record(time.perf_counter() - request.whole_at)
 
-    def note_refusal(self, head: RequestHead | None, error: LoadManagerError) -> None:
+    def record_refusal(self, head: RequestHead | None, error: LoadManagerError) -> None:
         """A request was refused by its head; without one it was none that can be read."""
         route = head.matched[0] if head is not None and head.matched else None
         key = (route.method if route else "", route.path if route else "none", error.http_status)
@@ -17003,7 +17009,7 @@ class Connection:
 
     def refuse(self, error: LoadManagerError) -> None:
         """Answer an error after which nothing that comes is taken for a request."""
-        self.loop.traffic.note_refusal(None, error)
+        self.loop.traffic.record_refusal(None, error)
         request_id = request_id_of(None)
         if LOG.least == 0:
             log_refusal(None, error, self.address, request_id)
@@ -17044,7 +17050,7 @@ class Connection:
         except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop goes on
             request_id = request_id_of(head)
             failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error, request_id)
-            self.loop.traffic.note_refusal(head, failure)
+            self.loop.traffic.record_refusal(head, failure)
             if LOG.least == 0:
                 log_refusal(head, failure, self.address, request_id)
             unread = head.content_length > 0
@@ -17127,13 +17133,13 @@ class Connection:
         if LOG.least == 0:
             log_answer(request, response)
         if response.opens is not None and request.head.method != "HEAD":
-            self.loop.traffic.note(request, response.http_status)
+            self.loop.traffic.record_response(request, response.http_status)
             self._open_stream(request, response)
             return
         if response.size() > SMALL_ANSWER_BYTES:
             self.owner = request.principal.name or request.address
             response = self.loop.affordable(self.owner, response)
-        self.loop.traffic.note(request, response.http_status)
+        self.loop.traffic.record_response(request, response.http_status)
         keep = request.head.keep_alive and not self.loop.draining
         self.send(response.to_pieces(request.id(), keep, request.head.method != "HEAD"), close=not keep)
 
@@ -17235,7 +17241,7 @@ class Connection:
         """The deadline is over: close, unless it is a reader that is fast enough."""
         if not self.out:
             self.close()
-        elif self.window_sent < LEAST_READ_BYTES:
+        elif self.window_sent < MIN_READ_BYTES:
             self.let_go()
         else:
             self.deadline, self.window_sent = monotonic_s() + WRITE_WINDOW_S, 0
@@ -17675,7 +17681,7 @@ class ApiServer(ThreadingHTTPServer):
 # 26. EVENTS - changes of runs, told to event streams
 # ============================================================================
 
-# The store tells of a change under its lock; note() only writes down which run. A round in
+# The store tells of a change under its lock; on_change() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
 # however often it changed. As an event is a whole state, no events are kept for those who
 # come back: what they missed is the newest state of the runs that changed since.
@@ -17715,7 +17721,7 @@ class Change(NamedTuple):
 
 
 class EventFeed:
-    """Tells streams of changes. note() comes from any thread, all else runs in the loop's.
+    """Tells streams of changes. on_change() comes from any thread, all else runs in the loop's.
 
     Events: `run` (the run's JSON; in the feed of all runs without requestStats), `sample`
     (one point of its series; only in the stream of one run), `deleted` {"id"}, and at the
@@ -17746,11 +17752,11 @@ class EventFeed:
         self._sampled_at: dict[str, float] = {}  # of runs with a stream of their own
         self._newest: dict[str, bytes] = {}  # their newest `run` event: the same bytes for all their streams
         self._beating = False
-        store.listeners.append(self.note)
+        store.listeners.append(self.on_change)
 
     # ---- from any thread ---------------------------------------------------
 
-    def note(self, run: Run) -> None:
+    def on_change(self, run: Run) -> None:
         """A run has changed or is gone; called under the store's lock."""
         with self._lock:
             self._noted[run.id] = run.tenant_id, run.env_id
@@ -17921,10 +17927,10 @@ class EventFeed:
 
     def _run_event(self, run_id: str, seq: int, brief: bool = False) -> bytes:
         try:
-            wire = self._store.brief(run_id) if brief else self._store.wire(run_id)
+            document = self._store.brief(run_id) if brief else self._store.run_json(run_id)
         except NotFound:
             return self._event(b"deleted", dump_json({"id": run_id}).encode(), seq)
-        return self._event(b"run", wire, seq)
+        return self._event(b"run", document, seq)
 
     def _sample_event(self, run_id: str) -> bytes:
         """The run's newest point; empty when it was told before."""
@@ -18160,7 +18166,7 @@ def _response_histogram(one: ActiveRun) -> DurationCounter | None:
         return None
     counter = DurationCounter(RESPONSE_BOUNDS_S)
     for milliseconds, requests in numbers.times.items():
-        counter.note(milliseconds / 1000, requests)
+        counter.record(milliseconds / 1000, requests)
     return counter
 
 
@@ -19170,12 +19176,12 @@ class CallbackTokens:
         self.guarded = frozenset(cluster_id for _, cluster_id in own)
         common = config.security.callback_token
         self._common = token_digest(common) if common else None
-        self._is_open = not common and config.security.allow_anonymous
+        self._is_anonymous = not common and config.security.allow_anonymous
         self._own = [(digest, frozenset(id_ for other, id_ in own if other == digest)) for digest, _ in own]
 
     def owner(self, token: str) -> Principal | None:
         given, found = token_digest(token), None
-        if self._is_open or (self._common is not None and hmac.compare_digest(given, self._common)):
+        if self._is_anonymous or (self._common is not None and hmac.compare_digest(given, self._common)):
             found = Principal("locust", "locust")
         for digest, clusters in self._own:
             if hmac.compare_digest(given, digest):
@@ -19196,14 +19202,14 @@ class FailedAttempts:
     """Counts wrong tokens for each address. Only wrong ones are ever refused for it: the
     right token is served whatever others did from the same address."""
 
-    MOST = 30
+    MAX_FAILURES = 30
     WINDOW_S = 60.0
     MAX_ADDRESSES = 10_000
 
     def __init__(self) -> None:
         self._counts: OrderedDict[str, tuple[int, float]] = OrderedDict()  # the oldest window first
 
-    def note(self, address: str) -> int | None:
+    def record_failure(self, address: str) -> int | None:
         """Count one; the seconds to wait when there were too many."""
         now, who = monotonic_s(), _address_group(address)
         count, since = self._counts.get(who, (0, now))
@@ -19212,7 +19218,7 @@ class FailedAttempts:
         if count == 0:
             self._make_room(who)
         self._counts[who] = (count + 1, since)
-        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MOST else None
+        return max(1, math.ceil(since + self.WINDOW_S - now)) if count >= self.MAX_FAILURES else None
 
     def _make_room(self, who: str) -> None:
         """Forget, among the oldest, who failed least: a flood of addresses frees no one who guesses."""
@@ -19244,14 +19250,14 @@ class RateCounter:
         self.second = 0
         self.count = 0
 
-    def note(self, most_per_s: float) -> None:
+    def record_request(self, max_per_s: float) -> None:
         """Count one request; TooManyRequests beyond the limit."""
         second = int(monotonic_s())
         if second != self.second:
             self.second, self.count = second, 0
         self.count += 1
-        if self.count > most_per_s:
-            raise TooManyRequests(f"over {most_per_s:g} requests of this token in a second", retry_after_s=1)
+        if self.count > max_per_s:
+            raise TooManyRequests(f"over {max_per_s:g} requests of this token in a second", retry_after_s=1)
 
 
 class Caller(NamedTuple):
@@ -19887,8 +19893,8 @@ class Session:
 class Sessions:
     """The sign-ins of this process, by the hash of their secret; a restart ends them."""
 
-    MOST = 10_000
-    MOST_OF_ONE = 50
+    MAX_SESSIONS = 10_000
+    MAX_PER_USER = 50
     KEEP_S = 12 * 3600.0
 
     def __init__(self) -> None:
@@ -19896,8 +19902,8 @@ class Sessions:
         self._by_digest: OrderedDict[bytes, Session] = OrderedDict()  # the oldest first
 
     def begin(self, principal: Principal, address: str = "") -> tuple[Session, str]:
-        """A new session and the secret for its cookie; beyond MOST_OF_ONE their oldest ends, beyond MOST
-        the oldest of who has most: a flood of sign-ins ends no one else's."""
+        """A new session and the secret for its cookie; beyond MAX_PER_USER their oldest ends, beyond
+        MAX_SESSIONS the oldest of who has most: a flood of sign-ins ends no one else's."""
         secret = secrets.token_urlsafe(32)
         keep_s = min(self.KEEP_S, principal.ends_at - time.time())
         session = Session(
@@ -19910,8 +19916,8 @@ class Sessions:
         )
         with self._lock:
             self._by_digest[hashlib.sha256(secret.encode()).digest()] = session
-            self._end_oldest(principal.name, self.MOST_OF_ONE)
-            if len(self._by_digest) > self.MOST:
+            self._end_oldest(principal.name, self.MAX_PER_USER)
+            if len(self._by_digest) > self.MAX_SESSIONS:
                 names = Counter(kept.principal.name for kept in self._by_digest.values())
                 [(name, count)] = names.most_common(1)
                 self._end_oldest(name, count - 1)
@@ -20154,7 +20160,7 @@ def get_tests(api: Api, request: Request) -> Response:
     place = (query.get("tenantId"), query.get("envId"))
     wanted = RunFilter(*place, query.get("status"), request.principal.scope, search, labels)
     limit = query.get("limit")
-    page, last_seq = api.store.list_wire(wanted, limit, query.get("cursor"), query.get("brief", False))
+    page, last_seq = api.store.list_json(wanted, limit, query.get("cursor"), query.get("brief", False))
     headers = {}
     if last_seq is not None:
         again = [pair for pair in parse_qsl(request.head.query) if pair[0] != "cursor"]
@@ -20169,7 +20175,7 @@ def get_tests(api: Api, request: Request) -> Response:
 def get_test(api: Api, request: Request) -> Response:
     run_id = request.params["id"]
     api.visible_run(request)
-    return Response(api.store.wire(run_id))
+    return Response(api.store.run_json(run_id))
 
 
 def delete_test(api: Api, request: Request) -> Response:
@@ -20287,7 +20293,7 @@ def get_export(api: Api, request: Request) -> Response:
             status=run.status.value,
         )
     api.store.wait_durable()  # from then on its end is what is shown
-    document = json.loads(api.store.wire(run.id))
+    document = json.loads(api.store.run_json(run.id))
     parts = export_parts(
         document,
         api.store.samples(run.id),
@@ -20301,7 +20307,7 @@ def get_scenario_csv(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     place = (run.tenant_id, run.env_id, run.scenario_id)
     runs = [
-        json.loads(api.store.wire(other.id))
+        json.loads(api.store.run_json(other.id))
         for other in api.store.list_runs()
         if (other.tenant_id, other.env_id, other.scenario_id) == place and other.status is RunStatus.FINISHED
     ]
@@ -20392,14 +20398,14 @@ def get_metrics_csv(api: Api, request: Request) -> Response:
 
 
 def get_requests_csv(api: Api, request: Request) -> Response:
-    run = json.loads(api.store.wire(api.visible_run(request).id))
+    run = json.loads(api.store.run_json(api.visible_run(request).id))
     return api.file_response(request, "requests.csv", "text/csv; charset=utf-8", requests_csv(run))
 
 
 def get_locust_report(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     api.orchestrator.wait_for_details(run)
-    report = api.store.artefact(run.id, LOCUST_REPORT)
+    report = api.store.attachment(run.id, LOCUST_REPORT)
     if report is None:
         raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")
     policy = (
@@ -20411,12 +20417,12 @@ def get_locust_report(api: Api, request: Request) -> Response:
 
 
 def get_junit(api: Api, request: Request) -> Response:
-    run = json.loads(api.store.wire(api.visible_run(request).id))
+    run = json.loads(api.store.run_json(api.visible_run(request).id))
     return api.file_response(request, "junit.xml", XML_TYPE, junit_xml(run))
 
 
 def get_summary(api: Api, request: Request) -> Response:
-    run = json.loads(api.store.wire(api.visible_run(request).id))
+    run = json.loads(api.store.run_json(api.visible_run(request).id))
     return api.file_response(request, "summary.md", MARKDOWN_TYPE, summary_md(run))
 
 
@@ -20636,7 +20642,7 @@ def get_session(api: Api, request: Request) -> Response:
     session = api.authentication.session_of(request.head)
     if session is not None:
         return json_response({**session_to_json(session), "anonymous": False})
-    if api.authentication.is_open:
+    if api.authentication.is_anonymous:
         return json_response(
             {"signedIn": True, "anonymous": True, "name": ANONYMOUS.name, "role": ANONYMOUS.role}
         )
@@ -20836,8 +20842,8 @@ LIST_QUERY = {
     "cursor": Check("the cursor of a Link header", _accept_cursor),
 }
 METRICS_QUERY = {
-    "from": MOMENT,
-    "to": MOMENT,
+    "from": TIMESTAMP,
+    "to": TIMESTAMP,
     "step": number_value(0.1, 86400),
     "maxPoints": number_value(1, 100_000, whole=True),
 }
@@ -20852,12 +20858,12 @@ def _accept_reference_runs(text: Any) -> tuple[str, ...]:
     return names
 
 
-HISTOGRAMS_QUERY = {"from": MOMENT, "to": MOMENT}
+HISTOGRAMS_QUERY = {"from": TIMESTAMP, "to": TIMESTAMP}
 AUDIT_QUERY = {
     **{name: text_value("a string") for name in ("who", "tenantId", "runId", "action")},
     "outcome": one_of(*AUDIT_OUTCOMES),
-    "from": MOMENT,
-    "to": MOMENT,
+    "from": TIMESTAMP,
+    "to": TIMESTAMP,
     "limit": number_value(1, 1000, whole=True),
     "cursor": LIST_QUERY["cursor"],
 }
@@ -21100,7 +21106,7 @@ def _figures_schema(names: Iterable[str]) -> dict[str, Any]:
     return {name: _COUNT if name in COUNTS else _MEASURE for name in names if name not in ("method", "name")}
 
 
-_TEXT, _WHOLE, _MOMENT, _FLAG = ANSWER_TEXT, ANSWER_WHOLE, ANSWER_MOMENT, {"type": "boolean"}
+_TEXT, _WHOLE, _TIME, _FLAG = ANSWER_TEXT, ANSWER_WHOLE, ANSWER_TIME, {"type": "boolean"}
 _TEXTS_OR_ALL = {"type": ["array", "null"], "items": _TEXT, "description": "null: all"}
 _MEASURE = {"type": ["number", "null"], "description": "null: Locust gave no figure"}
 _COUNT = {"type": ["integer", "null"]}
@@ -21124,7 +21130,7 @@ SCHEMAS: dict[str, Any] = {
     "Stopped": _object("success message", success=_FLAG, message=_TEXT),
     "StoppedAll": _object("success stopped failed", success=_FLAG, stopped={"type": "array", "items": _TEXT},
         failed={"type": "array", "items": _object("runId message", runId=_TEXT, message=_TEXT)}),
-    "AuditEntry": _object("at action status outcome", at=_MOMENT,
+    "AuditEntry": _object("at action status outcome", at=_TIME,
         **{name: _WHOLE if name == "status" else _TEXT for name in AUDIT_KEYS}),
     "Audit": array_schema("AuditEntry"),
     "Registered": _object("runId message", runId=_TEXT, message=_TEXT),
@@ -21136,7 +21142,7 @@ SCHEMAS: dict[str, Any] = {
     "SignIn": _object(
         "id name role tenants address beganAt expiresInSeconds", id=_TEXT, name=_TEXT,
         role={"enum": list(ROLES)}, tenants={"type": ["array", "null"], "items": _TEXT},
-        address=_TEXT, beganAt=_MOMENT, expiresInSeconds=_WHOLE,
+        address=_TEXT, beganAt=_TIME, expiresInSeconds=_WHOLE,
     ),
     "Sessions": array_schema("SignIn"),
     "Caller": _object("name role tenants environments", name=_TEXT, role={"enum": list(ROLES)},
@@ -21145,21 +21151,21 @@ SCHEMAS: dict[str, Any] = {
     "Document": {"type": "object"},
     "EndpointStats": _object("method name", method=_TEXT, name=_TEXT, **_figures_schema(ENDPOINT_KEYS)),
     "Metrics": _object(
-        timestamp=_MOMENT,
+        timestamp=_TIME,
         timestampMs=_WHOLE,
         **_figures_schema(SNAPSHOT_KEYS),
         requestStats={"type": "object",
             "additionalProperties": {"$ref": "#/components/schemas/EndpointStats"}},
     ),
-    "Warning": _object("code at message", code=_TEXT, at=_MOMENT, message=_TEXT),
-    "Annotation": _object("at text", at=_MOMENT, text=_TEXT),
+    "Warning": _object("code at message", code=_TEXT, at=_TIME, message=_TEXT),
+    "Annotation": _object("at text", at=_TIME, text=_TEXT),
     "Annotations": array_schema("Annotation"),
     "Run": _object(
         " ".join(one.name for _, one in run_fields(Run) if one.always), **fields_schema(Run),
         lastMetrics=METRICS_SCHEMA,
         startedAtMs=_WHOLE, finishedAtMs=_WHOLE, trust={"enum": ["ok", "doubtful"]}, trustReasons=_TEXTS,
     ),
-    "UsersChange": _object("at targetUsers spawnRate by", at=_MOMENT, targetUsers=_WHOLE,
+    "UsersChange": _object("at targetUsers spawnRate by", at=_TIME, targetUsers=_WHOLE,
         spawnRate={"type": "number"}, by=_TEXT),
     "Stage": _object("targetUsers spawnRate durationSeconds", targetUsers=_WHOLE,
         spawnRate={"type": "number"}, durationSeconds=_WHOLE),
@@ -21170,16 +21176,16 @@ SCHEMAS: dict[str, Any] = {
             "createdAt createdBy next",
         id=_TEXT, tenantId=_TEXT, envId=_TEXT, test={"type": "object"}, concurrencyPolicy=_TEXT,
         startingDeadlineSeconds={"type": "number"}, paused=_FLAG, readOnly=_FLAG,
-        timezone=_TEXT, createdAt=_MOMENT, createdBy=_TEXT, next={"type": "array", "items": _MOMENT},
-        description=_TEXT, cron=_TEXT, runAt=_MOMENT, lastTime=_MOMENT,
+        timezone=_TEXT, createdAt=_TIME, createdBy=_TEXT, next={"type": "array", "items": _TIME},
+        description=_TEXT, cron=_TEXT, runAt=_TIME, lastTime=_TIME,
         lastRunId=_TEXT, lastOutcome=_TEXT,
     ),
     "Schedules": array_schema("Schedule"),
     "Delivery": _object(
         "id channelId event title attempts createdAt outcome", id=_TEXT, channelId=_TEXT,
-        event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_MOMENT,
-        outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_MOMENT,
-        nextAt=_MOMENT,
+        event={"enum": list(NOTIFY_EVENTS)}, title=_TEXT, attempts=_WHOLE, createdAt=_TIME,
+        outcome={"enum": ["waiting", "delivered", "given up"]}, runId=_TEXT, problem=_TEXT, endedAt=_TIME,
+        nextAt=_TIME,
     ),
     "Notifications": _object(
         "channels deliveries", channels={"type": "array", "items": _object("id type events", id=_TEXT,
@@ -21187,12 +21193,12 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Threshold": _object(
         "expr value result", expr=_TEXT, value=_MEASURE, result={"enum": ["passed", "failed", "pending"]},
-        firstFailedAt=_MOMENT,
+        firstFailedAt=_TIME,
         message=_TEXT, abortOnFail=_FLAG, delaySeconds={"type": "number"}, warnOnly=_FLAG,
     ),
     "Runs": array_schema("Run"),
     "Baseline": _object("tenantId envId scenarioId runId setAt setBy", tenantId=_TEXT, envId=_TEXT,
-        scenarioId=_TEXT, runId=_TEXT, setAt=_MOMENT, setBy=_TEXT),
+        scenarioId=_TEXT, runId=_TEXT, setAt=_TIME, setBy=_TEXT),
     "Change": _object("baseline candidate change changePercent judgement reason", **_CHANGE),
     "Changes": {"type": "object", "additionalProperties": {"$ref": "#/components/schemas/Change"}},
     "Figure": _object("endpoint metric judgement reason", endpoint=_NAME_OR_NULL, metric=_TEXT, message=_TEXT,
@@ -21222,9 +21228,9 @@ SCHEMAS: dict[str, Any] = {
             points={"type": "array", "items": _object("runId value", runId=_TEXT, value=_MEASURE,
                 normal={"anyOf": [_RANGE, {"type": "null"}],
                     "description": "where 95 of 100 runs of this level lie"}, scenarioId=_TEXT,
-                    targetUsers=_WHOLE, createdAt=_MOMENT, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL,
+                    targetUsers=_WHOLE, createdAt=_TIME, startedAt=_NAME_OR_NULL, finishedAt=_NAME_OR_NULL,
                     verdict=_NAME_OR_NULL, trust=_TEXT)}),
-    "Point": _object("timestamp", timestamp=_MOMENT, **{name: _TEXT if name == "source" else _COUNT
+    "Point": _object("timestamp", timestamp=_TIME, **{name: _TEXT if name == "source" else _COUNT
         if name in COUNTS else _MEASURE for name in SAMPLE_KEYS}),
     "Series": _object("runId total downsampled points", runId=_TEXT, total=_WHOLE, downsampled=_FLAG,
         points=array_schema("Point")),
@@ -21234,12 +21240,12 @@ SCHEMAS: dict[str, Any] = {
         p99ResponseMs=_MEASURE, method=_TEXT, name=_TEXT, responseTimes={"type": "object",
             "additionalProperties": _WHOLE, "description": "whole ms to requests"},
     ),
-    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_MOMENT,
+    "Histograms": _object("runId from to totals endpoints", runId=_TEXT, to=_TIME,
         totals={"$ref": "#/components/schemas/Histogram"}, endpoints=array_schema("Histogram"),
-        **{"from": _MOMENT}),
+        **{"from": _TIME}),
     "Export": _object(
         "format version run samples histograms failures", format={"enum": [EXPORT_FORMAT]}, version=_WHOLE,
-        loadManager=_TEXT, exportedAt=_MOMENT,
+        loadManager=_TEXT, exportedAt=_TIME,
         run={"$ref": "#/components/schemas/Run"}, samples=array_schema("Point"),
         histograms={"type": "array", "items": {"type": "object"}},
         failures={"$ref": "#/components/schemas/Failures"},
@@ -21432,7 +21438,7 @@ class Credentials:
         security = config.security
         self.tokens = ApiTokens(security)
         self.callback_tokens = CallbackTokens(config, own_tokens)
-        self.is_open = security.is_open  # anybody may call
+        self.is_anonymous = security.is_anonymous  # anyone may call
         self._sso = (security.jwt, security.oidc)
         same = before if before is not None and before._sso == self._sso else None
         self._jwt: JwtTokens | None = None
@@ -21478,7 +21484,7 @@ class Credentials:
         if isinstance(principal.proof, bytes):
             owner = self.tokens.owner_by_digest(principal.proof)
             return owner == principal
-        return self.is_open if principal.proof is None else principal.proof == self._sso
+        return self.is_anonymous if principal.proof is None else principal.proof == self._sso
 
 
 BUG_WORDS = "an error of Load Manager itself; its log has the details"
@@ -21498,9 +21504,9 @@ class Authentication:
         self._usages: dict[str, RateCounter] = {}  # by the caller's name
 
     @property
-    def is_open(self) -> bool:
+    def is_anonymous(self) -> bool:
         """Anybody may call."""
-        return self._credentials.is_open
+        return self._credentials.is_anonymous
 
     @property
     def sign_on(self) -> OpenIdSignOn | None:
@@ -21549,22 +21555,22 @@ class Authentication:
         credentials = self._credentials
         known = credentials.callers.get(given) if given else None
         if known is not None and known.until > time.time():
-            known.usage.note(limit)
+            known.usage.record_request(limit)
             return known.principal
         principal = self._new_caller(head, given, address, credentials)
         if len(self._usages) >= self.MAX_CALLERS:
             self._usages.clear()
         usage = self._usages.setdefault(principal.name, RateCounter())
-        if given and not credentials.is_open:
+        if given and not credentials.is_anonymous:
             until = min(principal.ends_at, time.time() + CALLER_KEEP_S)
             credentials.remember(given, Caller(principal, usage, until))
-        usage.note(limit)
+        usage.record_request(limit)
         return principal
 
     def _new_caller(
         self, head: RequestHead, given: str | None, address: str, credentials: Credentials
     ) -> Principal:
-        if credentials.is_open:
+        if credentials.is_anonymous:
             if head.method not in SAFE_METHODS:
                 check_same_origin(head, self._config.server, required=False)
             return ANONYMOUS
@@ -21583,7 +21589,7 @@ class Authentication:
             raise self._refused(address, str(error)) from None
 
     def _refused(self, address: str, message: str) -> LoadManagerError:
-        wait_s = self._failed.note(address)
+        wait_s = self._failed.record_failure(address)
         if wait_s is not None:
             return TooManyRequests("too many wrong tokens from this address", retry_after_s=wait_s)
         return Unauthorized(message)
@@ -21599,7 +21605,7 @@ class Authentication:
     def proof_of(self, request: Request) -> Callable[[], bool]:
         """Tells whether what the request proved still holds, as long as its answer is streamed."""
         headers, principal, secret = request.head.headers, request.principal, None
-        if not self.is_open and "authorization" not in headers:
+        if not self.is_anonymous and "authorization" not in headers:
             secret = session_secret(request.head, self._config.server)
 
         def still_holds() -> bool:
@@ -21630,7 +21636,7 @@ class Authentication:
         """A new session and its secret for the owner of an API token, or Unauthorized."""
         try:
             credentials = self._credentials
-            principal = ANONYMOUS if credentials.is_open else self._owner_of(token, address, credentials)
+            principal = ANONYMOUS if credentials.is_anonymous else self._owner_of(token, address, credentials)
             return self._sessions.begin(principal, address)
         except KeysNeeded as needed:  # the loop does not wait: who signs in tries again
             needed.read_soon(_nothing)
@@ -21721,7 +21727,7 @@ class Api:
             principal = self.authentication.caller_of(head, route, address)
         except (Unauthorized, Forbidden) as error:
             request = Request(head, route, params, error.caller or principal, address)
-            self._note_refusal(request, error)
+            self._record_refusal(request, error)
             raise
         if route.access != "anyone":
             self.store.check_lead()
@@ -21783,7 +21789,7 @@ class Api:
             response = error_response(failure)
             has_proven_nothing = request.principal is NOBODY and request.route.is_audited
             if has_proven_nothing or isinstance(failure, (Unauthorized, Forbidden, NotYours)):
-                self._note_refusal(request, failure)
+                self._record_refusal(request, failure)
                 return response
         if request.route.is_audited:
             unwritten = self._note_done(request, response.http_status, failure)
@@ -21816,7 +21822,7 @@ class Api:
 
     REFUSALS_TOLD_S = 60.0  # how long those that were not written are counted before that is told
 
-    def _note_refusal(self, request: Request, failure: LoadManagerError) -> None:
+    def _record_refusal(self, request: Request, failure: LoadManagerError) -> None:
         request.principal = failure.caller or request.principal
         if self._refusals.takes(request.address):
             self.store.audit(self._entry(request, failure.http_status, failure.message))
@@ -21908,13 +21914,13 @@ class Api:
         return cluster
 
     def report_parts(self, request: Request) -> tuple[dict[str, Any], list[Sample], dict[str, Any]]:
-        """What a report is made of: the run as on the wire, its history, its failures."""
+        """What a report is made of: the run as the API's JSON, its history, its failures."""
         run = self.visible_run(request)
         try:
             failures = self.orchestrator.failures(run)
         except LocustError as error:
             failures = {**failures_to_json((), ()), "problem": error.message}
-        return json.loads(self.store.wire(run.id)), downsample(self.store.samples(run.id), 600), failures
+        return json.loads(self.store.run_json(run.id)), downsample(self.store.samples(run.id), 600), failures
 
     def file_response(
         self,
@@ -21936,7 +21942,7 @@ class Api:
         headers = {"Location": f"/v1/tests/{run_id}"}
         if replayed:
             headers["Idempotent-Replayed"] = "true"
-        return Response(self.store.wire(run_id), http_status, headers=headers)
+        return Response(self.store.run_json(run_id), http_status, headers=headers)
 
     @contextlib.contextmanager
     def _one_at_a_time(self, key: str) -> Iterator[None]:
@@ -22021,7 +22027,7 @@ def _options_route(allow: str) -> Route:
 
 STANDBY_LOOK_S = 0.25
 STANDBY_HOP = "X-LoadManager-Hop"
-STANDBY_MOST_REQUESTS = 128  # at once
+STANDBY_MAX_REQUESTS = 128  # at once
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect".split()
     + ["content-length"]
@@ -22139,7 +22145,7 @@ class StandbyFront(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         self.leader_url: str | None = None
         self.problem: str | None = "it has just started"  # why there is no one to ask
-        self.places = threading.BoundedSemaphore(STANDBY_MOST_REQUESTS)
+        self.places = threading.BoundedSemaphore(STANDBY_MAX_REQUESTS)
         self.unread: dict[socket.socket, float] = {}  # when each connection whose request is to come gives up
         super().__init__((host, port), StandbyRequest)
 
@@ -22506,7 +22512,7 @@ class Service:
             log("configuration not read again", error=repr(error), trace=traceback.format_exc())
         status, detail = (400, audit_text("; ".join(problems))) if problems else (200, "")
         self._store.audit(AuditEntry(time.time(), "SIGHUP", "", "", "reload", "", "", "", status, detail))
-        self._mark.note_reload(problems, needs_restart)
+        self._mark.record_reload(problems, needs_restart)
 
     def stop(self) -> None:
         """Finish the requests in hand, write everything, and be gone within 5 s."""
@@ -22551,7 +22557,7 @@ class ServerMark:
         self._document = {"pid": os.getpid(), "url": url, "reloads": 0, "problems": [], "needsRestart": []}
         self._write()
 
-    def note_reload(self, problems: list[str], needs_restart: list[str]) -> None:
+    def record_reload(self, problems: list[str], needs_restart: list[str]) -> None:
         if self._file is not None:
             reloads = self._document["reloads"] + 1
             self._document.update(reloads=reloads, problems=problems, needsRestart=needs_restart)
@@ -23224,7 +23230,7 @@ class ApiClient:
         answer = ApiAnswer(response.status, response.headers, response.read())
         if response.will_close:
             self.close()
-        self._note_clock(response.headers.get("Date"))
+        self._record_clock(response.headers.get("Date"))
         return answer
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -23263,7 +23269,7 @@ class ApiClient:
             ) from None
         return context
 
-    def _note_clock(self, date: str | None) -> None:
+    def _record_clock(self, date: str | None) -> None:
         """How far our clocks are apart: moments of the server are shown as ages."""
         import email.utils
 
@@ -24235,7 +24241,7 @@ def command_sessions(options: Any) -> int:
             *(one_line(one[name]) for name in ("id", "name", "role")),
             one_line("all" if one["tenants"] is None else ", ".join(one["tenants"])),
             one_line(one["address"]),
-            local_moment(one["beganAt"]),
+            local_time_text(one["beganAt"]),
         ]
         for one in sign_ins
     ]
@@ -25106,7 +25112,7 @@ def list_row(run: dict[str, Any], now: float) -> list[str]:
         count_text(metrics.get("totalFailures")),
         count_text(metrics.get("p95ResponseMs")),
         clock_words(elapsed_s(run, now)) if run.get("startedAt") else "-",
-        local_moment(run["createdAt"]),
+        local_time_text(run["createdAt"]),
     ]
 
 
@@ -25150,7 +25156,7 @@ def metrics_row(point: dict[str, Any]) -> list[str]:
         else count_text(point.get(name))
         for name in names
     ]
-    return [local_moment(point["timestamp"]), *figures]
+    return [local_time_text(point["timestamp"]), *figures]
 
 
 def endpoint_row(row: dict[str, Any]) -> list[str]:
@@ -25192,7 +25198,7 @@ def endpoint_lines(
     return lines + ([f"… and {len(rows) - len(shown)} more endpoints"] if len(shown) < len(rows) else [])
 
 
-def local_moment(text: str) -> str:
+def local_time_text(text: str) -> str:
     """A moment of the API in local time, `11-23 14:05:09`."""
     return time.strftime("%m-%d %H:%M:%S", time.localtime(parse_utc(text)))
 
@@ -25313,7 +25319,9 @@ def run_lines(run: dict[str, Any], screen: Screen, now: float) -> list[str]:
         + (f" on {run['locustClusterId']}" if run["locustClusterId"] else ""),
         "load": load_words(run)
         + (f"; for {clock_words(run['durationSeconds'])}" if run.get("durationSeconds") else ""),
-        "time": " to ".join(local_moment(run[name]) for name in ("startedAt", "finishedAt") if run.get(name))
+        "time": " to ".join(
+            local_time_text(run[name]) for name in ("startedAt", "finishedAt") if run.get(name)
+        )
         or "not started",
         "labels": ", ".join(run.get("labels") or ()),
         "metadata": ", ".join(
@@ -27414,9 +27422,9 @@ COMMANDS = (
         "metrics", command_metrics, "a run's numbers over time", "metrics latest --max-points 50",
         (
             RUN_ARGUMENT,
-            argument("--from", dest="since", metavar="MOMENT",
+            argument("--from", dest="since", metavar="TIME",
                 help="from this time on: RFC 3339 or epoch seconds"),
-            argument("--to", dest="until", metavar="MOMENT", help="to this time"),
+            argument("--to", dest="until", metavar="TIME", help="to this time"),
             argument("--step", metavar="TIME", value=duration_value, help="one point in this time"),
             argument("--max-points", metavar="N", value=count_value, default=30,
                 help="how many points, extremes kept; default: 30"),
@@ -27457,7 +27465,7 @@ COMMANDS = (
             argument("schedule", nargs="?", metavar="SCHEDULE",
                 help="its id, for pause, resume, run and delete"),
             argument("--cron", metavar="EXPR", help="create: five fields, or @daily"),
-            argument("--at", metavar="MOMENT", help="create: once, instead of --cron: RFC 3339"),
+            argument("--at", metavar="TIME", help="create: once, instead of --cron: RFC 3339"),
             argument("--timezone", metavar="NAME", help="create: the clock that cron means; default: UTC"),
             argument("--policy", choices=["Forbid", "Queue", "Replace"],
                 help="create: while its last run is active; default: Forbid"),
@@ -28529,14 +28537,14 @@ const live = {
 
 // A browser has six connections to a server for all its tabs, and with six streams nothing else is answered:
 // the tabs that were opened or looked at last have them. Hidden ones give theirs back.
-const MOST_STREAMS = 4;
+const MAX_STREAMS = 4;
 const ASK_EVERY_MS = 5000;
 const tabId = String(Math.random());
 const otherTabs = new BroadcastChannel("loadmanager-streams");
 const tellTabs = (hasStream) => otherTabs.postMessage({tabId, hasStream});
 otherTabs.onmessage = ({data}) => {
   if (!data.hasStream) live.newer.delete(data.tabId);
-  else if (live.newer.add(data.tabId).size >= MOST_STREAMS && live.source) live.rest();
+  else if (live.newer.add(data.tabId).size >= MAX_STREAMS && live.source) live.rest();
 };
 addEventListener("pagehide", () => tellTabs(false));
 addEventListener("focus", () => {
@@ -29405,7 +29413,7 @@ function runTable(label) {
 // ---- overview ----
 
 const PAGE_SIZE = 25;
-const MOST_ROWS = 200; // of running tests
+const MAX_ROWS = 200; // of running tests
 
 class Overview {
   constructor() {
@@ -29607,7 +29615,7 @@ class Overview {
     try {
       const [active, recent] = await Promise.all([
         !wants || wants.includes("Running")
-          ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), MOST_ROWS)) : {data: []},
+          ? api("GET", "/v1/tests?" + this.query(ACTIVE.join(","), MAX_ROWS)) : {data: []},
         wants.includes("Running") ? {data: [], link: null} : api("GET", "/v1/tests?" + older),
       ]);
       if (asked !== this.asked || this.closed) return;
@@ -29690,9 +29698,9 @@ class Overview {
       wants = this.filters.status;
     const active = [...this.active.values()];
     this.clear.hidden = !filtered;
-    this.running.rows.show(active.slice(0, MOST_ROWS), (run) => run.id);
+    this.running.rows.show(active.slice(0, MAX_ROWS), (run) => run.id);
     this.finished.rows.show(this.recent, (run) => run.id);
-    setText(this.runningCount, active.length > MOST_ROWS ? "the newest " + MOST_ROWS : active.length || "");
+    setText(this.runningCount, active.length > MAX_ROWS ? "the newest " + MAX_ROWS : active.length || "");
     this.running.box.hidden = !active.length;
     this.runningEmpty.hidden = active.length > 0;
     this.runningSection.hidden = wants && !wants.includes("Running");
@@ -30478,7 +30486,7 @@ function comparisonParts(compared, whole, isWhole, showWhole) {
 }
 
 const FEW_ENDPOINTS = 100;
-const MOST_LIVE_POINTS = 2000;
+const MAX_LIVE_POINTS = 2000;
 
 class RunView {
   constructor(id) {
@@ -30564,7 +30572,7 @@ class RunView {
     const last = this.whole.at(-1);
     if (last && at(point.timestamp) <= at(last.timestamp)) return;
     this.whole.push({...point, live: true});
-    if (this.whole.length > MOST_LIVE_POINTS && !this.thinning) {
+    if (this.whole.length > MAX_LIVE_POINTS && !this.thinning) {
       this.thinning = true;
       this.whole = this.whole.map((one) => ({...one, live: false}));
       this.loadSeries().then(() => {

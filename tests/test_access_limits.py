@@ -21,11 +21,11 @@ def test_flood_of_sign_ins_ends_only_the_oldest_of_one_s_own():
     secrets = [sessions.begin(viewer)[1] for _ in range(1001)]
     assert sessions.is_alive(secret), "a viewer's sign-ins ended the administrator's"
     alive = [sessions.is_alive(one) for one in secrets]
-    assert alive.count(True) == sessions.MOST_OF_ONE and all(alive[-sessions.MOST_OF_ONE :])
+    assert alive.count(True) == sessions.MAX_PER_USER and all(alive[-sessions.MAX_PER_USER :])
 
 
 def test_sessions_in_all_are_bounded_at_the_cost_of_who_has_most(monkeypatch):
-    monkeypatch.setattr(loadmanager.Sessions, "MOST", 20)
+    monkeypatch.setattr(loadmanager.Sessions, "MAX_SESSIONS", 20)
     sessions = loadmanager.Sessions()
     single = sessions.begin(loadmanager.Principal("single", "viewer"))[1]
     for number in range(40):
@@ -45,19 +45,19 @@ def test_sessions_in_all_are_bounded_at_the_cost_of_who_has_most(monkeypatch):
 )
 def test_wrong_tokens_of_one_network_are_counted_together(one, other, together):
     attempts = loadmanager.FailedAttempts()
-    for _ in range(attempts.MOST):
-        attempts.note(one)
-    assert (attempts.note(other) is not None) is together
+    for _ in range(attempts.MAX_FAILURES):
+        attempts.record_failure(one)
+    assert (attempts.record_failure(other) is not None) is together
 
 
 def test_flood_of_addresses_frees_no_one_who_guesses():
     attempts = loadmanager.FailedAttempts()
-    for _ in range(attempts.MOST + 5):
-        attempts.note("10.0.0.1")
+    for _ in range(attempts.MAX_FAILURES + 5):
+        attempts.record_failure("10.0.0.1")
     for number in range(attempts.MAX_ADDRESSES + 500):
-        attempts.note(f"10.{1 + number // 65536}.{number // 256 % 256}.{number % 256}")
+        attempts.record_failure(f"10.{1 + number // 65536}.{number // 256 % 256}.{number % 256}")
     assert len(attempts._counts) <= attempts.MAX_ADDRESSES
-    assert attempts.note("10.0.0.1") is not None, "at 10,000 addresses all counts were forgotten"
+    assert attempts.record_failure("10.0.0.1") is not None, "at 10,000 addresses all counts were forgotten"
 
 
 # ---- clients of the original -------------------------------------------------

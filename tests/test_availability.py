@@ -430,7 +430,7 @@ def test_unforeseen_exception_ends_no_thread_of_the_server(lm_service, counted, 
         assert requests.get(service.url + "/v1/tests", headers=headers, timeout=10).status_code == 500
     assert health()["unforeseenErrors"] > seen
     with monkeypatch.context() as patch:  # a handler in a thread
-        patch.setattr(service._store, "list_wire", fail)
+        patch.setattr(service._store, "list_json", fail)
         assert requests.get(service.url + "/v1/tests", headers=headers, timeout=10).status_code == 500
     assert requests.get(service.url + "/v1/tests", headers=headers, timeout=10).status_code == 200
 

@@ -387,7 +387,7 @@ def test_sessions_are_bounded_in_number_and_in_time(monkeypatch):
 
     sessions, now = lm.Sessions(), [1000.0]
     monkeypatch.setattr(lm, "monotonic_s", lambda: now[0])
-    secrets = [sessions.begin(lm.Principal("api", "admin"))[1] for _ in range(lm.Sessions.MOST_OF_ONE + 1)]
+    secrets = [sessions.begin(lm.Principal("api", "admin"))[1] for _ in range(lm.Sessions.MAX_PER_USER + 1)]
     assert sessions.find(secrets[0]) is None and sessions.find(secrets[1]) and sessions.find(secrets[-1])
     now[0] += 12 * 3600 - 1
     assert sessions.find(secrets[-1])

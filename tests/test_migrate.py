@@ -49,7 +49,7 @@ def filled(tmp_path):
     )
     failure = {"method": "GET", "name": "/a", "error": "500 \u2713", "occurrences": 3}
     kept = {"failures": [failure], "exceptions": []}
-    store.keep_artefact(runs[1].id, lm.FAILURES, lm.dump_json(kept).encode())
+    store.keep_attachment(runs[1].id, lm.FAILURES, lm.dump_json(kept).encode())
     store.set_baseline(lm.Baseline("acme", "dev", "browse", runs[1].id, 11.0, "me"))
     for number in range(450):
         store.audit(entry(who=f"user-{number}", at=time.time()))

@@ -346,7 +346,7 @@ lm.DatabaseWriter.save = save_but_once
     "patch",
     [
         "raise_once(lm.RunMonitor, '_look')",
-        "raise_once(lm.RunMonitor, '_note_reading')",
+        "raise_once(lm.RunMonitor, '_record_reading')",
         "lm.RunMonitor._is_all_well = lambda *_: False\nraise_once(lm.RunMonitor, '_mind_users')",
         "raise_once(lm.RunMonitor, '_ask')",
         "raise_once(lm.RunMonitor, '_polled')",

@@ -23,7 +23,7 @@ def readings(poll_s: float, cache_s: float = 2.0, until: float = 30.0, phase: fl
     while at < until:
         if at - made > cache_s:
             made = at + 0.01
-        found.append((made, times.note(made, at, at + 0.02)))
+        found.append((made, times.record(made, at, at + 0.02)))
         at += poll_s
     return found
 
@@ -80,7 +80,7 @@ def judged(expr: str, samples: list[Sample], until: float = 60.0) -> loadmanager
             counted_at=one.counted_at, counted_requests=one.counted_requests,
             counted_failures=one.counted_failures,
         )  # fmt: skip
-        watch.note(snapshot, 0.0)
+        watch.record_sample(snapshot, 0.0)
     final = loadmanager.judge_threshold(threshold, None, samples, (0.0, until), None)
     if final.result == "passed":
         assert watch.first_failed == [None], "it was seen to fail while the run went on"

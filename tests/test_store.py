@@ -126,10 +126,10 @@ def test_everything_kept_is_there_after_reopening(open_store):
         store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
     store.transition(run.id, lm.RunStatus.STOPPING, stop_reason="user")
     store.transition(run.id, lm.RunStatus.FINISHED, snapshot=snapshot(9, 1010.0), finished_at=1010.0)
-    before, samples = store.wire(run.id), store.samples(run.id)
+    before, samples = store.run_json(run.id), store.samples(run.id)
     store.close()
     again = open_store()
-    assert again.wire(run.id) == before
+    assert again.run_json(run.id) == before
     assert again.samples(run.id) == samples and [sample.requests for sample in samples] == [1, 2, 3, 9]
     assert again.recall_key("key", time.time()) == ("hash", run.id)
     assert again.add(new_run()).seq > run.seq
@@ -159,12 +159,12 @@ def test_final_run_keeps_every_byte(open_store):
     store = open_store()
     run = store.add(new_run())
     store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x", finished_at=1.0)
-    before = store.wire(run.id)
+    before = store.run_json(run.id)
     assert not store.add_snapshot(run.id, snapshot(1), "push")
     assert not store.add_warning(run.id, "cpu_high", "x", 1.0)
     store.update(run.id, scenario_id="other")
     store.update(run.id, cleanup=False)
-    assert store.wire(run.id) == before
+    assert store.run_json(run.id) == before
 
 
 def test_ten_threads_on_one_run_lose_no_sample_and_stop_it_once(open_store):
@@ -344,13 +344,13 @@ def test_file_of_the_first_version_is_brought_to_the_newest(open_store, tmp_path
     assert store.cleanups() == {"run-2": "one"}, "what was a fact of the run is one of its own"
     run = store.add(new_run(), ("key", "hash"))
     store.add_snapshot(run.id, snapshot(3), "poll")
-    store.keep_artefact(run.id, "a.txt", b"a")
+    store.keep_attachment(run.id, "a.txt", b"a")
     store.audit(entry())
     store.drop_cleanup("run-2")
     store.wait_durable_or_log()
     store.close()
     again = open_store()
-    assert again.find(run.id) == run and again.artefact(run.id, "a.txt") == b"a" and again.cleanups() == {}
+    assert again.find(run.id) == run and again.attachment(run.id, "a.txt") == b"a" and again.cleanups() == {}
     again.close()
     database = raw_database(open_store, tmp_path)
     assert columns_of(database) == {table: set(columns) for table, columns in lm.TABLES.items()}
@@ -799,7 +799,7 @@ def test_numbers_go_on_when_the_clock_is_set_back(open_store, monkeypatch):
         clock[0] += 0.5
         steady[0] += 0.5
         store.add_snapshot(run.id, snapshot(number, clock[0]), "poll")
-        assert json.loads(store.wire(run.id))["lastMetrics"]["totalRequests"] == number
+        assert json.loads(store.run_json(run.id))["lastMetrics"]["totalRequests"] == number
     ended = store.transition(
         run.id, lm.RunStatus.FAILED, snapshot=snapshot(9, clock[0]), finished_at=clock[0]
     )
@@ -820,7 +820,7 @@ def test_numbers_go_on_when_the_clock_was_set_back_while_we_were_away(open_store
     again = open_store()
     for number in (2, 3):
         assert again.add_snapshot(run.id, snapshot(number, time.time()), "poll")
-        assert json.loads(again.wire(run.id))["lastMetrics"]["totalRequests"] == number
+        assert json.loads(again.run_json(run.id))["lastMetrics"]["totalRequests"] == number
     assert [one.requests for one in again.samples(run.id)] == [1, 2, 3]
 
 
@@ -853,7 +853,7 @@ def test_sample_that_cannot_be_written_keeps_nothing_else_from_being_written(ope
         assert [one.requests for one in kept] == [2] and store.rows_left_out == 1
         told = capfd.readouterr().err
         assert "row cannot be written" in told and sick.id in told and "samples" in told
-    assert store.problem is None and b"lastMetrics" in store.wire(sick.id)
+    assert store.problem is None and b"lastMetrics" in store.run_json(sick.id)
     store.close()
     again = open_store()
     assert {run.id for run in again.list_runs()} == {sick.id, healthy.id, later.id}
@@ -863,16 +863,16 @@ def test_text_and_numbers_that_json_has_not_do_not_keep_a_run_from_being_kept(op
     store = open_store()
     odd = {"name": "a\ud800b", "n": float("nan"), "deep": [{"x": float("inf")}], "long": 10**5000}
     run = store.add(new_run(metadata=odd))
-    store.keep_artefact(run.id, "a", b"x")
+    store.keep_attachment(run.id, "a", b"x")
     row = lm.EndpointStats("GET", "/\udfff", 1, 0, 1.5, 1, 2, 1, 3.5, 2, None)
     store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
     store.add_snapshot(run.id, snapshot(1, float("nan"))._replace(endpoints=(row,)), "poll")
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=2.0, failure_reason="\udc80 text")
-    shown = json.loads(store.wire(run.id))
+    shown = json.loads(store.run_json(run.id))
     assert shown["status"] == "Failed" and shown["metadata"]["n"] is None and shown["lastMetrics"]
     store.close()
     again = open_store()
-    assert json.loads(again.wire(run.id)) == shown
+    assert json.loads(again.run_json(run.id)) == shown
 
 
 def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
@@ -882,7 +882,7 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
     with store._lock, store._writer.one_commit():
         bad = "\ud800"
         store.keep_schedule(bad, "{}")
-        store.keep_artefact(run.id, bad, b"x")
+        store.keep_attachment(run.id, bad, b"x")
         store._writer.save_key(bad, ("hash", run.id, 1.0))
         store.audit(entry(detail=bad))
         store._writer.save_document("outbox", "bad", (1.0, object()))
@@ -890,12 +890,12 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
         bad_point = lm.HistogramPoint(1.0, {None: object()})
         store._writer.add_sample(lm.sample_of(run.id, snapshot(1), "poll"), None, bad_point, True)
         store.keep_schedule("good", "{}")
-        store.keep_artefact(run.id, "good", b"good")
+        store.keep_attachment(run.id, "good", b"good")
         store._writer.save_key("good", ("hash", run.id, time.time()))
         store.audit(entry("good"))
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=1.0)
     assert store.rows_left_out == 7 and store.problem is None
-    assert store.artefact(run.id, "good") == b"good"
+    assert store.attachment(run.id, "good") == b"good"
     store.close()
     again = open_store()
     assert again.schedule_records() == ["{}"] and again.recall_key("good", time.time()) == ("hash", run.id)
@@ -1008,9 +1008,9 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
     store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
     store.add_snapshot(run.id, snapshot(1, 5.0), "poll")
     store.transition(run.id, lm.RunStatus.STOPPING, stop_reason="user")
-    before = store.wire(run.id)
+    before = store.run_json(run.id)
     told, too_early, seen = [], [], []
-    store.listeners.append(lambda changed: told.append(json.loads(store.wire(changed.id))["status"]))
+    store.listeners.append(lambda changed: told.append(json.loads(store.run_json(changed.id))["status"]))
     store.deliveries_for = lambda run, numbers: [
         lm.Delivery("msg_1", "hook", "finished", run.id, "acme", time.time(), "finished", {})
     ]
@@ -1032,9 +1032,9 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
         store.transition(run.id, lm.RunStatus.FINISHED)  # those who decide see the newest
     while thread.is_alive():
         views = (
-            store.wire(run.id),
+            store.run_json(run.id),
             store.brief(run.id),
-            b"".join(store.list_wire(lm.RunFilter(), 9, None)[0][0]),
+            b"".join(store.list_json(lm.RunFilter(), 9, None)[0][0]),
         )
         statuses = {json.loads(view)["status"] for view in views} | {store.list_runs()[0].status.value}
         statuses |= {"Finished"} if store.waiting_deliveries("hook") else set()
@@ -1045,7 +1045,7 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
         time.sleep(0.005)
     thread.join()
     assert too_early == [] and len(seen) > 10, "the state before was shown meanwhile"
-    final = json.loads(store.wire(run.id))
+    final = json.loads(store.run_json(run.id))
     assert (final["status"], final["lastMetrics"]["totalRequests"]) == ("Finished", 9)
     assert told[-1] == "Finished" and "Finished" not in told[:-1]
     assert [one.id for one in store.waiting_deliveries("hook")] == ["msg_1"]
@@ -1107,9 +1107,9 @@ def test_new_run_is_shown_when_it_is_on_disk(tmp_path):
     thread = threading.Thread(target=lambda: store.add(new_run()))
     thread.start()
     eventually(lambda: store.active_runs(), 5)
-    assert store.list_runs() == [] and store.list_wire(lm.RunFilter(), None, None) == ([], None)
+    assert store.list_runs() == [] and store.list_json(lm.RunFilter(), None, None) == ([], None)
     with pytest.raises(lm.NotFound):
-        store.wire(store.active_runs()[0].id)
+        store.run_json(store.active_runs()[0].id)
     thread.join()
     assert len(store.list_runs()) == 1
     store.close()

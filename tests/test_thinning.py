@@ -22,7 +22,7 @@ VALUES = [name for name in lm.Sample._fields if name not in ("run_id", "at", "so
 
 def described(store, run):
     """All that a person sees of a run, but that its history is thinned."""
-    document = json.loads(store.wire(run.id))
+    document = json.loads(store.run_json(run.id))
     document.pop("historyStepSeconds", None)
     return document, lm.run_figures_to_record(store.comparer.compared(store.get(run.id)).figures)
 
@@ -62,7 +62,7 @@ def test_thinned_history_keeps_extremes_sums_figures_and_verdict(open_store, ste
     assert thinned[-1] == samples[-1]
     assert len(kept) == len({at // step_s for at in sums}) and max(kept) == max(sums)
     assert_same_sums(sums, kept)
-    assert json.loads(store.wire(run.id))["historyStepSeconds"] == step_s
+    assert json.loads(store.run_json(run.id))["historyStepSeconds"] == step_s
     assert described(store, run) == shown
     store.close()
     again = open_store()  # and as another process reads it, which makes no figures again

@@ -366,7 +366,7 @@ def abort_after(delay_s, values):
     )
     watch = ThresholdWatch((threshold,))
     for at, p95 in values:
-        if watch.note(snapshot(at=float(at), p95=p95), 0.0):
+        if watch.record_sample(snapshot(at=float(at), p95=p95), 0.0):
             return at, watch.first_failed[0]
     return None, watch.first_failed[0]
 

@@ -110,7 +110,7 @@ def keep_again(store: lm.Store, like: tuple, started_at: float, kind: int) -> No
         [sample._replace(run_id=again.id, at=sample.at + later_s) for sample in samples],
         [(at + later_s, is_whole, text) for at, is_whole, text in histograms], None,
     )  # fmt: skip
-    store.keep_artefact(again.id, lm.RUN_FIGURES, figures)  # as of a run that was compared when it ended
+    store.keep_attachment(again.id, lm.RUN_FIGURES, figures)  # as of a run that was compared when it ended
 
 
 def templates(count: int) -> list[tuple]:
@@ -122,7 +122,7 @@ def templates(count: int) -> list[tuple]:
             run = kept_run(store, time.time() - 2 * RUN_S, random.Random(number))
             snapshot = store.newest_numbers(run.id)
             store.comparer.compared(run)
-            figures = store.artefact(run.id, lm.RUN_FIGURES)
+            figures = store.attachment(run.id, lm.RUN_FIGURES)
             found.append((run, snapshot, store.samples(run.id), store.histogram_records(run.id), figures))
         store.close()
     return found
@@ -151,7 +151,7 @@ class RepeatingThinner(lm.HistoryThinner):
             self._store.change_history(
                 run.id, lambda database: self._repeat(database, run, *self._known[kind])
             )
-            self._store.note_thinned(run.id, step_s)
+            self._store.record_thinned(run.id, step_s)
 
     def _rows_of(self, run: lm.Run) -> tuple[list, list]:
         samples = [one._replace(at=one.at - run.started_at) for one in self._store.samples(run.id)]
