@@ -226,7 +226,7 @@ def configured(load_manager, fake):
                 "targetUsers": 5,
             },
             "stages",
-            "stand for",
+            "must be given without them",
         ),
         ({"scenarioId": "waves", "stages": []}, "stages", "1 to 100"),
         (
