@@ -7,24 +7,24 @@ test on time; remembers every run. Python 3.11 or newer. A YAML configuration ne
 PyYAML, a JSON one needs nothing.
 
     python loadmanager.py -config config.yaml        serve
-    python loadmanager.py check -config config.yaml  say every problem of a configuration
+    python loadmanager.py check -config config.yaml  report every problem of a configuration
     python loadmanager.py run --help                 start a run; --help lists all commands
 
 Six parts; a part uses only names of its own and of the parts above it. The sections
 (`grep -n '^# [0-9]*\\. '`):
 
 PART I   VALUES: words, time, errors and the configuration: what every other part speaks in
- 1. VOCABULARY      words, units, limits and moments every other section speaks in
+ 1. VOCABULARY      words, units, limits and times every other section speaks in
  2. LOG             what is logged, and how it is written
  3. ERRORS          what can go wrong, with the HTTP status it becomes
- 4. TIME            the steady clock and the one thread that waits for moments
+ 4. TIME            the monotonic clock and the one thread for scheduled calls
  5. CONFIG          the configuration file: keys, defaults, checks, environment
 
 PART II  MODEL: what a run is, whether it passed, and what may be asked for
  6. MODEL           run, snapshot, sample, and their translation to the API's JSON
  7. THRESHOLDS      did a run pass: thresholds, their windows, and how they are judged
  8. COMPARISON      two runs, and a run with its history: what differs beyond the scatter
- 9. REQUESTS        what may be asked for, and which reported numbers are believed
+ 9. REQUESTS        what may be asked for, and which reported numbers are accepted
 
 PART III STATE: all that is remembered, in memory and on disk
 10. DATABASE        tables and migrations, in SQLite or PostgreSQL
@@ -49,7 +49,7 @@ PART VI  FACE: what clients, browsers and shells meet
 23. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
 24. EXCHANGE        a run as a file to transfer: export, import, files of a headless Locust
 25. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-26. EVENTS          changes of runs, told to event streams
+26. EVENTS          changes of runs, reported to event streams
 27. METRICS         figures for Prometheus, and the dashboards and alerts made of them
 28. ACCESS          who a token says the caller is, and how much they may ask
 29. SIGN ON         tokens and sign-ins of an identity provider
@@ -69,15 +69,15 @@ PART VI  FACE: what clients, browsers and shells meet
 43. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that no one foresaw never ends one unseen: log_unforeseen() logs it with its
-trace and counts it, `/health` tells the count, and then what the last column says happens.
+trace and counts it, `/health` reports the count, and then what the last column says happens.
 
 thread             what it does                                      may wait for     when it raises
-accept             accepts connections                               -                goes on
-connections        reads and answers all connections                 -                goes on
-request, stop      handlers that wait; `stop` is kept for stops      Locust, disk     500, goes on
-big body           reads bodies over 64 KiB, one by one              -                500, goes on
-timer              deadlines and other scheduled calls               -                goes on
-writer             the only one that writes to the database          the database     goes on
+accept             accepts connections                               -                continues
+connections        reads and answers all connections                 -                continues
+request, stop      handlers that wait; `stop` is kept for stops      Locust, disk     500, continues
+big body           reads bodies over 64 KiB, one by one              -                500, continues
+timer              deadlines and other scheduled calls               -                continues
+writer             the only one that writes to the database          the database     continues
 database-deadline  cuts a PostgreSQL connection that hangs           -                is counted
 polls              asks all masters for their numbers, notes them    -                the run is Failed
 watch              looks closer at the cluster of one run            Locust           the run is Failed
@@ -91,22 +91,22 @@ sleep              puts a cluster that no run needs to sleep         Locust     
 cluster-change     follows a reload in what is launched              a process        is counted
 ask                asks one cluster for the list of clusters         Locust           "did not answer"
 dns                looks a name up                                   a name server    is counted
-schedules          fires schedules                                   -                goes on
+schedules          fires schedules                                   -                continues
 schedule-          starts the run of one schedule                    Locust           is counted
-repeat             starts the next run of a repetition               Locust           goes on
-notify-            delivers notifications of one channel             a receiver       goes on
+repeat             starts the next run of a repetition               Locust           continues
+notify-            delivers notifications of one channel             a receiver       continues
 keys               reads the keys of an identity provider            the provider     is counted
 retention, audit   remove what is older than the configuration says  disk             tried again
-standby            accepts connections while another one leads        -                goes on
-standby-request    passes one request on to the one that leads       the leader       502, goes on
+standby            accepts connections while another one leads        -                continues
+standby-request    passes one request on to the one that leads       the leader       502, continues
 mcp-call           makes one call of an assistant                   a server          is answered
 thinning           thins the history of old runs                     disk             tried again
-doctor             asks a port or a cluster, for the command         Locust, a server a problem is told
+doctor             asks a port or a cluster, for the command         Locust, a server a problem is reported
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
 
 RunMonitor._turn          who looks at the cluster of a run, and acts; Locust is asked within
-Cluster.operation         a start, a stop or a change of users goes on there; Locust is asked within
+Cluster.operation         a start, a stop or a change of users is running there; Locust is asked within
 ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
 RunMonitor._lock          what is known of an active run
 Notifier._picking         which deliveries are in hand
@@ -168,7 +168,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 # ============================================================================
 
 # ============================================================================
-# 1. VOCABULARY - words, units, limits and moments every other section speaks in
+# 1. VOCABULARY - words, units, limits and times every other section speaks in
 # ============================================================================
 
 VERSION = "1.0.0"
@@ -197,7 +197,7 @@ FINAL = frozenset({RunStatus.FINISHED, RunStatus.FAILED})
 
 
 class Stage(NamedTuple):
-    """A stretch of a run with its own load."""
+    """A time block of a run with its own load."""
 
     users: int
     spawn_rate: float  # users/s
@@ -241,7 +241,7 @@ DEFAULT_CONFIG = "config.yaml"
 
 def utc_text(epoch_s: float) -> str:
     """RFC 3339 in UTC with milliseconds, e.g. `2026-11-23T12:00:00.123Z`."""
-    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a moment read back is the same moment
+    whole, millis = divmod(math.floor(epoch_s * 1000 + 0.01), 1000)  # a time read back is the same time
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{millis:03d}Z"
 
 
@@ -280,10 +280,10 @@ def parse_utc(text: object) -> float:
         second = "59"
     zone = 0 if offset in "Zz" else (int(offset[1:3]) * 3600 + int(offset[4:]) * 60)
     zone = -zone if offset[0] == "-" else zone
-    moment = datetime.datetime(
+    timestamp = datetime.datetime(
         int(year), int(month), int(day), int(hour), int(minute), int(second), tzinfo=datetime.UTC
     )
-    return moment.timestamp() - zone + float(fraction or 0)
+    return timestamp.timestamp() - zone + float(fraction or 0)
 
 
 # A script is compiled at each start: 0.3 s, and 53 MiB that the compiler never gives back. From cached
@@ -504,7 +504,7 @@ class LogWriter:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
-            pass  # the terminal is gone; the runs go on
+            pass  # the terminal is gone; the runs continue
 
     def _line(self, event: str, known: LogEvent | None, facts: dict[str, Any]) -> str:
         words = [f"{name}={_log_word(self._text(name, value))}" for name, value in facts.items()]
@@ -541,7 +541,7 @@ LOG = LogWriter()
 
 
 def log(event: str, **facts: object) -> None:
-    """Write one line to stderr: moment, event of LOG_EVENTS, facts. Control characters are escaped,
+    """Write one line to stderr: time, event of LOG_EVENTS, facts. Control characters are escaped,
     so that no input can forge a line; never pass a token or a header."""
     LOG.write(event, facts)
 
@@ -650,7 +650,7 @@ class TooManyRequests(LoadManagerError):
 
 
 class NotReady(LoadManagerError):
-    """Shutting down, or the store cannot be written at the moment."""
+    """Shutting down, or the store cannot be written at present."""
 
     http_status, error = 503, "not ready"
 
@@ -717,7 +717,7 @@ class StartupError(Exception):
 
 
 class CommandError(Exception):
-    """A command cannot go on: one line that says what to do, and the exit status."""
+    """A command cannot continue: one line that says what to do, and the exit status."""
 
     def __init__(self, message: str, exit_status: int):
         super().__init__(message)
@@ -753,7 +753,7 @@ class ServerRefused(CommandError):
 
 
 # ============================================================================
-# 4. TIME - the steady clock and the one thread that waits for moments
+# 4. TIME - the monotonic clock and the one thread for scheduled calls
 # ============================================================================
 
 
@@ -769,7 +769,7 @@ else:
 
 
 class ScheduledCall:
-    """A moment someone waits for; cancel() when it is no longer wanted."""
+    """A call at a point in time; cancel() when it is no longer wanted."""
 
     __slots__ = ("due", "action", "cancelled")
 
@@ -850,7 +850,7 @@ class Timer(threading.Thread):
             for scheduled in due:
                 try:
                     scheduled.action()
-                except Exception as error:  # noqa: BLE001 - the edge: a timer must go on
+                except Exception as error:  # noqa: BLE001 - the edge: a timer must continue
                     log_unforeseen("timer", error)
 
     def _due(self) -> list[ScheduledCall]:
@@ -2784,7 +2784,7 @@ def delivery_to_json(delivery: Delivery) -> dict[str, Any]:
 
 
 class Annotation(NamedTuple):
-    """A moment someone marked: epoch seconds, their words."""
+    """A point in time someone marked: epoch seconds, their words."""
 
     at: float
     text: str
@@ -2795,8 +2795,8 @@ def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
 
 
 def _exact_times(run: Run) -> dict[str, int]:
-    moments = {"startedAtMs": run.started_at, "finishedAtMs": run.finished_at}
-    return {name: epoch_ms(at) for name, at in moments.items() if at is not None}
+    times = {"startedAtMs": run.started_at, "finishedAtMs": run.finished_at}
+    return {name: epoch_ms(at) for name, at in times.items() if at is not None}
 
 
 def _trust(run: Run) -> dict[str, Any]:
@@ -3001,7 +3001,7 @@ class EndpointStats(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What one cluster reported at one moment; latencies cover the whole run so far.
+    """What one cluster reported at one time; latencies cover the whole run so far.
 
     Every figure is Locust's own; None where it gave none, never an estimate, never 0."""
 
@@ -3107,7 +3107,7 @@ Histograms = dict[Endpoint | None, Histogram]  # None: the totals
 
 
 class HistogramPoint(NamedTuple):
-    """All histograms of a run from its start to a moment (epoch seconds)."""
+    """All histograms of a run from its start to a point in time (epoch seconds)."""
 
     at: float
     histograms: Histograms
@@ -3331,10 +3331,10 @@ class Abilities(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a Locust master says of itself at one moment.
+    """What a Locust master says of itself at one time.
 
     `cached`: from /stats/requests, which Locust keeps for STATS_CACHE_S or longer. It was made at
-    `made_at` (epoch seconds), or up to `uncertainty_s` before: the hooks tell exactly, Locust does not.
+    `made_at` (epoch seconds), or up to `uncertainty_s` before: the hooks report it, Locust does not.
     `is_cached_repeat`: an earlier reading had the same answer of Locust's cache.
     `hooks`: our hooks answered; only then the fields below it are known."""
 
@@ -3361,11 +3361,11 @@ class Reading:
     made_at: float = 0.0
     uncertainty_s: float = 0.0
     is_cached_repeat: bool = False
-    resets: int | None = None  # of the statistics since the test began, where the hooks tell
+    resets: int | None = None  # of the statistics since the test began, where the hooks report it
 
     @property
     def made_after(self) -> float:
-        """It tells nothing of what was before this; epoch seconds."""
+        """It says nothing of what was before this; epoch seconds."""
         return self.made_at - self.uncertainty_s
 
     @property
@@ -3593,7 +3593,7 @@ LOCUST_WINDOW_S = 10.0  # what Locust's own current percentiles cover
 
 
 def needs_histograms(threshold: Threshold) -> bool:
-    """Whether only histograms tell: Locust itself has windows of counters of the totals, and
+    """Whether only histograms show it: Locust itself has windows of counters of the totals, and
     its own current percentiles, of LOCUST_WINDOW_S."""
     if not threshold.over_s and not threshold.after_s:
         return False
@@ -3800,7 +3800,7 @@ def whole_run_value(threshold: Threshold, snapshot: Snapshot | None) -> tuple[fl
 # Windows of counters. Numbers of now are known only roughly: Locust keeps an answer for 2 s, and its
 # workers report every 3 s, so that a rate made of two of them may be wrong by half over 10 s. Rates and
 # counts are made of the hooks' exact counts, else they are Locust's own rate, which covers 10 s; what
-# neither tells is not known. A proportion, as errorRate, does not depend on the time.
+# neither reports is not known. A proportion, as errorRate, does not depend on the time.
 
 RATE_SETTLES_S = 5.0  # Locust's rate ends 2 s before its last request, and workers report every 3 s
 TIMED = ("totalRequests", "totalFailures", "totalRps")
@@ -3808,7 +3808,7 @@ LOCUST_RATES = {"totalRequests": "rps", "totalRps": "rps", "totalFailures": "fai
 
 
 def window_value(threshold: Threshold, newest: Sample, anchor: Sample) -> float | None:
-    """The value between two samples, from their counters; None when they do not tell.
+    """The value between two samples, from their counters; None when they do not show it.
 
     Counts of a window are those of its length, where the samples are farther apart."""
     if newest.requests is None or anchor.requests is None or newest.at <= anchor.at:
@@ -3866,7 +3866,7 @@ def _locusts_rate(threshold: Threshold, samples: list[Sample], begin: float) -> 
     a shorter window. What lies before `begin` does not count: of a warm-up nothing may be left in it."""
     newest, over_s = samples[-1], threshold.over_s
     if any(sample.counted_at is not None for sample in samples):
-        return None  # the hooks tell exactly, with the next sample
+        return None  # the hooks report it, with the next sample
     settles_s = RATE_SETTLES_S if threshold.after_s else 0.0
     first_at = begin + LOCUST_WINDOW_S + settles_s
     if over_s:
@@ -3885,10 +3885,10 @@ def _locusts_rate(threshold: Threshold, samples: list[Sample], begin: float) -> 
 
 
 def judge_windows(
-    threshold: Threshold, samples: list[Sample], moments: tuple[float, float]
+    threshold: Threshold, samples: list[Sample], times: tuple[float, float]
 ) -> tuple[float | None, float | None]:
-    """The worst value of all windows, and the moment at which one failed first."""
-    started_at, finished_at = moments
+    """The worst value of all windows, and the time at which one failed first."""
+    started_at, finished_at = times
     live = [sample for sample in samples if started_at <= sample.at <= finished_at + 0.001]
     if threshold.metric in TIMED and any(sample.counted_at is not None for sample in live):
         live = [sample for sample in live if sample.counted_at is not None]
@@ -3997,10 +3997,10 @@ class Window(NamedTuple):
 
 
 def judge_histogram_windows(
-    thresholds: Iterable[Threshold], points: Iterable[HistogramPoint], moments: tuple[float, float]
+    thresholds: Iterable[Threshold], points: Iterable[HistogramPoint], times: tuple[float, float]
 ) -> dict[Threshold, Window]:
     """The windows of those thresholds that need histograms, in one pass over a run's history."""
-    started_at, finished_at = moments
+    started_at, finished_at = times
     windows = [HistogramWindow(one, started_at) for one in dict.fromkeys(thresholds) if needs_histograms(one)]
     found = {window.threshold: Window(None) for window in windows}
     seen = False
@@ -4033,18 +4033,18 @@ def _next_window(threshold: Threshold, so_far: Window, value: float, at: float) 
 
 
 def judge_threshold(
-    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], moments: tuple[float, float],
+    threshold: Threshold, snapshot: Snapshot | None, samples: list[Sample], times: tuple[float, float],
     first_seen: float | None, window: Window | None = None,
 ) -> Threshold:  # fmt: skip
     """The threshold with its result, from a run's final numbers and its history.
 
-    moments: start and end; first_seen: when it was first seen to fail during the run; window:
+    times: start and end; first_seen: when it was first seen to fail during the run; window:
     of one that needs histograms. What has no data has failed, and says so."""
     first = first_seen
     if threshold.over_s or threshold.after_s:
         if window is None:
             why = _why_no_window(threshold, samples)
-            window = Window(*judge_windows(threshold, samples, moments), message=why)
+            window = Window(*judge_windows(threshold, samples, times), message=why)
         value, first = window.value, window.first_failed_at or first_seen
         message = None if value is not None else window.message
     else:
@@ -4054,7 +4054,7 @@ def judge_threshold(
     if value is None:
         message = f"no data: {message}"
     return threshold._replace(
-        value=value, result="failed", first_failed_at=first or moments[1], message=message
+        value=value, result="failed", first_failed_at=first or times[1], message=message
     )
 
 
@@ -4431,7 +4431,7 @@ def _locust_rows(run: dict[str, Any]) -> Iterator[tuple[Endpoint | None, dict[st
 
 
 def run_figures_to_record(figures: RunFigures) -> bytes:
-    """As it is kept beside a run."""
+    """As it is stored, as an attachment of a run."""
     rows = [
         [*(key or (None, None)), *figures.counts[key], {metric: list(one) for metric, one in row.items()}]
         for key, row in figures.rows.items()
@@ -4590,7 +4590,7 @@ class _Judge:
     ):  # fmt: skip
         self.reference, self.candidate, self.scatter = reference, candidate, scatter
         self.tolerances = tolerances
-        self.unfair = unfair  # why nothing can be told, or None
+        self.unfair = unfair  # why nothing can be concluded, or None
         self.is_exact = all(run.figures.is_exact for run in (*reference, candidate))
         self.entries: list[dict[str, Any]] = []
         self._tests: list[tuple[dict[str, Any], Shift, float]] = []
@@ -5013,7 +5013,7 @@ def trend_of(metric: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # ============================================================================
-# 9. REQUESTS - what may be asked for, and which reported numbers are believed
+# 9. REQUESTS - what may be asked for, and which reported numbers are accepted
 # ============================================================================
 
 
@@ -5160,7 +5160,7 @@ SCENARIO_GIVES = {one.name for one in fields(ScenarioConfig)} & {
 
 
 def _of_scenario(given: dict[str, Any], scenarios: tuple[ScenarioConfig, ...]) -> dict[str, Any]:
-    """What the scenario gives where the create is silent; {} without scenarios in the configuration."""
+    """What the scenario gives where the create gives nothing; {} without scenarios in the configuration."""
     allowed = {
         scenario.id: scenario for scenario in scenarios if is_scenario_for(scenario, given["tenant_id"])
     }
@@ -5360,7 +5360,7 @@ ENDPOINT_NUMBERS = _number_kinds(name for name in ENDPOINT_KEYS if name not in (
 
 def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | None:
     """The snapshot in callback key `name`, None when absent; InvalidInput with every bad
-    field at once. A moment in the future becomes `now`: their clock may be wrong."""
+    field at once. A time in the future becomes `now`: their clock may be wrong."""
     metrics = body.get(name)
     if metrics is None:
         return None
@@ -5382,7 +5382,7 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
 
 
 def with_counts(snapshot: Snapshot, document: dict[str, Any]) -> Snapshot:
-    """The snapshot with the exact counts that the hooks tell beside its numbers, as far as they are there."""
+    """The snapshot with the exact counts that the hooks report beside its numbers, where they do."""
     snapshot = snapshot._replace(resets=count_or_none(document.get("statsResets")))
     counted = document.get("counted")
     if not isinstance(counted, dict):
@@ -6033,8 +6033,8 @@ class HeldDatabase(SqliteDatabase):
         if self._is_new:
             os.replace(copy, self.path)
         else:
-            moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            former = f"{self.path}.before-restore-{moment}"
+            timestamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            former = f"{self.path}.before-restore-{timestamp}"
             if os.path.exists(former):
                 raise FileExistsError(f"{former} exists; try again in a second")
             if self._is_whole():  # else its log is moved with it, and neither is changed
@@ -6172,7 +6172,7 @@ class PostgresDatabase:
         )[0]
 
     def _end_our_old_connection(self) -> None:
-        """The server may believe for long in a connection that we have given up."""
+        """The server may long keep open a connection that we have given up."""
         if self._backend is not None:
             self.query(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ? AND backend_start = ?",
@@ -6331,7 +6331,7 @@ class PostgresDatabase:
 
 class _Deadline:
     """Calls `cut` when what is done `within` some seconds takes longer. psycopg has no such time
-    of its own, and a peer that is silent keeps a thread for ever."""
+    of its own, and an unreachable peer keeps a thread for ever."""
 
     TICK_S = 0.25
 
@@ -6937,7 +6937,7 @@ class DatabaseWriter(threading.Thread):
 
     @property
     def problem(self) -> str | None:
-        """Why nothing can be written at the moment, or None. Asked by any thread, without a lock."""
+        """Why nothing can be written at present, or None. Asked by any thread, without a lock."""
         if self.lost is not None:
             return self.lost
         if self._failure is not None:
@@ -6979,7 +6979,7 @@ class DatabaseWriter(threading.Thread):
         """One turn of the thread, which no error ends; whether it was the last."""
         try:
             return self._work()
-        except BaseException as error:  # noqa: BLE001 - the edge: this thread must go on
+        except BaseException as error:  # noqa: BLE001 - the edge: this thread must continue
             try:
                 self._fail(error)
             except BaseException as second:  # noqa: BLE001
@@ -7096,7 +7096,7 @@ class DatabaseWriter(threading.Thread):
             try:
                 self._busy_since = monotonic_s()
                 ticket.result = ticket.read(self._database)
-            except Exception as error:  # noqa: BLE001 - its caller is told
+            except Exception as error:  # noqa: BLE001 - its caller is notified
                 ticket.error = str(error).strip() or repr(error)
 
     def _append_audit(self, batch: _Batch) -> None:
@@ -7246,7 +7246,7 @@ def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[Hist
         yield HistogramPoint(at, so_far)
 
 
-FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # what is kept beside a run
+FAILURES, LOCUST_REPORT = "failures.json", "locust-report.html"  # attachments of a run
 RUN_FIGURES = "figures.json"  # too: what it is compared by
 
 
@@ -7346,14 +7346,14 @@ class Store:
         # 10,000 runs looks at these alone (a filter without a match 3 ms -> 0.3).
         self._places: dict[tuple[str, str], dict[str, StoredRun]] = {}
         self._unsettled_runs: dict[str, StoredRun] = {}
-        self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, moment
+        self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, time
         self.comparer = Comparer(self)
         self._baselines: dict[tuple[str, str, str], Baseline] = {}
         self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
         self._deliveries: dict[str, Delivery] = {}  # oldest first
         self._cleanups: dict[str, str] = {}  # run whose load may still be running -> its cluster
         self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = (
-            None  # what a transition is to tell
+            None  # what a transition is to notify of
         )
         self._waiting: dict[str, Delivery] = {}  # those that have not ended
         self._unsettled: set[str] = set()  # those that are not to be sent yet
@@ -7534,7 +7534,7 @@ class Store:
         return [Sample(*row) for row in rows]
 
     def attachment(self, run_id: str, name: str) -> bytes | None:
-        """What was kept beside a run under this name, or None."""
+        """The run's attachment of this name, or None."""
         rows = self._writer.read(
             lambda database: database.query(
                 "SELECT content FROM artefacts WHERE run_id = ? AND name = ?", (run_id, name)
@@ -7543,7 +7543,7 @@ class Store:
         return _unpacked(rows[0][0]) if rows else None
 
     def histograms(self, run_id: str, to_at: float = 1e12) -> Iterator[HistogramPoint]:
-        """The run's histograms up to a moment, each from its start, oldest first, decoded one
+        """The run's histograms up to a point in time, each from its start, oldest first, decoded one
         by one as they are taken; NotReady when they cannot be read."""
         return _decoded_histograms(self._histogram_rows(run_id, to_at))
 
@@ -7574,7 +7574,7 @@ class Store:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing can be written at the moment, or None."""
+        """Why nothing can be written at present, or None."""
         return self._writer.problem
 
     @property
@@ -7705,7 +7705,7 @@ class Store:
             run = replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
             if snapshot is not None:
                 snapshot = self._in_run_time(record, snapshot)
-            # First: when it raises, nothing is changed yet, and the one who tries again has it told.
+            # First: when it raises, nothing is changed yet, and the one who tries again is notified.
             known = record.numbers.snapshot if record.numbers else None
             deliveries = self._deliveries_of(run, snapshot or known)
             if snapshot is not None:
@@ -7772,7 +7772,7 @@ class Store:
             self._writer.save_attachment(run_id, name, content)
 
     def annotate(self, run_id: str, annotation: Annotation) -> None:
-        """Mark a moment of a run, also of a final one: the one thing a person may still add
+        """Mark a point in time of a run, also of a final one: the one thing a person may still add
         to it. Conflict when it has MAX_ANNOTATIONS."""
         with self._lock:
             record = self._record(run_id)
@@ -7869,7 +7869,7 @@ class Store:
         self._writer.wait_durable()
 
     def delete_older(self, before_at: float) -> int:
-        """Remove final runs that finished before a moment; how many."""
+        """Remove final runs that finished before a point in time; how many."""
         return self._drop_in_steps(run for run in self._removable() if run.kept_since < before_at)
 
     def delete_over(self, most: int) -> int:
@@ -8171,7 +8171,7 @@ class Store:
 
 
 class Comparer:
-    """Compares stored runs. What a final run is compared by is made once, and kept beside it."""
+    """Compares stored runs. What a final run is compared by is made once, and kept as an attachment."""
 
     MAX_KEPT = 500  # runs whose figures stay in memory
 
@@ -8261,7 +8261,7 @@ class Comparer:
 # ---- history that thins with age ---------------------------------------------
 
 THIN_STEP_S, THIN_MORE_STEP_S = 10, 60
-THIN_WINDOW_STEPS = 10  # the extremes of so many steps are kept beside the last sample of each
+THIN_WINDOW_STEPS = 10  # the extremes of so many steps are kept with the last sample of each
 KEPT_EXTREMES = (*EXTREMES, (max, "p99_ms"), (max, "avg_ms"), (max, "window_p50_ms"), (max, "error_percent"))
 
 
@@ -8297,7 +8297,7 @@ class _HistogramThinning:
         self._number = 0
 
     def take(self, rows: list[HistogramRow]) -> list[HistogramRow]:
-        """The rows to keep of a window; the last one always is, which the next window goes on from."""
+        """The rows to keep of a window; the last one always is, which the next window continues from."""
         found = []
         for (at, is_whole, content), later in itertools.zip_longest(rows, rows[1:]):
             self._add(bool(is_whole), histograms_from_record(_histogram_text(content), None))
@@ -8421,7 +8421,7 @@ class HistoryThinner:
     def _read(
         self, run_id: str, after_at: float, step_s: int
     ) -> tuple[float, list[Sample], list[HistogramRow]] | None:
-        """The rows of the next window that has any, and a moment before all later ones; None: no more."""
+        """The rows of the next window that has any, and a time before all later ones; None: no more."""
         columns = ", ".join(Sample._fields)
 
         def read(database: Database) -> Any:
@@ -8571,7 +8571,7 @@ class DatabaseCopy:
     # ---- copying -----------------------------------------------------------
 
     def copy(self) -> Iterator[TableCopy]:
-        """Copy table by table what the target has not, and tell of each."""
+        """Copy table by table what the target has not, and report each."""
         for table in self.KEYS:
             before = self._count(self._target, table)
             known = self._units(self._target, table)
@@ -8732,7 +8732,7 @@ class MasterConnections:
 
     def _address(self, host: str, timeout_s: float) -> str:
         """The host's address. getaddrinfo knows no time limit, so a name is looked up in a
-        thread that may be left behind; an answer is believed for a minute."""
+        thread that may be left behind; an answer is cached for a minute."""
         if re.fullmatch(r"[0-9.]+|.*:.*", host):
             return host
         with self._lock:
@@ -8763,7 +8763,7 @@ class LocustClient:
     """Speaks to one Locust master (2.0 to 2.47). Safe from any thread."""
 
     before_command: Callable[[], None] | None = None  # raises LocustError when we may not command
-    HOOKS_ABSENT_S = 30.0  # how long a 404 of the hooks' route is believed
+    HOOKS_ABSENT_S = 30.0  # how long a 404 of the hooks' route is cached
 
     def __init__(self, config: ClusterConfig, callback_token: str, folder: str, timer: Timer):
         self.config = config
@@ -8814,19 +8814,19 @@ class LocustClient:
             return self._dated(_reading_of_stats(document, time.time()), headers, body, asked_at)
 
     def _dated(self, reading: Reading, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
-        """The reading with the time at which Locust made it, from the hooks or as far as it can be told."""
+        """The reading with the time at which Locust made it, from the hooks or as far as it is known."""
         assert reading.snapshot is not None
         answered_at = monotonic_s()
-        told = _told_by_hooks(headers.get(STATS_HEADER, ""))
-        age_s = measure_or_none(told.get("age"))
+        reported = _reported_by_hooks(headers.get(STATS_HEADER, ""))
+        age_s = measure_or_none(reported.get("age"))
         if age_s is None:
             answer: object = hashlib.sha256(body).digest()
             made, uncertainty_s, is_repeat = self._stats_times.record(answer, asked_at, answered_at)
         else:
-            *_, is_repeat = self._stats_times.record(told.get("madeAt"), asked_at, answered_at)
+            *_, is_repeat = self._stats_times.record(reported.get("madeAt"), asked_at, answered_at)
             made, uncertainty_s = answered_at - age_s, answered_at - asked_at
         made_at = time.time() - (monotonic_s() - made)
-        snapshot = with_counts(reading.snapshot._replace(taken_at=made_at), told)
+        snapshot = with_counts(reading.snapshot._replace(taken_at=made_at), reported)
         return replace(
             reading,
             snapshot=snapshot,
@@ -8891,7 +8891,7 @@ class LocustClient:
             ) from None
 
     def read_abilities(self) -> Abilities | None:
-        """What it can run, as its page says: for a Locust without our hooks. None: the page does not tell."""
+        """What it can run, as its page says: for a Locust without our hooks. None: the page does not say."""
         _, _, page = self._call("GET", "/", None, 3.0)
         text = page.decode("utf-8", "replace")
         with self._parsing("/"):
@@ -8921,7 +8921,7 @@ class LocustClient:
 
     def version(self) -> tuple[int, ...]:
         """(2, 47, 0); () when it cannot be found out. There is no API for it before the hooks: the page
-        tells."""
+        says it."""
         if self._version is None:
             try:
                 _, _, body = self._call("GET", "/", None, 3.0)
@@ -8932,7 +8932,7 @@ class LocustClient:
         return self._version
 
     def clock_ahead_s(self, timeout_s: float = LOCUST_CALL_S) -> float | None:
-        """Tell by how many seconds its clock is ahead of ours at least, negative when behind, by the Date
+        """Report by how many seconds its clock is ahead of ours at least, negative when behind, by the Date
         header of its page; None when it sends none."""
         import email.utils
 
@@ -8940,11 +8940,11 @@ class LocustClient:
         _, headers, _ = self._call("GET", "/", None, timeout_s)
         answered_at = time.time()
         try:
-            told = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+            reported = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
         except (KeyError, ValueError, TypeError, OverflowError):
             return None
-        # It was some moment of that second, and of the time that the call took.
-        return min(0.0, told + 1.0 - asked_at) + max(0.0, told - answered_at)
+        # It was some time within that second, and of the time that the call took.
+        return min(0.0, reported + 1.0 - asked_at) + max(0.0, reported - answered_at)
 
     # ---- how it is asked ---------------------------------------------------
 
@@ -9210,13 +9210,13 @@ def read_csv(text: str) -> list[dict[str, Any]]:
         raise LocustBadAnswer(f"Locust's CSV report cannot be read: {error}") from None
 
 
-def _told_by_hooks(header: str) -> dict[str, Any]:
+def _reported_by_hooks(header: str) -> dict[str, Any]:
     """What the hooks say of the statistics in a header; empty without it."""
     try:
-        told = json.loads(header) if header else {}
+        reported = json.loads(header) if header else {}
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return reported if isinstance(reported, dict) else {}
 
 
 def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
@@ -9619,9 +9619,9 @@ class PollLoop(threading.Thread):
         otherwise: Callable[[LocustTimeout | None], None],
         broken: Callable[[Exception], None],
     ) -> None:
-        """Have `then` called with headers, body and the moment of asking (monotonic seconds), else
+        """Have `then` called with headers, body and the time of asking (monotonic seconds), else
         `otherwise`: with an error when the time is over, with None when a blocking call is needed.
-        `broken` is told what no one foresaw, also in the other two."""
+        `broken` is notified of what no one foresaw, also in the other two."""
         connection = client.plain_connection()
         if connection is None:
             otherwise(None)
@@ -9686,7 +9686,7 @@ MAX_ANSWER_HEAD_BYTES = 65536
 
 
 def plain_answer(raw: bytes) -> tuple[dict[str, str], bytes] | None:
-    """Headers (their names in lower case) and body of an answer 200 whose length is told, None while
+    """Headers (their names in lower case) and body of an answer 200 whose length is given, None while
     it is not whole; ValueError for one of another kind."""
     end = raw.find(b"\r\n\r\n", 0, MAX_ANSWER_HEAD_BYTES)
     if end < 0:
@@ -9783,7 +9783,7 @@ class LaunchedCluster:
         self.locustfile = ""  # the one it runs
         self.workers = self._launcher.workers  # how many it should have
         self.problem: str | None = None  # why it cannot be started, as a sentence
-        self.started_at = -math.inf  # steady seconds
+        self.started_at = -math.inf  # monotonic seconds
 
     @property
     def is_running(self) -> bool:
@@ -10348,7 +10348,7 @@ class LoadTarget(NamedTuple):
 
 
 def load_target(run: Run, now: float) -> LoadTarget:
-    """What the run should have at a moment: its stages as they come, and changes by people,
+    """What the run should have at a point in time: its stages as they come, and changes by people,
     of which the newest holds until the next stage."""
     began = run.started_at if run.started_at is not None else now
     target = LoadTarget(run.target_users, run.spawn_rate, began)
@@ -10421,7 +10421,7 @@ class Idleness(Enum):
 
 
 def idleness(reading: Reading, workers_wanted: int = 1) -> Idleness:
-    """Only IDLE may be swarmed: a swarm while Locust is stopping makes load that /stop
+    """Only in IDLE may a test be started: a start while Locust is stopping makes load that /stop
     cannot stop, and one without workers does nothing and says success (2.47.0)."""
     if reading.is_loaded:
         return Idleness.LOADED
@@ -11397,7 +11397,7 @@ class RunMonitor:
     # ---- looking
 
     def _look_at(self, due: float) -> None:
-        """Look at the cluster at a moment (monotonic seconds)."""
+        """Look at the cluster at a point in time (monotonic seconds)."""
         self._due = due
         if not self.over.is_set():
             self._next_look = self._polls.at(due, self._look_is_due)
@@ -11435,7 +11435,7 @@ class RunMonitor:
         self.post(self._look_once if error is None else functools.partial(self._look_failed, asked_at, error))
 
     def _polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> None:
-        """In the polls' thread: note numbers of a run that goes on; all else is looked at once more by
+        """In the polls' thread: record numbers of a run still running; all else is looked at once more by
         the watch thread, which may wait for Locust."""
         run = self._store.find(self.run_id)
         if self.over.is_set() or run is None:
@@ -11526,7 +11526,7 @@ class RunMonitor:
         return min(LOOK_S, max(2.0, self._rules.lost_after_s))
 
     def _is_from_before(self, reading: Reading) -> bool:
-        """Made before the start, as far as can be told: Locust's cache may hold the test before. Without
+        """Made before the start, as far as is known: Locust's cache may hold the test before. Without
         hooks that cache said idle before the start, so that a loaded state in it is a newer one."""
         if reading.made_after >= self.sent_at:
             return False
@@ -11536,7 +11536,7 @@ class RunMonitor:
         return run.duration_s is None and self._rules.lease_s > 0
 
     def _is_over(self, run: Run, reading: Reading) -> bool:
-        """Locust no longer runs this test, as far as this reading tells."""
+        """Locust no longer runs this test, as far as this reading shows."""
         if reading.is_of_another(run.id):
             return True  # another test has taken its place
         is_idle = not reading.is_loaded and reading.state in IDLE_STATES
@@ -11792,7 +11792,7 @@ class RunMonitor:
             log("lost workers not replaced", cluster=self.cluster.id, why=error.message)
 
 
-# ---- did it pass, and against what -------------------------------------------
+# ---- thresholds, verdict and baseline ----------------------------------------
 
 
 class RunJudge:
@@ -11832,19 +11832,19 @@ class RunJudge:
     ) -> tuple[Threshold, ...]:
         live = monitor.judge if monitor else ThresholdWatch(run.thresholds)
         # Windows end with the last numbers of the Running run: while it stops, rates fall.
-        moments = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
+        times = (run.started_at or finished_at, live.samples[-1].at if live.samples else finished_at)
         windows: dict[Threshold, Window] = {}
         try:
             has_windows = any(one.over_s or one.after_s for one in run.thresholds)
             samples = self._store.samples(run.id) if has_windows else []
             if any(map(needs_histograms, run.thresholds)):
-                windows = judge_histogram_windows(run.thresholds, self._store.histograms(run.id), moments)
+                windows = judge_histogram_windows(run.thresholds, self._store.histograms(run.id), times)
         except NotReady as error:
             log("history not read for the verdict", run=run.id, why=error.message)
             samples = list(live.samples)
-            windows = judge_histogram_windows(run.thresholds, (), moments)
+            windows = judge_histogram_windows(run.thresholds, (), times)
         return tuple(
-            judge_threshold(one, snapshot, samples, moments, live.first_failed[index], windows.get(one))
+            judge_threshold(one, snapshot, samples, times, live.first_failed[index], windows.get(one))
             for index, one in enumerate(run.thresholds)
         )
 
@@ -11941,7 +11941,7 @@ class LoadStopper:
     def _is_anothers(self, cluster: Cluster, run_id: str) -> bool:
         """Whether the test there is another one. Asked while this process is without its database:
         another Load Manager may lead by now, and have ended this run and started the next. Without
-        hooks no one can tell, and a load that no one stops would be worse."""
+        hooks no one can know, and a load that no one stops would be worse."""
         reading = cluster.read_state(5.0)
         return reading.hooks and reading.is_loaded and reading.run_id not in ("", run_id)
 
@@ -12098,7 +12098,7 @@ class RunStopper:
         return True
 
     def is_over(self, monitor: RunMonitor) -> bool:
-        """Its test has ended, or another one runs on the cluster by now, as far as its hooks tell: a
+        """Its test has ended, or another one runs on the cluster by now, as far as its hooks report: a
         stop would be a second one, or end that other test. Waits (bounded) for users that are stopping."""
         give_up_at = monotonic_s() + LoadStopper.QUIET_WAIT_S
         while True:
@@ -12260,7 +12260,7 @@ class RunStopper:
 
     def _has_begun_another(self, monitor: RunMonitor, reading: Reading | None) -> bool:
         """Whether a test runs although the load of this one was stopped: what was just read may be of that
-        one. The hooks alone tell the state of this moment; without them it is up to 2 s old."""
+        one. Only the hooks report the state as it is now; without them it is up to 2 s old."""
         if reading is None or not reading.hooks:
             return False
         now = monitor.cluster.read_state(5.0)
@@ -12544,7 +12544,7 @@ class RunStarter:
     def started(self, run_id: str) -> Run:
         """Locust took the start: Pending becomes Running, once, whoever hears it first. Not waited for:
         an answer waits for its audit, and with that for this. A crash before finds the run Pending, as
-        one a moment earlier would."""
+        one just before would."""
         try:
             run = self._store.transition(run_id, RunStatus.RUNNING, durable=False, started_at=time.time())
         except Conflict:
@@ -12975,7 +12975,7 @@ class Orchestrator:
         return cluster is not None and (self.rules.on_shutdown == "stop" or cluster.launched is not None)
 
     def reconfigure(self, config: Config) -> None:
-        """Have the clusters, tenants and environments of another configuration. Runs go on; one
+        """Have the clusters, tenants and environments of another configuration. Runs continue; one
         that waits for a cluster and that none serves any more fails."""
         self.config = config
         self._tenants = {tenant.id: tenant for tenant in config.tenants}
@@ -13254,7 +13254,7 @@ class Orchestrator:
 
     def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
         """The last lines of the processes of a cluster: a launched one's files, else what Locust itself
-        tells."""
+        reports."""
         if cluster.launched:
             return cluster.launched.read_logs(lines)
         return cluster.client.read_logs(lines)
@@ -13345,7 +13345,7 @@ def _cluster_to_json(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 # 21. SCHEDULES - runs that start by themselves, at points in local time
 # ============================================================================
 
-# A moment is taken once: the run's Idempotency-Key is made of the schedule and the moment,
+# A time is taken once: the run's Idempotency-Key is made of the schedule and the time,
 # and is kept with the run in one commit, so that no death of ours doubles or loses one.
 
 CRON_NAMES = {
@@ -13406,9 +13406,9 @@ class Cron(NamedTuple):
         for day in self.days_from(local.date()):
             for hour in self.hours:
                 for minute in self.minutes:
-                    moment = datetime.datetime.combine(day, datetime.time(hour, minute))
-                    if moment > local:
-                        yield moment
+                    timestamp = datetime.datetime.combine(day, datetime.time(hour, minute))
+                    if timestamp > local:
+                        yield timestamp
 
 
 def parse_cron(text: str) -> Cron:
@@ -13491,7 +13491,7 @@ def time_zone(name: str) -> Any:
 
 def times_after(cron: Cron, zone: Any, after: float) -> Iterator[float]:
     """Yield the times (epoch seconds) after one. Of a local clock that is put forward: a time
-    that does not exist is the first moment that does. One that is put back: the first of two."""
+    that does not exist is the first time that does. One that is put back: the first of two."""
     import datetime
 
     def local_at(epoch_s: float) -> Any:
@@ -13501,10 +13501,10 @@ def times_after(cron: Cron, zone: Any, after: float) -> Iterator[float]:
     is_changing = local_at(after - around_s).utcoffset() != local_at(after + around_s).utcoffset()
     last, start = after, local_at(after).replace(tzinfo=None)
     for local in cron.after(start - datetime.timedelta(seconds=around_s if is_changing else 0)):
-        moment = _timestamp_of(local, zone)
-        if moment > last:
-            last = moment
-            yield moment
+        timestamp = _timestamp_of(local, zone)
+        if timestamp > last:
+            last = timestamp
+            yield timestamp
 
 
 def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[float]:
@@ -13515,11 +13515,11 @@ def next_times(cron: Cron, zone: Any, after: float, count: int = 1) -> list[floa
 def _timestamp_of(local: Any, zone: Any) -> float:
     import datetime
 
-    moment = local.replace(tzinfo=zone).timestamp()
-    if datetime.datetime.fromtimestamp(moment, zone).replace(tzinfo=None) == local:
-        return moment
+    timestamp = local.replace(tzinfo=zone).timestamp()
+    if datetime.datetime.fromtimestamp(timestamp, zone).replace(tzinfo=None) == local:
+        return timestamp
     # The clock is put forward between these two.
-    low, high = local.replace(tzinfo=zone, fold=1).timestamp(), moment
+    low, high = local.replace(tzinfo=zone, fold=1).timestamp(), timestamp
     offset = datetime.datetime.fromtimestamp(low, zone).utcoffset()
     while high - low > 1:
         middle = (low + high) // 2
@@ -13552,7 +13552,7 @@ class Schedule:
     paused: bool = False
     description: str = ""
     read_only: bool = False  # it stands in the configuration
-    taken_at: float | None = None  # the last moment that was dealt with
+    taken_at: float | None = None  # the last time that was dealt with
     not_before: float | None = None  # since a clock was set back: what came up to here is dealt with
     clock_era: int = 0  # how often that happened: a time that comes twice is another one
     last_run_id: str | None = None
@@ -13930,7 +13930,7 @@ class Scheduler:
             try:
                 self._wait(wait_s)
                 wait_s = self._look()
-            except Exception as error:  # noqa: BLE001 - the edge: schedules must go on
+            except Exception as error:  # noqa: BLE001 - the edge: schedules must continue
                 self._note_failure("schedules not looked at", error)
                 wait_s = 0.0
                 self._look_now.wait(self.RETRY_S)
@@ -13959,7 +13959,7 @@ class Scheduler:
         for schedule in [] if self._closed else self.list():
             try:
                 waits.append(self._look_at(schedule, now, set_back_s))
-            except Exception as error:  # noqa: BLE001 - the edge: the others must go on
+            except Exception as error:  # noqa: BLE001 - the edge: the others must continue
                 self._note_failure("schedule not looked at", error, schedule=schedule.id)
                 waits.append(self.RETRY_S)
         return max(0.01, min(waits))
@@ -14004,7 +14004,7 @@ class Scheduler:
         try:
             try:
                 outcome, run_id = self._outcome(schedule, due)
-            except Exception as error:  # noqa: BLE001 - the edge: the schedule must go on
+            except Exception as error:  # noqa: BLE001 - the edge: the schedule must continue
                 self._note_failure("schedule failed", error, schedule=schedule.id)
                 outcome, run_id = (
                     "not started: an error of Load Manager itself; its log has the details",
@@ -14206,7 +14206,7 @@ class Repeater:
 # 22. NOTIFICATIONS - what is reported to people and programs, at least once
 # ============================================================================
 
-# A delivery is written in the commit of the transition it tells of, and is tried by a thread
+# A delivery is written in the commit of the transition it reports, and is tried by a thread
 # of its channel until the receiver has taken it: no run waits, no death of ours loses one.
 
 RETRY_DELIVERY_S = (
@@ -14224,7 +14224,7 @@ SENDERS = 4  # threads of a channel: a receiver that is slow to answer has so ma
 
 
 def events_of(run: Run) -> tuple[str, ...]:
-    """What a run's new status is called, the most telling first; () for what no one is told."""
+    """What a run's new status is called, the most specific first; () for what is not notified."""
     if run.status is RunStatus.RUNNING:
         return ("started",)
     if not run.is_final or run.imported_at is not None:
@@ -14531,7 +14531,7 @@ class Notifier:
             start_thread(f"notify-{channel.config.id}", functools.partial(self._deliver_all, channel))
 
     def reconfigure(self, config: Config) -> None:
-        """Have the channels of another configuration; one that is the same goes on."""
+        """Have the channels of another configuration; one that is the same continues."""
         before = self.channels
         self.channels = {
             item.id: before[item.id]
@@ -14558,7 +14558,7 @@ class Notifier:
             self._closed = True
             self._changed.notify_all()
 
-    # ---- what is to be told ------------------------------------------------
+    # ---- what is notified --------------------------------------------------
 
     def _of_transition(self, run: Run, snapshot: Snapshot | None) -> list[Delivery]:
         """Called under the store's lock, before the commit of a transition."""
@@ -14585,7 +14585,7 @@ class Notifier:
         )
 
     def schedule_missed(self, schedule: Schedule, why: str) -> None:
-        """Tell that a schedule did not start its run."""
+        """Notify that a schedule did not start its run."""
         scenario_id = str(schedule.test.get("scenarioId"))
         for channel in self.channels.values():
             if channel.wants("scheduleMissed", schedule.tenant_id, schedule.env_id, scenario_id):
@@ -14631,7 +14631,7 @@ class Notifier:
         while not self._closed and self.channels.get(channel.config.id) is channel:
             try:
                 self._deliver_next(channel)
-            except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must go on
+            except Exception as error:  # noqa: BLE001 - the edge: a channel's thread must continue
                 log_unforeseen(f"notify-{channel.config.id}", error)
                 time.sleep(1)
 
@@ -14701,7 +14701,7 @@ class Notifier:
             )
             if isinstance(error, DeliveryRefused) and error.is_final:
                 return self._without_secrets(words), True
-        except Exception as error:  # noqa: BLE001 - the edge: this delivery is tried again, others go on
+        except Exception as error:  # noqa: BLE001 - the edge: this delivery is tried again, others continue
             words = f"unforeseen: {error!r}"
         return self._without_secrets(words), False
 
@@ -15310,7 +15310,7 @@ def junit_xml(run: dict[str, Any]) -> str:
 
 
 def _junit_comparison(run: dict[str, Any], comparison: dict[str, Any]) -> Iterator[str]:
-    """A case for the whole, and one for each figure; those of which nothing can be told are skipped."""
+    """A case for the whole, and one for each figure; those of which nothing is known are skipped."""
     name = f"no regression against {comparison['with']} {comparison['baseline']}"
     if comparison.get("judgement") == CANNOT_TELL:
         yield _junit_case(run, name, comparison.get("message"), skipped=True)
@@ -15537,7 +15537,7 @@ def _csv_cell(value: Any) -> Any:
 # ============================================================================
 
 # A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
-# in is a stranger's: everything is checked, and nothing of it may count for more than it is.
+# in is untrusted: everything is checked, and nothing of it may count for more than it is.
 
 EXPORT_FORMAT, EXPORT_VERSION = "loadmanager-run", 1
 LOCUST_JSON, LOCUST_CSV = "locust-json", "locust-csv"
@@ -16147,7 +16147,7 @@ def _timestamp_at(value: Any, place: str) -> float:
 def _run_of_file(
     values: dict[str, Any], body: dict[str, Any], began: float, ended: float, most_users: int, now: float
 ) -> Run:
-    """The run a file of Locust tells of. Its id is made from the content, so that a file is imported once."""
+    """The run a file of Locust holds. Its id is made from the content, so that a file is imported once."""
     import uuid
 
     digest = hashlib.sha256(dump_json(body).encode()).hexdigest()
@@ -16280,7 +16280,7 @@ def _snapshot_of_entries(
 
 
 def _samples_of_entries(entries: list[_LocustEntry], run_id: str) -> list[Sample]:
-    """A sample for each second that had requests; percentiles of moments are not in the file."""
+    """A sample for each second that had requests; percentiles of single seconds are not in the file."""
     per_second: dict[int, list[int]] = {}
     for entry in entries:
         for which, counts in enumerate((entry.per_second, entry.fails_per_second)):
@@ -16318,10 +16318,10 @@ def _read_locust_csv(body: dict[str, Any], now: float) -> ImportedRun:
     values = check_body(body, LOCUST_CSV_KEYS)
     history = _csv_rows(values.get("history", ""), "history")
     totals = [row for row in history if row.get("Name") == "Aggregated"]
-    moments = [moment for row in totals if (moment := _csv_number(row.get("Timestamp"))) is not None]
+    times = [timestamp for row in totals if (timestamp := _csv_number(row.get("Timestamp"))) is not None]
     began, ended = (
-        values.get("started_at", min(moments, default=None)),
-        values.get("finished_at", max(moments, default=None)),
+        values.get("started_at", min(times, default=None)),
+        values.get("finished_at", max(times, default=None)),
     )
     if began is None or ended is None or max(began, ended) > LATEST_TIME_S:
         raise _bad(
@@ -16713,7 +16713,7 @@ def error_response(error: LoadManagerError) -> Response:
 
 
 def log_answer(request: Request, response: Response) -> None:
-    """Tell of an answer, for logging.level debug."""
+    """Report an answer, for logging.level debug."""
     ms = round((time.perf_counter() - request.whole_at) * 1000, 3)
     facts = {"method": request.head.method, "route": request.route.path, "status": response.http_status}
     LOG.serving.request = request
@@ -16722,7 +16722,7 @@ def log_answer(request: Request, response: Response) -> None:
 
 
 def log_refusal(head: RequestHead | None, error: LoadManagerError, address: str, request_id: str) -> None:
-    """Tell of a request that was refused by its head, for logging.level debug; `head` None: it had none."""
+    """Report a request that was refused by its head, for logging.level debug; `head` None: it had none."""
     route = head.matched[0] if head is not None and head.matched else None
     log(
         "request refused",
@@ -16823,7 +16823,7 @@ class TlsSocket:
     def recv(self, size: int) -> bytes:
         try:
             received = self._tls.recv(size)
-            while self._tls.pending():  # what is decrypted already, no selector tells of
+            while self._tls.pending():  # what is decrypted already, no selector reports
                 received += self._tls.recv(size)
             return received
         except self._waits:
@@ -17047,7 +17047,7 @@ class Connection:
         except KeysNeeded as needed:
             self._admit_later(head, needed)
             return
-        except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop goes on
+        except Exception as error:  # noqa: BLE001 - the edge: a bug is answered, the loop continues
             request_id = request_id_of(head)
             failure = error if isinstance(error, LoadManagerError) else self._unforeseen(error, request_id)
             self.loop.traffic.record_refusal(head, failure)
@@ -17247,7 +17247,7 @@ class Connection:
             self.deadline, self.window_sent = monotonic_s() + WRITE_WINDOW_S, 0
 
     def _close_gently(self) -> None:
-        """Say that no more comes, and read on for a moment: a close with unread bytes would
+        """Say that no more comes, and read on for a short time: a close with unread bytes would
         reset the connection, and the client might never see our answer."""
         assert self.sock is not None
         try:
@@ -17678,10 +17678,10 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 26. EVENTS - changes of runs, told to event streams
+# 26. EVENTS - changes of runs, reported to event streams
 # ============================================================================
 
-# The store tells of a change under its lock; on_change() only writes down which run. A round in
+# The store reports a change under its lock; on_change() only writes down which run. A round in
 # the loop's thread, at most every ROUND_S, sends the newest state of each changed run once,
 # however often it changed. As an event is a whole state, no events are kept for those who
 # come back: what they missed is the newest state of the runs that changed since.
@@ -17721,7 +17721,7 @@ class Change(NamedTuple):
 
 
 class EventFeed:
-    """Tells streams of changes. on_change() comes from any thread, all else runs in the loop's.
+    """Notifies streams of changes. on_change() comes from any thread, all else runs in the loop's.
 
     Events: `run` (the run's JSON; in the feed of all runs without requestStats), `sample`
     (one point of its series; only in the stream of one run), `deleted` {"id"}, and at the
@@ -17906,11 +17906,13 @@ class EventFeed:
             (change.place, self._one_by_one(self._run_event, run_id, change.seq, True) or b"")
             for run_id, change in changed
         ]
-        told: dict[Scope, bytes] = {}  # the same bytes for all who see the same
+        reported: dict[Scope, bytes] = {}  # the same bytes for all who see the same
         for stream in list(streams):
-            if stream.scope not in told:
-                told[stream.scope] = b"".join(event for place, event in events if stream.scope.covers(*place))
-            stream.push(told[stream.scope])
+            if stream.scope not in reported:
+                reported[stream.scope] = b"".join(
+                    event for place, event in events if stream.scope.covers(*place)
+                )
+            stream.push(reported[stream.scope])
 
     def _beat(self) -> None:
         """A comment to every stream: proxies keep it open, and a dead client is noticed."""
@@ -17933,7 +17935,7 @@ class EventFeed:
         return self._event(b"run", document, seq)
 
     def _sample_event(self, run_id: str) -> bytes:
-        """The run's newest point; empty when it was told before."""
+        """The run's newest point; empty when it was sent before."""
         sample = self._store.newest_sample(run_id)
         if sample is None or sample.at <= self._sampled_at.get(run_id, 0.0):
             return b""
@@ -18194,7 +18196,7 @@ def _of_endpoints(value: Callable[[EndpointStats], MetricValue]) -> Callable[[Sc
 
 
 def busiest_endpoints(numbers: Snapshot | None, limit: int) -> list[EndpointStats]:
-    """Up to `limit` endpoints with the most requests, none of them twice."""
+    """Up to `limit` endpoints with the most requests, without duplicates."""
     rows = {(row.method, row.name): row for row in (numbers.endpoints if numbers else None) or ()}
     if len(rows) <= limit:
         return list(rows.values())
@@ -19104,7 +19106,7 @@ def grafana_files() -> dict[str, str]:
 # ============================================================================
 
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
-# time nor the number of tries tells anything of them. What a token says is remembered
+# time nor the number of tries reveals anything of them. What a token says is remembered
 # under the header's exact bytes (good ones only): a request then costs one look-up.
 
 
@@ -19189,7 +19191,7 @@ class CallbackTokens:
         return found
 
     def may_know_active(self, principal: Principal) -> bool:
-        """Whether the id of a cluster's active run is told: not to a token that several tenants share."""
+        """Whether the id of a cluster's active run is shown: not to a token that several tenants share."""
         return principal.clusters is not None or len(self._tenants) < 2
 
     def may_touch(self, principal: Principal, cluster_id: str) -> bool:
@@ -19261,7 +19263,7 @@ class RateCounter:
 
 
 class Caller(NamedTuple):
-    """Who sent a header, until when that is believed (epoch seconds) without a look at the token:
+    """Who sent a header, until when that is cached (epoch seconds) without a look at the token:
     the key that signed it may be withdrawn."""
 
     principal: Principal
@@ -19315,7 +19317,7 @@ class RefusalBudget:
 
 def client_address(peer: str, forwarded_for: str | None, proxies: tuple[Any, ...]) -> str:
     """The address of who asks: the last one in X-Forwarded-For that no trusted proxy has,
-    if the connection comes from a trusted proxy; what others put in front is not believed."""
+    if the connection comes from a trusted proxy; what others put in front is not trusted."""
     if forwarded_for is None or not _is_within(peer, proxies):
         return peer
     address = peer
@@ -19572,16 +19574,16 @@ class JwtVerifier:
             raise TokenRefused("the token is of another issuer")
         if audience != self._audience and not (isinstance(audience, list) and self._audience in audience):
             raise TokenRefused("the token is for another audience")
-        moments = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
-        if "exp" not in moments:
+        times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+        if "exp" not in times:
             raise TokenRefused("the token has no expiry (exp)")
-        if any(isinstance(at, bool) or not isinstance(at, (int, float)) for at in moments.values()):
+        if any(isinstance(at, bool) or not isinstance(at, (int, float)) for at in times.values()):
             raise TokenRefused("the token's times are not numbers")
-        if not all(0 <= at <= MAX_NUMERIC_DATE for at in moments.values()):
+        if not all(0 <= at <= MAX_NUMERIC_DATE for at in times.values()):
             raise TokenRefused("the token's times (exp, nbf, iat) must be from 1970 to 9999, in seconds")
-        if moments["exp"] <= now - self._leeway_s:
+        if times["exp"] <= now - self._leeway_s:
             raise TokenRefused("the token has expired")
-        if max(moments.get("nbf", 0), moments.get("iat", 0)) > now + self._leeway_s:
+        if max(times.get("nbf", 0), times.get("iat", 0)) > now + self._leeway_s:
             raise TokenRefused("the token is not valid yet")
 
 
@@ -19800,16 +19802,16 @@ class OpenIdSignOn:
             raise ProviderFailed("the identity provider's keys cannot be read") from None
 
     def _user_info(self, answer: dict[str, Any], claims: dict[str, Any]) -> dict[str, Any]:
-        """What the provider tells of the user beyond the ID token; {} where it does not."""
+        """What the provider reports of the user beyond the ID token; {} where it does not."""
         endpoint, token = self._discovered().get("userinfo_endpoint"), answer.get("access_token")
         if not isinstance(endpoint, str) or not isinstance(token, str) or not re.fullmatch("[!-~]+", token):
             return {}
         try:
-            told = fetch_json(endpoint, None, {"Authorization": f"Bearer {token}"})
+            reported = fetch_json(endpoint, None, {"Authorization": f"Bearer {token}"})
         except ProviderFailed as error:
             log("user info not read", why=error.message)
             return {}
-        return told if told.get("sub") == claims.get("sub") else {}  # OpenID Connect Core, 5.3.2
+        return reported if reported.get("sub") == claims.get("sub") else {}  # OpenID Connect Core, 5.3.2
 
     def _discovered(self) -> dict[str, Any]:
         read_at, document = self._document
@@ -19880,7 +19882,7 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True)
 class Session:
-    """One sign-in. ends_at: steady seconds; id: its name for administrators, which proves nothing."""
+    """One sign-in. ends_at: monotonic seconds; id: its name for administrators, which proves nothing."""
 
     principal: Principal
     csrf_token: str
@@ -20084,7 +20086,7 @@ class Route:
 
     @functools.cached_property
     def is_audited(self) -> bool:
-        """What changes something is, but for the callbacks of runs that go on."""
+        """What changes something is, but for the callbacks of runs that are still running."""
         if self.method in SAFE_METHODS:
             return self.handler is get_oidc_callback
         return self.access != "locust" or self.handler is locust_register
@@ -21599,11 +21601,11 @@ class Authentication:
         return self._credentials.callback_tokens.may_touch(request.principal, cluster_id)
 
     def may_know_active(self, request: Request) -> bool:
-        """Whether a callback's token may be told the id of an active run."""
+        """Whether a callback's token may be shown the id of an active run."""
         return self._credentials.callback_tokens.may_know_active(request.principal)
 
     def proof_of(self, request: Request) -> Callable[[], bool]:
-        """Tells whether what the request proved still holds, as long as its answer is streamed."""
+        """Checks whether what the request proved still holds, as long as its answer is streamed."""
         headers, principal, secret = request.head.headers, request.principal, None
         if not self.is_anonymous and "authorization" not in headers:
             secret = session_secret(request.head, self._config.server)
@@ -21695,7 +21697,7 @@ class Api:
         self._router = Router(ROUTES)
         self.imports = ImportReader()
         self._refusals = RefusalBudget()
-        self._tells_refusals = False  # that some were not written will be told
+        self._reports_refusals = False  # that some were not written will be logged
         self.reload: Callable[[], list[str]] = lambda: []  # reads the configuration again
         self._proxies = tuple(ipaddress.ip_network(text) for text in config.server.trusted_proxies)
         self._body_limits = {
@@ -21820,19 +21822,19 @@ class Api:
             return NotReady(words, retry_after_s=5, **extra)
         return None
 
-    REFUSALS_TOLD_S = 60.0  # how long those that were not written are counted before that is told
+    REFUSALS_REPORTED_S = 60.0  # how long those that were not written are counted before that is logged
 
     def _record_refusal(self, request: Request, failure: LoadManagerError) -> None:
         request.principal = failure.caller or request.principal
         if self._refusals.takes(request.address):
             self.store.audit(self._entry(request, failure.http_status, failure.message))
-        elif not self._tells_refusals:
-            self._tells_refusals = True
-            self.orchestrator.timer.after(self.REFUSALS_TOLD_S, self._tell_refusals)
+        elif not self._reports_refusals:
+            self._reports_refusals = True
+            self.orchestrator.timer.after(self.REFUSALS_REPORTED_S, self._tell_refusals)
 
     def _tell_refusals(self) -> None:
         """One entry for all refusals that were too many to write."""
-        self._tells_refusals = False
+        self._reports_refusals = False
         count, addresses = self._refusals.take_skipped()
         words = (
             f"{count} more refusals, of {addresses} address{'es' if addresses > 1 else ''}, were too "
@@ -21946,7 +21948,7 @@ class Api:
 
     @contextlib.contextmanager
     def _one_at_a_time(self, key: str) -> Iterator[None]:
-        """Let one request of a key go on after the other: the lock is that of all who wait, and
+        """Let one request of a key continue after the other: the lock is that of all who wait, and
         goes with the last of them."""
         with self._creating_lock:
             waiting = self._creating.setdefault(key, [threading.Lock(), 0])
@@ -22276,7 +22278,7 @@ class StandbyRequest(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Connection", "close")
         self.end_headers()
-        while chunk := answer.read1(65536):  # a stream of events goes on as it comes
+        while chunk := answer.read1(65536):  # a stream of events is passed on as it comes
             self.wfile.write(chunk)
             self.wfile.flush()
 
@@ -22505,7 +22507,7 @@ class Service:
             problems = error.problems
             for problem in problems:
                 log("configuration not read again; the one in use is kept", problem=problem)
-        except Exception as error:  # noqa: BLE001 - the edge: the server must go on
+        except Exception as error:  # noqa: BLE001 - the edge: the server must continue
             import traceback
 
             problems = ["an error of Load Manager itself; its log has the details"]
@@ -22870,7 +22872,7 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
         last = max(chosen, key=lambda index: columns[index].drop)
         over = sum(widths[index] + 2 for index in chosen) - 2 - width
         widest = max((index for index in chosen if columns[index].drop == 0), key=lambda index: widths[index])
-        # A name that still tells is worth more than the lesser numbers.
+        # A name that can still be read is worth more than the lesser numbers.
         least = 28 if columns[last].drop > 3 else 16
         if widths[widest] - over >= min(least, widths[widest]):
             widths[widest] -= over
@@ -22889,7 +22891,7 @@ def table(columns: tuple[Column, ...], rows: list[list[str]], width: int | None 
 class Screen:
     """Where a command prints: a terminal, with a live view redrawn in place, or a pipe.
 
-    A pipe whose reader has gone (| head) makes it silent: a run is followed all the same."""
+    A pipe whose reader has gone (| head) ends its output: a run is followed all the same."""
 
     def __init__(self, stream: Any, environ: dict[str, str]):
         self._stream = stream
@@ -23270,7 +23272,7 @@ class ApiClient:
         return context
 
     def _record_clock(self, date: str | None) -> None:
-        """How far our clocks are apart: moments of the server are shown as ages."""
+        """How far our clocks are apart: times of the server are shown as ages."""
         import email.utils
 
         try:
@@ -24188,7 +24190,7 @@ def with_failures(client: ApiClient, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_failure(entry: Any) -> bool:
-    """Tell whether this is a failure as the API describes it."""
+    """Check whether this is a failure as the API describes it."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("occurrences"), int)
@@ -24422,7 +24424,7 @@ def command_stop(options: Any) -> int:
 
 
 def stop_all(options: Any, client: ApiClient) -> int:
-    """Stop every run that the token may touch; EXIT_FAILED when one goes on."""
+    """Stop every run that the token may touch; EXIT_FAILED when one is still running."""
     answer = client.request("POST", "/v1/stop-all", {})
     outcome = answer.json("stopped", "failed")
     tell_done(
@@ -24668,7 +24670,7 @@ class CtrlC:
         self.held = True
 
     def __enter__(self) -> CtrlC:
-        # What was started with a signal ignored, as shells do in the background, goes on ignoring it.
+        # What was started with a signal ignored, as shells do in the background, still ignores it.
         heeded = [
             number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
         ]
@@ -24696,7 +24698,7 @@ class CtrlC:
 
 class Follower:
     """Follows one run until it is over, and shows it. A server that goes away is asked again
-    for `patience_s`: the run goes on without it."""
+    for `patience_s`: the run continues without it."""
 
     def __init__(self, client: ApiClient, run_id: str, screen: Screen, options: Any):
         self._client = client
@@ -24908,7 +24910,7 @@ def command_rerun(options: Any) -> int:
 def start_and_follow(
     options: Any, client: ApiClient, start: Callable[[], ApiAnswer]
 ) -> tuple[int, dict[str, Any] | None]:
-    """Start a run, follow it unless --detach, and tell how it ended; the exit status, and the run that
+    """Start a run, follow it unless --detach, and report how it ended; the exit status, and the run that
     ended."""
     screen = open_screen(options)
     with CtrlC() as ctrl_c:
@@ -24961,14 +24963,14 @@ def stop_and_wait(options: Any, client: ApiClient, screen: Screen, follower: Fol
 
 def ask_to_stop(client: ApiClient, run_id: str) -> None:
     """Have the server stop a run; returns when it does, or the run is over by itself."""
-    give_up_at, told = time.monotonic() + STOP_PATIENCE_S, False
+    give_up_at, reported = time.monotonic() + STOP_PATIENCE_S, False
     while True:
         try:
             client.request("POST", run_path(run_id, "/stop"))
             return
         except ServerRefused as error:
             if error.http_status in (502, 504):
-                say(error.message)  # the server goes on trying
+                say(error.message)  # the server keeps trying
                 return
             starting = error.http_status == 409 and error.document.get("status") == RunStatus.PENDING.value
             if error.http_status == 409 and not starting:
@@ -24980,16 +24982,16 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
                 raise CommandError(
                     f"{error.message}; run {run_id} could not be stopped and may go on", EXIT_UNREACHABLE
                 ) from None
-            if not told:
+            if not reported:
                 say(f"{error.message}; trying to stop the run for {clock_words(STOP_PATIENCE_S)}")
-            told = True
+            reported = True
         time.sleep(0.5)
 
 
 def tell_end(
     options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None
 ) -> int:
-    """Tell how a run ended, write the files that were asked for; the exit status."""
+    """Report how a run ended, write the files that were asked for; the exit status."""
     if options.json and answer is not None:
         print_json(answer.body)
     elif options.quiet:
@@ -25199,7 +25201,7 @@ def endpoint_lines(
 
 
 def local_time_text(text: str) -> str:
-    """A moment of the API in local time, `11-23 14:05:09`."""
+    """A time of the API in local time, `11-23 14:05:09`."""
     return time.strftime("%m-%d %H:%M:%S", time.localtime(parse_utc(text)))
 
 
@@ -25244,7 +25246,7 @@ def time_words(run: dict[str, Any], now: float) -> str:
     duration_s, shown_s = run.get("durationSeconds"), elapsed_s(run, now)
     if not duration_s:
         return clock_words(shown_s)
-    if run.get("stopReason") == "duration":  # stopping takes a moment, which is no part of the test
+    if run.get("stopReason") == "duration":  # stopping takes a short time, which is no part of the test
         shown_s = min(shown_s, duration_s)
     return f"{clock_words(shown_s)} of {clock_words(duration_s)}"
 
@@ -25260,7 +25262,7 @@ def run_title(run: dict[str, Any], screen: Screen) -> str:
 
 
 def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, rows: int) -> list[str]:
-    """What a terminal of this size shows of a run that goes on."""
+    """What a terminal of this size shows of a run that is still running."""
     progress = time_words(run, now)
     if run.get("durationSeconds") and run.get("startedAt"):
         room = min(40, columns - columns_of(progress) - 2)
@@ -25276,7 +25278,7 @@ def live_lines(run: dict[str, Any], screen: Screen, now: float, columns: int, ro
 
 
 def plain_line(run: dict[str, Any], now: float) -> str:
-    """A run that goes on, in one line of a log."""
+    """A run that is still running, in one line of a log."""
     metrics = run.get("lastMetrics") or {}
     start = f"{utc_text(now)[:19]}Z {run['status']} {time_words(run, now)}"
     if not metrics:
@@ -25511,7 +25513,7 @@ def examine(config: Config, path: str) -> list[Finding]:
 
 
 def configuration_findings(config: Config, path: str) -> Iterator[Finding]:
-    """Tell what `check` tells."""
+    """Report what `check` reports."""
     try:
         checked_config(path)
         problems = list(start_problems(config))
@@ -25526,7 +25528,7 @@ def configuration_findings(config: Config, path: str) -> Iterator[Finding]:
 
 
 def package_findings(config: Config) -> Iterator[Finding]:
-    """Look at Python and at packages that the configuration needs; what PyJWT lacks `check` has told."""
+    """Look at Python and at packages that the configuration needs; what PyJWT lacks `check` has reported."""
     import importlib.util
 
     version = ".".join(map(str, sys.version_info[:3]))
@@ -25680,7 +25682,7 @@ def postgres_findings(url: str) -> Iterator[Finding]:
     """Ask a PostgreSQL server, on a connection of its own that can change nothing and takes no lock."""
     try:
         import psycopg
-    except ImportError:  # package_findings has told it
+    except ImportError:  # package_findings has reported it
         return
     shown = re.sub(r"://([^:/@]*):[^@]*@", r"://\1@", url)
     options = f"-c default_transaction_read_only=on -c statement_timeout={DOCTOR_READS_S * 1000:.0f}"
@@ -25833,7 +25835,7 @@ def integrity_finding(file: str) -> Finding:
     if not os.path.isfile(file) or not os.access(file, os.R_OK):
         advice = "let this user read it, or change storage.url"
         return Finding("problem", "database", f"{file} is no file that can be read", advice)
-    # A reader of a database with a log makes files beside it, unless it is told that no one writes.
+    # A reader of a database with a log makes files beside it, unless it is opened as one that no one writes.
     how = "mode=ro" if os.path.exists(f"{file}-wal") else "mode=ro&immutable=1"
     until = time.monotonic() + DOCTOR_READS_S
     try:
@@ -26121,7 +26123,7 @@ OTHER_CLUSTER = """\
 
 class Installed(NamedTuple):
     """A file of an installation. is_ours: replaced by an upgrade, with the former one beside it; what is
-    not ours is written once, and later the new one lies beside it. is_secret: made once, told nowhere."""
+    not ours is written once, and later the new one lies beside it. is_secret: made once, shown nowhere."""
 
     name: str  # in the prefix, with /
     content: bytes
@@ -27167,7 +27169,7 @@ of hourly runs takes less than 1 GiB.
 
 
 class Argument(NamedTuple):
-    """An argument of a command: its names, and what argparse is told of it. value: converts
+    """An argument of a command: its names, and what argparse gets of it. value: converts
     its text or raises ValueError with what is allowed; completes: what a shell offers."""
 
     names: tuple[str, ...]
@@ -27290,7 +27292,7 @@ START_ARGUMENTS = (
 COMMANDS = (
     Command("serve", command_serve, "serve the API until SIGTERM; the default", "serve -config config.yaml",
         calls_server=False),
-    Command("check", command_check, "say every problem of a configuration", "check -config config.yaml",
+    Command("check", command_check, "report every problem of a configuration", "check -config config.yaml",
         calls_server=False),
     Command(
         "doctor", command_doctor, "examine an installation and say what to do", "doctor -config config.yaml",
@@ -27606,7 +27608,7 @@ def command_parser() -> Any:
 
 
 def add_argument(parser: Any, entry: Argument, default_known: bool = False) -> None:
-    """Tell argparse of an argument. default_known: what stands before the command counts."""
+    """Give argparse an argument. default_known: what stands before the command counts."""
     import argparse
 
     def convert(text: str) -> Any:
@@ -28271,7 +28273,7 @@ function toast(text, kind) {
   setTimeout(() => box.remove(), kind === "bad" ? 15000 : 6000);
 }
 
-// ---- numbers and moments ----
+// ---- numbers and times ----
 
 const NONE = "\u2013";
 const formats = [0, 1, 2].map(
@@ -28341,7 +28343,7 @@ const zoneFormat = new Intl.DateTimeFormat("en-GB", {...timeParts, year: "numeri
 const ZONE = zoneFormat.formatToParts(new Date()).find((part) => part.type === "timeZoneName").value;
 
 /** A time with its date, in the browser's zone: 25 Nov, 03:11:38; of another year with the year. */
-function moment(text) {
+function localTime(text) {
   const when = new Date(at(text));
   if (isNaN(when)) return NONE;
   return (when.getFullYear() === new Date(now()).getFullYear() ? timeFormat : yearFormat).format(when);
@@ -28407,7 +28409,7 @@ async function api(method, path, body) {
 const get = async (path) => (await api("GET", path)).data;
 const runPath = (id, rest) => "/v1/tests/" + encodeURIComponent(id) + (rest || "");
 
-/** Do what a button asks for; a failure is told, not thrown. */
+/** Do what a button asks for; a failure is shown, not thrown. */
 async function attempt(work) {
   try {
     return await work();
@@ -29393,7 +29395,7 @@ function runRow(first) {
       const {elapsed, total} = timing(run);
       bar.box.hidden = !isActive(run) || isNaN(elapsed / total);
       bar.set(elapsed / total);
-      setText(started, moment(run.startedAt || run.createdAt));
+      setText(started, localTime(run.startedAt || run.createdAt));
       started.title = run.startedAt || run.createdAt;
       stop.hidden = !isActive(run);
       stop.disabled = run.status === "Stopping";
@@ -30267,10 +30269,10 @@ function trendLine(title, color, items, format) {
       "vector-effect": "non-scaling-stroke"};
     return svg("path", {...drawn, d: "M" + middle + " 0V40"}, svg("title", {}, words));
   });
-  const told = known.filter((item, index) => item.change && index > 0).length;
+  const changeCount = known.filter((item, index) => item.change && index > 0).length;
   const mine = known.find((item) => item.isThis);
   const label = title + " over " + known.length + " runs; this one " + (mine ? format(mine.value) : NONE)
-    + (told ? "; changed " + told + " times" : "");
+    + (changeCount ? "; changed " + changeCount + " times" : "");
   const picture = svg("svg",
     {viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": label},
     ...[...normal, ...changes].filter(Boolean), line, ...dots);
@@ -30899,7 +30901,8 @@ class RunView {
         h(
           "ul",
           {},
-          warnings.map((one) => h("li", {}, h("span", {class: "soft"}, moment(one.at) + "  "), one.message)),
+          warnings.map((one) =>
+            h("li", {}, h("span", {class: "soft"}, localTime(one.at) + "  "), one.message)),
         ),
       );
     }
@@ -30952,7 +30955,7 @@ class RunView {
       [String(one.expr) + (one.warnOnly ? " (warning only)" : ""), "wide name mono"],
       [value(one), "num"],
       [h("span", {class: "badge " + kind(one)}, capital(word(one)))],
-      [one.firstFailedAt ? moment(one.firstFailedAt) : NONE],
+      [one.firstFailedAt ? localTime(one.firstFailedAt) : NONE],
       ...(list.some(why) ? [[why(one), "wide soft"]] : []),
     ]);
     box.replaceChildren(h("div", {class: "head"}, h("h2", {}, "Thresholds")),
@@ -31063,8 +31066,8 @@ class RunView {
           [one.method],
           [one.name, "wide name"],
           [one.error, "wide name"],
-          [moment(one.firstSeen)],
-          [moment(one.lastSeen)],
+          [localTime(one.firstSeen)],
+          [localTime(one.lastSeen)],
         ],
         "No request has failed.",
         "What failed is not known here.",
@@ -31145,7 +31148,7 @@ class RunView {
     beside.hidden = !answer;
     if (run) {
       const remove = h("button", {class: "small plain", onclick: () => this.overlay(null)}, "Remove");
-      beside.replaceChildren("dotted: the run of " + moment(run.startedAt || run.createdAt) + " ", remove);
+      beside.replaceChildren("dotted: the run of " + localTime(run.startedAt || run.createdAt) + " ", remove);
       beside.scrollIntoView({block: "nearest"});
     }
     this.setEnd();
@@ -31186,7 +31189,7 @@ class RunView {
       trendLine(
         title,
         color,
-        over.map((run) => ({value: run.lastMetrics[key], label: moment(run.createdAt),
+        over.map((run) => ({value: run.lastMetrics[key], label: localTime(run.createdAt),
           isThis: run === this.run, ...this.trendOf(key, run.id)})),
         format,
       );
@@ -31213,7 +31216,7 @@ class RunView {
     const change = (key) =>
       (numbers[key] > 0 && isNumber(mine[key]) ? signedPercent(mine[key] / numbers[key] - 1) : NONE);
     return [
-      [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, moment(run.startedAt || run.createdAt))],
+      [h("a", {href: "#/runs/" + encodeURIComponent(run.id)}, localTime(run.startedAt || run.createdAt))],
       [status],
       [verdict.hidden && trust.hidden ? NONE : h("span", {}, verdict, " ", trust)],
       [usersText(run), "num"],

@@ -893,7 +893,7 @@ def test_flood_without_credentials_does_not_fill_the_audit(load_manager, fake, m
 
 def test_refusals_that_were_too_many_are_one_entry(tmp_path, monkeypatch):
     """In the process itself: a minute is too long to wait."""
-    monkeypatch.setattr(loadmanager.Api, "REFUSALS_TOLD_S", 0.2)
+    monkeypatch.setattr(loadmanager.Api, "REFUSALS_REPORTED_S", 0.2)
     config = loadmanager.Config(
         security=loadmanager.SecurityConfig(api_token="a", callback_token="b"),
         server=loadmanager.ServerConfig(port=0),
