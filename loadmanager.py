@@ -111,6 +111,7 @@ ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
 RunMonitor._lock          what is known of an active run
 Notifier._picking         which deliveries are in hand
 Store._lock               all runs in memory
+AuditLog._lock            the numbers of the audit's entries
 DatabaseWriter._changed   what is to be written
 EventFeed._lock           which runs have changed since the last round
 Timer._changed            the heap of scheduled calls
@@ -7336,6 +7337,58 @@ DELIVERIES_KEEP_S = 7 * 24 * 3600
 NOISE_BLOCKS = 20  # time blocks of a run by which it is judged how much it scatters
 
 
+class AuditLog:
+    """Who asked for what, and what came of it. Nothing of it is kept in memory: it is written and read
+    through the writer alone, and changes when what is audited does, not when runs do."""
+
+    def __init__(self, writer: DatabaseWriter, next_seq: int):
+        self._writer = writer
+        self._lock = threading.Lock()  # entries are handed to the writer in the order of their numbers
+        self._next_seq = next_seq
+
+    def add(self, entry: AuditEntry) -> None:
+        """Append an entry; it is on disk within half a second."""
+        with self._lock:
+            self._writer.add_audit(self._next_seq, entry)
+            self._next_seq += 1
+
+    def entries(self, wanted: AuditFilter, scope: Scope, limit: int) -> list[tuple[int, AuditEntry]]:
+        """Up to `limit` entries with their numbers, newest first; NotReady when they cannot be read."""
+        condition, values = wanted.where(scope)
+        columns = ", ".join(("seq", *AuditEntry._fields))
+        rows = self._writer.read(
+            lambda database: database.query(
+                f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}",
+                tuple(values),
+            )
+        )
+        return [(row[0], AuditEntry(*row[1:])) for row in rows]
+
+    ROWS_AT_ONCE = 5000
+
+    def forget(self, before_at: float) -> int:
+        """Remove the entries before a time; how many. NotReady when they cannot be."""
+        gone = 0
+        while rows := self._writer.read(functools.partial(self._forget_some, before_at)):
+            gone += rows
+        return gone
+
+    def _forget_some(self, before_at: float, database: Database) -> int:
+        """Remove the oldest of them: not so many that other writes wait."""
+        oldest = database.query(f"SELECT seq, at FROM audit ORDER BY seq LIMIT {self.ROWS_AT_ONCE}")
+        old = [(seq,) for seq, at in oldest if at < before_at]
+        if not old:
+            return 0
+        database.execute("BEGIN")
+        try:
+            database.execute_many("DELETE FROM audit WHERE seq = ?", old)
+            database.execute("COMMIT")
+        except BaseException:
+            database.rollback()
+            raise
+        return len(old)
+
+
 class Store:
     """All runs. Every method may be called from any thread; a status changes only in transition()."""
 
@@ -7369,6 +7422,7 @@ class Store:
         self._database = database
         self._writer = DatabaseWriter(database, audit_file, each_second=self._record_clock)
         self._writer.lead_proved_at = opened_at
+        self.audit = AuditLog(self._writer, self._next_audit_seq)
         self._writer.start()
 
     def _load(self, database: Database) -> None:
@@ -8054,50 +8108,6 @@ class Store:
                 if len(found) == limit:
                     break
         return found[::-1]
-
-    # ---- audit ----
-
-    def audit(self, entry: AuditEntry) -> None:
-        """Append an entry; it is on disk within half a second."""
-        with self._lock:
-            self._writer.add_audit(self._next_audit_seq, entry)
-            self._next_audit_seq += 1
-
-    def audit_entries(self, wanted: AuditFilter, scope: Scope, limit: int) -> list[tuple[int, AuditEntry]]:
-        """Up to `limit` entries with their numbers, newest first; NotReady when they cannot be read."""
-        condition, values = wanted.where(scope)
-        columns = ", ".join(("seq", *AuditEntry._fields))
-        rows = self._writer.read(
-            lambda database: database.query(
-                f"SELECT {columns} FROM audit WHERE {condition} ORDER BY seq DESC LIMIT {int(limit)}",
-                tuple(values),
-            )
-        )
-        return [(row[0], AuditEntry(*row[1:])) for row in rows]
-
-    AUDIT_ROWS_AT_ONCE = 5000
-
-    def forget_audit(self, before_at: float) -> int:
-        """Remove the entries of the audit before a time; how many. NotReady when they cannot be."""
-        gone = 0
-        while rows := self._writer.read(functools.partial(self._forget_some_audit, before_at)):
-            gone += rows
-        return gone
-
-    def _forget_some_audit(self, before_at: float, database: Database) -> int:
-        """Remove the oldest of them: not so many that other writes wait."""
-        oldest = database.query(f"SELECT seq, at FROM audit ORDER BY seq LIMIT {self.AUDIT_ROWS_AT_ONCE}")
-        old = [(seq,) for seq, at in oldest if at < before_at]
-        if not old:
-            return 0
-        database.execute("BEGIN")
-        try:
-            database.execute_many("DELETE FROM audit WHERE seq = ?", old)
-            database.execute("COMMIT")
-        except BaseException:
-            database.rollback()
-            raise
-        return len(old)
 
     def wait_durable(self) -> None:
         """Return when all that was kept before is on disk; NotReady when it cannot be."""
@@ -14078,7 +14088,7 @@ class Scheduler:
             http_status,
             detail,
         )
-        self._store.audit(entry)
+        self._store.audit.add(entry)
 
     def _active_run(self, schedule: Schedule) -> str | None:
         run = self._store.find(schedule.last_run_id or "")
@@ -20255,7 +20265,7 @@ def get_audit(api: Api, request: Request) -> Response:
     query, limit = request.query, request.query.get("limit", 100)
     asked = ("who", "tenantId", "runId", "action", "outcome", "from", "to", "cursor")
     wanted = AuditFilter(*map(query.get, asked))
-    found = api.store.audit_entries(wanted, request.principal.scope, limit + 1)
+    found = api.store.audit.entries(wanted, request.principal.scope, limit + 1)
     headers = {}
     if len(found) > limit:
         again = {name: value for name, value in parse_qsl(request.head.query) if name != "cursor"}
@@ -21810,7 +21820,7 @@ class Api:
             request.run_id = request.run_id or str(failure.extra.get("runId", ""))
         fields_ = failure.fields if isinstance(failure, InvalidInput | Forbidden) else {}
         detail = request.note if failure is None else ", ".join(fields_) or failure.message
-        self.store.audit(self._entry(request, http_status, detail))
+        self.store.audit.add(self._entry(request, http_status, detail))
         if not request.route.waits:
             return None
         try:
@@ -21827,7 +21837,7 @@ class Api:
     def _record_refusal(self, request: Request, failure: LoadManagerError) -> None:
         request.principal = failure.caller or request.principal
         if self._refusals.takes(request.address):
-            self.store.audit(self._entry(request, failure.http_status, failure.message))
+            self.store.audit.add(self._entry(request, failure.http_status, failure.message))
         elif not self._reports_refusals:
             self._reports_refusals = True
             self.orchestrator.timer.after(self.REFUSALS_REPORTED_S, self._tell_refusals)
@@ -21840,7 +21850,7 @@ class Api:
             f"{count} more refusals, of {addresses} address{'es' if addresses > 1 else ''}, were too "
             "many to write"
         )
-        self.store.audit(AuditEntry(time.time(), "", "", "", "refusals", "", "", "", 429, words))
+        self.store.audit.add(AuditEntry(time.time(), "", "", "", "refusals", "", "", "", 429, words))
 
     def _entry(self, request: Request, http_status: int, detail: str) -> AuditEntry:
         """An entry with what of the request may be known: never a header, a query or a body."""
@@ -22455,7 +22465,7 @@ class Service:
         if not days:
             return
         try:
-            gone = self._store.forget_audit(time.time() - days * 86400)
+            gone = self._store.audit.forget(time.time() - days * 86400)
         except NotReady as error:
             log("old entries of the audit not removed", why=error.message)
             return
@@ -22513,7 +22523,7 @@ class Service:
             problems = ["an error of Load Manager itself; its log has the details"]
             log("configuration not read again", error=repr(error), trace=traceback.format_exc())
         status, detail = (400, audit_text("; ".join(problems))) if problems else (200, "")
-        self._store.audit(AuditEntry(time.time(), "SIGHUP", "", "", "reload", "", "", "", status, detail))
+        self._store.audit.add(AuditEntry(time.time(), "SIGHUP", "", "", "reload", "", "", "", status, detail))
         self._mark.record_reload(problems, needs_restart)
 
     def stop(self) -> None:

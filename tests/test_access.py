@@ -912,7 +912,7 @@ def test_refusals_that_were_too_many_are_one_entry(tmp_path, monkeypatch):
         filter_ = loadmanager.AuditFilter(action="refusals")
 
         def told():
-            return service._store.audit_entries(filter_, loadmanager.EVERYTHING, 10)
+            return service._store.audit.entries(filter_, loadmanager.EVERYTHING, 10)
 
         [(_, entry)] = eventually(told, 10)
         assert entry.detail == "20 more refusals, of 1 address, were too many to write"
@@ -943,11 +943,11 @@ def test_old_entries_of_the_audit_go(load_manager, fake, monkeypatch):
 
 
 def test_audit_is_aged_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(loadmanager.Store, "AUDIT_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(loadmanager.AuditLog, "ROWS_AT_ONCE", 3)
     store = loadmanager.Store(loadmanager.open_database("sqlite:///a.db", str(tmp_path)))
     for number in range(10):
-        store.audit(loadmanager.AuditEntry(float(number), "", "", "", "x", "", "", "", 200, ""))
-    assert (store.forget_audit(8.0), store.forget_audit(8.0)) == (8, 0)
-    left = store.audit_entries(loadmanager.AuditFilter(), loadmanager.EVERYTHING, 100)
+        store.audit.add(loadmanager.AuditEntry(float(number), "", "", "", "x", "", "", "", 200, ""))
+    assert (store.audit.forget(8.0), store.audit.forget(8.0)) == (8, 0)
+    left = store.audit.entries(loadmanager.AuditFilter(), loadmanager.EVERYTHING, 100)
     assert [entry.at for _, entry in left] == [9.0, 8.0]
     store.close()

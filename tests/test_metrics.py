@@ -314,7 +314,7 @@ def test_database_that_cannot_be_written_shows(tmp_path):
     store = loadmanager.Store(database)
     assert store.problem is None and store.writer_lag_s == 0.0 and store.database_bytes() > 0
     begin, database.execute = database.execute, refuse_to_write
-    store.audit(loadmanager.AuditEntry(0.0, "who", "admin", "::1", "GET /", "", "", "", 200, ""))
+    store.audit.add(loadmanager.AuditEntry(0.0, "who", "admin", "::1", "GET /", "", "", "", 200, ""))
     try:
         eventually(lambda: store.problem and store.writer_lag_s > 0.2, 10, what="the writer is behind")
     finally:

@@ -52,7 +52,7 @@ def filled(tmp_path):
     store.keep_attachment(runs[1].id, lm.FAILURES, lm.dump_json(kept).encode())
     store.set_baseline(lm.Baseline("acme", "dev", "browse", runs[1].id, 11.0, "me"))
     for number in range(450):
-        store.audit(entry(who=f"user-{number}", at=time.time()))
+        store.audit.add(entry(who=f"user-{number}", at=time.time()))
     planned = lm.Schedule("nightly", "t", "e", {}, 1.0, "me", run_at=2.0, paused=True)
     store.keep_schedule("nightly", lm.schedule_to_record(planned))
     store.keep_delivery(lm.Delivery("msg_1", "hook", "failed", keyed.id, "t", 1.7e9, "failed", {"a": 1}))

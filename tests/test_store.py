@@ -89,19 +89,19 @@ def test_audit_is_appended_and_found_by_what_is_asked_for(open_store):
         entry("", "", 401, run_id="", action="GET /v1/tests"),
     ]
     for one in kept:
-        store.audit(one)
+        store.audit.add(one)
     store.close()
     store = open_store()
-    store.audit(entry("last"))
+    store.audit.add(entry("last"))
 
     def found(scope=lm.EVERYTHING, limit=100, **wanted):
         return [
             (seq, one.who, one.http_status)
-            for seq, one in store.audit_entries(lm.AuditFilter(**wanted), scope, limit)
+            for seq, one in store.audit.entries(lm.AuditFilter(**wanted), scope, limit)
         ]
 
     assert found() == [(5, "last", 201), (4, "", 401), (3, "ops", 409), (2, "ops", 403), (1, "ci", 201)]
-    assert store.audit_entries(lm.AuditFilter(who="ci"), lm.EVERYTHING, 9)[0][1] == kept[0]
+    assert store.audit.entries(lm.AuditFilter(who="ci"), lm.EVERYTHING, 9)[0][1] == kept[0]
     assert [seq for seq, *_ in found(limit=2, before_seq=4)] == [3, 2]
     assert [seq for seq, *_ in found(outcome="refused")] == [4, 2] and [
         seq for seq, *_ in found(outcome="failed")
@@ -345,7 +345,7 @@ def test_file_of_the_first_version_is_brought_to_the_newest(open_store, tmp_path
     run = store.add(new_run(), ("key", "hash"))
     store.add_snapshot(run.id, snapshot(3), "poll")
     store.keep_attachment(run.id, "a.txt", b"a")
-    store.audit(entry())
+    store.audit.add(entry())
     store.drop_cleanup("run-2")
     store.wait_durable_or_log()
     store.close()
@@ -770,7 +770,7 @@ def test_files_can_be_read_by_their_owner_only_whatever_the_umask(tmp_path):
             database = lm.open_database(f"sqlite:///{name}", str(tmp_path))
             store = lm.Store(database, str(tmp_path / "audit.log"))
             store.add(new_run())
-            store.audit(entry())
+            store.audit.add(entry())
             store.wait_durable()
             if name == "new.db":
                 (tmp_path / name).unlink()
@@ -884,7 +884,7 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
         store.keep_schedule(bad, "{}")
         store.keep_attachment(run.id, bad, b"x")
         store._writer.save_key(bad, ("hash", run.id, 1.0))
-        store.audit(entry(detail=bad))
+        store.audit.add(entry(detail=bad))
         store._writer.save_document("outbox", "bad", (1.0, object()))
         store._writer.save_baseline(("a", "b", bad), lm.Baseline("a", "b", bad, run.id, 1.0, "me"))
         bad_point = lm.HistogramPoint(1.0, {None: object()})
@@ -892,14 +892,14 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
         store.keep_schedule("good", "{}")
         store.keep_attachment(run.id, "good", b"good")
         store._writer.save_key("good", ("hash", run.id, time.time()))
-        store.audit(entry("good"))
+        store.audit.add(entry("good"))
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=1.0)
     assert store.rows_left_out == 7 and store.problem is None
     assert store.attachment(run.id, "good") == b"good"
     store.close()
     again = open_store()
     assert again.schedule_records() == ["{}"] and again.recall_key("good", time.time()) == ("hash", run.id)
-    assert [one.who for _, one in again.audit_entries(lm.AuditFilter(), lm.EVERYTHING, 9)] == ["good"]
+    assert [one.who for _, one in again.audit.entries(lm.AuditFilter(), lm.EVERYTHING, 9)] == ["good"]
     assert again.find(run.id).status is lm.RunStatus.FAILED
 
 
