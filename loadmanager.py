@@ -1647,7 +1647,7 @@ class SecurityConfig:
 
     @property
     def is_anonymous(self) -> bool:
-        """Anybody may call: no way to prove who one is, is configured."""
+        """Anyone may call: no way to prove who one is, is configured."""
         return not (self.api_token or self.api_tokens or self.jwt or self.oidc)
 
 
@@ -7870,7 +7870,7 @@ class Store:
 
     def _clock_shift_s(self, record: StoredRun) -> float:
         """Seconds by which the wall clock was set back since the run began: added to its times,
-        they go on from where they were, and a run's history is in the order in which it came."""
+        they continue from where they were, and a run's history is in the order in which it came."""
         self._record_clock()
         return record.clock_shift_s
 
@@ -12530,7 +12530,7 @@ class RunStarter:
             cluster.client.swarm(form)
         finally:
             cluster.operation.release()
-        self._note_what_was_found(cluster, run, reading)
+        self._record_what_was_found(cluster, run, reading)
         return self.started(run.id)
 
     def _leaves_queue(self, run: Run) -> bool:
@@ -12541,7 +12541,7 @@ class RunStarter:
         self._store.wait_durable_or_log()
         return True
 
-    def _note_what_was_found(self, cluster: Cluster, run: Run, reading: Reading) -> None:
+    def _record_what_was_found(self, cluster: Cluster, run: Run, reading: Reading) -> None:
         if reading.locustfile_sha256:
             self._store.update(run.id, locustfile_sha256=reading.locustfile_sha256)
         live = len(reading.live_workers)
@@ -13941,7 +13941,7 @@ class Scheduler:
                 self._wait(wait_s)
                 wait_s = self._look()
             except Exception as error:  # noqa: BLE001 - the edge: schedules must continue
-                self._note_failure("schedules not looked at", error)
+                self._record_failure("schedules not looked at", error)
                 wait_s = 0.0
                 self._look_now.wait(self.RETRY_S)
 
@@ -13970,7 +13970,7 @@ class Scheduler:
             try:
                 waits.append(self._look_at(schedule, now, set_back_s))
             except Exception as error:  # noqa: BLE001 - the edge: the others must continue
-                self._note_failure("schedule not looked at", error, schedule=schedule.id)
+                self._record_failure("schedule not looked at", error, schedule=schedule.id)
                 waits.append(self.RETRY_S)
         return max(0.01, min(waits))
 
@@ -14015,7 +14015,7 @@ class Scheduler:
             try:
                 outcome, run_id = self._outcome(schedule, due)
             except Exception as error:  # noqa: BLE001 - the edge: the schedule must continue
-                self._note_failure("schedule failed", error, schedule=schedule.id)
+                self._record_failure("schedule failed", error, schedule=schedule.id)
                 outcome, run_id = (
                     "not started: an error of Load Manager itself; its log has the details",
                     None,
@@ -14047,7 +14047,7 @@ class Scheduler:
         era = f":{schedule.clock_era}" if schedule.clock_era else ""
         return self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}{era}")
 
-    def _note_failure(self, what: str, error: Exception, **facts: object) -> None:
+    def _record_failure(self, what: str, error: Exception, **facts: object) -> None:
         import traceback
 
         self.failures += 1
@@ -16747,7 +16747,7 @@ def log_refusal(head: RequestHead | None, error: LoadManagerError, address: str,
 
 class TlsFiles:
     """Our certificate and key. They are read again when they change; connections that are
-    open go on with what they began with."""
+    open continue with what they began with."""
 
     def __init__(self, config: ServerTlsConfig, folder: str):
         """StartupError when they cannot be used."""
@@ -21517,7 +21517,7 @@ class Authentication:
 
     @property
     def is_anonymous(self) -> bool:
-        """Anybody may call."""
+        """Anyone may call."""
         return self._credentials.is_anonymous
 
     @property
@@ -21804,14 +21804,14 @@ class Api:
                 self._record_refusal(request, failure)
                 return response
         if request.route.is_audited:
-            unwritten = self._note_done(request, response.http_status, failure)
+            unwritten = self._record_done(request, response.http_status, failure)
             if unwritten is not None and response.http_status < 300:
                 return error_response(unwritten)
         return response
 
     # ---- the audit ---------------------------------------------------------
 
-    def _note_done(
+    def _record_done(
         self, request: Request, http_status: int, failure: LoadManagerError | None
     ) -> NotReady | None:
         """What changed something, or was to, is in the audit, and on disk, before it is answered;
@@ -23199,7 +23199,7 @@ class ApiClient:
         """A good answer; ServerGone without one, ServerRefused for one that is an error.
 
         What changes something is sent on a new connection: on a kept one that the server
-        just closed no one could tell whether it was carried out."""
+        just closed no one could know whether it was carried out."""
         if method != "GET":
             self.close()
         is_kept = self._connection is not None
@@ -25877,7 +25877,7 @@ def asked_findings(config: Config) -> list[Finding]:
     threads = []
     with contextlib.suppress(NotReady):  # no more threads: the rest has no answer
         for one in asks.items():
-            threads.append(start_thread("doctor", functools.partial(_note_answer, answers, *one)))
+            threads.append(start_thread("doctor", functools.partial(_record_answer, answers, *one)))
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     timer.close()
@@ -25889,7 +25889,7 @@ def asked_findings(config: Config) -> list[Finding]:
     ]
 
 
-def _note_answer(answers: dict[str, list[Finding]], subject: str, ask: Callable[[], list[Finding]]) -> None:
+def _record_answer(answers: dict[str, list[Finding]], subject: str, ask: Callable[[], list[Finding]]) -> None:
     answers[subject] = ask()
 
 

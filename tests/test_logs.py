@@ -59,7 +59,7 @@ def log_calls():
             names = {keyword.arg for keyword in call.keywords}
             facts = names - {None, "requestId"}  # any line may have that one
             yield call.lineno, [text for text in texts if isinstance(text, str)], facts, None in names
-        elif isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "_note_failure":
+        elif isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "_record_failure":
             names = {keyword.arg for keyword in call.keywords} | {"error", "failures", "trace"}
             yield call.lineno, [call.args[0].value], names, False
 

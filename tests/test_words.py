@@ -1,10 +1,12 @@
-"""The words of the field stand in messages, help, reference and READMEs; those they took the place of do not
-come back."""
+"""The words of the field stand in messages, help, reference and READMEs, in comments, docstrings and names;
+those they took the place of do not come back."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import pytest
 import loadmanager
 
 ROOT = Path(loadmanager.__file__).parent
-TREE = ast.parse(Path(loadmanager.__file__).read_text(encoding="utf-8"))
+SOURCE = Path(loadmanager.__file__).read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
 
 # What must not be said, and what is said instead; a pattern may leave out what it means elsewhere.
 INSTEAD = {
@@ -38,6 +41,43 @@ INSTEAD = {
 HONEST = {
     "doubtful": "the value of the JSON key trust",
     "artefacts": "the table's name, which a database has had since its first version",
+}
+# What must not be said in comments and docstrings. Quotes between backticks are of the API or of code.
+IN_COMMENTS = {
+    r"\bmoments?\b": "time, timestamp, point in time",
+    r"\btold\b|\b[Tt]ells? (of|that|whether)\b": "notified, reports",
+    r"\b[Ss]omebody|\b[Nn]obody|\b[Aa]nybody": "someone, no one, anyone",
+    r"\boftener\b|\banew\b": "more often, again",
+    r"\bswarmed\b": "a test is started",
+    r"\bbelieved\b": "cached, accepted, trusted",
+    r"\bstranger": "untrusted",
+    r"\bgo(es)? on\b": "continue, is still running",
+    r"\bthe wire\b": "the API's JSON, the response body",
+    r"\bkept beside a run\b": "attachment",
+    r"\bsteady (seconds|clock)": "monotonic",
+    r"\bdid it pass\b|\bwho may do what\b": "Thresholds and verdict; Authentication and authorization",
+    r"\bstretch of a run": "time block",
+    r"\bdoubtful\b(?!`)": "unreliable",
+}
+IN_NAMES = {
+    r"^_?wire|_wire\b|^wire": "to_json, run_json, list_json",
+    r"moment": "time, timestamp",
+    r"artefact": "attachment",
+    r"^note$|^_?note_": "record_sample, record_failure, on_change",
+    r"(^|_)(MOST|LEAST)(_|$)": "MAX, MIN",
+    r"^steady_s$|^Alarm$": "monotonic_s, ScheduledCall",
+    r"heard_at": "last_seen_at",
+    r"^doubts|DOUBTS|^_doubt": "unreliable_reasons",
+    r"^(Plan|Engine|Watch|Journal|Record|Usage)$": "LoadProfile, Orchestrator, RunMonitor, DatabaseWriter,"
+    " StoredRun, RateCounter",
+    r"^NotAllowed$": "InvalidValue",
+    r"^busy_with$|^claimed_users$": "active_run_id, reserved_users",
+    r"^in_background$": "start_thread",
+    r"^told$": "reported",
+}
+HONEST_NAMES = {
+    "note": "what an audit entry says of its request",
+    "artefacts": "rows of the table of this name, which a database has had since its first version",
 }
 
 
@@ -69,6 +109,40 @@ def test_word_that_was_replaced_does_not_come_back(word):
     pattern = re.compile(word)
     found = [f"{where}: {line.strip()}" for where, line in texts() if pattern.search(without_honest(line))]
     assert not found, f"say instead: {INSTEAD[word]}\n" + "\n".join(found)
+
+
+def comments() -> list[tuple[str, str]]:
+    """Where, and what a reader of the program reads beside its code, each comment and docstring a line."""
+    read = tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+    found = [(f"loadmanager.py:{one.start[0]}", one.string) for one in read if one.type == tokenize.COMMENT]
+    said = docstrings()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Constant) and id(node) in said:
+            found.append((f"loadmanager.py:{node.lineno}", " ".join(str(node.value).split())))
+    return found
+
+
+@pytest.mark.parametrize("word", IN_COMMENTS)
+def test_word_does_not_come_back_in_comments_and_docstrings(word):
+    found = [f"{where}: {text}" for where, text in comments() if re.search(word, without_honest(text))]
+    assert not found, f"say instead: {IN_COMMENTS[word]}\n" + "\n".join(found)
+
+
+def names() -> set[str]:
+    """What functions, classes, arguments, variables and attributes are called."""
+    found = set()
+    for node in ast.walk(TREE):
+        for field in ("name", "arg", "id", "attr"):
+            name = getattr(node, field, None)
+            if isinstance(name, str):
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("word", IN_NAMES)
+def test_word_does_not_come_back_in_names(word):
+    found = sorted(name for name in names() - set(HONEST_NAMES) if re.search(word, name))
+    assert not found, f"call it instead: {IN_NAMES[word]}\n" + "\n".join(found)
 
 
 def without_honest(line: str) -> str:
