@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help run demo lint test bench soak year gate chaos standby check page bundle packages clean
+.PHONY: help run demo lint test bench soak year gate chaos standby check page bundle pins packages clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -54,6 +54,9 @@ page: $(VENV)/test.stamp  ## the page's CSS and JavaScript as files in page/, an
 bundle: $(VENV)/bin/python  ## one archive for a host without a network: make bundle PYTHON_VERSION=3.12
 	$(PY) deploy/bundle.py --out dist $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION))
 
+pins:  ## renew the pinned versions and hashes
+	PYTHON=$(PYTHON) deploy/pins.sh
+
 # What the tests and figures take from Debian: a database, a browser, a load generator, a shell.
 packages:
 	@tests/packages.sh
@@ -61,8 +64,8 @@ packages:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/run.stamp: locust/requirements.txt | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check PyYAML -r locust/requirements.txt
+$(VENV)/run.stamp: deploy/run.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r deploy/run.txt
 	@touch $@
 
 $(VENV)/test.stamp: tests/requirements.txt $(VENV)/run.stamp

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MADE_AT = 1577836800  # 2020-01-01: the archive does not depend on when it is made
 FOLDERS = ("deploy", "locust")
 FILES = ("loadmanager.py", "README.md", "LICENSE", "config.yaml", ".dockerignore")
-LEFT_OUT = ("__pycache__", "bundle.py", "bundle-install.sh", "dashboard.png")
+LEFT_OUT = ("__pycache__", "bundle.py", "bundle-install.sh", "pins.sh", "dashboard.png")
 
 
 class BundleError(Exception):
@@ -37,7 +37,7 @@ def download_wheels(folder: Path, python_version: str) -> None:
     """Fetch the wheels, built ones only: a host without a network has no compiler. BundleError."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--only-binary=:all:", "--dest", str(folder), "--python-version", python_version]
-    command += ["PyYAML", "--requirement", str(ROOT / "locust/requirements.txt")]
+    command += ["--requirement", str(ROOT / "deploy/run.txt")]
     if subprocess.run(command).returncode:
         raise BundleError("pip could not download the wheels; its words are above")
 
