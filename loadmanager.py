@@ -121,8 +121,8 @@ else is taken within them: ThresholdWatch._lock, _Deadline._lock, PollLoop._lock
 StatsTimes._lock, MasterConnections._lock, LaunchedCluster._lock, Scheduler._lock,
 Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock, StandbyFront.places, Channel._annotating, McpServer._writing,
-McpServer._changed.
+Service._reloading, RunCounts._lock, StandbyFront.places, StandbyFront.stream_places,
+Api._large_reads, Channel._annotating, McpServer._writing, McpServer._changed.
 """
 
 from __future__ import annotations
@@ -466,6 +466,9 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "old entries of the audit not removed": _log_event("warning", "the database failed", "why"),
     "standing by": _log_event("info", "another Load Manager leads on the database", "url"),
     "taking over": _log_event("info", "the one that led is gone"),
+    "address of the leader cannot be used": _log_event(
+        "warning", "standby.advertisedUrl is wrong", "url why"
+    ),
     "database of a standby does not answer": _log_event("warning", "it is tried again", "why"),
     "ending: this Load Manager leads no more": _log_event(
         "error", "another one has the database", "why status"
@@ -6080,6 +6083,11 @@ def _runs_of_copy(connection: Any, source: str) -> int:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not {"meta", "runs"} <= tables:
         raise StartupError(f"{source}: is not a Load Manager database")
+    odd = connection.execute(
+        "SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')"
+    ).fetchall()
+    if odd:  # a trigger would change what is written later
+        raise StartupError(f"{source}: has the {odd[0][0]} {odd[0][1]!r}, which Load Manager never makes")
     row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     if row is None or not re.fullmatch("[0-9]{1,6}", str(row[0])):
         raise StartupError(f"{source}: is not a Load Manager database")
@@ -11219,7 +11227,8 @@ class RunMonitor:
         self.calls_back = False  # its hooks have called back
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # a user or a request was seen
-        self.max_workers = 0
+        self.max_workers = 0  # that were seen at once
+        self.workers_asked: float = math.inf  # their number when it was changed by hand
         self.last_users = 0  # the users that ran when they were last counted
         self.target = load_target(run, time.time())
         self.last: Reading | None = None
@@ -11566,7 +11575,8 @@ class RunMonitor:
             return  # nothing new: what is the same in two readings of one cache is not stable for that
         with self._lock:
             workers_before, before = self.max_workers, self.last
-            self.max_workers = max(self.max_workers, len(reading.live_workers))
+            seen = min(len(reading.live_workers), self.workers_asked)  # some may still be about to go
+            self.max_workers = max(self.max_workers, int(seen))
             self.last, self.failures = reading, reading.failures
         for code, sentence in watch_warnings(
             self.target, before, reading, self.max_workers, self.wanted_for_s
@@ -11781,6 +11791,7 @@ class RunMonitor:
     def workers_scaled(self, workers: int) -> None:
         """Their number was changed by hand: those that go now are not lost."""
         with self._lock:
+            self.workers_asked = workers
             self.max_workers = min(self.max_workers, workers)
             self.scaled = True
 
@@ -13257,10 +13268,10 @@ class Orchestrator:
 
     def scale_cluster(self, cluster: Cluster, workers: int) -> None:
         """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
-        self._scaling.scale(cluster, workers)
         monitor = self._monitors.get(self.pool.active_run_id(cluster) or "")
-        if monitor:
+        if monitor:  # first: a worker that goes at once is not lost
             monitor.workers_scaled(workers)
+        self._scaling.scale(cluster, workers)
 
     def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
         """The last lines of the processes of a cluster: a launched one's files, else what Locust itself
@@ -16409,7 +16420,7 @@ MAX_UNSENT_BYTES = 1024 * 1024  # of an event stream whose client reads too slow
 MAX_UNSENT_OF_CALLER = 128 * 1024 * 1024  # answers that one caller has not read yet; beyond, no more big ones
 MAX_UNSENT_IN_ALL = 256 * 1024 * 1024  # beyond, the slowest reader is let go
 SMALL_ANSWER_BYTES = 64 * 1024  # is always sent, whatever the caller has not read
-BIG_BODY_BYTES = 64 * 1024  # from here on a body is parsed by a thread, not in the loop's
+BIG_BODY_BYTES = 16 * 1024  # from here on a body is parsed by a thread, not in the loop's
 MAX_BIG_CALLBACKS = 64 * 1024 * 1024  # bytes of big bodies that are being received or parsed: callbacks,
 MAX_BIG_REQUESTS = 128 * 1024 * 1024  # and all others (two of the largest imports)
 IDLE_CONNECTION_S = 70.0
@@ -20083,6 +20094,7 @@ class Route:
     summary: str
     waits: bool = True
     reserved: bool = False  # served even when all threads are taken
+    is_large: bool = False  # its answer may hold a whole history: few are made at once
     query: dict[str, Check] = field(default_factory=dict)
     body: dict[str, BodyKey] | None = None
     most_body_bytes: int = MAX_BODY_BYTES
@@ -21007,10 +21019,10 @@ ROUTES = (
         answer="Annotations"),
     Route("GET", "/v1/tests/{id}/report.html", get_report_html, "viewer",
         "The run as one page without scripts, for mail and print; each report takes `?download=1`",
-        query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
+        is_large=True, query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/report.md", get_report_md, "viewer",
-        "The run as Markdown, for a merge request", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE, errors=(503,),
-        tool="report"),
+        "The run as Markdown, for a merge request", is_large=True, query=DOWNLOAD_QUERY,
+        media=MARKDOWN_TYPE, errors=(503,), tool="report"),
     Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer",
         "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE),
     Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer",
@@ -21018,7 +21030,7 @@ ROUTES = (
     Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY,
         answer="Comparison", errors=(404,), tool="compare_runs"),
     Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file",
-        query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
+        is_large=True, query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
     Route(
         "POST", "/v1/tests/import", post_import, "operator",
         "Keep a run from a file: an export, or what a headless Locust wrote",
@@ -21036,7 +21048,7 @@ ROUTES = (
     Route("DELETE", BASELINE_PATH, delete_baseline, "operator", "Have no baseline", success=204,
         errors=(503,)),
     Route("GET", "/v1/tests/{id}/metrics.csv", get_metrics_csv, "viewer", "All samples as CSV",
-        query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
+        is_large=True, query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer",
         "The Finished runs of the run's scenario, a row each, as Apache Otava reads them",
         query=DOWNLOAD_QUERY, media=CSV_TYPE),
@@ -21685,6 +21697,9 @@ class Authentication:
 class Api:
     """Admits requests (route, credentials, size) and has the handlers answer them."""
 
+    MAX_LARGE_READS = 3  # at once: each has a run's whole history in memory, as rows and as text
+    LARGE_READ_WAIT_S = 2.0
+
     def __init__(
         self,
         config: Config,
@@ -21716,6 +21731,7 @@ class Api:
         }
         self._creating: dict[str, list[Any]] = {}  # Idempotency-Keys in work: their lock, how many wait
         self._creating_lock = threading.Lock()
+        self._large_reads = threading.BoundedSemaphore(self.MAX_LARGE_READS)
 
     def reconfigure(self, config: Config) -> None:
         """Take another configuration. Event streams end whose proof it has no more."""
@@ -21791,7 +21807,7 @@ class Api:
         try:
             if request.head.query:
                 request.query = check_query(request.head.query, request.route.query)
-            response = request.route.handler(self, request)
+            response = self._handled(request)
         except LoadManagerError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - the edge: a bug is logged and answered 500
@@ -21808,6 +21824,16 @@ class Api:
             if unwritten is not None and response.http_status < 300:
                 return error_response(unwritten)
         return response
+
+    def _handled(self, request: Request) -> Response:
+        if not request.route.is_large:
+            return request.route.handler(self, request)
+        if not self._large_reads.acquire(timeout=self.LARGE_READ_WAIT_S):
+            raise NotReady("other large answers are being made", retry_after_s=2)
+        try:
+            return request.route.handler(self, request)
+        finally:
+            self._large_reads.release()
 
     # ---- the audit ---------------------------------------------------------
 
@@ -22039,7 +22065,9 @@ def _options_route(allow: str) -> Route:
 
 STANDBY_LOOK_S = 0.25
 STANDBY_HOP = "X-LoadManager-Hop"
-STANDBY_MAX_REQUESTS = 128  # at once
+STANDBY_MAX_UNREAD = 512  # connections whose request is to come; the oldest gives way
+STANDBY_MAX_REQUESTS = 128  # that are passed on at once
+STANDBY_MAX_STREAMS = 64  # of them, streams of events
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect".split()
     + ["content-length"]
@@ -22158,6 +22186,7 @@ class StandbyFront(ThreadingHTTPServer):
         self.leader_url: str | None = None
         self.problem: str | None = "it has just started"  # why there is no one to ask
         self.places = threading.BoundedSemaphore(STANDBY_MAX_REQUESTS)
+        self.stream_places = threading.BoundedSemaphore(STANDBY_MAX_STREAMS)
         self.unread: dict[socket.socket, float] = {}  # when each connection whose request is to come gives up
         super().__init__((host, port), StandbyRequest)
 
@@ -22166,8 +22195,12 @@ class StandbyFront(ThreadingHTTPServer):
         now = monotonic_s()
         for connection, until in list(self.unread.items()):
             if until < now:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                self._end_unread(connection)
+
+    def _end_unread(self, connection: socket.socket) -> None:
+        self.unread.pop(connection, None)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # its thread sees an end, and goes
 
     def server_bind(self) -> None:
         """As ApiServer's: our name is not asked of DNS."""
@@ -22177,27 +22210,40 @@ class StandbyFront(ThreadingHTTPServer):
         self.server_name, self.server_port = self.socket.getsockname()[:2]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Read it in a thread of its own. Silent connections take no place from requests that come."""
+        if len(self.unread) >= STANDBY_MAX_UNREAD:
+            oldest = min(list(self.unread.items()), key=lambda one: one[1], default=None)
+            if oldest is not None:
+                self._end_unread(oldest[0])
 
         def work() -> None:
             try:
                 self.process_request_thread(request, client_address)
             finally:
                 self.unread.pop(request, None)
-                self.places.release()
 
         self.unread[request] = monotonic_s() + self.REQUEST_S
         try:
             start_thread("standby-request", work)
         except NotReady:
             self.unread.pop(request, None)
-            self.places.release()
             self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a client went away, or sent what is no HTTP."""
+
+
+class _HeadLines:
+    """The lines of a head as they are read; a CR within one ends a line for some programs (RFC 9112, 2.2)."""
+
+    def __init__(self, source: Any):
+        self._source = source
+        self.has_bare_cr = False
+
+    def readline(self, limit: int) -> bytes:
+        line = self._source.readline(limit)
+        self.has_bare_cr = self.has_bare_cr or b"\r" in line.removesuffix(b"\n").removesuffix(b"\r")
+        return line
 
 
 class StandbyRequest(BaseHTTPRequestHandler):
@@ -22211,14 +22257,19 @@ class StandbyRequest(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
-        self.raw_requestline = self.rfile.readline(65537)
+        source, lines = self.rfile, _HeadLines(self.rfile)
+        self.rfile = lines  # type: ignore[assignment]  # of it parse_request() takes readline() only
+        self.raw_requestline = lines.readline(65537)
         if not self.raw_requestline or len(self.raw_requestline) > 65536 or not self.parse_request():
+            self.rfile = source
             return
-        self.close_connection = True
+        self.rfile, self.close_connection = source, True
         path = self.path.partition("?")[0]
         if self.command == "GET" and path in ("/health", "/ready"):
             self.server.unread.pop(self.connection, None)
-        if self.command == "GET" and path == "/health":
+        if lines.has_bare_cr or len(self.headers.get_all("Content-Length", ())) > 1:
+            self._refuse(400, "bad request", "a header must be one line, and Content-Length there once")
+        elif self.command == "GET" and path == "/health":
             self._say({"status": "healthy"})
         elif self.command == "GET" and path == "/ready":
             self._say_ready()
@@ -22263,25 +22314,44 @@ class StandbyRequest(BaseHTTPRequestHandler):
         if int(length) > most:
             self._refuse(413, "too large", f"the body must have at most {most} bytes")
             return
+        is_stream = self.path.partition("?")[0].endswith("/events")
+        with contextlib.ExitStack() as taken:
+            for places in (self.server.stream_places,) * is_stream + (self.server.places,):
+                if not places.acquire(blocking=False):
+                    self._refuse(503, "not ready", "too many requests are passed on; ask the one that leads")
+                    return
+                taken.callback(places.release)
+            self._pass_on_to(url, int(length))
+
+    def _pass_on_to(self, url: str, length: int) -> None:
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.LEADER_S)
-        slow_s = self.server.REQUEST_S + int(length) / self.SLOW_BYTES_PER_S
+        try:
+            connection = kind(parts.hostname or "", parts.port, timeout=self.LEADER_S)
+        except (ValueError, http.client.HTTPException) as error:
+            log("address of the leader cannot be used", url=url, why=str(error))
+            self._refuse(503, "not ready", "the address of the Load Manager that leads cannot be used")
+            return
+        slow_s = self.server.REQUEST_S + length / self.SLOW_BYTES_PER_S
         self.server.unread[self.connection] = monotonic_s() + slow_s
         try:
-            self._exchange(connection, parts.path.rstrip("/") + self.path, int(length))
+            self._exchange(connection, parts.path.rstrip("/") + self.path, length)
         finally:
             connection.close()
 
     def _exchange(self, connection: http.client.HTTPConnection, path: str, length: int) -> None:
         try:
-            self._send_on(connection, path, length)
+            try:
+                self._send_on(connection, path, length)
+            finally:
+                self.server.unread.pop(self.connection, None)  # it has come; its answer may take longer
             answer = connection.getresponse()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (ValueError, http.client.InvalidURL) as error:
+            self._refuse(400, "bad request", f"cannot be passed on: {error}")
+            return
+        except (OSError, http.client.HTTPException) as error:
             self._refuse(503, "not ready", f"the Load Manager that leads does not answer: {error}")
             return
-        finally:
-            self.server.unread.pop(self.connection, None)
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.getheaders():
             if name.lower() not in HOP_BY_HOP or (name.lower() == "content-length"):
@@ -26145,6 +26215,7 @@ class Installed(NamedTuple):
 def command_install(options: Any) -> int:
     """Install this program below a folder, or upgrade what is there; needs no root and no network."""
     prefix = install_prefix(options.prefix)
+    os.umask(os.umask(0o022) | 0o022)  # who may write a bytecode file runs code as the service
     files = files_to_install(prefix)
     is_upgrade = os.path.isfile(os.path.join(prefix, PROGRAM))
     refuse_what_is_in_the_way(prefix, files)

@@ -42,6 +42,15 @@ def as_it_is(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def test_no_one_else_may_write_what_is_installed_whatever_the_umask(one_file, tmp_path):
+    """Who may write a bytecode file runs code as the service."""
+    prefix = tmp_path / "new" / "prefix"
+    done = install(one_file, prefix, preexec_fn=lambda: os.umask(0))
+    assert done.returncode == 0, done.stderr
+    loose = [path for path in (tmp_path / "new").rglob("*") if path.stat().st_mode & 0o022]
+    assert not loose and not prefix.parent.stat().st_mode & 0o022, loose
+
+
 def test_installed_program_serves_from_bytecode_in_any_folder(one_file, tmp_path):
     prefix = tmp_path / "prefix"
     done = install(one_file, prefix)

@@ -441,7 +441,7 @@ def test_launched_cluster_takes_a_run_at_once_and_is_gone_after_sigterm(launched
     assert len(processes) >= 4, "a guard, a master and two workers"
     status, _ = launched.terminate()
     assert status == 0
-    assert not [pid for pid in processes if is_running(pid)], "processes were left"
+    eventually(lambda: not [pid for pid in processes if is_running(pid)], 10, what="no process is left")
     launched.restart()
     assert launched.run(again["id"])["stopReason"] == "shutdown"
 

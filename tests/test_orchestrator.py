@@ -447,7 +447,7 @@ lm.ClusterPool._may_use = may_use
 
 
 def test_unforeseen_error_behind_a_handler_is_answered(patched_load_manager, fake):
-    lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm.Store, 'audit')", cluster_config(fake.url))
+    lm = patched_load_manager(f"{RAISE_ONCE}\nraise_once(lm.AuditLog, 'add')", cluster_config(fake.url))
     body = json.dumps(create_body()).encode()
     head = (
         f"POST /v1/tests HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_TOKEN}\r\nContent-Type: "

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from conftest import ROOT, base_config, cluster_config
+from conftest import API_TOKEN, ROOT, base_config, cluster_config, create_body
 from locust_process import LocustCluster, find_free_port
 from standby_campaign import CommandProxy
 from target import Target
@@ -148,6 +148,94 @@ def test_leader_learns_the_address_of_who_asked_a_standby(member, fake):
     assert [one["address"] for one in entries if one.get("status") == 401] == ["127.0.0.3"], entries
 
 
+@pytest.fixture
+def front():
+    """What a standby answers with, without a leader."""
+    front = loadmanager.StandbyFront("127.0.0.1", 0)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    yield front
+    front.shutdown()
+    front.server_close()
+
+
+def asked(front, sent):
+    """The answer to some bytes."""
+    with socket.create_connection(("127.0.0.1", front.server_port), timeout=10) as peer:
+        peer.sendall(sent)
+        received = b""
+        while piece := peer.recv(65536):
+            received += piece
+    return received
+
+
+def test_silent_connections_keep_no_one_out_of_a_standby(front, monkeypatch):
+    monkeypatch.setattr(loadmanager, "STANDBY_MAX_UNREAD", 20)
+    silent = [socket.create_connection(("127.0.0.1", front.server_port)) for _ in range(60)]
+    try:
+        for _ in range(20):
+            assert b" 200 " in asked(front, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        eventually(lambda: len(front.unread) <= 21, 5, what="the oldest silent ones gave way")
+    finally:
+        for one in silent:
+            one.close()
+
+
+def test_streams_of_events_leave_places_of_a_standby_for_other_requests(member, fake, monkeypatch):
+    monkeypatch.setattr(loadmanager, "STANDBY_MAX_STREAMS", 2)
+    leader = member(fake.url)
+    front = loadmanager.StandbyFront("127.0.0.1", 0)
+    front.leader_url, front.problem = leader.url, None
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    head = f"HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {API_TOKEN}\r\n\r\n".encode()
+    streams = [socket.create_connection(("127.0.0.1", front.server_port), timeout=10) for _ in range(2)]
+    try:
+        for stream in streams:
+            stream.sendall(b"GET /v1/events " + head)
+            assert b" 200 " in stream.recv(65536)
+        assert b" 503 " in asked(front, b"GET /v1/events " + head)
+        assert b" 200 " in asked(front, b"GET /v1/tests " + head)
+    finally:
+        for stream in streams:
+            stream.close()
+        front.shutdown()
+        front.server_close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"X-Note: a\rAuthorization: Bearer stolen\r\n",
+        b"Content-Length: 0\r\nContent-Length: 5\r\n",
+    ],
+)
+def test_standby_refuses_a_head_that_can_be_read_in_two_ways(front, head):
+    front.leader_url, front.problem = "http://127.0.0.1:9", None
+    answer = asked(front, b"GET /v1/tests HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
+    assert b" 400 " in answer.splitlines()[0], answer
+
+
+def test_standby_says_that_the_leader_s_address_cannot_be_used(front, capfd):
+    front.leader_url, front.problem = "http://127.0.0.1:99999", None
+    assert b" 503 " in asked(front, b"GET /v1/tests HTTP/1.1\r\nHost: x\r\n\r\n")
+    eventually(lambda: "address of the leader cannot be used" in capfd.readouterr().err, 5)
+
+
+def test_answer_of_the_leader_may_take_longer_than_the_request_may(member, fake, front, monkeypatch):
+    monkeypatch.setattr(loadmanager.StandbyFront, "REQUEST_S", 0.5)
+
+    def answer_late(handler):
+        time.sleep(2.5)
+        handler.answer_well("/swarm", handler.form)
+
+    fake.faults["/swarm"] = answer_late
+    leader = member(fake.url)
+    front.leader_url, front.problem = leader.url, None
+    body = loadmanager.dump_json(create_body()).encode()
+    head = f"POST /v1/tests HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {API_TOKEN}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    assert b" 201 " in asked(front, head.encode() + body)
+
+
 def test_request_that_drips_loses_its_place_at_a_standby(monkeypatch):
     monkeypatch.setattr(loadmanager.StandbyFront, "REQUEST_S", 1.0)
     front = loadmanager.StandbyFront("127.0.0.1", 0)
@@ -176,11 +264,12 @@ def test_stop_of_the_former_leader_is_not_sent_again(load_manager):
     ):
         way = CommandProxy(int(locust.base_url.rpartition(":")[2]), stops.append)
         manager = load_manager(cluster_config(f"http://127.0.0.1:{way.port}"))
-        run_id = manager.create(durationSeconds=4).json["id"]
-        manager.wait_for(run_id, "Running")
+        run_id, ends_at = manager.create(durationSeconds=8).json["id"], time.monotonic() + 8.5
+        has_numbers = lambda: manager.run(run_id).get("lastMetrics", {}).get("totalRequests")  # noqa: E731
+        eventually(has_numbers, 7, what="requests are made")
         manager.kill9()
         stop_by_hand(locust)
-        time.sleep(4.5)  # its time is over when the next one starts
+        time.sleep(max(0.0, ends_at - time.monotonic()))  # its time is over when the next one starts
         manager.start()
         run = manager.wait_for(run_id, "Finished", "Failed")
         assert (run["status"], run["stopReason"]) == ("Finished", "duration"), run
