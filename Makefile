@@ -21,9 +21,7 @@ lint: $(VENV)/test.stamp  ## rules, format and types
 	$(PY) -m mypy
 
 test: lint packages  ## lint, and all tests
-	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS) || { \
-	  echo "What failed beside three others is run once more, alone; say which when it passes then."; \
-	  $(PY) -m pytest tests --last-failed --last-failed-no-failures none $(PYTEST_ARGS); }
+	$(PY) -m pytest tests -n 4 --dist loadscope $(PYTEST_ARGS)
 
 bench: $(VENV)/test.stamp packages  ## figures, beside those to reach: make bench ONLY=page,reads
 	$(PY) tests/bench.py $(if $(ONLY),--only $(ONLY))
