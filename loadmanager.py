@@ -79,6 +79,7 @@ big body           reads bodies over 64 KiB, one by one              -          
 timer              deadlines and other scheduled calls               -                continues
 writer             the only one that writes to the database          the database     continues
 database-deadline  cuts a PostgreSQL connection that hangs           -                is counted
+lead               proves that this one leads, beside a standby      the database     continues
 polls              asks all masters for their numbers, notes them    -                the run is Failed
 watch              looks closer at the cluster of one run            Locust           the run is Failed
 end                stops the load of one run, and ends the run       Locust, disk     the run is Failed
@@ -121,7 +122,7 @@ else is taken within them: ThresholdWatch._lock, _Deadline._lock, PollLoop._lock
 StatsTimes._lock, MasterConnections._lock, LaunchedCluster._lock, Scheduler._lock,
 Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock, StandbyFront.places, StandbyFront.stream_places,
+Service._reloading, RunCounts._lock, LeadProof._changed, StandbyFront.places, StandbyFront.stream_places,
 Api._large_reads, Channel._annotating, McpServer._writing, McpServer._changed.
 """
 
@@ -469,6 +470,7 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "address of the leader cannot be used": _log_event(
         "warning", "standby.advertisedUrl is wrong", "url why"
     ),
+    "database does not say who leads": _log_event("warning", "it is asked again", "why"),
     "database of a standby does not answer": _log_event("warning", "it is tried again", "why"),
     "ending: this Load Manager leads no more": _log_event(
         "error", "another one has the database", "why status"
@@ -6134,7 +6136,7 @@ class PostgresDatabase:
         self._epoch = ""  # number and a word of ours: no one else's can be the same
         self._epochs: set[str] = set()  # of ours; which was committed last is known when it is read
         self._is_open = False
-        self._backend: tuple[Any, ...] | None = None  # of the connection that has, or had, the lock
+        self.backend: tuple[Any, ...] = ()  # pid and start of the connection that has, or had, the lock
         self.is_leading = False
         self.address = ""  # where other Load Managers reach the one that leads
         self._deadline = _Deadline(self._cut)
@@ -6176,16 +6178,16 @@ class PostgresDatabase:
             self._connection.close()
             raise DatabaseInUse(f"database {self.shown}: is in use by another Load Manager")
         self.execute(f"SET statement_timeout = {self._patience_s(self.READ_S) * 1000:.0f}")
-        self._backend = self.query(
+        self.backend = self.query(
             "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
         )[0]
 
     def _end_our_old_connection(self) -> None:
         """The server may long keep open a connection that we have given up."""
-        if self._backend is not None:
+        if self.backend:
             self.query(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = ? AND backend_start = ?",
-                self._backend,
+                self.backend,
             )
 
     def _refuse_encoding(self) -> None:
@@ -6199,9 +6201,7 @@ class PostgresDatabase:
     def _cut(self) -> None:
         """End a statement that is not answered; called by another thread while it waits."""
         with contextlib.suppress(Exception):
-            descriptor = os.dup(self._connection.fileno())
-            with socket.socket(fileno=descriptor) as cut:
-                cut.shutdown(socket.SHUT_RDWR)
+            _shut_down(self._connection)
 
     # ---- leading -----------------------------------------------------------
 
@@ -6285,10 +6285,20 @@ class PostgresDatabase:
 
     def _look_who_leads(self) -> None:
         """LeadershipLost when the one who holds the lock has begun an epoch of its own."""
-        with self._psycopg.connect(
-            self.url, autocommit=True, connect_timeout=3, **self.PATIENCE
-        ) as connection:
+        with self.second_connection("loadmanager") as connection:
             self._led(connection.execute("SELECT value FROM meta WHERE key = 'leader'").fetchall())
+
+    def second_connection(self, name: str) -> Any:
+        """A connection beside the one that has the lock."""
+        return self._psycopg.connect(
+            self.url,
+            autocommit=True,
+            connect_timeout=3,
+            tcp_user_timeout=int(self.ANSWER_S * 1000),
+            application_name=name,
+            options="-c statement_timeout=2000",
+            **self.PATIENCE,
+        )
 
     def is_fault_of_row(self, error: BaseException) -> bool:
         """Whether what is written, rather than the database, is to blame."""
@@ -6338,6 +6348,12 @@ class PostgresDatabase:
         self._connection.close()
 
 
+def _shut_down(connection: Any) -> None:
+    """Have the thread that waits for an answer on a psycopg connection see its end."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as cut:
+        cut.shutdown(socket.SHUT_RDWR)
+
+
 class _Deadline:
     """Calls `cut` when what is done `within` some seconds takes longer. psycopg has no such time
     of its own, and an unreachable peer keeps a thread for ever."""
@@ -6371,6 +6387,111 @@ class _Deadline:
 
     def close(self) -> None:
         self._closed = True
+
+
+class LeadProof:
+    """Proves that this Load Manager still leads, where a standby may take over: the database is asked, on a
+    connection of its own, whether our other connection has the lock. Asked there it would wait behind
+    what is just written: with a database 200 ms away one batch takes longer than a proof is good for."""
+
+    EVERY_S = LEASE_S / 4
+
+    HAS_LOCK = (
+        "SELECT EXISTS (SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' "
+        "AND granted AND classid = 0 AND objid = %s AND pid = %s AND backend_start = %s)"
+    )
+
+    def __init__(self, database: PostgresDatabase):
+        self._database = database
+        self._connection: Any = None
+        self._changed = threading.Condition()
+        self._proved_at = -math.inf  # monotonic: no other Load Manager had the lock yet
+        self._wanted = threading.Event()  # by someone who waits: now, and not when it is due
+        self._is_away = False
+        self._deadline = _Deadline(self._cut)
+        self._closed = False
+
+    def start(self) -> None:
+        """Renew the proof from now on; returns once there is one, or could not be had."""
+        self._ask_safely()
+        start_thread("lead", self._keep_asking)
+
+    def close(self) -> None:
+        self._closed = True
+        self._wanted.set()
+        self._deadline.close()
+
+    @property
+    def is_fresh(self) -> bool:
+        return self._database.is_leading and monotonic_s() - self._proved_at < LEASE_S
+
+    def check(self) -> None:
+        """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
+        if not self.is_fresh:
+            raise NotReady("the database has not said for a while that this Load Manager leads")
+
+    def prove(self) -> None:
+        """Return when no other Load Manager can command anything yet: a query was answered that was sent
+        less than LEASE_S ago, on a clock that also counts while this process is stopped, and who takes the
+        lock waits for longer. LocustUnreachable when that is not so."""
+        give_up_at = monotonic_s() + LEASE_S
+        with self._changed:
+            while not self.is_fresh:
+                self._wanted.set()
+                if not self._changed.wait(max(0.0, give_up_at - monotonic_s())):
+                    raise LocustUnreachable("no command without proof that this Load Manager leads")
+
+    # ---- the thread
+
+    def _keep_asking(self) -> None:
+        while not self._closed:
+            asked_at = monotonic_s()
+            if not self._ask_safely():
+                time.sleep(0.1)
+            self._wanted.wait(
+                max(0.0, asked_at + self.EVERY_S - monotonic_s())
+            )  # at once when it is far away
+            self._wanted.clear()
+
+    def _ask_safely(self) -> bool:
+        """Ask once; whether there was an answer. No error ends the thread."""
+        try:
+            self._ask()
+        except Exception as error:  # noqa: BLE001 - the edge: this thread must continue
+            if not isinstance(error, self._database.errors):
+                log_unforeseen("lead", error)
+            self._log_silence(error)
+            return False
+        self._is_away = False
+        return True
+
+    def _ask(self) -> None:
+        with self._deadline.within(PostgresDatabase.ANSWER_S):
+            if self._connection is None:
+                self._connection = self._database.second_connection("loadmanager-lead")
+            asked_at = monotonic_s()
+            backend = self._database.backend
+            asked_for = (PostgresDatabase.LOCK_ID, *backend)
+            has_lock = self._connection.execute(self.HAS_LOCK, asked_for).fetchone()[0]
+        if has_lock:
+            with self._changed:
+                self._proved_at = asked_at
+                self._changed.notify_all()
+
+    def _log_silence(self, error: Exception) -> None:
+        if not self._is_away:
+            why = (str(error).strip() or repr(error)).partition("\n")[0]
+            log("database does not say who leads", why=why)
+        self._is_away = True
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+            self._connection = None
+
+    def _cut(self) -> None:
+        """End a question that is not answered; called by another thread while it waits."""
+        with contextlib.suppress(Exception):
+            _shut_down(self._connection)
 
 
 Database = SqliteDatabase | PostgresDatabase
@@ -6818,7 +6939,6 @@ class DatabaseWriter(threading.Thread):
         self._closing = False
         self._failure: str | None = None  # why the last attempt failed
         self._checked_at = monotonic_s()
-        self.lead_proved_at = -math.inf  # monotonic: after that no other Load Manager had the lock yet
         self._busy_since: float | None = None
         self._left_out: dict[tuple[str, str], int] = {}  # rows by list and run
         self.rows_left_out = 0
@@ -7023,15 +7143,12 @@ class DatabaseWriter(threading.Thread):
             self._recover()
         batch = self._in_hand
         assert batch is not None
-        asked_at: float | None = monotonic_s()
         if batch.has_rows:
             self._write(batch)
         elif is_due or self._failure is not None:
             self._database.check()
-        else:
-            asked_at = None
-        if asked_at is not None:
-            self._checked_at, self.lead_proved_at = monotonic_s(), asked_at
+        if batch.has_rows or is_due:
+            self._checked_at = monotonic_s()
         self._in_hand = _Batch(tickets=batch.tickets)  # the rest is done, and must not be done twice
         self._failure = self._busy_since = None
         self._call_all(batch.when_durable)
@@ -7420,16 +7537,13 @@ class Store:
         self._unsettled: set[str] = set()  # those that are not to be sent yet
         self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
         self.deliveries_ready: Callable[[], None] | None = None  # some of them are
-        self._lead_proved_at = -math.inf  # monotonic: see prove_lead()
-        self._expects_standby = False
+        self.lead: LeadProof | None = None  # where a standby may take over
         self._next_seq = self._next_audit_seq = 1
         self._clock_offset_s = time.time() - monotonic_s()
         self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        opened_at = monotonic_s()
         open_tables(database, self._load)
         self._database = database
         self._writer = DatabaseWriter(database, audit_file, each_second=self._record_clock)
-        self._writer.lead_proved_at = opened_at
         self.audit = AuditLog(self._writer, self._next_audit_seq)
         self._writer.start()
 
@@ -7645,35 +7759,18 @@ class Store:
         is gone, and for ever once another Load Manager has led. Who does not lead commands nothing."""
         return self._database.is_leading and self._writer.lost is None
 
-    def prove_lead(self) -> None:
-        """Return when no other Load Manager can command anything yet: a query on the connection that
-        has the lock was answered less than LEASE_S ago, on a clock that also counts while this process
-        is stopped, and who takes the lock waits for longer. LocustUnreachable when that is not so."""
-        if self._has_fresh_proof():
-            return
-        asked_at = monotonic_s()
-        try:
-            self._writer.read(lambda database: database.check(), LEASE_S)
-        except NotReady as error:
-            raise LocustUnreachable(
-                f"no command without proof that this one leads: {error.message}"
-            ) from None
-        if monotonic_s() - asked_at >= LEASE_S or not self.is_leading:
-            raise LocustUnreachable("no command without proof that this Load Manager leads")
-        self._lead_proved_at = asked_at
-
-    def _has_fresh_proof(self) -> bool:
-        return monotonic_s() - max(self._lead_proved_at, self._writer.lead_proved_at) < LEASE_S
-
-    def expect_standby(self) -> None:
-        """Others may take the lead over: from now on the proof is renewed before it is too old."""
-        self._writer.CHECK_S = LEASE_S / 4
-        self._expects_standby = True
+    def expect_standby(self) -> LeadProof:
+        """Others may take the lead over: from now on it is proved."""
+        assert isinstance(self._database, PostgresDatabase)
+        self._writer.CHECK_S = LeadProof.EVERY_S
+        self.lead = LeadProof(self._database)
+        self.lead.start()
+        return self.lead
 
     def check_lead(self) -> None:
         """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
-        if self._expects_standby and not (self.is_leading and self._has_fresh_proof()):
-            raise NotReady("the database has not said for a while that this Load Manager leads")
+        if self.lead is not None:
+            self.lead.check()
 
     @property
     def rows_left_out(self) -> int:
@@ -22058,7 +22155,7 @@ def _options_route(allow: str) -> Route:
 # One leads: it has the advisory lock of PostgresDatabase and its epoch, which each transaction checks.
 # A standby has neither store nor timers: it passes every request on to the one that leads, reads too, so
 # that no one reads what is older than what they wrote. Once the lock is free it takes it, waits until the
-# proof of the former leader is too old to command Locust (Store.prove_lead), and starts as after a
+# proof of the former leader is too old to command Locust (LeadProof), and starts as after a
 # restart: that adopts runs and timers. Who lost the lead ends with status 4; its supervisor starts it
 # again, as a standby. That is simpler than to take a running service apart, and leaves nothing behind.
 # Launched clusters are processes of one machine: a standby elsewhere cannot launch or adopt them.
@@ -22475,8 +22572,7 @@ class Service:
             self._server.server_close()
             raise
         if config.standby.enabled:
-            LocustClient.before_command = staticmethod(self._store.prove_lead)
-            self._store.expect_standby()
+            LocustClient.before_command = staticmethod(self._store.expect_standby().prove)
         self._timer = Timer()
         self._engine = Orchestrator(config, self._store, self._timer)
         feed = EventFeed(

@@ -53,23 +53,11 @@ class CommandProxy(TcpProxy):
         self._note = note
         super().__init__(target_port)
 
-    def _pump(self, source: Any, sink: Any) -> None:
-        super()._pump(_Noting(source, self._note), sink)
-
-
-class _Noting:
-    """A socket whose received requests are looked at."""
-
-    def __init__(self, sock: Any, note: Any) -> None:
-        self._sock, self._note = sock, note
-
-    def recv(self, size: int) -> bytes:
-        received = self._sock.recv(size)
+    def saw(self, received: bytes) -> None:
         for line in received.split(b"\r\n"):
             words = line.split(b" ")
             if len(words) == 3 and words[2].startswith(b"HTTP/1") and words[1] in (b"/swarm", b"/stop"):
                 self._note(words[1].decode().strip("/"))
-        return received
 
 
 class Member(LoadManager):

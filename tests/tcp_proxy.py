@@ -1,16 +1,21 @@
-"""A TCP proxy that can stop forwarding without a word, as a network does that drops packets."""
+"""A TCP proxy that can stop forwarding without a word, as a network does that drops packets, or forward late,
+as one does that is far away."""
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
+import time
 
 
 class TcpProxy:
-    """with TcpProxy(port) as proxy: proxy.port is forwarded to 127.0.0.1:port; drop() and forward()."""
+    """with TcpProxy(port) as proxy: proxy.port is forwarded to 127.0.0.1:port; drop() and forward().
+    delay_s: how much later a byte arrives, in each direction; as many as you like are under way."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, delay_s: float = 0.0) -> None:
         self._target_port = target_port
+        self.delay_s = delay_s
         self._forwards = threading.Event()
         self._forwards.set()
         self._closed = False
@@ -27,6 +32,9 @@ class TcpProxy:
         self.cut()
         self._listener.close()
         self._forwards.set()
+
+    def saw(self, received: bytes) -> None:
+        """Called with all that comes, in both directions, before it is forwarded."""
 
     def drop(self) -> None:
         """Take what is sent, and forward nothing."""
@@ -61,16 +69,31 @@ class TcpProxy:
             return
         self._sockets += [client, server]
         for source, sink in ((client, server), (server, client)):
-            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+            under_way: queue.Queue[tuple[float, bytes]] = queue.Queue()
+            threading.Thread(target=self._receive, args=(source, under_way), daemon=True).start()
+            threading.Thread(target=self._send, args=(sink, under_way), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _receive(self, source: socket.socket, under_way: queue.Queue) -> None:
+        received = b"not yet"
+        while received:
+            try:
+                received = source.recv(65536)
+            except OSError:
+                received = b""
+            self.saw(received)
+            under_way.put((time.monotonic() + self.delay_s, received))
+
+    def _send(self, sink: socket.socket, under_way: queue.Queue) -> None:
         try:
-            while received := source.recv(65536):
+            while True:
+                due, received = under_way.get()
+                time.sleep(max(0.0, due - time.monotonic()))
                 self._forwards.wait()
+                if not received:
+                    break
                 sink.sendall(received)
         except OSError:
             pass
-        self._forwards.wait()
         try:
             sink.shutdown(socket.SHUT_WR)
         except OSError:

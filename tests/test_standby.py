@@ -343,6 +343,26 @@ def test_former_leader_that_was_cut_off_answers_no_reads(member, fake, empty_pos
         assert leader.process.wait(20) == loadmanager.EXIT_LEAD_LOST, leader.log()
 
 
+@pytest.mark.parametrize("round_trip_s", [0.2, 0.4])
+def test_reads_and_stops_do_not_wait_for_a_database_far_away(member, fake, empty_postgres, round_trip_s):
+    """A batch of the writer takes several round trips: longer than a proof of the lead is good for."""
+    with TcpProxy(urlsplit(empty_postgres).port) as proxy:
+        leader = member(fake.url, database_port=proxy.port)
+        proxy.delay_s = round_trip_s / 2
+        created = leader.create(durationSeconds=6)
+        assert created.status == 201, created.body
+        run_id, answers = created.json["id"], []
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            answer = leader.get(f"/v1/tests/{run_id}")
+            answers.append(answer.status if answer.status == 200 else answer.body)
+            time.sleep(0.05)
+        assert set(answers) == {200}, "a leader with a slow database refused reads"
+        leader.wait_for(run_id, "Finished", within_s=20)
+        lasted_s = fake.stops[0].at - fake.swarms[0].at
+        assert lasted_s < 6 + 2 * round_trip_s + 0.5, "the stop waited for the database"
+
+
 def epoch_in(url):
     with psycopg.connect(url) as connection:
         return connection.execute("SELECT value FROM meta WHERE key = 'leader'").fetchone()[0].split("/")[0]
