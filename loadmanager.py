@@ -162,7 +162,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from operator import attrgetter
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ============================================================================
@@ -5772,10 +5772,16 @@ class SqliteDatabase:
                     f"database {self.path}: is in use by another Load Manager, process {self._owner()}"
                 ) from None
             except OSError as error:
-                self._unlock()
-                raise StartupError(f"database {self.path}: cannot be locked: {error.strerror}") from None
-        os.ftruncate(self._locks[0], 0)
-        os.pwrite(self._locks[0], str(os.getpid()).encode(), 0)
+                self._refuse_unlockable(path, error)
+        try:
+            os.ftruncate(self._locks[0], 0)
+            os.pwrite(self._locks[0], str(os.getpid()).encode(), 0)
+        except OSError as error:
+            self._refuse_unlockable(self.path + ".lock", error)
+
+    def _refuse_unlockable(self, path: str, error: OSError) -> NoReturn:
+        self._unlock()
+        raise StartupError(f"database {self.path}: {path} cannot be locked: {error.strerror}") from None
 
     def _lock(self, path: str) -> None:
         descriptor = open_private(path, os.O_RDWR | os.O_CREAT)
@@ -5843,6 +5849,8 @@ class SqliteDatabase:
             return "is locked by another process"
         if "not a database" in text or "malformed" in text:
             return f"is damaged or not a database ({text})"
+        if self.path != ":memory:" and _is_out_of_room(error, os.path.dirname(self.path)):
+            return str(_disk_full(os.path.dirname(self.path), READER_BYTES, "to read it"))
         return text
 
     def opened(self) -> None:
@@ -6033,50 +6041,192 @@ class HeldDatabase(SqliteDatabase):
         except self._sqlite3.Error:
             return False
 
+    def _empty_log(self) -> None:
+        """Move the log of writes into a whole database. DiskFull, StartupError: it stays where it is, and
+        without it the database lacks runs."""
+        log_bytes = _size_of(self.path + "-wal")
+        try:
+            with contextlib.closing(self._connect(self.path)) as connection:
+                is_busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        except self._sqlite3.Error as error:
+            if _is_full(error):
+                what = "to move the log of writes into the database"
+                raise _disk_full(os.path.dirname(self.path), log_bytes, what) from None
+            words = f"its log of writes cannot be moved into it: {self._why(error)}"
+            raise StartupError(f"database {self.path}: {words}; it is left untouched") from None
+        if is_busy:
+            raise StartupError(f"database {self.path}: another program reads it; it is left untouched")
+
     def replace_by(self, copy: str) -> str | None:
-        """Put file `copy` in the database's place; the path of the former one, None if there was none."""
-        former = None
+        """Put file `copy` in the database's place; the path of the former one, None if there was none.
+        What fails leaves everything as it was."""
         if self._is_new:
             os.replace(copy, self.path)
-        else:
-            timestamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            former = f"{self.path}.before-restore-{timestamp}"
-            if os.path.exists(former):
-                raise FileExistsError(f"{former} exists; try again in a second")
-            if self._is_whole():  # else its log is moved with it, and neither is changed
-                with contextlib.suppress(self._sqlite3.Error):
-                    with contextlib.closing(self._connect(self.path)) as connection:
-                        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            _sync_folder(self.path)
+            return None
+        timestamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        former = f"{self.path}.before-restore-{timestamp}"
+        if os.path.exists(former):
+            raise FileExistsError(f"{former} exists; try again in a second")
+        if self._is_whole():  # else its log is moved with it, and neither is changed
+            self._empty_log()
+        with contextlib.ExitStack() as undo:
             for end in self.SIDE_FILES:  # only beside a database that is damaged, or was killed
                 if os.path.exists(self.path + end):
                     os.rename(self.path + end, former + end)
+                    undo.callback(os.rename, former + end, self.path + end)
             try:
                 os.link(self.path, former)  # so that there is a database at every point in time
+                undo.callback(os.unlink, former)
             except OSError:  # a file system without hard links
                 os.rename(self.path, former)
+                undo.callback(os.rename, former, self.path)
             os.replace(copy, self.path)
+            undo.pop_all()
         _sync_folder(self.path)
         return former
 
 
+class DiskFull(OSError):
+    """There is no room for what is to be written."""
+
+
+def _disk_full(folder: str, needed_bytes: int, what: str, freed_bytes: int = 0) -> DiskFull:
+    """freed_bytes: what was written of it already, and is removed."""
+    import shutil
+
+    free = (shutil.disk_usage(folder).free + freed_bytes) / (1 << 20)
+    needed = needed_bytes / (1 << 20)
+    return DiskFull(
+        f"the disk is full: {folder} has {free:,.1f} MiB free, {needed:,.1f} MiB are needed {what}"
+    )
+
+
+READER_BYTES = 64 * 1024  # of SQLite's own files beside a database that is read
+NO_ACCESS = (10, 14)  # SQLITE_IOERR, SQLITE_CANTOPEN: nothing was read that could be damaged
+
+
+def _sqlite_code(error: Exception) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether SQLite's error is that a disk is full."""
+    return _sqlite_code(error) == 13  # SQLITE_FULL
+
+
+def _is_out_of_room(error: Exception, folder: str) -> bool:
+    """Whether SQLite could not make its own files in a folder, as its disk is full."""
+    import shutil
+
+    return _sqlite_code(error) in (13, *NO_ACCESS) and shutil.disk_usage(folder).free < READER_BYTES
+
+
+def _size_of(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+# ---- a copy, until it takes its place ----
+
+PART_ENDS = ("", "-journal", "-wal", "-shm")  # the copy itself, and what SQLite makes beside it
+PART_NAME = re.compile(rf"(.+\.[0-9]+\.loadmanager\.part)(?:{'|'.join(PART_ENDS)})")
+
+
+@contextlib.contextmanager
+def part_of(target: str) -> Iterator[str]:
+    """A new file beside `target`, to be written and put in its place; what is left of it is removed. It
+    is locked meanwhile: what a killed process left, no one has locked."""
+    path = f"{target}.{os.getpid()}.loadmanager.part"
+    descriptor = _new_locked(path)
+    try:
+        yield path
+    finally:
+        for end in PART_ENDS:
+            with contextlib.suppress(OSError):
+                os.unlink(path + end)
+        os.close(descriptor)
+
+
+def _new_locked(path: str) -> int:
+    while True:
+        descriptor = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            import fcntl
+        except ImportError:
+            return descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _file_id(path) == _id_of(os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)  # who looks for what killed ones left was faster than our lock
+
+
+def abandoned_parts(folder: str) -> list[str]:
+    """What backups and restores that were killed have left in a folder."""
+    found = []
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(folder)):
+            match = PART_NAME.fullmatch(name)
+            if match and not _is_being_written(os.path.join(folder, match[1])):
+                found.append(os.path.join(folder, name))
+    return found
+
+
+def _is_being_written(part: str) -> bool:
+    """Whether a process has it locked, or that cannot be found out."""
+    try:
+        import fcntl
+
+        with open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False  # only SQLite's own files beside it are left
+    except (ImportError, OSError):
+        return True
+    return False
+
+
 def copy_database(source: str, copy: str) -> int:
-    """Copy SQLite file `source` to the new file `copy`, also while a server writes it, and check
-    the copy; the runs in it. StartupError for what is damaged, not ours or newer."""
+    """Copy SQLite file `source` to the empty file `copy`, also while a server writes it, and check
+    the copy; the runs in it. StartupError for what is damaged, not ours or newer; DiskFull."""
     import sqlite3
 
-    os.close(open_private(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL))
     try:
         name = f"file:{quote(os.path.realpath(source))}?mode=ro"
         with contextlib.closing(sqlite3.connect(name, uri=True, timeout=5)) as read:
             with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as written:
+                _refuse_too_large(read, source, copy)
                 read.backup(written)
                 written.execute("PRAGMA journal_mode=DELETE")
                 runs = _runs_of_copy(written, source)
     except sqlite3.Error as error:
-        raise StartupError(f"{source}: is damaged or not a database ({error})") from None
+        raise _why_not_copied(error, source, copy) from None
     with open(copy, "rb+") as file:
         os.fsync(file.fileno())
     return runs
+
+
+def _refuse_too_large(connection: Any, source: str, copy: str) -> None:
+    """DiskFull before the disk is: a server may need the rest of it."""
+    import shutil
+
+    pages, page_bytes = (connection.execute(f"PRAGMA page_{of}").fetchone()[0] for of in ("count", "size"))
+    folder = os.path.dirname(os.path.abspath(copy))
+    if pages * page_bytes > shutil.disk_usage(folder).free:
+        raise _disk_full(folder, pages * page_bytes, f"for a copy of {source}")
+
+
+def _why_not_copied(error: Exception, source: str, copy: str) -> Exception:
+    """What kept a database from being copied: a full disk is no damage."""
+    if _is_full(error):
+        needed = _size_of(source) + _size_of(source + "-wal")
+        folder = os.path.dirname(os.path.abspath(copy))
+        return _disk_full(folder, needed, f"for a copy of {source}", _size_of(copy))
+    folder = os.path.dirname(os.path.realpath(source))
+    if _is_out_of_room(error, folder):
+        return _disk_full(folder, READER_BYTES, f"to read {source}")
+    if _sqlite_code(error) in NO_ACCESS:
+        return StartupError(f"{source}: cannot be read or copied ({error})")
+    return StartupError(f"{source}: is damaged or not a database ({error})")
 
 
 def _runs_of_copy(connection: Any, source: str) -> int:
@@ -24086,21 +24236,29 @@ def command_backup(options: Any) -> int:
         raise CommandError(f"{options.file}: must be a file other than the database", EXIT_USAGE)
     if os.path.exists(target) and not options.force:
         raise CommandError(f"{options.file}: exists; --force replaces it", EXIT_USAGE)
-    copy = f"{target}.{os.getpid()}.part"
+    remove_abandoned_parts(target)
     try:
-        runs = copy_database(source, copy)
-        os.replace(copy, target)
+        with part_of(target) as copy:
+            runs = copy_database(source, copy)
+            os.replace(copy, target)
         _sync_folder(target)
         size = os.path.getsize(target)
     except StartupError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
+    except DiskFull as error:
+        raise CommandError(f"{options.file}: not written: {error}", EXIT_FAILED) from None
     except OSError as error:
         raise CommandError(f"{options.file}: cannot be written: {error.strerror}", EXIT_USAGE) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(copy)
     print(f"{options.file}: {runs} run(s), {size} bytes")
     return EXIT_DONE
+
+
+def remove_abandoned_parts(target: str) -> None:
+    """Remove what backups and restores that were killed have left beside a file."""
+    for path in abandoned_parts(os.path.dirname(target)):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            say(f"{path}: removed, a backup or restore was killed while it wrote it")
 
 
 def command_restore(options: Any) -> int:
@@ -24110,18 +24268,18 @@ def command_restore(options: Any) -> int:
         raise CommandError(f"{options.file}: must be a file", EXIT_USAGE)
     if os.path.exists(path) and os.path.samefile(path, options.file):
         raise CommandError(f"{options.file}: is the database itself", EXIT_USAGE)
-    copy, held = f"{path}.{os.getpid()}.part", None
+    held = None
     try:
         held = HeldDatabase(path)
-        runs = copy_database(options.file, copy)
-        former = held.replace_by(copy)
+        remove_abandoned_parts(path)
+        with part_of(path) as copy:
+            runs = copy_database(options.file, copy)
+            former = held.replace_by(copy)
     except StartupError as error:
         raise CommandError(f"not restored: {error}", EXIT_USAGE) from None
     except OSError as error:
         raise CommandError(f"not restored: {error}", EXIT_FAILED) from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(copy)
         if held is not None:
             held.release()
     print(f"{path}: restored, {runs} run(s)")
@@ -25847,6 +26005,7 @@ def database_findings(config: Config) -> Iterator[Finding]:
         yield Finding("problem", "database", f"the folder {folder} does not exist", advice)
         return
     yield disk_finding(folder)
+    yield from abandoned_findings(folder)
     yield from writable_findings(os.path.realpath(file), folder)
     whole = integrity_finding(os.path.realpath(file))
     yield whole
@@ -25969,6 +26128,17 @@ def disk_finding(folder: str) -> Finding:
         return Finding("ok", "disk", found)
     level = "problem" if free < FREE_FEW_BYTES else "warning"
     return Finding(level, "disk", found, "free some space, or lower storage.retentionDays")
+
+
+def abandoned_findings(folder: str) -> Iterator[Finding]:
+    """Name what backups and restores that were killed have left."""
+    found = abandoned_parts(folder)
+    if not found:
+        return
+    mib = sum(map(_size_of, found)) / (1 << 20)
+    names = ", ".join(map(os.path.basename, found))
+    words = f"a backup or restore was killed in {folder}, and {mib:,.1f} MiB of it are left: {names}"
+    yield Finding("warning", "disk", words, "remove them; the next backup or restore there does so, too")
 
 
 def writable_findings(file: str, folder: str) -> Iterator[Finding]:
@@ -27323,7 +27493,9 @@ Behind a proxy, pass `Host` and `Authorization` on, set `server.publicUrl`, name
 `backup FILE` copies the SQLite database while the server runs, checks the copy, and says how many runs it
 holds; a FILE that exists is replaced only with `--force`. `restore FILE` needs the server stopped. It
 refuses a file that is damaged, foreign or of a newer version, and keeps the former database beside the
-new one as `<name>.before-restore-<UTC time>`. PostgreSQL has `pg_dump` and `pg_restore`.
+new one as `<name>.before-restore-<UTC time>`. What fails leaves everything as it was; a full disk is
+reported with what is needed, before it is filled. What a killed one left (`*.loadmanager.part`) is named by
+`doctor` and removed by the next one there. PostgreSQL has `pg_dump` and `pg_restore`.
 
 `migrate --from URL --to URL` copies every table from SQLite to PostgreSQL, or back, counts the rows of
 each in both, and prints them. No Load Manager may have either open. An interrupted one goes on when it is
