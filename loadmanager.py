@@ -456,6 +456,12 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "database was deleted, written again": _log_event("error", "its files are gone", "files"),
     "database cannot be written": _log_event("error", "writes wait and are tried again", "error trace"),
     "database is back": _log_event("info", "the connection to PostgreSQL is made again", "epoch"),
+    "database went back": _log_event(
+        "error",
+        "PostgreSQL failed over to a copy that lagged: what it lacks is written again, `complete` when all of"
+        " it was still known",
+        "rows complete",
+    ),
     "database not closed cleanly": _log_event("warning", "at the end", "error"),
     "row cannot be written, left out": _log_event(
         "error", "the database refuses it for good", "rows run times why"
@@ -5722,6 +5728,7 @@ class SqliteDatabase:
     have other names, and the file beside it be removed. Both are flock(), which SQLite's own
     locks do not meet. Closing such a file would drop SQLite's locks on it: it stays open."""
 
+    can_go_back = False
     is_leading = True  # as long as the lock is held, which only the end of this process gives back
     SIDE_FILES = ("-wal", "-shm")
 
@@ -5951,11 +5958,11 @@ class SqliteDatabase:
         self._committed = self._begun
         self.check()
 
-    def recover(self, number: int) -> bool:
-        """Leave a transaction that failed; whether batch `number` was committed all the same."""
+    def recover(self) -> int:
+        """Leave a transaction that failed; the number of the last batch that was committed."""
         self.rollback()
         self.check()
-        return self._committed == number
+        return self._committed
 
     def is_fault_of_row(self, error: BaseException) -> bool:
         """Whether what is written, rather than the database, is to blame."""
@@ -6258,6 +6265,7 @@ class PostgresDatabase:
     update of that row which asks for our epoch: another's makes it LeadershipLost, and while our
     transaction is open no one can begin a new one."""
 
+    can_go_back = True  # to what a copy had that lagged, when the server fails over to it
     LOCK_WAIT_S = 2.0  # the server notices some time later that the one before us has ended
     LOCK_ID = 0x4C4D4752  # any number that no one else uses: "LMGR"
     ANSWER_S = 4.0  # a statement that takes longer is given up: packets may be dropped without a word
@@ -6285,6 +6293,7 @@ class PostgresDatabase:
         self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
         self._epoch = ""  # number and a word of ours: no one else's can be the same
         self._epochs: set[str] = set()  # of ours; which was committed last is known when it is read
+        self._begun = self._committed = 0  # number of a batch
         self._is_open = False
         self.backend: tuple[Any, ...] = ()  # pid and start of the connection that has, or had, the lock
         self.is_leading = False
@@ -6358,7 +6367,8 @@ class PostgresDatabase:
     def take_lead(self, number: int = 0) -> None:
         """Count a new epoch, ours, within the transaction that opens the database or finds it again."""
         found = self.query("SELECT value FROM meta WHERE key = 'leader' FOR UPDATE")
-        count = int(found[0][0].partition(".")[0]) + 1 if found else 1
+        before = int(found[0][0].partition(".")[0]) if found else 0
+        count = max(before, int(self._epoch.partition(".")[0] or 0)) + 1
         self._epoch = f"{count}.{secrets.token_hex(6)}"
         self._epochs.add(self._epoch)
         self.execute("DELETE FROM meta WHERE key = 'leader'")
@@ -6373,15 +6383,26 @@ class PostgresDatabase:
         self._led(self.query("SELECT value FROM meta WHERE key = 'leader'"))
 
     def _led(self, rows: list[tuple[Any, ...]]) -> int:
-        """The number of the last batch that was committed in our epoch, or LeadershipLost."""
-        epoch, _, number = (rows[0][0] if rows else "/0").partition("/")
+        """The number of the last batch that was committed in an epoch of ours, or LeadershipLost."""
+        epoch, number = self._epoch_in(rows)
         if epoch not in self._epochs:
             self.is_leading = False
             theirs, ours = epoch.partition(".")[0] or "none", self._epoch.partition(".")[0]
             raise LeadershipLost(
                 f"another Load Manager leads on {self.shown} since: its epoch is {theirs}, ours was {ours}"
             )
-        return int(number)
+        return number
+
+    def _epoch_in(self, rows: list[tuple[Any, ...]]) -> tuple[str, int]:
+        epoch, _, number = (rows[0][0] if rows else "/0").partition("/")
+        return epoch, int(number)
+
+    def _committed_here(self, rows: list[tuple[Any, ...]]) -> int:
+        """As _led(), asked by who has just got the lock: -1 when the database went back to before our lead,
+        as epochs only grow where no one goes back."""
+        epoch, _ = self._epoch_in(rows)
+        is_older = int(epoch.partition(".")[0] or 0) < int(self._epoch.partition(".")[0])
+        return -1 if is_older and epoch not in self._epochs else self._led(rows)
 
     def begin(self, number: int) -> None:
         """Begin the transaction that writes batch `number`; LeadershipLost when another one leads."""
@@ -6392,15 +6413,18 @@ class PostgresDatabase:
         )
         if done.rowcount != 1:
             self._led(self.query("SELECT value FROM meta WHERE key = 'leader'"))
+        self._begun = number
 
     def commit(self) -> None:
         self.execute("COMMIT")
+        self._committed = self._begun
 
-    def recover(self, number: int) -> bool:
-        """Leave a transaction that failed; whether batch `number` was committed all the same. A
-        broken connection is replaced by a new one, which leads only when no one led since."""
+    def recover(self) -> int:
+        """Leave a transaction that failed; the number of the last batch that was committed: lower than
+        before when the database is now a copy that lagged. A broken connection is replaced by a new
+        one, which leads only when no one led since."""
         if self._takes_statements_again():
-            return False
+            return self._committed
         self.is_leading = False
         try:
             self._connect()
@@ -6408,13 +6432,13 @@ class PostgresDatabase:
             self._look_who_leads()
             raise OSError(str(error)) from None
         self.execute("BEGIN")
-        committed = self._led(self.query("SELECT value FROM meta WHERE key = 'leader' FOR UPDATE"))
-        self.take_lead(committed)
+        committed = self._committed_here(self.query("SELECT value FROM meta WHERE key = 'leader' FOR UPDATE"))
+        self.take_lead(max(0, committed))
         self.execute("COMMIT")
-        self._epochs = {self._epoch}
         self.is_leading = True
         log("database is back", epoch=self._epoch.partition(".")[0])
-        return committed == number
+        self._committed = committed
+        return committed
 
     def _takes_statements_again(self) -> bool:
         """Leave the transaction that failed; False, and the connection is closed, when it takes no more
@@ -6902,6 +6926,41 @@ class _Batch:
         return batch
 
 
+class _RecentBatches:
+    """The newest batches that were committed. A database that fails over to a copy which lags goes back by
+    some of them, of which clients have an answer: they are then written once more."""
+
+    MAX_ROWS = 20_000  # in all; what is large counts for several
+    WEIGHTS = {"histograms": 100, "packed_histograms": 100, "artefacts": 1000}
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[int, int, _Batch]] = deque()  # number, weight
+        self._weight = 0
+        self.newest = 0  # number of the last one that was committed
+        self._forgot = 0  # and of the last one that is not kept any more
+
+    def add(self, number: int, batch: _Batch) -> None:
+        weight = sum(len(getattr(batch, name)) * self.WEIGHTS.get(name, 1) for name in _Batch.ROWS)
+        self._kept.append((number, weight, replace(batch, when_durable=[], tickets=[])))
+        self._weight += weight
+        self.newest = number
+        while self._weight > self.MAX_ROWS:
+            self._forgot, gone, _ = self._kept.popleft()
+            self._weight -= gone
+
+    def since(self, number: int, limits: dict[str, int]) -> _Batch:
+        """All that was committed after this one, together, and is committed no more."""
+        lost = _Batch()
+        while self._kept and self._kept[-1][0] > number:
+            self._weight -= self._kept[-1][1]
+            lost = self._kept.pop()[2].join(lost, limits)
+        self.newest = number
+        return lost
+
+    def is_complete_since(self, number: int) -> bool:
+        return number >= self._forgot
+
+
 def _whose(name: str, row: Any) -> str:
     """The run, or what else, a row of a batch is about."""
     if name in ("gone", "runs"):
@@ -7086,6 +7145,8 @@ class DatabaseWriter(threading.Thread):
         self._in_hand: _Batch | None = None
         self._in_doubt: _Batch | None = None  # its COMMIT was sent and not answered
         self._number = 0  # of the newest transaction
+        self._recent = _RecentBatches()
+        self._newest_in_file = 0  # number of the newest entry in the audit's file
         self._closing = False
         self._failure: str | None = None  # why the last attempt failed
         self._checked_at = monotonic_s()
@@ -7322,6 +7383,11 @@ class DatabaseWriter(threading.Thread):
         self._in_doubt = batch
         database.commit()
         self._in_doubt = None
+        self._committed(batch)
+
+    def _committed(self, batch: _Batch) -> None:
+        if self._database.can_go_back:
+            self._recent.add(self._number, batch)
         self._append_audit(batch)
 
     def _write_in_parts(self, batch: _Batch, rows: list[tuple[str, Any]]) -> None:
@@ -7378,15 +7444,17 @@ class DatabaseWriter(threading.Thread):
     def _append_audit(self, batch: _Batch) -> None:
         """The committed entries as lines of JSON. The file is opened for each batch, so that it
         may be rotated; what cannot be written there is in the database all the same."""
-        if not batch.audit or self._audit_file is None:
+        new = [(seq, entry) for seq, entry in batch.audit if seq > self._newest_in_file]
+        if not new or self._audit_file is None:
             return
-        lines = b"".join(storable_json(audit_to_json(entry)) + b"\n" for _, entry in batch.audit)
+        self._newest_in_file = new[-1][0]
+        lines = b"".join(storable_json(audit_to_json(entry)) + b"\n" for _, entry in new)
         try:
             with open(open_private(self._audit_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
                 file.write(lines)
         except OSError as error:
             why = error.strerror or error
-            log("audit file not written", file=self._audit_file, entries=len(batch.audit), why=why)
+            log("audit file not written", file=self._audit_file, entries=len(new), why=why)
 
     def _settle(self, batch: _Batch, error: str | None) -> None:
         for ticket in batch.tickets:
@@ -7396,16 +7464,26 @@ class DatabaseWriter(threading.Thread):
 
     def _recover(self) -> None:
         """Have the database take statements again, and know what became of a COMMIT without answer."""
-        was_committed = self._database.recover(self._number)
+        committed = self._database.recover()
         batch, self._in_doubt = self._in_doubt, None
-        if batch is None:
-            return
-        if was_committed:
-            self._append_audit(batch)
+        if batch is not None and committed == self._number:
+            self._committed(batch)
             self._call_all(batch.when_durable)
-        else:
-            assert self._in_hand is not None
-            self._in_hand = batch.join(self._in_hand, self.LIMITS)
+        elif batch is not None:
+            self._write_again(batch)
+        if self._database.can_go_back and committed < self._recent.newest:
+            self._take_back_lost(committed)
+
+    def _write_again(self, batch: _Batch) -> None:
+        assert self._in_hand is not None
+        self._in_hand = batch.join(self._in_hand, self.LIMITS)
+
+    def _take_back_lost(self, committed: int) -> None:
+        """The database went back: write again what was committed and is not there."""
+        is_complete = self._recent.is_complete_since(committed)
+        lost = self._recent.since(committed, self.LIMITS)
+        log("database went back", rows=len(lost.rows()), complete=is_complete)
+        self._write_again(lost)
 
     def _fail(self, error: BaseException) -> None:
         """Keep what is in hand for another try, and answer those who wait."""

@@ -30,14 +30,22 @@ class PostgresServer:
         """port: of a proxy before it."""
         return f"postgresql://{user}@127.0.0.1:{port or self.port}/postgres"
 
+    def copy_to(self, folder: Path) -> PostgresServer:
+        """Another server with all that this one has committed: `with` it, it serves. What is written here
+        later it lacks, as a standby that lagged."""
+        copy = PostgresServer(folder)
+        if os.getuid() == 0:
+            copy._give_to_nobody()
+        backup = [self._binaries / "pg_basebackup", "-D", folder / "data", "-c", "fast", "-d", self.url()]
+        subprocess.run(backup, check=True, capture_output=True, cwd=folder, **copy._as_user)
+        return copy
+
     def __enter__(self) -> PostgresServer:
         if os.getuid() == 0:
             self._give_to_nobody()
         data = self.folder / "data"
-        subprocess.run(
-            [self._binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"],
-            check=True, capture_output=True, cwd=self.folder, **self._as_user,
-        )  # fmt: skip
+        if not data.exists():
+            self._make(data)
         options = ["-p", str(self.port), "-c", f"unix_socket_directories={self.folder}"]
         options += ["-c", "listen_addresses=127.0.0.1", "-F"]
         with (self.folder / "log").open("w") as log:
@@ -47,6 +55,12 @@ class PostgresServer:
             )  # fmt: skip
         eventually(lambda: psycopg.connect(self.url()).close() is None, 30, what="PostgreSQL answers")
         return self
+
+    def _make(self, data: Path) -> None:
+        subprocess.run(
+            [self._binaries / "initdb", "-D", data, "-U", "lm", "-A", "trust", "-N"],
+            check=True, capture_output=True, cwd=self.folder, **self._as_user,
+        )  # fmt: skip
 
     def __exit__(self, *exc_info) -> None:
         assert self._process
@@ -71,4 +85,4 @@ def _binaries() -> Path:
         iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"), reverse=True)), None
     )
     assert found, "PostgreSQL is not installed: see tests/packages.sh"
-    return Path(found).parent
+    return Path(found).resolve().parent

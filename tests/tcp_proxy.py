@@ -11,10 +11,11 @@ import time
 
 class TcpProxy:
     """with TcpProxy(port) as proxy: proxy.port is forwarded to 127.0.0.1:port; drop() and forward().
+    target_port: where connections go that are made from now on.
     delay_s: how much later a byte arrives, in each direction; as many as you like are under way."""
 
     def __init__(self, target_port: int, delay_s: float = 0.0) -> None:
-        self._target_port = target_port
+        self.target_port = target_port
         self.delay_s = delay_s
         self._forwards = threading.Event()
         self._forwards.set()
@@ -63,7 +64,7 @@ class TcpProxy:
     def _connect(self, client: socket.socket) -> None:
         self._forwards.wait()
         try:
-            server = socket.create_connection(("127.0.0.1", self._target_port))
+            server = socket.create_connection(("127.0.0.1", self.target_port))
         except OSError:
             client.close()
             return

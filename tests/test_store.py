@@ -565,6 +565,40 @@ def test_commit_without_an_answer_is_neither_lost_nor_done_twice(led):
     assert [one.requests for one in store.samples(run.id)] == [1, 2]
 
 
+@pytest.mark.parametrize("copied", ["before the lead", "during the lead"])
+def test_what_a_lagging_copy_lacks_is_written_again(tmp_path, capfd, copied):
+    """PostgreSQL fails over to a copy without the last commits: a client was told that they are on disk."""
+    first_folder, copy_folder = tmp_path / "first", tmp_path / "copy"
+    first_folder.mkdir()
+    copy_folder.mkdir()
+    with PostgresServer(first_folder) as server, TcpProxy(server.port) as proxy:
+        url = server.url(port=proxy.port)
+        lm.Store(lm.open_database(url, "")).close()
+        copy = server.copy_to(copy_folder) if copied == "before the lead" else None
+        store = lm.Store(lm.open_database(url, ""), audit_file=str(tmp_path / "audit.log"))
+        store.told = []
+        store._writer.on_lost = store.told.append
+        old = store.add(new_run())
+        copy = copy or server.copy_to(copy_folder)
+        run = store.add(new_run(), ("key", "hash"))
+        store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
+        store.add_snapshot(run.id, snapshot(7, 1001.0), "poll")
+        store.delete(old.id) if store.transition(old.id, lm.RunStatus.FAILED, finished_at=2.0) else None
+        store.wait_durable()
+        with copy:
+            proxy.target_port = copy.port
+            proxy.cut()
+            eventually(lambda: "database went back" in capfd.readouterr().err, 20, what="it is logged")
+            eventually(lambda: store.problem is None and store.is_leading, 10, what="it leads on the copy")
+            store.wait_durable()
+            kept = administer(copy.url(), "SELECT id, record FROM runs")
+            assert [(id_, json.loads(record)["status"]) for id_, record in kept] == [(run.id, "Running")]
+            assert administer(copy.url(), "SELECT key, run_id FROM idempotency") == [("key", run.id)]
+            assert [one.requests for one in store.samples(run.id)] == [7], "each sample once"
+            assert store.add(new_run()) and store.told == []
+            store.close()
+
+
 def test_dropped_packets_are_noticed_refused_and_recovered_from(led):
     with TcpProxy(port_of(led.url)) as proxy:
         store = led(proxy.port)
