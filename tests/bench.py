@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +261,7 @@ def sample_ages_s(served: Program, hanging: int) -> list[float]:
         now = time.time()
         for run in served.call("GET", "/v1/tests"):
             if int(run["envId"][1:]) >= hanging and "lastMetrics" in run:
-                ages.append(now - datetime.fromisoformat(run["lastMetrics"]["timestamp"]).timestamp())
+                ages.append(now - run["lastMetrics"]["timestampMs"] / 1000)
     return ages
 
 
