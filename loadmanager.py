@@ -111,7 +111,7 @@ Cluster.operation         a start, a stop or a change of users is running there;
 ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
 RunMonitor._lock          what is known of an active run
 Notifier._picking         which deliveries are in hand
-Store._lock               all runs in memory
+Store._lock               all runs in memory, and what is remembered beside them
 AuditLog._lock            the numbers of the audit's entries
 DatabaseWriter._changed   what is to be written
 EventFeed._lock           which runs have changed since the last round
@@ -6861,7 +6861,7 @@ class _Batch:
     # Table and id -> the rest of the row; None: deleted.
     documents: dict[tuple[str, str], tuple[Any, ...] | None] = field(default_factory=dict)
     artefacts: dict[tuple[str, str], str] = field(default_factory=dict)  # run id, name -> packed content
-    keys: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # as Store._keys
+    keys: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # as IdempotencyKeys has them
     packed_histograms: list[tuple[str, float, int, str]] = field(default_factory=list)  # rows as they are
     histograms: list[tuple[str, HistogramPoint, bool]] = field(default_factory=list)  # run id; its last ones
     samples: list[Sample] = field(default_factory=list)
@@ -7694,10 +7694,13 @@ class AuditLog:
     """Who asked for what, and what came of it. Nothing of it is kept in memory: it is written and read
     through the writer alone, and changes when what is audited does, not when runs do."""
 
-    def __init__(self, writer: DatabaseWriter, next_seq: int):
+    def __init__(self, writer: DatabaseWriter):
         self._writer = writer
         self._lock = threading.Lock()  # entries are handed to the writer in the order of their numbers
-        self._next_seq = next_seq
+        self._next_seq = 1
+
+    def load(self, database: Database) -> None:
+        self._next_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
 
     def add(self, entry: AuditEntry) -> None:
         """Append an entry; it is on disk within half a second."""
@@ -7742,192 +7745,15 @@ class AuditLog:
         return len(old)
 
 
-class Store:
-    """All runs. Every method may be called from any thread; a status changes only in transition()."""
+class RunHistory:
+    """What the database keeps of a run beside its record: samples, histograms and attachments. None of
+    it is in memory: it is read by the writer, after all that was saved before, or NotReady."""
 
-    def __init__(self, database: Database, audit_file: str | None = None):
-        self._lock = threading.RLock()  # guards _records, _keys and the records' fields
-        self._records: dict[str, StoredRun] = {}  # oldest first
-        # The same by tenant and environment, and those that are not shown as final: a list of some of
-        # 10,000 runs looks at these alone (a filter without a match 3 ms -> 0.3).
-        self._places: dict[tuple[str, str], dict[str, StoredRun]] = {}
-        self._unsettled_runs: dict[str, StoredRun] = {}
-        self._keys: dict[str, tuple[str, str, float]] = {}  # Idempotency-Key -> body hash, run id, time
-        self.comparer = Comparer(self)
-        self._baselines: dict[tuple[str, str, str], Baseline] = {}
-        self._schedules: dict[str, str] = {}  # id -> record, as they were at the start
-        self._deliveries: dict[str, Delivery] = {}  # oldest first
-        self._cleanups: dict[str, str] = {}  # run whose load may still be running -> its cluster
-        self.deliveries_for: Callable[[Run, Snapshot | None], list[Delivery]] | None = (
-            None  # what a transition is to notify of
-        )
-        self._waiting: dict[str, Delivery] = {}  # those that have not ended
-        self._unsettled: set[str] = set()  # those that are not to be sent yet
-        self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
-        self.deliveries_ready: Callable[[], None] | None = None  # some of them are
-        self.lead: LeadProof | None = None  # where a standby may take over
-        self._next_seq = self._next_audit_seq = 1
-        self._clock_offset_s = time.time() - monotonic_s()
-        self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
-        open_tables(database, self._load)
-        self._database = database
-        self._writer = DatabaseWriter(database, audit_file, each_second=self._record_clock)
-        self.audit = AuditLog(self._writer, self._next_audit_seq)
-        self._writer.start()
-
-    def _load(self, database: Database) -> None:
-        try:
-            # Row by row: all rows at once would double the memory that 10,000 runs take; so would their
-            # order, for which the database would keep all of them.
-            found = []
-            for record, metrics in database.execute("SELECT record, metrics FROM runs"):
-                run = run_from_record(record)
-                found.append(StoredRun(run, metrics.encode() if metrics else None))
-            for stored in sorted(found, key=lambda one: one.run.seq):
-                run = stored.run
-                self._put(run, stored)
-                self._next_seq = run.seq + 1
-                if not run.is_final:
-                    self._go_on_after_newest_sample(database, stored)
-            for key, body_hash, run_id, at in database.query(
-                "SELECT key, body_hash, run_id, created_at FROM idempotency"
-            ):
-                if run_id in self._records:
-                    self._keys[key] = (body_hash, run_id, at)
-            for row in database.query(
-                "SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"
-            ):
-                self._baselines[row[0], row[1], row[2]] = Baseline(*row)
-            self._schedules = dict(database.query("SELECT id, record FROM schedules"))
-            for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
-                delivery = Delivery(*json.loads(record))
-                if delivery.ended_at is None:
-                    self._waiting[delivery.id] = delivery
-                else:
-                    delivery = delivery._replace(facts={})
-                self._deliveries[delivery.id] = delivery
-            self._cleanups = dict(database.query("SELECT run_id, cluster_id FROM cleanups"))
-            self._next_audit_seq = 1 + (database.query("SELECT MAX(seq) FROM audit")[0][0] or 0)
-        except database.errors as error:
-            raise StartupError(f"the database cannot be read: {error}") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise StartupError(
-                f"the database holds a run that cannot be read ({error!r}); it is left untouched"
-            ) from None
-
-    # ---- reading -----------------------------------------------------------
-
-    def get(self, run_id: str) -> Run:
-        """The run, or NotFound."""
-        run = self.find(run_id)
-        if run is None:
-            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-        return run
-
-    def find(self, run_id: str) -> Run | None:
-        record = self._records.get(run_id)
-        return record.run if record else None
-
-    def run_json(self, run_id: str) -> bytes:
-        """The run's answer as JSON bytes, or NotFound."""
-        with self._lock:
-            record = self._records.get(run_id)
-            if record is None or record.shown is None:
-                raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-            return record.to_json()
-
-    def brief(self, run_id: str) -> bytes:
-        """As to_json(), without the endpoints' rows."""
-        with self._lock:
-            record = self._records.get(run_id)
-            if record is None or record.shown is None:
-                raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-            return record.brief()
-
-    def newest_sample(self, run_id: str) -> Sample | None:
-        """The newest numbers of a run that is going on; None when there are none."""
-        with self._lock:
-            record = self._records.get(run_id)
-            numbers = record.numbers if record else None
-        if numbers is None or numbers.snapshot is None:
-            return None
-        return sample_of(run_id, numbers.snapshot, numbers.source)
-
-    def newest_numbers(self, run_id: str) -> Snapshot | None:
-        """The newest numbers of a run with its endpoints, whatever process saw them; None when there are
-        none."""
-        with self._lock:
-            numbers = self._record(run_id).numbers
-        if numbers is None or numbers.snapshot is not None:
-            return numbers.snapshot if numbers else None
-        return check_metrics({"lastMetrics": json.loads(numbers.json())}, "lastMetrics", math.inf)
-
-    def list_runs(self, wanted: RunFilter = EVERY_RUN) -> list[Run]:
-        """The runs as they are shown, newest first."""
-        with self._lock:
-            shown = [record.shown for record in reversed(self._records.values())]
-        return [run for run in shown if run is not None and wanted.takes(run)]
-
-    def list_json(
-        self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
-    ) -> tuple[list[tuple[bytes, ...]], int | None]:
-        """Up to `limit` answers in pieces, newest first, from before `before_seq`; and the last one's
-        seq if there are more. The search goes without the lock, which callbacks wait for."""
-        with self._lock:
-            records = self._candidates(wanted)
-        found: list[StoredRun] = []
-        for record in reversed(records):
-            run = record.shown
-            if run is not None and (before_seq is None or run.seq < before_seq) and wanted.takes(run):
-                found.append(record)
-                if limit is not None and len(found) > limit:
-                    break
-        is_more = limit is not None and len(found) > limit
-        found = found[:limit]
-        with self._lock:
-            page = [(record.brief(),) if brief else record.json_parts() for record in found]
-        return page, found[-1].run.seq if is_more else None
-
-    def _candidates(self, wanted: RunFilter) -> list[StoredRun]:
-        """The records among which those wanted are, oldest first; under the lock."""
-        if wanted.statuses is not None and not wanted.statuses & FINAL_NAMES:
-            return list(self._unsettled_runs.values())
-        places = [place for place in self._places if wanted.reaches(*place)]
-        if len(places) == len(self._places):
-            return list(self._records.values())
-        found = [record for place in places for record in self._places[place].values()]
-        return found if len(places) < 2 else sorted(found, key=lambda record: record.run.seq)
-
-    def active_runs(self) -> list[Run]:
-        with self._lock:
-            return [record.run for record in self._unsettled_runs.values() if not record.run.is_final]
-
-    def active_numbers(self) -> list[tuple[Run, Snapshot | None]]:
-        """The runs that are not final, as they are shown, each with its newest numbers."""
-        with self._lock:
-            shown = [(record.shown, record.numbers) for record in self._unsettled_runs.values()]
-        return [
-            (run, numbers.snapshot if numbers else None)
-            for run, numbers in shown
-            if run is not None and not run.is_final
-        ]
-
-    @property
-    def writer_lag_s(self) -> float:
-        """Seconds that the oldest change which is not on disk waits to be written."""
-        return self._writer.lag_s
-
-    def database_bytes(self) -> int | None:
-        """What the database takes on disk; None in memory, or when it does not say so at once."""
-        try:
-            if isinstance(self._database, SqliteDatabase):
-                return self._database.size_bytes()
-            return self._writer.read(lambda database: database.size_bytes(), timeout_s=1.0)
-        except (NotReady, OSError):
-            return None
+    def __init__(self, writer: DatabaseWriter):
+        self._writer = writer
 
     def samples(self, run_id: str, from_at: float = 0.0, to_at: float = 1e12) -> list[Sample]:
-        """The run's history between two times, oldest first; NotReady when it cannot be read."""
+        """The run's samples between two times, oldest first."""
         columns = ", ".join(Sample._fields)
         rows = self._writer.read(
             lambda database: database.query(
@@ -7948,7 +7774,7 @@ class Store:
 
     def histograms(self, run_id: str, to_at: float = 1e12) -> Iterator[HistogramPoint]:
         """The run's histograms up to a point in time, each from its start, oldest first, decoded one
-        by one as they are taken; NotReady when they cannot be read."""
+        by one as they are taken."""
         return _decoded_histograms(self._histogram_rows(run_id, to_at))
 
     def histogram_records(self, run_id: str) -> list[tuple[float, int, str]]:
@@ -7966,15 +7792,524 @@ class Store:
             )
         )
 
-    def time_blocks(self, run_id: str, total_requests: int | None) -> TimeBlocks | None:
+    def time_blocks(self, run: Run, total_requests: int | None) -> TimeBlocks | None:
         """The histograms of a run by time block; None when they do not hold all its requests."""
-        run = self.find(run_id)
-        if run is None or run.started_at is None:
+        if run.started_at is None:
             return None
         lasted_s = (run.finished_at or time.time()) - run.started_at
         return time_blocks_of(
-            last_of_each_step(self.histograms(run_id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests
+            last_of_each_step(self.histograms(run.id), max(1.0, lasted_s / NOISE_BLOCKS)), total_requests
         )
+
+    def read(self, work: Callable[[Database], Any]) -> Any:
+        """The result of `work`, done by the writer."""
+        return self._writer.read(work)
+
+    def change(self, run_id: str, work: Callable[[Database], None]) -> None:
+        """Change rows of a final run's history in one transaction, unless the run is gone."""
+
+        def change(database: Database) -> None:
+            # A deletion that comes from now on comes after this.
+            if database.query("SELECT 1 FROM runs WHERE id = ?", (run_id,)):
+                work(database)
+
+        self._writer.change(change)
+
+
+class Lead:
+    """Whether this process leads on the database: who does not commands nothing."""
+
+    def __init__(self, database: Database, writer: DatabaseWriter):
+        self._database = database
+        self._writer = writer
+        self._proof: LeadProof | None = None  # where a standby may take over
+
+    @property
+    def is_ours(self) -> bool:
+        """False as long as the connection to PostgreSQL is gone, and for ever once another Load Manager
+        has led."""
+        return self._database.is_leading and self._writer.lost is None
+
+    def expect_standby(self) -> LeadProof:
+        """Others may take the lead over: from now on it is proved."""
+        assert isinstance(self._database, PostgresDatabase)
+        self._writer.CHECK_S = LeadProof.EVERY_S
+        self._proof = LeadProof(self._database)
+        self._proof.start()
+        return self._proof
+
+    def check(self) -> None:
+        """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
+        if self._proof is not None:
+            self._proof.check()
+
+
+class RunIndex:
+    """The runs in memory, by what lists ask for: a list of some of 10,000 runs looks at few of them (a
+    filter without a match 3 ms -> 0.3). Used under the store's lock; find() by any thread without."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, StoredRun] = {}  # oldest first
+        self._places: dict[tuple[str, str], dict[str, StoredRun]] = {}  # by tenant and environment
+        self._unsettled: dict[str, StoredRun] = {}  # those that are not shown as final
+
+    def find(self, run_id: str) -> StoredRun | None:
+        return self._records.get(run_id)
+
+    def get(self, run_id: str) -> StoredRun:
+        """The record, or NotFound."""
+        record = self._records.get(run_id)
+        if record is None:
+            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+        return record
+
+    def get_shown(self, run_id: str) -> StoredRun:
+        """The record of a run that may be shown, or NotFound."""
+        record = self.get(run_id)
+        if record.shown is None:
+            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+        return record
+
+    def put(self, record: StoredRun) -> StoredRun:
+        """Have a new record; it is the newest."""
+        run = record.run
+        self._records[run.id] = record
+        self._places.setdefault((run.tenant_id, run.env_id), {})[run.id] = record
+        if record.shown is None or not record.shown.is_final:
+            self._unsettled[run.id] = record
+        return record
+
+    def settle(self, run_id: str) -> None:
+        """It is shown as final."""
+        self._unsettled.pop(run_id, None)
+
+    def remove(self, run_id: str) -> StoredRun | None:
+        """Have a record no more; the one there was."""
+        record = self._records.pop(run_id, None)
+        if record is None:
+            return None
+        self._unsettled.pop(run_id, None)
+        place = (record.run.tenant_id, record.run.env_id)
+        there = self._places[place]
+        del there[run_id]
+        if not there:
+            del self._places[place]
+        return record
+
+    def newest_first(self) -> Iterator[StoredRun]:
+        return reversed(self._records.values())
+
+    def unsettled(self) -> list[StoredRun]:
+        """Those that are not shown as final, oldest first."""
+        return list(self._unsettled.values())
+
+    def candidates(self, wanted: RunFilter) -> list[StoredRun]:
+        """The records among which those wanted are, oldest first."""
+        if wanted.statuses is not None and not wanted.statuses & FINAL_NAMES:
+            return self.unsettled()
+        places = [place for place in self._places if wanted.reaches(*place)]
+        if len(places) == len(self._places):
+            return list(self._records.values())
+        found = [record for place in places for record in self._places[place].values()]
+        return found if len(places) < 2 else sorted(found, key=lambda record: record.run.seq)
+
+
+class RunClock:
+    """The time within runs: when the wall clock is set back, the times of a run continue from where
+    they were, and its history is in the order in which it came. Used under the store's lock."""
+
+    def __init__(self, runs: RunIndex, lock: threading.RLock):
+        self._runs = runs
+        self._lock = lock
+        self._offset_s = time.time() - monotonic_s()
+
+    def notice(self) -> None:
+        """Notice a clock that was set; called about once a second, as clocks also drift."""
+        with self._lock:
+            offset_s = time.time() - monotonic_s()
+            step_s, self._offset_s = self._offset_s - offset_s, offset_s
+            if abs(step_s) <= CLOCK_STEP_S:
+                return
+            for one in self._runs.unsettled():
+                if not one.run.is_final:
+                    one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
+        log("clock was set", by_seconds=round(-step_s, 1))
+
+    def shift_s(self, record: StoredRun) -> float:
+        """Seconds by which the wall clock was set back since the run began, to be added to its times."""
+        self.notice()
+        return record.clock_shift_s
+
+    def in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
+        shift_s, taken_at = self.shift_s(record), snapshot.taken_at
+        if not 0 <= taken_at < MAX_EPOCH_S:  # also NaN
+            taken_at = time.time()
+        if shift_s or taken_at != snapshot.taken_at:
+            return snapshot._replace(taken_at=taken_at + shift_s)
+        return snapshot
+
+    def go_on_after_newest_sample(self, database: Database, record: StoredRun) -> None:
+        """The clock may have been set back while we were away."""
+        newest = database.query("SELECT MAX(at) FROM samples WHERE run_id = ?", (record.run.id,))[0][0]
+        if newest is not None:
+            record.clock_shift_s = max(0.0, newest - time.time())
+
+
+# What is remembered beside runs shares the store's lock: a run and what comes with it are one commit.
+
+
+class IdempotencyKeys:
+    """Which request was answered with which run: a client that sends it again gets the same run."""
+
+    def __init__(self, writer: DatabaseWriter, lock: threading.RLock):
+        self._writer = writer
+        self._lock = lock
+        self._known: dict[str, tuple[str, str, float]] = {}  # key -> body hash, run id, time
+
+    def load(self, database: Database, runs: RunIndex) -> None:
+        for key, body_hash, run_id, at in database.query(
+            "SELECT key, body_hash, run_id, created_at FROM idempotency"
+        ):
+            if runs.find(run_id):
+                self._known[key] = (body_hash, run_id, at)
+
+    def keep(self, key: str, body_hash: str, run: Run) -> None:
+        with self._lock:
+            self._known[key] = (body_hash, run.id, run.created_at)
+            self._writer.save_key(key, self._known[key])
+
+    def recall(self, key: str, now: float) -> tuple[str, str] | None:
+        """Body hash and run id of an Idempotency-Key used in the last 24 h."""
+        with self._lock:
+            known = self._known.get(key)
+        if known is None or known[2] < now - IDEMPOTENCY_KEEP_S:
+            return None
+        return known[0], known[1]
+
+    def forget(self, run_ids: Iterable[str]) -> None:
+        """The runs are gone, which takes the keys from the database, too."""
+        gone = set(run_ids)
+        with self._lock:
+            self._known = {key: known for key, known in self._known.items() if known[1] not in gone}
+
+
+class Baselines:
+    """Which run is the baseline of a tenant, environment and scenario."""
+
+    def __init__(self, writer: DatabaseWriter, lock: threading.RLock, runs: RunIndex):
+        self._writer = writer
+        self._lock = lock
+        self._runs = runs
+        self._known: dict[tuple[str, str, str], Baseline] = {}
+
+    def load(self, database: Database) -> None:
+        for row in database.query(
+            "SELECT tenant_id, env_id, scenario_id, run_id, set_at, set_by FROM baselines"
+        ):
+            baseline = Baseline(*row)
+            self._known[baseline.place] = baseline
+
+    def find(self, place: tuple[str, str, str]) -> Baseline | None:
+        """The baseline of a tenant, environment and scenario, or None."""
+        return self._known.get(place)
+
+    def of_kin(self, run: Run) -> Baseline | None:
+        """The baseline of a run's tenant, environment and scenario, or None."""
+        return self._known.get((run.tenant_id, run.env_id, run.scenario_id))
+
+    def has(self, run: Run) -> bool:
+        """Whether this run is a baseline."""
+        baseline = self.of_kin(run)
+        return baseline is not None and baseline.run_id == run.id
+
+    def name(self, baseline: Baseline) -> None:
+        """Name a run as baseline; NotFound when it is gone meanwhile."""
+        with self._lock:
+            self._runs.get(baseline.run_id)
+            self._known[baseline.place] = baseline
+            self._writer.save_baseline(baseline.place, baseline)
+        self._writer.wait_durable()
+
+    def drop(self, place: tuple[str, str, str]) -> None:
+        """Have no baseline there; NotFound when there is none."""
+        with self._lock:
+            if self._known.pop(place, None) is None:
+                raise NotFound("there is no baseline of " + "/".join(place))
+            self._writer.save_baseline(place, None)
+        self._writer.wait_durable()
+
+
+class ScheduleRecords:
+    """The schedules as the database has them; what they are in memory is not known here."""
+
+    def __init__(self, writer: DatabaseWriter):
+        self._writer = writer
+        self._at_start: dict[str, str] = {}  # id -> record
+
+    def load(self, database: Database) -> None:
+        self._at_start = dict(database.query("SELECT id, record FROM schedules"))
+
+    def at_start(self) -> list[str]:
+        """The records as they were when the store was opened."""
+        return list(self._at_start.values())
+
+    def keep(self, schedule_id: str, record: str | None) -> None:
+        """Keep a schedule's record, None: no longer."""
+        self._writer.save_document("schedules", schedule_id, None if record is None else (record,))
+
+
+class CleanUpsDue:
+    """On which cluster the load of an ended run may still be running, also when the run was deleted
+    before that load was stopped."""
+
+    def __init__(self, writer: DatabaseWriter, lock: threading.RLock):
+        self._writer = writer
+        self._lock = lock
+        self._cluster_of: dict[str, str] = {}  # by run
+
+    def load(self, database: Database) -> None:
+        self._cluster_of = dict(database.query("SELECT run_id, cluster_id FROM cleanups"))
+
+    def keep(self, run_id: str, cluster_id: str) -> None:
+        with self._lock:
+            self._cluster_of[run_id] = cluster_id
+            self._writer.save_document("cleanups", run_id, (cluster_id,))
+
+    def drop(self, run_id: str) -> None:
+        """Forget it: the run's load is stopped."""
+        with self._lock:
+            if self._cluster_of.pop(run_id, None) is not None:
+                self._writer.save_document("cleanups", run_id, None)
+
+    def all(self) -> dict[str, str]:
+        """The cluster of each of these runs."""
+        with self._lock:
+            return dict(self._cluster_of)
+
+
+class Outbox:
+    """Notifications that are to be delivered, and how the newest ones fared."""
+
+    def __init__(self, writer: DatabaseWriter, lock: threading.RLock):
+        self._writer = writer
+        self._lock = lock
+        self._deliveries: dict[str, Delivery] = {}  # oldest first
+        self._waiting: dict[str, Delivery] = {}  # those that have not ended
+        self._unsettled: set[str] = set()  # those that are not to be sent yet
+        self._forgot_at = -math.inf  # monotonic: when old ones were last looked for
+        # What a transition is to notify of, called under the lock; and what is called when it may be sent.
+        self.of_transition: Callable[[Run, Snapshot | None], list[Delivery]] = lambda run, snapshot: []
+        self.on_ready: Callable[[], None] = lambda: None
+
+    def load(self, database: Database) -> None:
+        for _, record in database.query("SELECT id, record FROM outbox ORDER BY created_at"):
+            delivery = Delivery(*json.loads(record))
+            if delivery.ended_at is None:
+                self._waiting[delivery.id] = delivery
+            else:
+                delivery = delivery._replace(facts={})
+            self._deliveries[delivery.id] = delivery
+
+    def keep(self, delivery: Delivery) -> None:
+        """Keep a new delivery, or how an old one fares."""
+        if delivery.ended_at is not None:
+            delivery = delivery._replace(facts={})  # it is not sent again, and 2,000 of them are kept
+        record = storable_json(list(delivery)).decode()
+        with self._lock:
+            self._deliveries[delivery.id] = delivery
+            if delivery.ended_at is None:
+                self._waiting[delivery.id] = delivery
+            else:
+                self._waiting.pop(delivery.id, None)
+            self._writer.save_document("outbox", delivery.id, (delivery.created_at, record))
+            if len(self._deliveries) > MAX_DELIVERIES or monotonic_s() - self._forgot_at > 600:
+                self._forgot_at = monotonic_s()
+                self._forget(time.time() - DELIVERIES_KEEP_S)
+
+    def _forget(self, before_at: float) -> None:
+        """Forget ended ones that are old, or too many: some more than that, to look seldom."""
+        ended = [one for one in self._deliveries.values() if one.ended_at is not None]
+        over = len(self._deliveries) - MAX_DELIVERIES
+        over += MAX_DELIVERIES // 20 if over > 0 else 0
+        for index, one in enumerate(ended):
+            if index < over or (one.ended_at or 0) < before_at:
+                del self._deliveries[one.id]
+                self._writer.save_document("outbox", one.id, None)
+
+    def keep_until_durable(self, found: list[Delivery]) -> None:
+        """Keep what a transition notifies of, and send it when the transition is on disk."""
+        if not found:
+            return
+        for delivery in found:
+            self.keep(delivery)
+        ids = {delivery.id for delivery in found}
+        self._unsettled |= ids
+        self._writer.when_durable(functools.partial(self._settle, ids))
+
+    def _settle(self, ids: set[str]) -> None:
+        with self._lock:
+            self._unsettled -= ids
+        self.on_ready()
+
+    def waiting(self, channel_id: str | None = None) -> list[Delivery]:
+        """Those of a channel, or of all, that are to be sent."""
+        with self._lock:
+            return [
+                one
+                for one in self._waiting.values()
+                if channel_id in (None, one.channel_id) and one.id not in self._unsettled
+            ]
+
+    def newest(self, most: int) -> list[Delivery]:
+        """The newest first."""
+        with self._lock:
+            return list(reversed(self._deliveries.values()))[:most]
+
+
+class Store:
+    """All runs. Every method may be called from any thread; a status changes only in transition()."""
+
+    def __init__(self, database: Database, audit_file: str | None = None):
+        # Guards the runs, the fields of their records, and what is remembered beside runs.
+        self._lock = threading.RLock()
+        self._runs = RunIndex()
+        self._clock = RunClock(self._runs, self._lock)
+        self._database = database
+        self._writer = DatabaseWriter(database, audit_file, each_second=self._clock.notice)
+        self.lead = Lead(database, self._writer)
+        self.history = RunHistory(self._writer)
+        self.comparer = Comparer(self)
+        self.baselines = Baselines(self._writer, self._lock, self._runs)
+        self.idempotency = IdempotencyKeys(self._writer, self._lock)
+        self.cleanups = CleanUpsDue(self._writer, self._lock)
+        self.outbox = Outbox(self._writer, self._lock)
+        self.audit = AuditLog(self._writer)
+        self.schedules = ScheduleRecords(self._writer)
+        self._next_seq = 1
+        self.listeners: list[Callable[[Run], None]] = []  # called under the lock: only note it
+        open_tables(database, self._load)
+        self._writer.start()
+
+    def _load(self, database: Database) -> None:
+        try:
+            self._load_runs(database)
+            self.idempotency.load(database, self._runs)
+            self.baselines.load(database)
+            self.schedules.load(database)
+            self.outbox.load(database)
+            self.cleanups.load(database)
+            self.audit.load(database)
+        except database.errors as error:
+            raise StartupError(f"the database cannot be read: {error}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise StartupError(
+                f"the database holds a run that cannot be read ({error!r}); it is left untouched"
+            ) from None
+
+    def _load_runs(self, database: Database) -> None:
+        # Row by row: all rows at once would double the memory that 10,000 runs take; so would their
+        # order, for which the database would keep all of them.
+        found = []
+        for record, metrics in database.execute("SELECT record, metrics FROM runs"):
+            run = run_from_record(record)
+            found.append(StoredRun(run, metrics.encode() if metrics else None))
+        for stored in sorted(found, key=lambda one: one.run.seq):
+            self._runs.put(stored)
+            self._next_seq = stored.run.seq + 1
+            if not stored.run.is_final:
+                self._clock.go_on_after_newest_sample(database, stored)
+
+    # ---- reading -----------------------------------------------------------
+
+    def get(self, run_id: str) -> Run:
+        """The run, or NotFound."""
+        return self._runs.get(run_id).run
+
+    def find(self, run_id: str) -> Run | None:
+        record = self._runs.find(run_id)
+        return record.run if record else None
+
+    def run_json(self, run_id: str) -> bytes:
+        """The run's answer as JSON bytes, or NotFound."""
+        with self._lock:
+            return self._runs.get_shown(run_id).to_json()
+
+    def brief(self, run_id: str) -> bytes:
+        """As to_json(), without the endpoints' rows."""
+        with self._lock:
+            return self._runs.get_shown(run_id).brief()
+
+    def newest_sample(self, run_id: str) -> Sample | None:
+        """The newest numbers of a run that is going on; None when there are none."""
+        with self._lock:
+            record = self._runs.find(run_id)
+            numbers = record.numbers if record else None
+        if numbers is None or numbers.snapshot is None:
+            return None
+        return sample_of(run_id, numbers.snapshot, numbers.source)
+
+    def newest_numbers(self, run_id: str) -> Snapshot | None:
+        """The newest numbers of a run with its endpoints, whatever process saw them; None when there are
+        none."""
+        with self._lock:
+            numbers = self._runs.get(run_id).numbers
+        if numbers is None or numbers.snapshot is not None:
+            return numbers.snapshot if numbers else None
+        return check_metrics({"lastMetrics": json.loads(numbers.json())}, "lastMetrics", math.inf)
+
+    def list_runs(self, wanted: RunFilter = EVERY_RUN) -> list[Run]:
+        """The runs as they are shown, newest first."""
+        with self._lock:
+            shown = [record.shown for record in self._runs.newest_first()]
+        return [run for run in shown if run is not None and wanted.takes(run)]
+
+    def list_json(
+        self, wanted: RunFilter, limit: int | None, before_seq: int | None, brief: bool = False
+    ) -> tuple[list[tuple[bytes, ...]], int | None]:
+        """Up to `limit` answers in pieces, newest first, from before `before_seq`; and the last one's
+        seq if there are more. The search goes without the lock, which callbacks wait for."""
+        with self._lock:
+            records = self._runs.candidates(wanted)
+        found: list[StoredRun] = []
+        for record in reversed(records):
+            run = record.shown
+            if run is not None and (before_seq is None or run.seq < before_seq) and wanted.takes(run):
+                found.append(record)
+                if limit is not None and len(found) > limit:
+                    break
+        is_more = limit is not None and len(found) > limit
+        found = found[:limit]
+        with self._lock:
+            page = [(record.brief(),) if brief else record.json_parts() for record in found]
+        return page, found[-1].run.seq if is_more else None
+
+    def active_runs(self) -> list[Run]:
+        with self._lock:
+            return [record.run for record in self._runs.unsettled() if not record.run.is_final]
+
+    def active_numbers(self) -> list[tuple[Run, Snapshot | None]]:
+        """The runs that are not final, as they are shown, each with its newest numbers."""
+        with self._lock:
+            shown = [(record.shown, record.numbers) for record in self._runs.unsettled()]
+        return [
+            (run, numbers.snapshot if numbers else None)
+            for run, numbers in shown
+            if run is not None and not run.is_final
+        ]
+
+    @property
+    def writer_lag_s(self) -> float:
+        """Seconds that the oldest change which is not on disk waits to be written."""
+        return self._writer.lag_s
+
+    def database_bytes(self) -> int | None:
+        """What the database takes on disk; None in memory, or when it does not say so at once."""
+        try:
+            if isinstance(self._database, SqliteDatabase):
+                return self._database.size_bytes()
+            return self._writer.read(lambda database: database.size_bytes(), timeout_s=1.0)
+        except (NotReady, OSError):
+            return None
 
     @property
     def problem(self) -> str | None:
@@ -7982,36 +8317,9 @@ class Store:
         return self._writer.problem
 
     @property
-    def is_leading(self) -> bool:
-        """Whether this process leads on the database: False as long as its connection to PostgreSQL
-        is gone, and for ever once another Load Manager has led. Who does not lead commands nothing."""
-        return self._database.is_leading and self._writer.lost is None
-
-    def expect_standby(self) -> LeadProof:
-        """Others may take the lead over: from now on it is proved."""
-        assert isinstance(self._database, PostgresDatabase)
-        self._writer.CHECK_S = LeadProof.EVERY_S
-        self.lead = LeadProof(self._database)
-        self.lead.start()
-        return self.lead
-
-    def check_lead(self) -> None:
-        """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
-        if self.lead is not None:
-            self.lead.check()
-
-    @property
     def rows_left_out(self) -> int:
         """How many rows could never be written; the log says which and why."""
         return self._writer.rows_left_out
-
-    def recall_key(self, key: str, now: float) -> tuple[str, str] | None:
-        """Body hash and run id of an Idempotency-Key used in the last 24 h."""
-        with self._lock:
-            known = self._keys.get(key)
-        if known is None or known[2] < now - IDEMPOTENCY_KEEP_S:
-            return None
-        return known[0], known[1]
 
     # ---- writing -----------------------------------------------------------
 
@@ -8022,9 +8330,7 @@ class Store:
             run, record = self._new_record(run)
             self._writer.save(record.state(record.run))
             if idempotency:
-                key, body_hash = idempotency
-                self._keys[key] = (body_hash, run.id, run.created_at)
-                self._writer.save_key(key, self._keys[key])
+                self.idempotency.keep(*idempotency, run)
         self._wait_for_new(run.id)
         return run
 
@@ -8032,7 +8338,7 @@ class Store:
         """A record that is shown when what is saved with it is durable; under the lock."""
         run = replace(run, seq=self._next_seq)
         self._next_seq += 1
-        record = self._put(run, StoredRun(run, is_durable=False))
+        record = self._runs.put(StoredRun(run, is_durable=False))
         self._writer.when_durable(functools.partial(self._show, record, run))
         return run, record
 
@@ -8054,7 +8360,7 @@ class Store:
         """Keep a run from a file with its history; returns once durable. Conflict when there
         is a run of its id; NotReady, and nothing is kept, when it cannot be written."""
         with self._lock, self._writer.one_commit():
-            if run.id in self._records:
+            if self._runs.find(run.id):
                 raise Conflict(f"there is a run {run.id} already")
             run, record = self._new_record(run)
             if snapshot is not None:
@@ -8079,7 +8385,7 @@ class Store:
         notifications are sent, when it is on disk. cleanup_on: the cluster on which its load may
         still be running, kept in the same commit."""
         with self._lock, self._writer.one_commit():
-            record = self._record(run_id)
+            record = self._runs.get(run_id)
             run = record.run
             if to not in TRANSITIONS[run.status]:
                 raise Conflict(
@@ -8088,13 +8394,13 @@ class Store:
             if to is RunStatus.RUNNING:
                 record.clock_shift_s = 0.0
             elif changes.get("finished_at") is not None:
-                changes["finished_at"] += self._clock_shift_s(record)
+                changes["finished_at"] += self._clock.shift_s(record)
             run = replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
             if snapshot is not None:
-                snapshot = self._in_run_time(record, snapshot)
+                snapshot = self._clock.in_run_time(record, snapshot)
             # First: when it raises, nothing is changed yet, and the one who tries again is notified.
             known = record.numbers.snapshot if record.numbers else None
-            deliveries = self._deliveries_of(run, snapshot or known)
+            deliveries = self.outbox.of_transition(run, snapshot or known)
             if snapshot is not None:
                 self._keep_sample(run_id, snapshot, "final")
                 if to in FINAL:
@@ -8102,29 +8408,17 @@ class Store:
                 else:
                     record.numbers = Numbers(snapshot, "final")
             run = self._save(record, run)
-            self._keep_new_deliveries(deliveries)
+            self.outbox.keep_until_durable(deliveries)
             if cleanup_on:
-                self.keep_cleanup(run_id, cleanup_on)
+                self.cleanups.keep(run_id, cleanup_on)
         if durable:
             self.wait_durable_or_log()
         return run
 
-    def _deliveries_of(self, run: Run, snapshot: Snapshot | None) -> list[Delivery]:
-        return self.deliveries_for(run, snapshot) if self.deliveries_for else []
-
-    def _keep_new_deliveries(self, found: list[Delivery]) -> None:
-        if not found:
-            return
-        for delivery in found:
-            self.keep_delivery(delivery)
-        ids = {delivery.id for delivery in found}
-        self._unsettled |= ids
-        self._writer.when_durable(functools.partial(self._settle_deliveries, ids))
-
     def update(self, run_id: str, **changes: Any) -> Run | None:
         """Change facts other than the status, unless the run is final: that keeps every byte."""
         with self._lock:
-            record = self._records.get(run_id)
+            record = self._runs.find(run_id)
             if record is None:
                 return None
             if record.run.is_final:
@@ -8134,14 +8428,14 @@ class Store:
     def set_queue_position(self, run_id: str, position: int) -> None:
         """Note a waiting run's place; one that was just given a cluster waits no more."""
         with self._lock:
-            record = self._records.get(run_id)
+            record = self._runs.find(run_id)
             if record is not None and record.run.queued and record.run.queue_position != position:
                 self._save(record, replace(record.run, queue_position=position))
 
     def add_warning(self, run_id: str, code: str, message: str, now: float) -> bool:
         """Note a warning once per code; False when it was there, or the run is final."""
         with self._lock:
-            record = self._records.get(run_id)
+            record = self._runs.find(run_id)
             if (
                 record is None
                 or record.run.is_final
@@ -8155,14 +8449,14 @@ class Store:
 
     def keep_attachment(self, run_id: str, name: str, content: bytes) -> None:
         """Keep a file beside a run; it goes with the run."""
-        if run_id in self._records:
+        if self._runs.find(run_id):
             self._writer.save_attachment(run_id, name, content)
 
     def annotate(self, run_id: str, annotation: Annotation) -> None:
         """Mark a point in time of a run, also of a final one: the one thing a person may still add
         to it. Conflict when it has MAX_ANNOTATIONS."""
         with self._lock:
-            record = self._record(run_id)
+            record = self._runs.get(run_id)
             if len(record.run.annotations) >= MAX_ANNOTATIONS:
                 raise Conflict(f"run {run_id} has {MAX_ANNOTATIONS} annotations, the most there may be")
             annotations = tuple(sorted((*record.run.annotations, annotation)))
@@ -8185,11 +8479,11 @@ class Store:
         """Keep a sample of a run that is not final; shown as its newest unless it is older
         than the one shown. False: the run is final or gone, nothing was kept."""
         with self._lock:
-            record = self._records.get(run_id)
+            record = self._runs.find(run_id)
             if record is None or record.run.is_final:
                 return False
             if record.clock_shift_s or not record.numbers_at <= snapshot.taken_at < MAX_EPOCH_S:
-                snapshot = self._in_run_time(record, snapshot)
+                snapshot = self._clock.in_run_time(record, snapshot)
             if snapshot.taken_at < record.numbers_at:
                 self._keep_sample(run_id, snapshot, source, is_last)
                 return True
@@ -8199,248 +8493,24 @@ class Store:
             self._tell(record.run)
             return True
 
-    # ---- time within a run ----
-
-    def _clock_shift_s(self, record: StoredRun) -> float:
-        """Seconds by which the wall clock was set back since the run began: added to its times,
-        they continue from where they were, and a run's history is in the order in which it came."""
-        self._record_clock()
-        return record.clock_shift_s
-
-    def _record_clock(self) -> None:
-        """Notice a clock that was set; called about once a second, as clocks also drift."""
-        with self._lock:
-            offset_s = time.time() - monotonic_s()
-            step_s, self._clock_offset_s = self._clock_offset_s - offset_s, offset_s
-            if abs(step_s) <= CLOCK_STEP_S:
-                return
-            for one in self._records.values():
-                if not one.run.is_final:
-                    one.clock_shift_s = max(0.0, one.clock_shift_s + step_s)
-        log("clock was set", by_seconds=round(-step_s, 1))
-
-    def _in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
-        shift_s, taken_at = self._clock_shift_s(record), snapshot.taken_at
-        if not 0 <= taken_at < MAX_EPOCH_S:  # also NaN
-            taken_at = time.time()
-        if shift_s or taken_at != snapshot.taken_at:
-            return snapshot._replace(taken_at=taken_at + shift_s)
-        return snapshot
-
-    def run_time(self, run_id: str, at: float) -> float:
-        """A time of the wall clock as the run's history has it: see _clock_shift_s."""
-        with self._lock:
-            record = self._records.get(run_id)
-            return at + (self._clock_shift_s(record) if record else 0.0)
-
-    def _go_on_after_newest_sample(self, database: Database, record: StoredRun) -> None:
-        """The clock may have been set back while we were away."""
-        newest = database.query("SELECT MAX(at) FROM samples WHERE run_id = ?", (record.run.id,))[0][0]
-        if newest is not None:
-            record.clock_shift_s = max(0.0, newest - time.time())
-
-    def delete(self, run_id: str) -> None:
-        """Remove a final run with its samples; Conflict for one that is not final."""
-        with self._lock:
-            run = self._record(run_id).run
-            if not run.is_final:
-                raise Conflict(
-                    f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted"
-                )
-            if self._is_baseline(run):
-                raise Conflict(
-                    f"run {run_id} is the baseline of "
-                    f"{run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first"
-                )
-            self._drop(run_id)
-        self._writer.wait_durable()
-
-    def delete_older(self, before_at: float) -> int:
-        """Remove final runs that finished before a point in time; how many."""
-        return self._drop_in_steps(run for run in self._removable() if run.kept_since < before_at)
-
-    def delete_over(self, most: int) -> int:
-        """Remove final runs but for the newest `most` of each tenant and environment; how many."""
-        counted: dict[tuple[str, str], int] = {}
-        over = []
-        for run in self._removable():
-            place = run.tenant_id, run.env_id
-            counted[place] = counted.get(place, 0) + 1
-            if counted[place] > most:
-                over.append(run)
-        return self._drop_in_steps(over)
-
-    def _removable(self) -> list[Run]:
-        """Final runs that are no baseline, newest first."""
-        return [run for run in self.list_runs() if run.is_final and not self._is_baseline(run)]
-
-    DROPPED_AT_ONCE = 50  # runs: their history goes in one transaction, for which other writes wait
-
-    def _drop_in_steps(self, runs: Iterable[Run]) -> int:
-        waiting, gone = list(runs), 0
-        while waiting:
-            some, waiting = waiting[: self.DROPPED_AT_ONCE], waiting[self.DROPPED_AT_ONCE :]
-            with self._lock:  # a baseline may have been named meanwhile
-                ids = [run.id for run in some if run.id in self._records and not self._is_baseline(run)]
-                self._drop(*ids)
-            gone += len(ids)
-            if waiting:
-                self._writer.wait_durable()
-        return gone
-
-    # ---- history that thins ----
-
-    def ageing_runs(self) -> list[Run]:
-        """Final runs whose history may thin: all but baselines, which are compared with; oldest first."""
-        return self._removable()[::-1]
-
-    def read_database(self, work: Callable[[Database], Any]) -> Any:
-        """The result of `work`, done by the writer after all that was saved before; NotReady."""
-        return self._writer.read(work)
-
-    def change_history(self, run_id: str, work: Callable[[Database], None]) -> None:
-        """Change rows of a final run's history in one transaction; NotFound when it is gone."""
-        self._record(run_id)
-
-        def change(database: Database) -> None:
-            # A deletion that comes from now on comes after this.
-            if database.query("SELECT 1 FROM runs WHERE id = ?", (run_id,)):
-                work(database)
-
-        self._writer.change(change)
-
     def record_thinned(self, run_id: str, step_s: int) -> None:
         """Have a run say that its history has a sample per so many seconds only."""
         with self._lock:
-            record = self._record(run_id)
+            record = self._runs.get(run_id)
             self._save(record, replace(record.run, history_step_s=step_s))
 
-    # ---- schedules and deliveries ----
+    def ageing_runs(self) -> list[Run]:
+        """Final runs that no others are compared with as their baseline, newest first: these may go, and
+        their history may thin."""
+        return [run for run in self.list_runs() if run.is_final and not self.baselines.has(run)]
 
-    def schedule_records(self) -> list[str]:
-        """The schedules as they were kept when the store was opened."""
-        return list(self._schedules.values())
-
-    def keep_schedule(self, schedule_id: str, record: str | None) -> None:
-        """Keep a schedule's record, None: no longer."""
-        self._writer.save_document("schedules", schedule_id, None if record is None else (record,))
-
-    def keep_delivery(self, delivery: Delivery) -> None:
-        """Keep a new delivery, or how an old one fares."""
-        if delivery.ended_at is not None:
-            delivery = delivery._replace(facts={})  # it is not sent again, and 2,000 of them are kept
-        record = storable_json(list(delivery)).decode()
-        with self._lock:
-            self._deliveries[delivery.id] = delivery
-            if delivery.ended_at is None:
-                self._waiting[delivery.id] = delivery
-            else:
-                self._waiting.pop(delivery.id, None)
-            self._writer.save_document("outbox", delivery.id, (delivery.created_at, record))
-            if len(self._deliveries) > MAX_DELIVERIES or monotonic_s() - self._forgot_at > 600:
-                self._forgot_at = monotonic_s()
-                self._forget_deliveries(time.time() - DELIVERIES_KEEP_S)
-
-    def _forget_deliveries(self, before_at: float) -> None:
-        """Forget ended ones that are old, or too many: some more than that, to look seldom."""
-        ended = [one for one in self._deliveries.values() if one.ended_at is not None]
-        over = len(self._deliveries) - MAX_DELIVERIES
-        over += MAX_DELIVERIES // 20 if over > 0 else 0
-        for index, one in enumerate(ended):
-            if index < over or (one.ended_at or 0) < before_at:
-                del self._deliveries[one.id]
-                self._writer.save_document("outbox", one.id, None)
-
-    def _settle_deliveries(self, ids: set[str]) -> None:
-        """What they report is on disk: they may be sent."""
-        with self._lock:
-            self._unsettled -= ids
-        if self.deliveries_ready:
-            self.deliveries_ready()
-
-    def waiting_deliveries(self, channel_id: str | None = None) -> list[Delivery]:
-        """Those of a channel, or of all, that are to be sent."""
-        with self._lock:
-            return [
-                one
-                for one in self._waiting.values()
-                if channel_id in (None, one.channel_id) and one.id not in self._unsettled
-            ]
-
-    def list_deliveries(self, most: int) -> list[Delivery]:
-        """The newest first."""
-        with self._lock:
-            return list(reversed(self._deliveries.values()))[:most]
-
-    # ---- load whose run is over ----
-
-    def keep_cleanup(self, run_id: str, cluster_id: str) -> None:
-        """Keep that load of an ended run may still be running on a cluster, also when the run is
-        deleted before that load was stopped."""
-        with self._lock:
-            self._cleanups[run_id] = cluster_id
-            self._writer.save_document("cleanups", run_id, (cluster_id,))
-
-    def drop_cleanup(self, run_id: str) -> None:
-        """Forget it: the run's load is stopped."""
-        with self._lock:
-            if self._cleanups.pop(run_id, None) is not None:
-                self._writer.save_document("cleanups", run_id, None)
-
-    def cleanups(self) -> dict[str, str]:
-        """The cluster of each ended run whose load may still be running there."""
-        with self._lock:
-            return dict(self._cleanups)
-
-    # ---- baselines ----
-
-    def find_baseline(self, place: tuple[str, str, str]) -> Baseline | None:
-        """The baseline of a tenant, environment and scenario, or None."""
-        return self._baselines.get(place)
-
-    def set_baseline(self, baseline: Baseline) -> None:
-        """Name a run as baseline; NotFound when it is gone meanwhile."""
-        with self._lock:
-            self._record(baseline.run_id)
-            self._baselines[baseline.place] = baseline
-            self._writer.save_baseline(baseline.place, baseline)
-        self._writer.wait_durable()
-
-    def drop_baseline(self, place: tuple[str, str, str]) -> None:
-        """Have no baseline there; NotFound when there is none."""
-        with self._lock:
-            if self._baselines.pop(place, None) is None:
-                raise NotFound("there is no baseline of " + "/".join(place))
-            self._writer.save_baseline(place, None)
-        self._writer.wait_durable()
-
-    def _is_baseline(self, run: Run) -> bool:
-        baseline = self._baselines.get((run.tenant_id, run.env_id, run.scenario_id))
-        return baseline is not None and baseline.run_id == run.id
-
-    def previous_run(self, run: Run) -> Run | None:
-        """The newest Finished run before this one of the same tenant, environment and scenario."""
-        place = (run.tenant_id, run.env_id, run.scenario_id)
-        for other in self.list_runs():
-            same = (other.tenant_id, other.env_id, other.scenario_id) == place
-            if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
-                return other
-        return None
-
-    def comparable_runs(self, run: Run, limit: int) -> list[Run]:
-        """The newest Finished runs before this one that asked for the same load of the same cluster with
-        the same locustfile, reliable and without a regression, oldest first. A baseline that was named
-        begins again: what was before it is another system."""
-        baseline = self.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
-        begin = self.find(baseline.run_id) if baseline else None
-        first = begin.seq if begin is not None and begin.seq < run.seq else 0
-        found = []
-        for other in self.list_runs():
-            if first <= other.seq < run.seq and is_comparable(other, run):
-                found.append(other)
-                if len(found) == limit:
-                    break
-        return found[::-1]
+    def remove(self, *run_ids: str) -> int:
+        """Remove runs that are no baselines, with all that is kept of them; how many were removed."""
+        with self._lock:  # a baseline may be named at the same time
+            runs = [run for run in map(self.find, run_ids) if run is not None]
+            ids = [run.id for run in runs if not self.baselines.has(run)]
+            self._drop(*ids)
+        return len(ids)
 
     def wait_durable(self) -> None:
         """Return when all that was kept before is on disk; NotReady when it cannot be."""
@@ -8454,12 +8524,6 @@ class Store:
 
     def close(self) -> None:
         self._writer.close()
-
-    def _record(self, run_id: str) -> StoredRun:
-        record = self._records.get(run_id)
-        if record is None:
-            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-        return record
 
     def _save(self, record: StoredRun, run: Run) -> Run:
         with self._writer.one_commit():
@@ -8475,42 +8539,72 @@ class Store:
     def _show(self, record: StoredRun, run: Run) -> None:
         """Readers see `run`, which is on disk."""
         with self._lock:
-            if self._records.get(run.id) is record:
+            if self._runs.find(run.id) is record:
                 record.show(run)
                 if run.is_final:
-                    self._unsettled_runs.pop(run.id, None)
+                    self._runs.settle(run.id)
                 self._tell(run)
-
-    def _put(self, run: Run, record: StoredRun) -> StoredRun:
-        """Have a new record; it is the newest."""
-        self._records[run.id] = record
-        self._places.setdefault((run.tenant_id, run.env_id), {})[run.id] = record
-        if record.shown is None or not record.shown.is_final:
-            self._unsettled_runs[run.id] = record
-        return record
 
     def _drop(self, *run_ids: str) -> None:
         with self._lock:
-            gone = set(run_ids)
-            self._keys = {key: known for key, known in self._keys.items() if known[1] not in gone}
+            self.idempotency.forget(run_ids)
             for run_id in run_ids:
-                record = self._records.pop(run_id, None)
+                record = self._runs.remove(run_id)
                 self._writer.forget(run_id)
                 if record:
-                    self._unsettled_runs.pop(run_id, None)
-                    self._forget_place_of(record)
                     self._tell(record.run)  # who then does not find the run knows that it is gone
-
-    def _forget_place_of(self, record: StoredRun) -> None:
-        place = (record.run.tenant_id, record.run.env_id)
-        there = self._places[place]
-        del there[record.run.id]
-        if not there:
-            del self._places[place]
 
     def _tell(self, run: Run) -> None:
         for listener in self.listeners:
             listener(run)
+
+
+class RunRemoval:
+    """Removes final runs with all that is kept of them."""
+
+    AT_ONCE = 50  # runs: their history goes in one transaction, for which other writes wait
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def remove(self, run_id: str) -> None:
+        """Remove one; Conflict when it is not final, or a baseline."""
+        run = self._store.get(run_id)
+        if not run.is_final:
+            raise Conflict(
+                f"run {run_id} is {run.status.value}; only a Finished or Failed run can be deleted"
+            )
+        if not self._store.remove(run_id):
+            self._store.get(run_id)  # NotFound: someone else was faster
+            raise Conflict(
+                f"run {run_id} is the baseline of "
+                f"{run.tenant_id}/{run.env_id}/{run.scenario_id}; name another or none first"
+            )
+        self._store.wait_durable()
+
+    def remove_older(self, before_at: float) -> int:
+        """Remove those that finished before a point in time; how many."""
+        return self._in_steps(run.id for run in self._store.ageing_runs() if run.kept_since < before_at)
+
+    def remove_over(self, most: int) -> int:
+        """Remove all but the newest `most` of each tenant and environment; how many."""
+        counted: dict[tuple[str, str], int] = {}
+        over = []
+        for run in self._store.ageing_runs():
+            place = run.tenant_id, run.env_id
+            counted[place] = counted.get(place, 0) + 1
+            if counted[place] > most:
+                over.append(run.id)
+        return self._in_steps(over)
+
+    def _in_steps(self, run_ids: Iterable[str]) -> int:
+        waiting, gone = list(run_ids), 0
+        while waiting:
+            some, waiting = waiting[: self.AT_ONCE], waiting[self.AT_ONCE :]
+            gone += self._store.remove(*some)
+            if waiting:
+                self._store.wait_durable()
+        return gone
 
 
 class Comparer:
@@ -8545,7 +8639,7 @@ class Comparer:
 
     def _read(self, run_id: str) -> RunFigures | None:
         try:
-            record = self._store.attachment(run_id, RUN_FIGURES)
+            record = self._store.history.attachment(run_id, RUN_FIGURES)
             return None if record is None else run_figures_from_record(record)
         except NotReady as error:
             log("figures of a run not read", run=run_id, why=error.message)
@@ -8553,15 +8647,40 @@ class Comparer:
 
     def _made(self, document: dict[str, Any]) -> RunFigures:
         requests = (document.get("lastMetrics") or {}).get("totalRequests")
+        run = self._store.find(document["id"])
         try:
-            return run_figures(document, self._store.time_blocks(document["id"], requests))
+            return run_figures(document, self._store.history.time_blocks(run, requests) if run else None)
         except NotReady as error:
             log("histograms not read for a comparison", run=document["id"], why=error.message)
             return run_figures(document, None)
 
+    def comparable_runs(self, run: Run, limit: int = HISTORY_RUNS) -> list[Run]:
+        """The newest Finished runs before this one that asked for the same load of the same cluster with
+        the same locustfile, reliable and without a regression, oldest first. A baseline that was named
+        begins again: what was before it is another system."""
+        baseline = self._store.baselines.of_kin(run)
+        begin = self._store.find(baseline.run_id) if baseline else None
+        first = begin.seq if begin is not None and begin.seq < run.seq else 0
+        found = []
+        for other in self._store.list_runs():
+            if first <= other.seq < run.seq and is_comparable(other, run):
+                found.append(other)
+                if len(found) == limit:
+                    break
+        return found[::-1]
+
+    def _previous_run(self, run: Run) -> Run | None:
+        """The newest Finished run before this one of the same tenant, environment and scenario."""
+        place = (run.tenant_id, run.env_id, run.scenario_id)
+        for other in self._store.list_runs():
+            same = (other.tenant_id, other.env_id, other.scenario_id) == place
+            if same and other.seq < run.seq and other.status is RunStatus.FINISHED:
+                return other
+        return None
+
     def history(self, run: Run, limit: int = HISTORY_RUNS) -> list[ComparedRun]:
         """The comparable runs before a run, with their figures, oldest first."""
-        return [self.compared(other) for other in self._store.comparable_runs(run, limit)]
+        return [self.compared(other) for other in self.comparable_runs(run, limit)]
 
     def against(
         self, reference: list[Run], candidate: Run, tolerances: dict[str, Tolerance] | None = None,
@@ -8571,7 +8690,7 @@ class Comparer:
         compared = [self.compared(run) for run in reference]
         scatter = compared
         if len(reference) == 1:
-            known = self._store.comparable_runs(candidate, HISTORY_RUNS)
+            known = self.comparable_runs(candidate, HISTORY_RUNS)
             kin = [run for run in known if is_comparable(run, reference[0])]
             scatter = [self.compared(run) for run in kin] or compared
         return compare_runs(compared, self.compared(candidate, document), tolerances, scatter)
@@ -8592,11 +8711,11 @@ class Comparer:
 
     def _reference(self, run: Run, asked: str) -> list[Run]:
         if asked == "history":
-            return self._store.comparable_runs(run, HISTORY_RUNS)
+            return self.comparable_runs(run, HISTORY_RUNS)
         if asked == "previous":
-            found = self._store.previous_run(run)
+            found = self._previous_run(run)
         else:
-            baseline = self._store.find_baseline((run.tenant_id, run.env_id, run.scenario_id))
+            baseline = self._store.baselines.of_kin(run)
             found = self._store.find(baseline.run_id) if baseline else None
         return [found] if found else []
 
@@ -8711,7 +8830,7 @@ class HistoryThinner:
         """Thin all runs that are due; how many were. after_s: the age in seconds from which on a
         sample per key seconds is kept; 0: never. NotReady when the database does not do it."""
         done = 0
-        for aged in self._store.ageing_runs():
+        for aged in reversed(self._store.ageing_runs()):
             run = self._store.find(aged.id) or aged  # a change is shown when it is on disk
             due = [step_s for step_s, age_s in after_s.items() if age_s and now - run.kept_since > age_s]
             step_s = max(due, default=0)
@@ -8746,12 +8865,12 @@ class HistoryThinner:
 
     def _keep_figures(self, run: Run) -> None:
         """Keep what a run is compared by, of its whole history, unless it is kept; NotReady."""
-        record = self._store.attachment(run.id, RUN_FIGURES)
+        record = self._store.history.attachment(run.id, RUN_FIGURES)
         if record is not None and run_figures_from_record(record) is not None:
             return
         document = json.loads(self._store.run_json(run.id))
         requests = (document.get("lastMetrics") or {}).get("totalRequests")
-        figures = run_figures(document, self._store.time_blocks(run.id, requests))
+        figures = run_figures(document, self._store.history.time_blocks(run, requests))
         self._store.keep_attachment(run.id, RUN_FIGURES, run_figures_to_record(figures))
 
     def _timed(self, work: Callable[[], Any]) -> Any:
@@ -8785,7 +8904,7 @@ class HistoryThinner:
             histograms = database.query(f"SELECT at, is_whole, content FROM histograms {where}", values)
             return math.nextafter(end_at, -math.inf), [Sample(*row) for row in samples], histograms
 
-        return self._store.read_database(read)
+        return self._store.history.read(read)
 
     def _replace(
         self,
@@ -8808,7 +8927,7 @@ class HistoryThinner:
                 database.execute(f"DELETE FROM {table} {where}", (run_id, first, last))
                 database.execute_many(insert_into(table), rows)
 
-        self._store.change_history(run_id, write)
+        self._store.history.change(run_id, write)
 
 
 # ---- all rows of one database in another -------------------------------------
@@ -12110,7 +12229,7 @@ class RunMonitor:
         remaining = self.remaining_s()
         if remaining is not None and remaining < 2:
             return False
-        if not self._store.is_leading:
+        if not self._store.lead.is_ours:
             raise LocustUnreachable("no load is changed without the database: another Load Manager may lead")
         with cluster.operation:
             current = self._store.find(run.id)
@@ -12234,9 +12353,11 @@ class RunJudge:
         windows: dict[Threshold, Window] = {}
         try:
             has_windows = any(one.over_s or one.after_s for one in run.thresholds)
-            samples = self._store.samples(run.id) if has_windows else []
+            samples = self._store.history.samples(run.id) if has_windows else []
             if any(map(needs_histograms, run.thresholds)):
-                windows = judge_histogram_windows(run.thresholds, self._store.histograms(run.id), times)
+                windows = judge_histogram_windows(
+                    run.thresholds, self._store.history.histograms(run.id), times
+                )
         except NotReady as error:
             log("history not read for the verdict", run=run.id, why=error.message)
             samples = list(live.samples)
@@ -12320,7 +12441,7 @@ class LoadStopper:
         """Stop the test on the cluster, for this run, and see that its users are gone; LoadGoesOn
         when they are not, another LocustError when Locust does not answer."""
         with cluster.operation:
-            if not self.store.is_leading and self._is_anothers(cluster, run_id):
+            if not self.store.lead.is_ours and self._is_anothers(cluster, run_id):
                 return
             cluster.client.stop()
             cluster.seen()
@@ -12369,14 +12490,14 @@ class LoadStopper:
 
     def add_cleanup(self, run_id: str, cluster: Cluster, certain_s: float) -> None:
         self.pool.add_cleanup(run_id, cluster.id, certain_s)
-        self.store.keep_cleanup(run_id, cluster.id)
+        self.store.cleanups.keep(run_id, cluster.id)
         self.clean_up_soon(cluster)
 
     def _clean_up_reserved(self, cluster: Cluster) -> None:
         """Clean up when no run has the cluster; a start that has it cleans up first, too."""
         if self.is_closing or not self.pool.cleanups_on(cluster):
             return
-        if not self.store.is_leading or not self.pool.reserve_for_cleanup(cluster):
+        if not self.store.lead.is_ours or not self.pool.reserve_for_cleanup(cluster):
             self.clean_up_soon(cluster, self.CLEANUP_EVERY_S)
             return
         cleaned_for = self.pool.cleanups_on(cluster)[0].run_id
@@ -12414,7 +12535,7 @@ class LoadStopper:
         return self.CLEANUP_LOOK_S if self.pool.cleanups_on(cluster) else None
 
     def _cleaned_up(self, one: CleanUp) -> None:
-        self.store.drop_cleanup(one.run_id)
+        self.store.cleanups.drop(one.run_id)
         self.pool.drop_cleanup(one.run_id)
         log("load of an ended run is stopped", cluster=one.cluster_id, run=one.run_id)
 
@@ -12795,7 +12916,7 @@ class RunStopper:
     def failures(self, run: Run) -> dict[str, Any]:
         """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
         self.wait_for_details(run)
-        kept = self.store.attachment(run.id, FAILURES)
+        kept = self.store.history.attachment(run.id, FAILURES)
         if kept is not None:
             return json.loads(kept)
         monitor = self.monitors.get(run.id)
@@ -13049,7 +13170,7 @@ class RunAdopter:
 
     def adopt_all(self) -> None:
         """Settle what an earlier process left: waits (bounded) for overdue stops only."""
-        for run_id, cluster_id in self._store.cleanups().items():
+        for run_id, cluster_id in self._store.cleanups.all().items():
             self._pool.add_cleanup(run_id, cluster_id, START_SETTLES_S)
         overdue: list[RunMonitor] = []
         for run in self._store.active_runs():
@@ -13260,9 +13381,10 @@ class Retention:
         kept_s, most = self.config.retention_days * 86400, self.config.retention_runs
         again_s = min(3600, max(60, kept_s / 10)) if kept_s else 3600
         self._timer.in_thread(again_s, "retention", self.forget_old)
+        removal = RunRemoval(self._store)
         try:
-            gone = self._store.delete_older(time.time() - kept_s) if kept_s else 0
-            gone += self._store.delete_over(most) if most else 0
+            gone = removal.remove_older(time.time() - kept_s) if kept_s else 0
+            gone += removal.remove_over(most) if most else 0
         except NotReady as error:
             log("old runs not removed", why=error.message)
             return
@@ -14195,7 +14317,7 @@ class Scheduler:
     def start(self) -> None:
         """Load what there is; what was missed meanwhile starts once, if it is not too late."""
         kept: dict[str, Schedule] = {}
-        for record in self._store.schedule_records():
+        for record in self._store.schedules.at_start():
             try:
                 schedule = schedule_from_record(record)
                 kept[schedule.id] = after_set_back(schedule, time.time(), None)
@@ -14204,7 +14326,7 @@ class Scheduler:
         for item in self._config.schedules:
             known, schedule = kept.pop(item.id, None), _configured_schedule(item, self._config.scenarios)
             self._schedules[item.id] = schedule if known is None else _with_memory_of(known, schedule)
-            self._store.keep_schedule(item.id, schedule_to_record(self._schedules[item.id]))
+            self._store.schedules.keep(item.id, schedule_to_record(self._schedules[item.id]))
         self._schedules.update((id_, schedule) for id_, schedule in kept.items() if not schedule.read_only)
         start_thread("schedules", self._run)
 
@@ -14311,13 +14433,13 @@ class Scheduler:
 
     def _put(self, schedule: Schedule) -> None:
         self._schedules[schedule.id] = schedule
-        self._store.keep_schedule(schedule.id, schedule_to_record(schedule))
+        self._store.schedules.keep(schedule.id, schedule_to_record(schedule))
 
     def _remove(self, schedule_id: str) -> None:
         with self._lock:
             self._schedules.pop(schedule_id, None)
             self._upcoming.pop(schedule_id, None)
-            self._store.keep_schedule(schedule_id, None)
+            self._store.schedules.keep(schedule_id, None)
 
     # ---- time --------------------------------------------------------------
 
@@ -14443,7 +14565,7 @@ class Scheduler:
 
     def _start_run(self, schedule: Schedule, key: str) -> tuple[str, str | None]:
         """Outcome in words, and the run's id if one was started."""
-        known = self._store.recall_key(key, time.time())
+        known = self._store.idempotency.recall(key, time.time())
         if known is not None:
             return "started", known[1]
         try:
@@ -14916,8 +15038,8 @@ class Notifier:
         self._names_secrets = _channel_secrets(config)
         self._picking = threading.Lock()  # guards _in_hand; the store's lock may be taken within
         self._in_hand: dict[str, Delivery] = {}
-        store.deliveries_for = self._of_transition
-        store.deliveries_ready = self._wake
+        store.outbox.of_transition = self._of_transition
+        store.outbox.on_ready = self._wake
 
     def start(self) -> None:
         self._end_unreachable()
@@ -14946,10 +15068,10 @@ class Notifier:
 
     def _end_unreachable(self) -> None:
         """End what waits for a channel that the configuration has no more: it would wait for ever."""
-        for one in self._store.waiting_deliveries():
+        for one in self._store.outbox.waiting():
             if one.channel_id not in self.channels:
                 problem = f"there is no notification {one.channel_id} in the configuration any more"
-                self._store.keep_delivery(one._replace(ended_at=time.time(), problem=problem))
+                self._store.outbox.keep(one._replace(ended_at=time.time(), problem=problem))
 
     def close(self) -> None:
         with self._changed:
@@ -14999,7 +15121,7 @@ class Notifier:
                     "details": [why],
                     "link": f"{self._public_url}/",
                 }
-                self._store.keep_delivery(
+                self._store.outbox.keep(
                     _new_delivery(channel, "scheduleMissed", title, facts, "", schedule.tenant_id)
                 )
         self._wake()
@@ -15056,7 +15178,7 @@ class Notifier:
             now, wait_s = time.time(), 2.0
             runs = {one.run_id for one in self._in_hand.values() if one.channel_id == channel.config.id}
             best: Delivery | None = None
-            for one in self._store.waiting_deliveries(channel.config.id):
+            for one in self._store.outbox.waiting(channel.config.id):
                 left_s = one.next_at - now
                 if 0 < left_s <= LONGEST_RETRY_S:  # more: the clock was set back
                     wait_s = min(wait_s, left_s)
@@ -15077,7 +15199,7 @@ class Notifier:
         changed = delivery._replace(
             attempts=attempts, next_at=now + pause_s, ended_at=now if ended else None, problem=problem
         )
-        self._store.keep_delivery(changed)
+        self._store.outbox.keep(changed)
         if problem and (attempts == 1 or ended):
             log(
                 "notification not delivered",
@@ -18664,7 +18786,7 @@ def _http_durations(scrape: Scrape) -> MetricFigures:
 
 def _waiting_notifications(scrape: Scrape) -> MetricFigures:
     store = scrape.sources.store
-    return [((name,), len(store.waiting_deliveries(name))) for name in scrape.sources.notifier.channels]
+    return [((name,), len(store.outbox.waiting(name))) for name in scrape.sources.notifier.channels]
 
 
 def _resident_bytes() -> int | None:
@@ -20527,11 +20649,11 @@ def get_health(api: Api, request: Request) -> Response:
 def get_ready(api: Api, request: Request) -> Response:
     """Answer whether requests are served here: leading, or not ready and why. A standby answers itself."""
     problem = api.store.problem
-    if problem is None and not api.store.is_leading:
+    if problem is None and not api.store.lead.is_ours:
         problem = "the connection to the database is gone"
     if problem is None:
         try:
-            api.store.check_lead()
+            api.store.lead.check()
             return json_response({"status": "leading"})
         except NotReady as error:
             problem = error.message
@@ -20581,7 +20703,7 @@ def get_test(api: Api, request: Request) -> Response:
 
 def delete_test(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
-    api.store.delete(run.id)
+    RunRemoval(api.store).remove(run.id)
     log("run deleted", run=run.id, by=request.principal.name)
     return Response(http_status=204)
 
@@ -20665,7 +20787,7 @@ def get_audit(api: Api, request: Request) -> Response:
 
 def get_metrics(api: Api, request: Request) -> Response:
     run, query = api.visible_run(request), request.query
-    samples = api.store.samples(run.id, query.get("from", 0.0), query.get("to", 1e12))
+    samples = api.store.history.samples(run.id, query.get("from", 0.0), query.get("to", 1e12))
     total = len(samples)
     if "step" in query:
         samples = thin_to_step(samples, query["step"])
@@ -20697,8 +20819,8 @@ def get_export(api: Api, request: Request) -> Response:
     document = json.loads(api.store.run_json(run.id))
     parts = export_parts(
         document,
-        api.store.samples(run.id),
-        api.store.histogram_records(run.id),
+        api.store.history.samples(run.id),
+        api.store.history.histogram_records(run.id),
         api.orchestrator.failures(run),
     )
     return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
@@ -20730,7 +20852,7 @@ def get_histograms(api: Api, request: Request) -> Response:
     """Response times between two times: what stood at the later minus what stood at the earlier."""
     run, query = api.visible_run(request), request.query
     start, end = HistogramPoint(run.started_at or run.created_at, {}), None
-    for point in api.store.histograms(run.id, query.get("to", 1e12)):
+    for point in api.store.history.histograms(run.id, query.get("to", 1e12)):
         if point.at <= query.get("from", 0.0):
             start = point
         end = point
@@ -20794,7 +20916,7 @@ def get_report_md(api: Api, request: Request) -> Response:
 def get_metrics_csv(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     return api.file_response(
-        request, "metrics.csv", "text/csv; charset=utf-8", metrics_csv(api.store.samples(run.id))
+        request, "metrics.csv", "text/csv; charset=utf-8", metrics_csv(api.store.history.samples(run.id))
     )
 
 
@@ -20806,7 +20928,7 @@ def get_requests_csv(api: Api, request: Request) -> Response:
 def get_locust_report(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     api.orchestrator.wait_for_details(run)
-    report = api.store.attachment(run.id, LOCUST_REPORT)
+    report = api.store.history.attachment(run.id, LOCUST_REPORT)
     if report is None:
         raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")
     policy = (
@@ -20834,7 +20956,7 @@ def get_comparison(api: Api, request: Request) -> Response:
     candidate = api.allowed_run(request, request.query["candidate"])
     comparer, names = api.store.comparer, request.query["baseline"]
     if names == ("history",):
-        reference = api.store.comparable_runs(candidate, HISTORY_RUNS)
+        reference = comparer.comparable_runs(candidate)
     else:
         reference = [api.allowed_run(request, name) for name in names]
     if not reference:
@@ -20855,7 +20977,7 @@ def _place(api: Api, request: Request) -> tuple[str, str, str]:
 
 def get_baseline(api: Api, request: Request) -> Response:
     place = _place(api, request)
-    baseline = api.store.find_baseline(place)
+    baseline = api.store.baselines.find(place)
     if baseline is None:
         raise NotFound("there is no baseline of " + "/".join(place))
     return json_response(baseline_to_json(baseline))
@@ -20876,13 +20998,13 @@ def put_baseline(api: Api, request: Request) -> Response:
             status=run.status.value,
         )
     baseline = Baseline(*place, run.id, time.time(), request.principal.name)
-    api.store.set_baseline(baseline)
+    api.store.baselines.name(baseline)
     log("baseline named", run=run.id, by=request.principal.name)
     return json_response(baseline_to_json(baseline))
 
 
 def delete_baseline(api: Api, request: Request) -> Response:
-    api.store.drop_baseline(_place(api, request))
+    api.store.baselines.drop(_place(api, request))
     return Response(http_status=204)
 
 
@@ -21004,7 +21126,7 @@ def get_notifications(api: Api, request: Request) -> Response:
         run = api.store.find(one.run_id)
         return scope.covers(one.tenant_id, run.env_id) if run else scope == EVERYTHING
 
-    deliveries = [one for one in api.store.list_deliveries(200) if is_mine(one)]
+    deliveries = [one for one in api.store.outbox.newest(200) if is_mine(one)]
     return json_response({"channels": channels, "deliveries": [delivery_to_json(one) for one in deliveries]})
 
 
@@ -22135,7 +22257,7 @@ class Api:
             self._record_refusal(request, error)
             raise
         if route.access != "anyone":
-            self.store.check_lead()
+            self.store.lead.check()
         if head.content_length:
             self._check_body_head(head, route)
         return Request(head, route, params, principal, address)
@@ -22335,7 +22457,11 @@ class Api:
             failures = self.orchestrator.failures(run)
         except LocustError as error:
             failures = {**failures_to_json((), ()), "problem": error.message}
-        return json.loads(self.store.run_json(run.id)), downsample(self.store.samples(run.id), 600), failures
+        return (
+            json.loads(self.store.run_json(run.id)),
+            downsample(self.store.history.samples(run.id), 600),
+            failures,
+        )
 
     def file_response(
         self,
@@ -22379,7 +22505,7 @@ class Api:
         """Create under an Idempotency-Key: the same key and body get the same run."""
         body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         with self._one_at_a_time(key):
-            known = self.store.recall_key(key, time.time())
+            known = self.store.idempotency.recall(key, time.time())
             if known is None:
                 run = self.orchestrator.create(
                     run_request, request.principal.name, idempotency=(key, body_hash)
@@ -22852,7 +22978,7 @@ class Service:
             self._server.server_close()
             raise
         if config.standby.enabled:
-            LocustClient.before_command = staticmethod(self._store.expect_standby().prove)
+            LocustClient.before_command = staticmethod(self._store.lead.expect_standby().prove)
         self._timer = Timer()
         self._engine = Orchestrator(config, self._store, self._timer)
         feed = EventFeed(

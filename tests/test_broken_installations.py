@@ -98,7 +98,7 @@ def damaged(site: Site) -> None:
 def newer(site: Site) -> None:
     database = loadmanager.open_database("sqlite:///runs.db", str(site.folder))
     store = loadmanager.Store(database)
-    store.read_database(lambda one: one.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'"))
+    store.history.read(lambda one: one.execute("UPDATE meta SET value = '999' WHERE key = 'schema_version'"))
     store.close()
 
 

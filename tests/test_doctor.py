@@ -219,7 +219,7 @@ def test_postgresql_is_asked_and_nothing_of_it_is_changed(doctor, postgres_url):
             told = " ".join(of(findings, "database", "ok"))
             assert status == 0 and "a Load Manager serves from it" in told and "1 run(s)" in told, findings
             store.add(new_run())
-            assert store.is_leading
+            assert store.lead.is_ours
         finally:
             store.close()
         with psycopg.connect(url, autocommit=True) as looked:

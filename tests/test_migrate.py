@@ -50,12 +50,12 @@ def filled(tmp_path):
     failure = {"method": "GET", "name": "/a", "error": "500 \u2713", "occurrences": 3}
     kept = {"failures": [failure], "exceptions": []}
     store.keep_attachment(runs[1].id, lm.FAILURES, lm.dump_json(kept).encode())
-    store.set_baseline(lm.Baseline("acme", "dev", "browse", runs[1].id, 11.0, "me"))
+    store.baselines.name(lm.Baseline("acme", "dev", "browse", runs[1].id, 11.0, "me"))
     for number in range(450):
         store.audit.add(entry(who=f"user-{number}", at=time.time()))
     planned = lm.Schedule("nightly", "t", "e", {}, 1.0, "me", run_at=2.0, paused=True)
-    store.keep_schedule("nightly", lm.schedule_to_record(planned))
-    store.keep_delivery(lm.Delivery("msg_1", "hook", "failed", keyed.id, "t", 1.7e9, "failed", {"a": 1}))
+    store.schedules.keep("nightly", lm.schedule_to_record(planned))
+    store.outbox.keep(lm.Delivery("msg_1", "hook", "failed", keyed.id, "t", 1.7e9, "failed", {"a": 1}))
     store.wait_durable()
     store.close()
     return f"sqlite:///{tmp_path}/full.db", [*(run.id for run in runs), keyed.id]

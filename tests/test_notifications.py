@@ -327,14 +327,14 @@ def test_a_receiver_that_refuses_some_gets_the_others_at_once_and_those_again(no
         return run_id in refused and tries[run_id] < 3
 
     receiver.refuses = refuses
-    tell = store.deliveries_for
+    tell = store.outbox.of_transition
 
     def every_tenth_is_refused(run, numbers):
         if len(tries) % 10 == 0 or len(refused) < 5:
             refused.add(run.id)
         return tell(run, numbers)
 
-    store.deliveries_for = every_tenth_is_refused
+    store.outbox.of_transition = every_tenth_is_refused
     ids = set(end_runs(store, 100))
 
     def arrived():
@@ -369,17 +369,17 @@ def test_an_error_nobody_foresaw_is_the_problem_of_one_delivery(notifier, receiv
 def test_a_delivery_to_a_channel_that_is_not_configured_any_more_is_ended(notifier, receiver):
     store, started = notifier()
     gone = loadmanager.Delivery("msg_1", "gone", "failed", "r", "acme", time.time(), "failed: x", {})
-    store.keep_delivery(gone)
+    store.outbox.keep(gone)
     started.start()
-    [kept] = store.list_deliveries(9)
+    [kept] = store.outbox.newest(9)
     assert kept.outcome == "given up" and "no notification gone in the configuration" in kept.problem
-    assert store.waiting_deliveries() == []
+    assert store.outbox.waiting() == []
 
 
 def test_a_retry_is_not_put_off_by_a_clock_that_is_set_back(notifier, receiver, monkeypatch):
     store, started = notifier()
     ahead = loadmanager.Delivery("msg_1", "hook", "failed", "r", "acme", time.time(), "failed: x", {})
-    store.keep_delivery(ahead._replace(attempts=1, next_at=time.time() + 3600, problem="HTTP 503"))
+    store.outbox.keep(ahead._replace(attempts=1, next_at=time.time() + 3600, problem="HTTP 503"))
     started.start()
     eventually(lambda: len(receiver.messages) == 1, 10)
 

@@ -444,7 +444,7 @@ def scheduler_of(tmp_path, *schedules, engine=None):
     """A scheduler that was not started, with these schedules, and its store."""
     store = loadmanager.Store(loadmanager.open_database("memory:", str(tmp_path)))
     for made in schedules:
-        store.keep_schedule(made.id, loadmanager.schedule_to_record(made))
+        store.schedules.keep(made.id, loadmanager.schedule_to_record(made))
     scheduler = loadmanager.Scheduler(loadmanager.Config(), store, engine, lambda schedule, why: None)
     for made in schedules:
         scheduler._put(made)

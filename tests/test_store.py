@@ -126,12 +126,17 @@ def test_everything_kept_is_there_after_reopening(open_store):
         store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
     store.transition(run.id, lm.RunStatus.STOPPING, stop_reason="user")
     store.transition(run.id, lm.RunStatus.FINISHED, snapshot=snapshot(9, 1010.0), finished_at=1010.0)
-    before, samples = store.run_json(run.id), store.samples(run.id)
+    before, samples = store.run_json(run.id), store.history.samples(run.id)
     store.close()
     again = open_store()
     assert again.run_json(run.id) == before
-    assert again.samples(run.id) == samples and [sample.requests for sample in samples] == [1, 2, 3, 9]
-    assert again.recall_key("key", time.time()) == ("hash", run.id)
+    assert again.history.samples(run.id) == samples and [sample.requests for sample in samples] == [
+        1,
+        2,
+        3,
+        9,
+    ]
+    assert again.idempotency.recall("key", time.time()) == ("hash", run.id)
     assert again.add(new_run()).seq > run.seq
 
 
@@ -189,7 +194,7 @@ def test_ten_threads_on_one_run_lose_no_sample_and_stop_it_once(open_store):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(store.samples(run.id)) == 500
+    assert len(store.history.samples(run.id)) == 500
     threads = [threading.Thread(target=stop) for _ in range(10)]
     for thread in threads:
         thread.start()
@@ -203,13 +208,13 @@ def test_deleted_run_is_gone_with_its_samples(open_store):
     run = store.add(new_run(), ("key", "hash"))
     store.add_snapshot(run.id, snapshot(1), "poll")
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=5.0)
-    store.delete(run.id)
+    lm.RunRemoval(store).remove(run.id)
     store.close()
     again = open_store()
     assert (
         again.find(run.id) is None
-        and again.samples(run.id) == []
-        and again.recall_key("key", time.time()) is None
+        and again.history.samples(run.id) == []
+        and again.idempotency.recall("key", time.time()) is None
     )
 
 
@@ -218,7 +223,7 @@ def test_old_final_runs_go_and_young_and_active_ones_stay(open_store):
     old, young, active = store.add(new_run()), store.add(new_run()), store.add(new_run(created_at=1.0))
     store.transition(old.id, lm.RunStatus.FAILED, finished_at=10.0)
     store.transition(young.id, lm.RunStatus.FAILED, finished_at=1000.0)
-    assert store.delete_older(500.0) == 1
+    assert lm.RunRemoval(store).remove_older(500.0) == 1
     assert {run.id for run in store.list_runs()} == {young.id, active.id}
 
 
@@ -227,15 +232,15 @@ def test_a_baseline_does_not_age_out_and_an_imported_run_ages_from_its_import(op
     baseline, other = store.add(new_run()), store.add(new_run())
     for run in (baseline, other):
         store.transition(run.id, lm.RunStatus.FAILED, finished_at=10.0)
-    store.set_baseline(
+    store.baselines.name(
         lm.Baseline(baseline.tenant_id, baseline.env_id, baseline.scenario_id, baseline.id, 11.0, "me")
     )
     imported = lm.replace(new_run(), status=lm.RunStatus.FINISHED, finished_at=10.0, imported_at=1000.0)
     store.add_imported(imported, None, [], [], None)
-    assert store.delete_older(500.0) == 1
+    assert lm.RunRemoval(store).remove_older(500.0) == 1
     assert {run.id for run in store.list_runs()} == {baseline.id, imported.id}
-    store.drop_baseline((baseline.tenant_id, baseline.env_id, baseline.scenario_id))
-    assert store.delete_older(500.0) == 1
+    store.baselines.drop((baseline.tenant_id, baseline.env_id, baseline.scenario_id))
+    assert lm.RunRemoval(store).remove_older(500.0) == 1
 
 
 def test_histograms_schedules_and_deliveries_are_kept_by_both_databases(open_store):
@@ -259,23 +264,23 @@ def test_histograms_schedules_and_deliveries_are_kept_by_both_databases(open_sto
     schedule = lm.schedule_to_record(
         lm.Schedule("nightly", "acme", "dev", {}, 1.0, "me", run_at=2.0, paused=True)
     )
-    store.keep_schedule("nightly", schedule)
-    store.keep_schedule("gone", "{}")
-    store.keep_schedule("gone", None)
+    store.schedules.keep("nightly", schedule)
+    store.schedules.keep("gone", "{}")
+    store.schedules.keep("gone", None)
     delivery = lm.Delivery(
         "msg_1", "hook", "finished", run.id, "acme", time.time(), "finished: x", {"a": "\u202e"}
     )
-    store.keep_delivery(delivery)
-    store.keep_delivery(delivery._replace(attempts=2, problem="HTTP 500"))
+    store.outbox.keep(delivery)
+    store.outbox.keep(delivery._replace(attempts=2, problem="HTTP 500"))
     store.close()
     again = open_store()
-    assert [(point.at, point.histograms[None].times) for point in again.histograms(run.id)] == [
+    assert [(point.at, point.histograms[None].times) for point in again.history.histograms(run.id)] == [
         (2.0, {5: 1}),
         (4.0, {5: 3}),
         (4.1, {5: 9}),
     ], "one a second, and the last"
-    assert again.schedule_records() == [schedule]
-    assert again.waiting_deliveries("hook") == [delivery._replace(attempts=2, problem="HTTP 500")]
+    assert again.schedules.at_start() == [schedule]
+    assert again.outbox.waiting("hook") == [delivery._replace(attempts=2, problem="HTTP 500")]
 
 
 def test_second_load_manager_on_one_database_is_refused(open_store):
@@ -340,17 +345,21 @@ def test_file_of_the_first_version_is_brought_to_the_newest(open_store, tmp_path
     make_first_version(open_store, tmp_path)
     store = open_store()
     assert [run.id for run in store.list_runs()] == ["run-3", "run-2", "run-1"]
-    assert [sample.requests for sample in store.samples("run-1")] == [7]
-    assert store.cleanups() == {"run-2": "one"}, "what was a fact of the run is one of its own"
+    assert [sample.requests for sample in store.history.samples("run-1")] == [7]
+    assert store.cleanups.all() == {"run-2": "one"}, "what was a fact of the run is one of its own"
     run = store.add(new_run(), ("key", "hash"))
     store.add_snapshot(run.id, snapshot(3), "poll")
     store.keep_attachment(run.id, "a.txt", b"a")
     store.audit.add(entry())
-    store.drop_cleanup("run-2")
+    store.cleanups.drop("run-2")
     store.wait_durable_or_log()
     store.close()
     again = open_store()
-    assert again.find(run.id) == run and again.attachment(run.id, "a.txt") == b"a" and again.cleanups() == {}
+    assert (
+        again.find(run.id) == run
+        and again.history.attachment(run.id, "a.txt") == b"a"
+        and again.cleanups.all() == {}
+    )
     again.close()
     database = raw_database(open_store, tmp_path)
     assert columns_of(database) == {table: set(columns) for table, columns in lm.TABLES.items()}
@@ -394,15 +403,15 @@ def test_cleanup_outlives_its_run(open_store):
     deleted, retained, stopped = (store.add(new_run()) for _ in range(3))
     store.transition(deleted.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="one")
     store.transition(retained.id, lm.RunStatus.FAILED, finished_at=5.0)
-    store.keep_cleanup(retained.id, "two")
+    store.cleanups.keep(retained.id, "two")
     store.transition(stopped.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="three")
-    store.drop_cleanup(stopped.id)
-    store.delete(deleted.id)
-    assert store.delete_older(100.0) == 2
+    store.cleanups.drop(stopped.id)
+    lm.RunRemoval(store).remove(deleted.id)
+    assert lm.RunRemoval(store).remove_older(100.0) == 2
     expected = {deleted.id: "one", retained.id: "two"}
-    assert store.cleanups() == expected
+    assert store.cleanups.all() == expected
     store.close()
-    assert open_store().cleanups() == expected
+    assert open_store().cleanups.all() == expected
 
 
 def test_transition_is_in_one_commit_with_its_deliveries_and_cleanup(open_store):
@@ -424,9 +433,11 @@ def test_transition_is_in_one_commit_with_its_deliveries_and_cleanup(open_store)
 
     store._writer._rows.write = look
     store.wait_durable()
-    store.deliveries_for = slowly
+    store.outbox.of_transition = slowly
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=5.0, cleanup_on="one")
-    assert written == [{("outbox", "msg_1"), ("cleanups", run.id)}] and store.cleanups() == {run.id: "one"}
+    assert written == [{("outbox", "msg_1"), ("cleanups", run.id)}] and store.cleanups.all() == {
+        run.id: "one"
+    }
 
 
 # ---- one Load Manager leads on a PostgreSQL database -------------------------
@@ -477,7 +488,7 @@ def test_who_lost_its_connection_to_another_never_writes_again(led, monkeypatch)
         first = led(proxy.port)
         run = first.add(new_run())
         first.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
-        assert first.is_leading
+        assert first.lead.is_ours
         proxy.drop()
         administer(led.url, OURS)
         second = led()
@@ -489,12 +500,12 @@ def test_who_lost_its_connection_to_another_never_writes_again(led, monkeypatch)
         proxy.cut()
         proxy.forward()
         eventually(lambda: first.told, 15, what="the first learns that it does not lead")
-        assert not first.is_leading and "another Load Manager leads" in first.problem
+        assert not first.lead.is_ours and "another Load Manager leads" in first.problem
         with pytest.raises(lm.NotReady, match="another Load Manager leads"):
             first.add(new_run())
         with pytest.raises(lm.NotReady):
             first.wait_durable()
-        assert second.is_leading and second.add(new_run())
+        assert second.lead.is_ours and second.add(new_run())
         kept = administer(led.url, "SELECT record FROM runs ORDER BY seq")
         assert [json.loads(record)["status"] for (record,) in kept] == ["Failed", "Pending"]
 
@@ -524,7 +535,7 @@ def test_connection_left_in_the_middle_of_many_rows_is_made_again(led):
         store._writer.read(leave_busy, 5)
     run = eventually(lambda: store.add(new_run()), 5, what="a run is taken again")
     kept = [row[0] for row in administer(led.url, "SELECT id FROM runs")]
-    assert kept.count(run.id) == 1 and store.is_leading
+    assert kept.count(run.id) == 1 and store.lead.is_ours
 
 
 def test_connection_that_ends_is_made_again_and_leads_by_a_new_epoch(led):
@@ -535,9 +546,9 @@ def test_connection_that_ends_is_made_again_and_leads_by_a_new_epoch(led):
     for number in range(1, 6):
         store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
         administer(led.url, OURS)
-        eventually(lambda: store.is_leading and store.problem is None, 10, what="it leads again")
+        eventually(lambda: store.lead.is_ours and store.problem is None, 10, what="it leads again")
     eventually(lambda: store.add(new_run()), 10)
-    assert [one.requests for one in store.samples(run.id)] == [1, 2, 3, 4, 5], "each sample once"
+    assert [one.requests for one in store.history.samples(run.id)] == [1, 2, 3, 4, 5], "each sample once"
     after = administer(led.url, "SELECT value FROM meta WHERE key = 'leader'")[0][0].partition(".")[0]
     assert int(after) > int(epoch) and store.told == []
 
@@ -562,7 +573,7 @@ def test_commit_without_an_answer_is_neither_lost_nor_done_twice(led):
         store.add_snapshot(run.id, snapshot(number, 1000.0 + number), "poll")
         eventually(lambda number=number: len(how) == 2 - number, 5)
         eventually(lambda: store.problem is None, 10)
-    assert [one.requests for one in store.samples(run.id)] == [1, 2]
+    assert [one.requests for one in store.history.samples(run.id)] == [1, 2]
 
 
 @pytest.mark.parametrize("copied", ["before the lead", "during the lead"])
@@ -583,18 +594,18 @@ def test_what_a_lagging_copy_lacks_is_written_again(tmp_path, capfd, copied):
         run = store.add(new_run(), ("key", "hash"))
         store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
         store.add_snapshot(run.id, snapshot(7, 1001.0), "poll")
-        store.delete(old.id) if store.transition(old.id, lm.RunStatus.FAILED, finished_at=2.0) else None
-        store.wait_durable()
+        store.transition(old.id, lm.RunStatus.FAILED, finished_at=2.0)
+        lm.RunRemoval(store).remove(old.id)
         with copy:
             proxy.target_port = copy.port
             proxy.cut()
             eventually(lambda: "database went back" in capfd.readouterr().err, 20, what="it is logged")
-            eventually(lambda: store.problem is None and store.is_leading, 10, what="it leads on the copy")
+            eventually(lambda: store.problem is None and store.lead.is_ours, 10, what="it leads on the copy")
             store.wait_durable()
             kept = administer(copy.url(), "SELECT id, record FROM runs")
             assert [(id_, json.loads(record)["status"]) for id_, record in kept] == [(run.id, "Running")]
             assert administer(copy.url(), "SELECT key, run_id FROM idempotency") == [("key", run.id)]
-            assert [one.requests for one in store.samples(run.id)] == [7], "each sample once"
+            assert [one.requests for one in store.history.samples(run.id)] == [7], "each sample once"
             assert store.add(new_run()) and store.told == []
             store.close()
 
@@ -605,14 +616,14 @@ def test_dropped_packets_are_noticed_refused_and_recovered_from(led):
         run = store.add(new_run())
         proxy.drop()
         eventually(lambda: store.problem, 8, what="a problem is known though nothing is written")
-        eventually(lambda: not store.is_leading, 10)
+        eventually(lambda: not store.lead.is_ours, 10)
         for _ in range(3):
             with pytest.raises(lm.NotReady):
                 store.add(new_run())
         assert [one.id for one in store.list_runs()] == [run.id], "what is in memory is answered"
         proxy.forward()
         eventually(lambda: store.problem is None, 10, what="it recovers")
-        assert store.is_leading and store.add(new_run()) and store.told == []
+        assert store.lead.is_ours and store.add(new_run()) and store.told == []
 
 
 def test_program_ends_with_a_status_of_its_own_when_another_leads(load_manager, fake_locust, led):
@@ -654,7 +665,7 @@ def test_database_that_is_deleted_under_us_is_written_again(tmp_path, gone):
     for path in folder.glob(gone):
         path.unlink()
     later = store.add(new_run())
-    assert [one.requests for one in store.samples(run.id)] == [1] and store.problem is None
+    assert [one.requests for one in store.history.samples(run.id)] == [1] and store.problem is None
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy / "data")  # as kill -9 leaves it
     assert reopened(copy) == {run.id, later.id}
@@ -837,12 +848,12 @@ def test_numbers_go_on_when_the_clock_is_set_back(open_store, monkeypatch):
     ended = store.transition(
         run.id, lm.RunStatus.FAILED, snapshot=snapshot(9, clock[0]), finished_at=clock[0]
     )
-    samples = store.samples(run.id)
+    samples = store.history.samples(run.id)
     assert [one.requests for one in samples] == [1, 2, 3, 4, 5, 9], "in the order in which they came"
     assert 0 <= ended.finished_at - run.created_at < 10 and samples[-1].at <= ended.finished_at + 1
     young = store.add(new_run(created_at=clock[0]))
     assert [one.id for one in store.list_runs()] == [young.id, run.id]
-    assert store.delete_older(clock[0] - 60) == 0
+    assert lm.RunRemoval(store).remove_older(clock[0] - 60) == 0
 
 
 def test_numbers_go_on_when_the_clock_was_set_back_while_we_were_away(open_store, monkeypatch):
@@ -855,7 +866,7 @@ def test_numbers_go_on_when_the_clock_was_set_back_while_we_were_away(open_store
     for number in (2, 3):
         assert again.add_snapshot(run.id, snapshot(number, time.time()), "poll")
         assert json.loads(again.run_json(run.id))["lastMetrics"]["totalRequests"] == number
-    assert [one.requests for one in again.samples(run.id)] == [1, 2, 3]
+    assert [one.requests for one in again.history.samples(run.id)] == [1, 2, 3]
 
 
 # ---- the writer goes on, whatever it is given -------------------------------
@@ -879,8 +890,8 @@ def test_sample_that_cannot_be_written_keeps_nothing_else_from_being_written(ope
     store.add_snapshot(sick.id, snapshot(2, 1002.0), "poll")
     store.add_snapshot(healthy.id, snapshot(2, 1002.0), "poll")
     later = store.add(new_run())  # a create that waits is answered
-    assert [one.requests for one in store.samples(healthy.id)] == [1, 2]
-    kept = store.samples(sick.id)
+    assert [one.requests for one in store.history.samples(healthy.id)] == [1, 2]
+    kept = store.history.samples(sick.id)
     if isinstance(number, float):
         assert [(one.requests, one.rps) for one in kept] == [(1, None), (2, 3.5)]
     else:
@@ -915,7 +926,7 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
     run = store.add(new_run())
     with store._lock, store._writer.one_commit():
         bad = "\ud800"
-        store.keep_schedule(bad, "{}")
+        store.schedules.keep(bad, "{}")
         store.keep_attachment(run.id, bad, b"x")
         store._writer.save_key(bad, ("hash", run.id, 1.0))
         store.audit.add(entry(detail=bad))
@@ -923,16 +934,19 @@ def test_a_poisoned_row_of_each_kind_leaves_all_other_rows(open_store):
         store._writer.save_baseline(("a", "b", bad), lm.Baseline("a", "b", bad, run.id, 1.0, "me"))
         bad_point = lm.HistogramPoint(1.0, {None: object()})
         store._writer.add_sample(lm.sample_of(run.id, snapshot(1), "poll"), None, bad_point, True)
-        store.keep_schedule("good", "{}")
+        store.schedules.keep("good", "{}")
         store.keep_attachment(run.id, "good", b"good")
         store._writer.save_key("good", ("hash", run.id, time.time()))
         store.audit.add(entry("good"))
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=1.0)
     assert store.rows_left_out == 7 and store.problem is None
-    assert store.attachment(run.id, "good") == b"good"
+    assert store.history.attachment(run.id, "good") == b"good"
     store.close()
     again = open_store()
-    assert again.schedule_records() == ["{}"] and again.recall_key("good", time.time()) == ("hash", run.id)
+    assert again.schedules.at_start() == ["{}"] and again.idempotency.recall("good", time.time()) == (
+        "hash",
+        run.id,
+    )
     assert [one.who for _, one in again.audit.entries(lm.AuditFilter(), lm.EVERYTHING, 9)] == ["good"]
     assert again.find(run.id).status is lm.RunStatus.FAILED
 
@@ -960,7 +974,7 @@ def test_no_error_ends_the_thread_that_writes(tmp_path, monkeypatch, error, wher
     eventually(lambda: failures, 5)
     eventually(lambda: store.problem is None, 5, what="it goes on")
     assert store.add(new_run()).id
-    assert [one.requests for one in store.samples(run.id)] == [1, 2], "each sample once"
+    assert [one.requests for one in store.history.samples(run.id)] == [1, 2], "each sample once"
     store.close()
 
 
@@ -976,12 +990,12 @@ def test_create_whose_row_cannot_be_written_is_answered_and_not_kept(open_store,
     monkeypatch.setattr(lm.RunState, "row", row)
     with pytest.raises(lm.NotReady, match="no row of it"):
         store.add(new_run(scenario_id="poison"), ("key", "hash"))
-    assert store.recall_key("key", time.time()) is None and store.list_runs() == []
+    assert store.idempotency.recall("key", time.time()) is None and store.list_runs() == []
     run = store.add(new_run())
     store.close()
     again = open_store()
     assert [one.id for one in again.list_runs()] == [run.id]
-    assert again.recall_key("key", time.time()) is None
+    assert again.idempotency.recall("key", time.time()) is None
 
 
 def test_key_of_a_create_that_could_not_be_written_is_not_kept(tmp_path):
@@ -1004,7 +1018,7 @@ def test_key_of_a_create_that_could_not_be_written_is_not_kept(tmp_path):
     eventually(lambda: store.problem is None, 5)
     store.wait_durable()
     assert database.query("SELECT * FROM idempotency") == [] == database.query("SELECT * FROM runs")
-    assert store.recall_key("key", time.time()) is None
+    assert store.idempotency.recall("key", time.time()) is None
     assert store.add(new_run(), ("key", "hash"))
     store.close()
 
@@ -1016,7 +1030,7 @@ def test_reading_that_fails_does_not_write_the_batch_twice(open_store):
     store.add_snapshot(run.id, snapshot(1), "poll")
     with pytest.raises(lm.NotReady, match="no such|does not exist"):
         store._writer.read(lambda database: database.query("SELECT * FROM nowhere"))
-    assert len(store.samples(run.id)) == 1 and store.problem is None
+    assert len(store.history.samples(run.id)) == 1 and store.problem is None
 
 
 # ---- what is final is shown when it is on disk -------------------------------
@@ -1045,7 +1059,7 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
     before = store.run_json(run.id)
     told, too_early, seen = [], [], []
     store.listeners.append(lambda changed: told.append(json.loads(store.run_json(changed.id))["status"]))
-    store.deliveries_for = lambda run, numbers: [
+    store.outbox.of_transition = lambda run, numbers: [
         lm.Delivery("msg_1", "hook", "finished", run.id, "acme", time.time(), "finished", {})
     ]
     slow_down(store, 0.5)
@@ -1071,7 +1085,7 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
             b"".join(store.list_json(lm.RunFilter(), 9, None)[0][0]),
         )
         statuses = {json.loads(view)["status"] for view in views} | {store.list_runs()[0].status.value}
-        statuses |= {"Finished"} if store.waiting_deliveries("hook") else set()
+        statuses |= {"Finished"} if store.outbox.waiting("hook") else set()
         if "Finished" in statuses and on_disk() != "Finished":
             too_early.append(statuses)
         if views[0] == before:
@@ -1082,7 +1096,7 @@ def test_final_state_is_shown_when_it_is_on_disk_and_not_before(tmp_path):
     final = json.loads(store.run_json(run.id))
     assert (final["status"], final["lastMetrics"]["totalRequests"]) == ("Finished", 9)
     assert told[-1] == "Finished" and "Finished" not in told[:-1]
-    assert [one.id for one in store.waiting_deliveries("hook")] == ["msg_1"]
+    assert [one.id for one in store.outbox.waiting("hook")] == ["msg_1"]
     store.close()
 
 
@@ -1237,12 +1251,12 @@ def test_transition_whose_notifications_fail_is_not_made_and_is_told_when_tried_
             raise outcome
         return outcome
 
-    store.deliveries_for = deliveries
+    store.outbox.of_transition = deliveries
     with pytest.raises(ZeroDivisionError):
         store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x")
     assert store.find(run.id).status is lm.RunStatus.PENDING
     store.transition(run.id, lm.RunStatus.FAILED, failure_reason="x")
-    assert [one.id for one in store.list_deliveries(9)] == ["msg_1"]
+    assert [one.id for one in store.outbox.newest(9)] == ["msg_1"]
 
 
 def test_what_a_delivery_told_is_kept_until_it_ended_and_no_longer(open_store):
@@ -1251,8 +1265,8 @@ def test_what_a_delivery_told_is_kept_until_it_ended_and_no_longer(open_store):
     one = lm.Delivery(
         "msg_1", "hook", "failed", "r", "acme", time.time(), "failed", {"comparison": "x" * 999}
     )
-    store.keep_delivery(one)
-    store.keep_delivery(one._replace(ended_at=time.time()))
-    assert [kept.facts for kept in store.list_deliveries(9)] == [{}]
+    store.outbox.keep(one)
+    store.outbox.keep(one._replace(ended_at=time.time()))
+    assert [kept.facts for kept in store.outbox.newest(9)] == [{}]
     store.close()
-    assert [(kept.title, kept.facts) for kept in open_store().list_deliveries(9)] == [("failed", {})]
+    assert [(kept.title, kept.facts) for kept in open_store().outbox.newest(9)] == [("failed", {})]

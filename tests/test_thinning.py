@@ -28,7 +28,7 @@ def described(store, run):
 
 
 def sums_at(store, run):
-    return {point.at: point.histograms for point in store.histograms(run.id)}
+    return {point.at: point.histograms for point in store.history.histograms(run.id)}
 
 
 def assert_same_sums(before, after):
@@ -45,10 +45,10 @@ def assert_same_sums(before, after):
 def test_thinned_history_keeps_extremes_sums_figures_and_verdict(open_store, step_s):  # noqa: F811
     store = open_store()
     run = year.kept_run(store, 1_700_000_003.0, random.Random(1), 300)
-    samples, sums, shown = store.samples(run.id), sums_at(store, run), described(store, run)
+    samples, sums, shown = store.history.samples(run.id), sums_at(store, run), described(store, run)
     assert len(samples) > 300 and len(sums) > 290
     lm.HistoryThinner(store).thin_run(run, step_s)
-    thinned, kept = store.samples(run.id), sums_at(store, run)
+    thinned, kept = store.history.samples(run.id), sums_at(store, run)
     steps = {int(one.at // step_s) for one in samples}
     windows = {int(one.at // (step_s * 10)) for one in samples}
     assert len(thinned) <= len(steps) + len(windows) * len(lm.KEPT_EXTREMES) < len(samples) / 3
@@ -77,7 +77,7 @@ def test_thinning_again_or_more_keeps_what_thinning_once_had_kept(open_store):  
     thinner.thin_run(runs[0], 60)
     for step_s in (10, 10, 60, 60):
         thinner.thin_run(runs[1], step_s)
-    rows = [[one._replace(run_id="") for one in store.samples(run.id)] for run in runs]
+    rows = [[one._replace(run_id="") for one in store.history.samples(run.id)] for run in runs]
     assert rows[0] == rows[1]
     assert sums_at(store, runs[0]).keys() == sums_at(store, runs[1]).keys()
     assert_same_sums(sums_at(store, runs[0]), sums_at(store, runs[1]))
@@ -137,7 +137,7 @@ def test_runs_thin_by_age_but_not_active_ones_nor_baselines(open_store):  # noqa
     )
     store.add_imported(imported, None, [], [], None)
     active = store.add(new_run(created_at=1.0))
-    store.set_baseline(lm.Baseline("acme", "dev", "baseline", ended["baseline"].id, 11.0, "me"))
+    store.baselines.name(lm.Baseline("acme", "dev", "baseline", ended["baseline"].id, 11.0, "me"))
     assert lm.HistoryThinner(store).thin(1e9, AFTER_S) == 3
     steps = {name: store.get(run.id).history_step_s for name, run in ended.items()}
     assert steps == {"young": None, "week": 10, "month": 60, "baseline": None}
@@ -155,18 +155,18 @@ def test_retention_by_count_keeps_the_newest_of_each_environment(open_store):  #
             store.transition(run.id, lm.RunStatus.FAILED, durable=False, finished_at=10.0 + number)
     active = store.add(new_run())
     baseline = runs["dev", 0]
-    store.set_baseline(lm.Baseline("acme", "dev", baseline.scenario_id, baseline.id, 11.0, "me"))
-    assert store.delete_over(2) == 2 + 3
+    store.baselines.name(lm.Baseline("acme", "dev", baseline.scenario_id, baseline.id, 11.0, "me"))
+    assert lm.RunRemoval(store).remove_over(2) == 2 + 3
     kept = {runs[env, number].id for env, number in (("dev", 3), ("dev", 4), ("prod", 3), ("prod", 4))}
     assert {run.id for run in store.list_runs()} == {*kept, active.id, baseline.id}
-    assert store.delete_over(2) == 0
+    assert lm.RunRemoval(store).remove_over(2) == 0
     store.close()
     assert {run.id for run in open_store().list_runs()} == {*kept, active.id, baseline.id}
 
 
 def test_many_runs_are_removed_in_steps_of_which_none_takes_long(open_store, monkeypatch):  # noqa: F811
     store = open_store()
-    monkeypatch.setattr(store, "DROPPED_AT_ONCE", 3)
+    monkeypatch.setattr(lm.RunRemoval, "AT_ONCE", 3)
     for _ in range(8):
         run = store.add(new_run())
         store.transition(run.id, lm.RunStatus.FAILED, durable=False, finished_at=10.0)
@@ -178,7 +178,7 @@ def test_many_runs_are_removed_in_steps_of_which_none_takes_long(open_store, mon
         write(batch)
 
     store._writer._rows.write = note
-    assert store.delete_older(100.0) == 8
+    assert lm.RunRemoval(store).remove_older(100.0) == 8
     store.wait_durable()
     assert sum(gone) == 8 and max(gone) <= 3 and not store.list_runs()
 
@@ -221,12 +221,12 @@ def test_a_server_thins_and_counts_by_its_configuration_and_says_so(tmp_path, fa
 def test_a_run_whose_history_cannot_be_read_does_not_keep_the_others_from_thinning(open_store):  # noqa: F811
     store = open_store()
     runs = [year.kept_run(store, 1e9 + number, random.Random(number), 30) for number in range(2)]
-    store.change_history(
+    store.history.change(
         runs[0].id,
         lambda database: database.execute(
             "UPDATE histograms SET content = '.x' WHERE run_id = ?", (runs[0].id,)
         ),
     )
     assert lm.HistoryThinner(store).thin(1e9 + 40 * DAY_S, AFTER_S) == 1
-    assert store.get(runs[0].id).history_step_s is None and len(store.samples(runs[0].id)) > 30
+    assert store.get(runs[0].id).history_step_s is None and len(store.history.samples(runs[0].id)) > 30
     assert store.get(runs[1].id).history_step_s == 60

@@ -122,8 +122,16 @@ def templates(count: int) -> list[tuple]:
             run = kept_run(store, time.time() - 2 * RUN_S, random.Random(number))
             snapshot = store.newest_numbers(run.id)
             store.comparer.compared(run)
-            figures = store.attachment(run.id, lm.RUN_FIGURES)
-            found.append((run, snapshot, store.samples(run.id), store.histogram_records(run.id), figures))
+            figures = store.history.attachment(run.id, lm.RUN_FIGURES)
+            found.append(
+                (
+                    run,
+                    snapshot,
+                    store.history.samples(run.id),
+                    store.history.histogram_records(run.id),
+                    figures,
+                )
+            )
         store.close()
     return found
 
@@ -148,14 +156,14 @@ class RepeatingThinner(lm.HistoryThinner):
                 self._known.setdefault(kind, self._rows_of(run))
         else:
             self.repeated += 1
-            self._store.change_history(
+            self._store.history.change(
                 run.id, lambda database: self._repeat(database, run, *self._known[kind])
             )
             self._store.record_thinned(run.id, step_s)
 
     def _rows_of(self, run: lm.Run) -> tuple[list, list]:
-        samples = [one._replace(at=one.at - run.started_at) for one in self._store.samples(run.id)]
-        rows = self._store._histogram_rows(run.id)
+        samples = [one._replace(at=one.at - run.started_at) for one in self._store.history.samples(run.id)]
+        rows = self._store.history._histogram_rows(run.id)
         return samples, [(at - run.started_at, is_whole, content) for at, is_whole, content in rows]
 
     def _repeat(self, database: lm.Database, run: lm.Run, samples: list, histograms: list) -> None:
@@ -195,7 +203,7 @@ def simulate(url: str, folder: str, runs: int, kinds: int, real_every: int) -> N
     steps: dict[int, int] = {}
     for run in store.list_runs():
         steps[run.history_step_s or 1] = steps.get(run.history_step_s or 1, 0) + 1
-    rows = store.read_database(lambda one: [one.query(f"SELECT COUNT(*) FROM {t}")[0][0] for t in lm.TABLES])
+    rows = store.history.read(lambda one: [one.query(f"SELECT COUNT(*) FROM {t}")[0][0] for t in lm.TABLES])
     size = store.database_bytes() or 0
     store.close()
     print(f"thinned by the store's code: {thinner.computed}; repeated: {thinner.repeated}")
