@@ -289,6 +289,22 @@ def test_a_slower_endpoint_is_found_on_a_quiet_machine(effect, at_least):
     assert count(WORLDS["quiet"], 20, seed=7, effect=effect) >= at_least
 
 
+@pytest.mark.parametrize(
+    ("times", "is_exact"),
+    [
+        ({20: 200, 100: 2}, True),
+        ({20: 90, 103: 40}, True),
+        ({20: 90, 110: 40, 1300: 1}, False),
+        ({20: 9}, True),
+    ],
+)
+def test_times_are_called_rounded_only_where_they_show_it(times, is_exact):
+    """A block of exact times with two requests of just 100 ms made a whole run one of Locust's two digits."""
+    requests = sum(times.values())
+    parts = [loadmanager.Histogram(requests, 0, 1.0, times), loadmanager.Histogram(3, 0, 60.0, {20: 3})]
+    assert loadmanager.run_figures({}, {None: parts}).is_exact is is_exact
+
+
 def test_figures_survive_the_store_and_a_file():
     draw = random.Random(3)
     figures = a_simulated_run(WORLDS["quiet"], draw, 0.0, {}, "a").figures
@@ -395,7 +411,8 @@ def test_equal_runs_are_no_regression_and_a_slower_endpoint_is_found(lm, target)
     }
     whole = cases[f"no regression against history {same[-1]['id']}"]
     figure = cases["GET /api/slow: p50ResponseMs against history"]
-    assert whole.find("failure") is not None and figure.find("failure") is not None
+    assert whole.find("failure") is not None, ElementTree.tostring(whole)
+    assert figure.find("failure") is not None, ElementTree.tostring(figure)
     assert cases["totals: totalRequests against history"].find("skipped") is not None
     summary = lm.get(f"/v1/tests/{slower['id']}/summary.md").body.decode()
     assert summary.startswith("## Load test shop: failed")

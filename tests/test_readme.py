@@ -132,7 +132,10 @@ def test_examples_of_the_configuration_are_good(tmp_path, example):
 
 
 def ci_steps():
+    """The README's, but for a limit that a busy machine's answers keep: what is tried is the step."""
     section = README.split("## In CI")[1].split("\n## ")[0]
+    assert section.count("p95ResponseMs < 500") == 2
+    section = section.replace("p95ResponseMs < 500", "p95ResponseMs < 60000")
     gitlab, github = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", section, re.S))
     steps = [step["run"] for step in github["jobs"]["load-test"]["steps"] if "run" in step]
     return {"gitlab": gitlab["load-test"]["script"], "github": steps}
@@ -159,7 +162,7 @@ def test_shell_steps_of_the_ci_jobs_pass_and_leave_their_files(ci, shipped_progr
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [case.attrib["name"] for case in ElementTree.parse(tmp_path / "loadtest.xml").iter("testcase")]
-    assert cases == ["the run finished", "p95ResponseMs < 500", "errorRate < 1"]
+    assert cases == ["the run finished", "p95ResponseMs < 60000", "errorRate < 1"]
     assert "passed" in (tmp_path / ("step.md" if ci == "github" else "loadtest.md")).read_text()
 
 
@@ -175,7 +178,9 @@ def test_a_failed_threshold_makes_the_ci_step_exit_99(shipped_program, tmp_path)
         ["bash", "-euc", step], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90
     )
     assert done.returncode == 99, done.stdout + done.stderr
-    assert ElementTree.parse(tmp_path / "loadtest.xml").find("testsuite").attrib["failures"] == "1"
+    cases = ElementTree.parse(tmp_path / "loadtest.xml").iter("testcase")
+    failed = [case.attrib["name"] for case in cases if case.find("failure") is not None]
+    assert failed == ["GET /nope: errorRate < 1"], "not the threshold that was to fail"
 
 
 def test_a_newcomer_reads_the_readme_in_ten_minutes():
