@@ -157,7 +157,7 @@ import threading
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -448,6 +448,9 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "schedules not looked at": _log_event("error", "unforeseen, of all", "error failures trace"),
     "schedule cannot be read; it is left as it is": _log_event("error", "at the start", "record error"),
     "the clock was set back": _log_event("warning", "schedules go on from the new time", "seconds"),
+    "clock differs from that of the former leader": _log_event(
+        "warning", "the times of active runs are moved by as much", "ahead_s"
+    ),
     "clock was set": _log_event("warning", "the times of active runs go on as before", "by_seconds"),
     "notification not delivered": _log_event(
         "warning", "the first try failed, or the last", "channel about run why given_up"
@@ -476,6 +479,12 @@ LOG_EVENTS: dict[str, LogEvent] = {
     "address of the leader cannot be used": _log_event(
         "warning", "standby.advertisedUrl is wrong", "url why"
     ),
+    "load that began too late is stopped": _log_event(
+        "warning",
+        "this process stood still while it started a run, and another one leads since",
+        "run cluster",
+    ),
+    "load that began too late is not stopped": _log_event("error", "stop it by hand", "why"),
     "database does not say who leads": _log_event("warning", "it is asked again", "why"),
     "database of a standby does not answer": _log_event("warning", "it is tried again", "why"),
     "ending: this Load Manager leads no more": _log_event(
@@ -5731,6 +5740,7 @@ class SqliteDatabase:
     locks do not meet. Closing such a file would drop SQLite's locks on it: it stays open."""
 
     can_go_back = False
+    clock_moved_s = 0.0
     is_leading = True  # as long as the lock is held, which only the end of this process gives back
     SIDE_FILES = ("-wal", "-shm")
 
@@ -6299,6 +6309,7 @@ class PostgresDatabase:
         self._is_open = False
         self.backend: tuple[Any, ...] = ()  # pid and start of the connection that has, or had, the lock
         self.is_leading = False
+        self.clock_moved_s = 0.0  # by how much our clock is ahead of that of the one who led before
         self.address = ""  # where other Load Managers reach the one that leads
         self._deadline = _Deadline(self._cut)
         try:
@@ -6379,6 +6390,19 @@ class PostgresDatabase:
         self.execute("DELETE FROM meta WHERE key = 'leader_url'")
         if self.address:
             self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", ("leader_url", self.address))
+        self._compare_clocks()
+
+    def _compare_clocks(self) -> None:
+        """Keep by how much our clock is ahead of the database's, which is how it is compared with that of
+        the one who led before."""
+        asked_at = time.time()
+        database_s = float(self.query("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
+        ahead_s = (asked_at + time.time()) / 2 - database_s
+        before = self.query("SELECT value FROM meta WHERE key = 'leader_clock'")
+        self.clock_moved_s = ahead_s - float(before[0][0]) if before else 0.0
+        self.execute("DELETE FROM meta WHERE key = 'leader_clock'")
+        row = ("leader_clock", f"{ahead_s:.3f}")
+        self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", row)
 
     def check(self) -> None:
         """LeadershipLost when another one leads; any error when the database does not answer."""
@@ -6565,13 +6589,22 @@ class _Deadline:
         self._closed = True
 
 
+@dataclass
+class _SentStart:
+    """A start that was sent to Locust, and what undoes it, given the runs that are active for another."""
+
+    undo: Callable[[list[Run]], None]
+    answered_at: float | None = None  # monotonic
+
+
 class LeadProof:
     """Proves that this Load Manager still leads, where a standby may take over: the database is asked, on a
     connection of its own, whether our other connection has the lock. Asked there it would wait behind
     what is just written: with a database 200 ms away one batch takes longer than a proof is good for."""
 
     EVERY_S = LEASE_S / 4
-
+    SENDING_S = 11.0  # a little more than a call to Locust may take
+    ACTIVE = 'SELECT record FROM runs WHERE record ~ \'"status":"(Pending|Running|Stopping)"\''
     HAS_LOCK = (
         "SELECT EXISTS (SELECT 1 FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' "
         "AND granted AND classid = 0 AND objid = %s AND pid = %s AND backend_start = %s)"
@@ -6583,11 +6616,12 @@ class LeadProof:
         self._changed = threading.Condition()
         self._proved_at = -math.inf  # monotonic: no other Load Manager had the lock yet
         self._wanted = threading.Event()  # by someone who waits: now, and not when it is due
+        self._starts: list[_SentStart] = []  # not proved yet that we led when Locust took them
         self._is_away = False
         self._deadline = _Deadline(self._cut)
         self._closed = False
 
-    def start(self) -> None:
+    def begin(self) -> None:
         """Renew the proof from now on; returns once there is one, or could not be had."""
         self._ask_safely()
         start_thread("lead", self._keep_asking)
@@ -6616,6 +6650,41 @@ class LeadProof:
                 self._wanted.set()
                 if not self._changed.wait(max(0.0, give_up_at - monotonic_s())):
                     raise LocustUnreachable("no command without proof that this Load Manager leads")
+
+    # ---- starts that came too late
+
+    @contextlib.contextmanager
+    def start(self, undo: Callable[[list[Run]], None]) -> Iterator[None]:
+        """Within, load is begun. A process that stands still between its proof and the start begins it when
+        another one leads, who may have looked for it long before: then it is undone."""
+        one = _SentStart(undo)
+        with self._changed:
+            self._starts.append(one)
+        try:
+            yield
+        finally:
+            one.answered_at = monotonic_s()
+
+    def undo_starts(self) -> None:
+        """Undo what was begun since the last proof; called when another Load Manager leads."""
+        give_up_at = monotonic_s() + self.SENDING_S
+        while any(one.answered_at is None for one in self._starts) and monotonic_s() < give_up_at:
+            time.sleep(0.05)
+        active = self._active_runs() if self._starts else []
+        for one in self._starts:
+            try:
+                one.undo(active)
+            except Exception as error:  # noqa: BLE001 - the edge: the others must be undone
+                log("load that began too late is not stopped", why=str(error) or repr(error))
+
+    def _active_runs(self) -> list[Run]:
+        """Those of the one who leads now; none when the database does not say."""
+        try:
+            with self._database.second_connection("loadmanager-lead") as connection:
+                rows = connection.execute(self.ACTIVE).fetchall()
+        except self._database.errors:
+            return []
+        return [run for run in (run_from_record(record) for (record,) in rows) if not run.is_final]
 
     # ---- the thread
 
@@ -6652,6 +6721,9 @@ class LeadProof:
         if has_lock:
             with self._changed:
                 self._proved_at = asked_at
+                self._starts = [
+                    one for one in self._starts if one.answered_at is None or one.answered_at > asked_at
+                ]
                 self._changed.notify_all()
 
     def _log_silence(self, error: Exception) -> None:
@@ -7837,8 +7909,19 @@ class Lead:
         assert isinstance(self._database, PostgresDatabase)
         self._writer.CHECK_S = LeadProof.EVERY_S
         self._proof = LeadProof(self._database)
-        self._proof.start()
+        self._proof.begin()
+        self._writer.on_lost = self._end
         return self._proof
+
+    def _end(self, why: str) -> None:
+        assert self._proof is not None
+        self._proof.undo_starts()
+        end_without_lead(why)
+
+    @property
+    def clock_moved_s(self) -> float:
+        """By how many seconds our clock is ahead of that of the Load Manager which led before."""
+        return self._database.clock_moved_s
 
     def check(self) -> None:
         """NotReady when another Load Manager may lead by now, so that what is known here may be old."""
@@ -9309,7 +9392,7 @@ class _ReadAgain(io.RawIOBase):
 class LocustClient:
     """Speaks to one Locust master (2.0 to 2.47). Safe from any thread."""
 
-    before_command: Callable[[], None] | None = None  # raises LocustError when we may not command
+    lead: LeadProof | None = None  # where another Load Manager may take over
     HOOKS_ABSENT_S = 30.0  # how long a 404 of the hooks' route is cached
 
     def __init__(self, config: ClusterConfig, callback_token: str, folder: str, timer: Timer):
@@ -9416,15 +9499,29 @@ class LocustClient:
 
     def require_lead(self) -> None:
         """Return when this process may command Locust; LocustError when another may lead by now."""
-        if self.before_command:
-            self.before_command()
+        if self.lead:
+            self.lead.prove()
 
     def swarm(self, form: dict[str, Any]) -> None:
         """Start a test, or change the users of a running one; LocustRefused with its words."""
         self.require_lead()
-        answer = self._json("POST", "/swarm", form)
+        undo = functools.partial(self._undo_start, form.get("run_id", ""))
+        with self.lead.start(undo) if self.lead else contextlib.nullcontext():
+            answer = self._json("POST", "/swarm", form)
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused: {_printable(answer.get('message') or answer)}")
+
+    def _undo_start(self, run_id: str, active: list[Run]) -> None:
+        """Stop what we began while another Load Manager led already, unless it watches over that run, or has
+        another one here, as far as that can be known."""
+        if any(run.id == run_id for run in active):
+            return
+        reading = self.read_state(5.0)
+        is_anothers = any(run.cluster_id == self.config.id for run in active)
+        if reading.run_id != run_id if reading.hooks and reading.is_loaded else is_anothers:
+            return
+        self._send_stop()
+        log("load that began too late is stopped", run=run_id, cluster=self.config.id)
 
     def read_logs(self, lines: int) -> list[dict[str, Any]]:
         """The last lines of master and workers (2.20 and newer); LocustRefused when it has none."""
@@ -9455,8 +9552,11 @@ class LocustClient:
 
     def stop(self) -> None:
         """Stop the test; returns when Locust says that users are gone."""
+        self.require_lead()
+        self._send_stop()
+
+    def _send_stop(self) -> None:
         for _ in range(2):
-            self.require_lead()
             status, headers, body = self._call(self._stop_method, "/stop", {}, LOCUST_STOP_S)
             # 2.20 wraps its own 405 in a 500.
             if status != 405 and not (status == 500 and body[:3] == b"405"):
@@ -12483,6 +12583,12 @@ class LoadStopper:
         work = functools.partial(self._clean_up_reserved, cluster)
         self.timer.in_thread(delay_s, f"clean-up {cluster.id}", work)
 
+    def clean_up_all(self, known: Container[str] = ()) -> None:
+        """Clean up on the clusters that the configuration has now, but for those that were `known`."""
+        for cluster in self.pool.clusters.values():
+            if cluster.id not in known and self.pool.cleanups_on(cluster):
+                self.clean_up_soon(cluster)
+
     def clean_up_late_start(self, run: Run) -> None:
         """A test began whose run we had given up: a load without a run."""
         cluster = self.pool.find(run.cluster_id)
@@ -12843,22 +12949,22 @@ class RunStopper:
         run = self.store.find(run_id)
         if run is None or run.is_final:
             return
-        cluster = self.pool.find(run.cluster_id) if cleanup else None
+        cluster_id = run.cluster_id if cleanup else None  # which may be gone from the configuration
         changes: dict[str, Any] = {"stop_reason": stop_reason} if stop_reason else {}
-        if cluster:
+        if cluster_id:
             # First: who gets the cluster next must find the clean-up there.
-            self.pool.add_cleanup(run_id, cluster.id, certain_s)
-            changes["cleanup_on"] = cluster.id
+            self.pool.add_cleanup(run_id, cluster_id, certain_s)
+            changes["cleanup_on"] = cluster_id
         is_ended = self._end_as_failed(run_id, reason, changes, snapshot)
         monitor = self.monitors.get(run_id)
         if monitor and monitor.failures:
             kept = dump_json(failures_to_json(monitor.failures, ())).encode()
             self.store.keep_attachment(run_id, FAILURES, kept)
         self._let_go(run_id)
-        if cluster and is_ended:
-            self.load.clean_up_soon(cluster)
-        elif cluster:
+        if cluster_id and not is_ended:
             self.pool.drop_cleanup(run_id)
+        elif cluster_id and (cluster := self.pool.find(cluster_id)):
+            self.load.clean_up_soon(cluster)
 
     def _end_as_failed(
         self, run_id: str, reason: str, changes: dict[str, Any], snapshot: Snapshot | None
@@ -13159,6 +13265,9 @@ class RunStarter:
 # ============================================================================
 
 
+CLOCKS_DIFFER_S = 2.0
+
+
 class RunAdopter:
     """Settles what an earlier process left: runs that are still running are watched again, overdue ones are
     stopped, and starts that no one confirmed are cleaned up."""
@@ -13175,19 +13284,39 @@ class RunAdopter:
         for run_id, cluster_id in self._store.cleanups.all().items():
             self._pool.add_cleanup(run_id, cluster_id, START_SETTLES_S)
         overdue: list[RunMonitor] = []
+        moved_s = self._clock_moved_s()
         for run in self._store.active_runs():
             if run.queued:
                 self._pool.enqueue(run.id)
                 continue
+            run = self._by_our_clock(run, moved_s)
             monitor = self._take_over_or_later(run)
             if monitor and run.deadline_at and run.deadline_at <= time.time():
                 overdue.append(monitor)
-        for cluster in self._pool.clusters.values():
-            if self._pool.cleanups_on(cluster):
-                self._stopper.load.clean_up_soon(cluster)
+        self._stopper.load.clean_up_all()
         give_up_at = monotonic_s() + 2
         for monitor in overdue:
             monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
+
+    def _clock_moved_s(self) -> float:
+        moved_s = self._store.lead.clock_moved_s
+        if abs(moved_s) < CLOCKS_DIFFER_S:
+            return 0.0
+        log("clock differs from that of the former leader", ahead_s=round(moved_s, 1))
+        return moved_s
+
+    def _by_our_clock(self, run: Run, moved_s: float) -> Run:
+        """The run with its times as our clock would have shown them: it is to be stopped after its duration,
+        whichever clock measured when that began."""
+        if not moved_s or run.started_at is None:
+            return run
+        changed = self._store.update(run.id, started_at=run.started_at + moved_s)
+        words = (
+            f"the clock of the Load Manager that took over is {moved_s:+.1f} s off the one before; times "
+            "before are shown as its clock has them"
+        )
+        self._stopper.warn(run.id, "clocks_differ", words)
+        return changed or run
 
     def _take_over_or_later(self, run: Run) -> RunMonitor | None:
         try:
@@ -13202,8 +13331,11 @@ class RunAdopter:
         log("run found after a restart", run=run.id, status=run.status.value, cluster=run.cluster_id)
         cluster = self._pool.find(run.cluster_id)
         if cluster is None:
-            words = f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand"
-            self._stopper.fail(run.id, words)
+            words = (
+                f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand; it is stopped "
+                "when the cluster comes back"
+            )
+            self._stopper.fail(run.id, words, cleanup=True, certain_s=START_SETTLES_S)
             return None
         self._pool.reserve_again(run, cluster)
         monitor = self._starter.monitor_of(run, cluster, functools.partial(self._reconcile, run))
@@ -13461,6 +13593,7 @@ class Orchestrator:
         """Settle what an earlier process left, and start what is due; waits (bounded) for overdue stops
         only."""
         self._adopter.adopt_all()
+        self._fail_unserved()
         self._retention.forget_old()
         self.timer.in_thread(0.0, "thinning", self._retention.thin_old)
         self._dispatch_queue()
@@ -13502,7 +13635,14 @@ class Orchestrator:
         self.config = config
         self._tenants = {tenant.id: tenant for tenant in config.tenants}
         self._environments = {(item.tenant_id, item.id): item for item in config.environments}
+        known = self.pool.clusters
         self.pool.reconfigure(config)
+        self._stopper.load.clean_up_all(known)
+        self._fail_unserved()
+        self._dispatch_queue()
+
+    def _fail_unserved(self) -> None:
+        """End runs that wait for a cluster which the configuration does not have any more."""
         for run in self.store.active_runs():
             try:
                 self.pool.serving(run.tenant_id, run.env_id)
@@ -13510,7 +13650,6 @@ class Orchestrator:
                 if run.queued and self.pool.leave_queue(run.id):
                     words = "the clusters it waited for are gone from the configuration"
                     self._stopper.fail(run.id, words)
-        self._dispatch_queue()
 
     # ---- creating
 
@@ -22980,7 +23119,7 @@ class Service:
             self._server.server_close()
             raise
         if config.standby.enabled:
-            LocustClient.before_command = staticmethod(self._store.lead.expect_standby().prove)
+            LocustClient.lead = self._store.lead.expect_standby()
         self._timer = Timer()
         self._engine = Orchestrator(config, self._store, self._timer)
         feed = EventFeed(

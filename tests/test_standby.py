@@ -43,7 +43,7 @@ def on_port(url, port):
 def member(load_manager, empty_postgres, monkeypatch):
     """Starts a Load Manager that may lead or stand by, and returns once it answers."""
 
-    def start(cluster_url, database_port=None, **server):
+    def start(cluster_url, database_port=None, environment=None, cluster=None, **server):
         import conftest
 
         port = find_free_port()
@@ -56,7 +56,8 @@ def member(load_manager, empty_postgres, monkeypatch):
 
         monkeypatch.setattr(conftest.LoadManager, "_listening", answers)
         return load_manager(
-            cluster_config(cluster_url),
+            cluster_config(cluster_url, **(cluster or {})),
+            environment=environment,
             server={"port": port, **server},
             storage={"url": on_port(empty_postgres, database_port)},
             standby={"enabled": True, "advertisedUrl": url},
@@ -288,10 +289,11 @@ def stop_by_hand(locust):
 def test_workers_are_not_scaled_without_proof_of_the_lead(monkeypatch, tmp_path):
     """The user's command is a command to the cluster, as a start is."""
 
-    def refuse():
-        raise loadmanager.LocustUnreachable("no proof")
+    class NoProof:
+        def prove(self):
+            raise loadmanager.LocustUnreachable("no proof")
 
-    monkeypatch.setattr(loadmanager.LocustClient, "before_command", staticmethod(refuse))
+    monkeypatch.setattr(loadmanager.LocustClient, "lead", NoProof())
     ran = tmp_path / "ran"
     launcher = {
         "type": "command",
@@ -389,6 +391,96 @@ def test_former_leader_that_was_frozen_commands_and_writes_nothing(member, fake,
     assert (len(fake.stops), len(fake.swarms)) == (1, starts), "the former leader commanded Locust"
     assert epoch_in(empty_postgres) == epoch, "the former leader counted an epoch"
     assert standby.run(run_id)["stopReason"] == "duration"
+
+
+@pytest.mark.parametrize("hooks", [True, False])
+def test_load_that_a_frozen_leader_begins_after_a_take_over_is_stopped(
+    member, fake_locust, empty_postgres, hooks
+):
+    """It stood still while it sent the start. The one that took over looks for such load, but not for ever."""
+    fake = fake_locust(hooks=hooks)
+    with StartHeldUp(urlsplit(fake.url).port) as way:
+        leader = member(f"http://127.0.0.1:{way.port}")
+        standby = member(fake.url)
+        creating = threading.Thread(target=leader.create, kwargs={"durationSeconds": 60}, daemon=True)
+        creating.start()
+        assert way.is_held.wait(15), "no start was sent"
+        os.kill(leader.process.pid, signal.SIGSTOP)
+        try:
+            cut_leader(empty_postgres)
+            eventually(lambda: status_of(standby) == "leading", 10, what="the standby leads")
+            run_id = standby.get("/v1/tests").json[0]["id"]
+            standby.wait_for(run_id, "Failed", within_s=20)
+            eventually(
+                lambda: "load of an ended run is stopped" in standby.log(), 30, what="it was looked for"
+            )
+            stops = len(fake.stops)
+            way.let_go()
+            eventually(lambda: fake.swarms, 10, what="the start reaches Locust")
+        finally:
+            os.kill(leader.process.pid, signal.SIGCONT)
+        assert leader.process.wait(25) == loadmanager.EXIT_LEAD_LOST, leader.log()
+        assert len(fake.stops) > stops, "the load runs on, and no one knows of it\n" + leader.log()
+        assert "load that began too late is stopped" in leader.log()
+
+
+class StartHeldUp(TcpProxy):
+    """Forwards no start until let_go(): as if the process had stood still just before it sent it."""
+
+    def __init__(self, target_port):
+        self.is_held = threading.Event()
+        super().__init__(target_port)
+
+    def saw(self, received):
+        if b"POST /swarm" in received:
+            self.drop()
+            self.is_held.set()
+
+    def let_go(self):
+        self.forward()
+
+
+def with_clock_ahead(folder, seconds):
+    """The environment of a process whose wall clock is that far ahead."""
+    (folder / "sitecustomize.py").write_text(
+        f"import time\nreal = time.time\ntime.time = lambda: real() + {seconds}\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_run_ends_after_its_duration_whatever_the_clock_of_who_takes_over_says(
+    member, fake, tmp_path, ahead_s
+):
+    leader = member(fake.url)
+    standby = member(fake.url, environment=with_clock_ahead(tmp_path, ahead_s))
+    run_id = leader.create(durationSeconds=14).json["id"]
+    leader.wait_for(run_id, "Running")
+    time.sleep(1)
+    leader.kill9()
+    run = standby.wait_for(run_id, "Finished", within_s=40)
+    lasted_s = fake.stops[0].at - fake.swarms[0].at
+    assert 13 < lasted_s < 20, f"a run of 14 s was stopped after {lasted_s:.1f} s"
+    assert run["stopReason"] == "duration" and len(fake.stops) == 1
+    assert [one["code"] for one in run["warnings"]] == ["clocks_differ"]
+    assert 13 < (run["finishedAtMs"] - run["startedAtMs"]) / 1000 < 20
+
+
+def test_load_on_a_cluster_that_a_member_lacks_is_stopped_when_the_cluster_comes_back(member, fake):
+    leader = member(fake.url)
+    other = member(fake.url, cluster={"id": "another", "envId": "another"})
+    run_id, waiting = leader.create(durationSeconds=600).json["id"], leader.create(queue=True).json["id"]
+    leader.wait_for(run_id, "Running")
+    leader.kill9()
+    run = other.wait_for(run_id, "Failed", within_s=20)
+    assert "is gone from the configuration" in run["failureReason"]
+    waited = other.wait_for(waiting, "Failed", within_s=10)
+    assert "gone from the configuration" in waited["failureReason"], "it would wait for ever"
+    assert not fake.stops
+    other.config["locustClusters"].append({**leader.config["locustClusters"][0]})
+    (other.folder / "config.json").write_text(loadmanager.dump_json(other.config))
+    os.kill(other.process.pid, signal.SIGHUP)
+    eventually(lambda: fake.stops, 30, what="the load is stopped")
 
 
 @pytest.mark.parametrize(
