@@ -14452,6 +14452,14 @@ class _Upcoming(NamedTuple):
     times: list[float]  # the next ones
 
 
+class _Delayed(NamedTuple):
+    """A time that is due while no run can be kept: the database is away, or there is no thread."""
+
+    due: float
+    why: str
+    again_at: float  # monotonic: when it is tried again
+
+
 MAX_SCHEDULES = 1000
 
 
@@ -14459,7 +14467,7 @@ class Scheduler:
     """Starts the runs of schedules on time. Public methods may be called from any thread."""
 
     LOOK_S = 20.0  # at most between two looks at the local clock, which people and NTP change
-    RETRY_S = 1.0  # after a failure of our own
+    RETRY_S = 1.0  # after a failure of our own, and while a run cannot be kept
     SHOWN_TIMES = 5
 
     def __init__(
@@ -14473,10 +14481,11 @@ class Scheduler:
         self._store = store
         self._engine = orchestrator
         self._on_missed = on_missed
-        self._lock = threading.Lock()  # guards _schedules, _upcoming and _firing, and the order of writes
+        self._lock = threading.Lock()  # guards the next four, and the order of writes
         self._schedules: dict[str, Schedule] = {}
         self._upcoming: dict[str, _Upcoming] = {}
         self._firing: set[str] = set()
+        self._delayed: dict[str, _Delayed] = {}
         self._clock: tuple[float, float] = (time.time(), monotonic_s())  # read together
         self._look_now = threading.Event()
         self._closed = False
@@ -14511,6 +14520,7 @@ class Scheduler:
                 if known.read_only and known.id not in configured:
                     del self._schedules[known.id]
                     self._upcoming.pop(known.id, None)
+                    self._delayed.pop(known.id, None)
             for id_, schedule in configured.items():
                 before = self._schedules.get(id_)
                 self._put(schedule if before is None else _with_memory_of(before, schedule))
@@ -14607,6 +14617,7 @@ class Scheduler:
         with self._lock:
             self._schedules.pop(schedule_id, None)
             self._upcoming.pop(schedule_id, None)
+            self._delayed.pop(schedule_id, None)
             self._store.schedules.keep(schedule_id, None)
 
     # ---- time --------------------------------------------------------------
@@ -14669,11 +14680,16 @@ class Scheduler:
                 return self.LOOK_S
             schedule = settled
         upcoming = self._upcoming_of(schedule, now)
-        if upcoming.due_at is not None and upcoming.due_at <= now:
-            due = latest_due(schedule, now)
-            if due is not None:
-                self._take(schedule, due)
-        return upcoming.times[0] - now if upcoming.times else self.LOOK_S
+        wait_s = upcoming.times[0] - now if upcoming.times else self.LOOK_S
+        if upcoming.due_at is None or upcoming.due_at > now:
+            return wait_s
+        delayed = self._delayed.get(schedule.id)
+        if delayed is not None and (left_s := delayed.again_at - monotonic_s()) > 0:
+            return min(left_s, wait_s)
+        due = latest_due(schedule, now)
+        if due is not None:
+            self._take(schedule, due)
+        return wait_s
 
     def _take(self, schedule: Schedule, due: float) -> None:
         with self._lock:
@@ -14692,38 +14708,68 @@ class Scheduler:
         try:
             try:
                 outcome, run_id = self._outcome(schedule, due)
+            except NotReady as error:
+                self._delay(schedule, due, error.message)
+                return
             except Exception as error:  # noqa: BLE001 - the edge: the schedule must continue
                 self._record_failure("schedule failed", error, schedule=schedule.id)
                 outcome, run_id = (
                     "not started: an error of Load Manager itself; its log has the details",
                     None,
                 )
-            self._update(
-                schedule.id,
-                lambda now: replace(
-                    now,
-                    taken_at=due,
-                    not_before=None,
-                    last_run_id=run_id or now.last_run_id,
-                    last_outcome=outcome,
-                ),
-            )
-            if run_id is None:
-                log("schedule missed", schedule=schedule.id, why=outcome)
-                self._on_missed(schedule, outcome)
+            self._settle(schedule, due, outcome, run_id)
         finally:
             with self._lock:
                 self._firing.discard(schedule.id)
             self._look_now.set()  # the next time may have come meanwhile
 
+    def _settle(self, schedule: Schedule, due: float, outcome: str, run_id: str | None) -> None:
+        """One time is dealt with."""
+        with self._lock:
+            self._delayed.pop(schedule.id, None)
+        self._update(
+            schedule.id,
+            lambda now: replace(
+                now,
+                taken_at=due,
+                not_before=None,
+                last_run_id=run_id or now.last_run_id,
+                last_outcome=outcome,
+            ),
+        )
+        if run_id is None:
+            log("schedule missed", schedule=schedule.id, why=outcome)
+            self._on_missed(schedule, outcome)
+
+    def _delay(self, schedule: Schedule, due: float, why: str) -> None:
+        """No run can be kept at present: the time is not dealt with, and tried again until its deadline."""
+        with self._lock:
+            before = self._delayed.get(schedule.id)
+            is_new = before is None or before.due != due
+            self._delayed[schedule.id] = _Delayed(due, why, monotonic_s() + self.RETRY_S)
+        if is_new:
+            log("schedule is due, and tried until its run can be kept", schedule=schedule.id, why=why)
+
     def _outcome(self, schedule: Schedule, due: float) -> tuple[str, str | None]:
-        """What became of one time, in words, and the run's id if one was started."""
+        """What became of one time, in words, and the run's id if one was started. NotReady when it
+        is to be tried again: without the database no run can be kept, none is replaced, and none is
+        missed either, as another Load Manager may lead and have started it."""
+        self._store.lead.check()
+        if self._store.problem is not None:
+            raise NotReady(f"the database cannot be written: {self._store.problem}", retry_after_s=5)
+        era = f":{schedule.clock_era}" if schedule.clock_era else ""
+        key = f"schedule:{schedule.id}:{due:.0f}{era}"
+        known = self._store.idempotency.recall(key, due)  # whatever its age: a time is never started twice
+        if known is not None:
+            return "started", known[1]
         late_s = time.time() - due
         if late_s > schedule.deadline_s:
+            delayed = self._delayed.get(schedule.id)
+            if delayed is not None and delayed.due == due:
+                return f"missed: not started within {schedule.deadline_s:g} s: {delayed.why}", None
             why = f"missed: Load Manager was away at {utc_text(due)}, and came back {late_s:.0f} s later"
             return why, None
-        era = f":{schedule.clock_era}" if schedule.clock_era else ""
-        return self._start_run(schedule, f"schedule:{schedule.id}:{due:.0f}{era}")
+        return self._start_run(schedule, key)
 
     def _record_failure(self, what: str, error: Exception, **facts: object) -> None:
         import traceback
@@ -14732,10 +14778,7 @@ class Scheduler:
         log(what, **facts, error=repr(error), failures=self.failures, trace=traceback.format_exc())
 
     def _start_run(self, schedule: Schedule, key: str) -> tuple[str, str | None]:
-        """Outcome in words, and the run's id if one was started."""
-        known = self._store.idempotency.recall(key, time.time())
-        if known is not None:
-            return "started", known[1]
+        """Outcome in words, and the run's id if one was started; NotReady when no run can be kept."""
         try:
             request = read_create(schedule.test, self._config.scenarios)
             request = replace(request, queue=request.queue or schedule.policy == "Queue")
@@ -14746,6 +14789,8 @@ class Scheduler:
                 self._engine.stop(active, "user")
             run = self._engine.create(request, f"schedule {schedule.id}", "schedule", (key, ""))
             self._note(schedule, run.id, 201, "")
+        except NotReady:
+            raise
         except LoadManagerError as error:
             self._note(schedule, str(error.extra.get("runId", "")), error.http_status, error.message)
             return f"not started: {error.message}", None
@@ -27767,8 +27812,9 @@ checked as one, at once and again at each start. Schedules of the configuration 
 day of week both say something other than `*`, a day that fits either is meant, as in cron. When clocks
 are put forward, a time that does not exist runs at the first time that does; when they are put back,
 one that exists twice runs once. Of what was missed while Load Manager was away the newest starts, if it
-is not later than the deadline; no time starts two runs, `kill -9` included. `lastOutcome` tells what
-became of its last time.
+is not later than the deadline; no time starts two runs, `kill -9` included. A time that comes while the
+database cannot be written is tried every second until the deadline, and then reported as missed, once the
+database is back. `lastOutcome` tells what became of its last time.
 
 When the local clock is set back, a schedule's next run comes with its first time that is more than half
 an interval after the last one in truth: a nightly run does not start twice, a minutely one does not wait
