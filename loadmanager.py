@@ -5427,7 +5427,9 @@ def check_metrics(body: dict[str, Any], name: str, now: float) -> Snapshot | Non
     times = _checked_times(metrics.get("responseTimes"), f"{name}.responseTimes", problems)
     if problems:
         raise InvalidInput("; ".join(f"{where}: {why}" for where, why in problems.items())[:2000], problems)
-    return with_counts(Snapshot(*[min(taken_at, now), *numbers, endpoints], times=times), metrics)
+    only_polled = [None] * 3  # by place: 0.3 us, where a later _replace() of one field takes 1.7
+    values: list[Any] = [min(taken_at, now), *numbers, endpoints, *only_polled, times]
+    return with_counts(Snapshot(*values), metrics)
 
 
 def with_counts(snapshot: Snapshot, document: dict[str, Any]) -> Snapshot:
