@@ -106,7 +106,7 @@ doctor             asks a port or a cluster, for the command         Locust, a s
 
 Locks, in the one order in which they are taken: who holds one takes only those below it.
 
-RunMonitor._turn          who looks at the cluster of a run, and acts; Locust is asked within
+RunThreads.turn           who looks at the cluster of a run, and acts; Locust is asked within
 Cluster.operation         a start, a stop or a change of users is running there; Locust is asked within
 ClusterPool._changed      who has which cluster, the queue, clean-ups that wait
 RunMonitor._lock          what is known of an active run
@@ -118,12 +118,13 @@ EventFeed._lock           which runs have changed since the last round
 Timer._changed            the heap of scheduled calls
 
 The others guard one thing each, and are never taken while one of these is held, unless nothing
-else is taken within them: ThresholdWatch._lock, _Deadline._lock, PollLoop._lock, Comparer._lock,
-StatsTimes._lock, MasterConnections._lock, LaunchedCluster._lock, Scheduler._lock,
+else is taken within them: RunLoad._lock, ThresholdWatch._lock, _Deadline._lock, PollLoop._lock,
+Comparer._lock, StatsTimes._lock, MasterConnections._lock, LaunchedCluster._lock, Scheduler._lock,
 Notifier._changed, ImportReader._turn, ImportReader._places, WorkerPool._lock,
 ConnectionLoop._adopting, RefusalBudget._lock, KeySource._lock, Sessions._lock, Api._creating_lock,
-Service._reloading, RunCounts._lock, LeadProof._changed, StandbyFront.places, StandbyFront.stream_places,
-Api._large_reads, Channel._annotating, McpServer._writing, McpServer._changed.
+Service._reloading, RunCounts._lock, LeadProof._changed, StandbyFront.places,
+StandbyFront.stream_places, Api._large_reads, Channel._annotating, McpServer._writing,
+McpServer._changed.
 """
 
 from __future__ import annotations
@@ -220,6 +221,7 @@ LOADED_STATES = frozenset({"spawning", "running"})
 ENDING_STATES = frozenset({"stopping", "cleanup"})
 
 LOCUST_CALL_S = 10.0  # the whole of one call to a Locust master
+LOOK_S = 5.0  # the whole of one look at the cluster of a run
 MAX_WORKERS = 1000
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -1702,6 +1704,11 @@ class OrchestratorConfig:
     on_shutdown: str = setting(
         "onShutdown", "leave", one_of("leave", "stop"), "what SIGTERM does to running loads"
     )
+
+    @property
+    def look_timeout_s(self) -> float:
+        """A look at the cluster of a run must not outlast the silence after which it is lost."""
+        return min(LOOK_S, max(2.0, self.lost_after_s))
 
 
 @dataclass(frozen=True)
@@ -11178,13 +11185,13 @@ def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -
 # 16. CLUSTER POOL - who has which cluster, the queue, sleep and scale
 # ============================================================================
 
-# Five classes. ClusterPool knows who has which cluster. RunStarter starts a test, RunMonitor
-# watches one active run, RunStopper ends runs and stops loads; Orchestrator is what the others
-# call. Every active run has two threads from before its start on: one watches its cluster, so
-# that a master that hangs delays no other run, and one ends the run, so that hanging statistics
-# delay no stop and a stop never waits for a thread. A cluster's `operation` lock is held through
-# a start, a stop or a change of users there, as a start into a stopping Locust makes load that
-# no one can stop. No lock but that one is held while talking to Locust.
+# Seven classes. ClusterPool knows who has which cluster. RunStarter starts a test, RunMonitor
+# watches one active run with its RunThreads and RunLoad, RunStopper ends runs and stops loads;
+# Orchestrator is what the others call. Every active run has two threads from before its start on:
+# one watches its cluster, so that a master that hangs delays no other run, and one ends the run, so
+# that hanging statistics delay no stop and a stop never waits for a thread. A cluster's `operation`
+# lock is held through a start, a stop or a change of users there, as a start into a stopping Locust
+# makes load that no one can stop. No lock but that one is held while talking to Locust.
 
 
 # ---- clusters and who has them ----------------------------------------------
@@ -11823,7 +11830,6 @@ class LoadGoesOn(LocustError):
 
 
 START_SETTLES_S = LOCUST_CALL_S + STATS_CACHE_S + 0.5  # after it, an unanswered start has come or never will
-LOOK_S = 5.0  # the whole of one look at a cluster
 FIRST_LOOKS_S = 60.0  # so long after its start a run is looked at more often
 FIRST_LOOK_INTERVAL_S = 2.0
 REPEAT_LOOK_S = 0.3  # after an answer of Locust's cache that was read before
@@ -11832,76 +11838,161 @@ RETRY_STEPS_S = (0.5, 1.0, 2.0, 4.0, 5.0)  # between tries of a stop; the last r
 ABORT_LOOK_S = 2.0  # how often a run is looked at that a threshold may abort
 
 
-class RunMonitor:
-    """What is known of one active run, and its two threads. Its methods are the only writers of
-    its fields, under its lock; callbacks, readings and scheduled calls come to them.
+class RunThreads:
+    """The two threads of one active run, and the calls that are scheduled for it; what no one foresaw in any
+    of them ends the run as Failed.
 
-    The polls' thread asks for numbers on the interval and notes those that need no more than that; the
-    `watch` thread does all else, which is posted to it: what waits for Locust, or is out of the ordinary.
-    The `end` thread waits for the one thing it is to do: stop the load and end the run."""
+    The `watch` thread does what is posted to it. The `end` thread waits for the one thing it is to do: stop
+    the load and end the run."""
+
+    LOST_LOOK_S = 10.0  # a look that is overdue for longer is made by the watch thread, whatever became of it
+
+    def __init__(self, run_id: str, end: RunStopper, look: Callable[[], None]):
+        self.run_id = run_id
+        self._end = end
+        self._look = look
+        self.turn = threading.Lock()  # who has it looks and acts; the polls' thread never waits for it
+        self.over = threading.Event()  # the run is final, or being stopped
+        self.look_due = math.inf  # the next look, monotonic seconds
+        self._next_look: ScheduledCall | None = None
+        self._scheduled: list[ScheduledCall] = []
+        self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
+        self._wake = threading.Event()
+        self._end_work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # the first counts
+
+    def start(self, first: Callable[[], None] | None = None) -> None:
+        """Have both threads before anything is sent to Locust; NotReady when they cannot be had.
+        first: what the watch thread does before it watches."""
+        name = self.run_id[:8]
+        try:
+            start_thread(f"end {name}", self._step(self._end_when_asked))
+            if first:
+                self.post(first)
+            start_thread(f"watch {name}", self._step(self._watch))
+        except NotReady:
+            self.close()
+            raise
+
+    def _step(self, work: Callable[[], None]) -> Callable[[], None]:
+        return functools.partial(self._end.run_step, self.run_id, work)
+
+    def close(self) -> None:
+        """Let both threads go: the run is final, or was not started."""
+        self.stop_watching()
+        self._end_work.put(None)
+
+    # ---- the end thread
+
+    def end_with(self, work: Callable[[], None]) -> None:
+        """Have the end thread do `work`, now; the first one counts."""
+        self.stop_watching()
+        self._end_work.put(work)
+
+    def _end_when_asked(self) -> None:
+        work = self._end_work.get()
+        if work is not None:
+            work()
+
+    def _broken(self, thread: str, error: Exception) -> None:
+        """The edge of what other threads do for the run: what no one foresaw ends it as Failed."""
+        log_unforeseen(thread, error, run=self.run_id)
+        self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
+
+    # ---- the watch thread
+
+    def post(self, task: Callable[[], None]) -> None:
+        """Have the watch thread do something that may wait for Locust."""
+        self._tasks.append(task)
+        self._wake.set()
+
+    def is_busy(self) -> bool:
+        """Whether the watch thread has something to do."""
+        return bool(self._tasks) or self.turn.locked()
+
+    def stop_watching(self) -> None:
+        self.over.set()
+        self._wake.set()
+        for scheduled in (*self._scheduled, self._next_look):
+            if scheduled is not None:
+                scheduled.cancel()
+
+    def _watch(self) -> None:
+        while not self.over.is_set():
+            if self._tasks:
+                task = self._tasks.popleft()
+                with self.turn:
+                    task()
+                continue
+            wait_s = self.look_due + self.LOST_LOOK_S - monotonic_s()
+            if wait_s <= 0:
+                self.post(self._look)
+                continue
+            self._wake.wait(None if wait_s == math.inf else wait_s)
+            self._wake.clear()
+
+    # ---- calls at a point in time (monotonic seconds)
+
+    def schedule(self, due: float, action: Callable[[], object]) -> None:
+        """Call `action` unless the run is over before: a deadline that was missed ends it."""
+        call = functools.partial(self._guarded, "timer", action)
+        self._scheduled.append(self._end.timer.at(due, call))
+
+    def look_at(self, due: float, ask: Callable[[], None]) -> None:
+        """Have the polls' thread `ask` the cluster."""
+        self.look_due = due
+        if not self.over.is_set():
+            self._next_look = self._end.polls.at(due, functools.partial(self._guarded, "polls", ask))
+
+    def _guarded(self, thread: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - the edge
+            self._broken(thread, error)
+
+    def broken_poll(self, error: Exception) -> None:
+        """The polls' thread could not deal with an answer."""
+        self._broken("polls", error)
+
+
+class RunMonitor:
+    """What is known of one active run: its numbers and how they are judged, and whether its cluster still
+    runs it. Its methods are the only writers of its fields, under its lock; callbacks, readings and
+    scheduled calls come to them.
+
+    The polls' thread asks for numbers on the interval and notes those that need no more than that; all else
+    is posted to the `watch` thread: what waits for Locust, or is out of the ordinary."""
 
     def __init__(self, run: Run, cluster: Cluster, end: RunStopper):
         self.run_id = run.id
         self.cluster = cluster
+        self.threads = RunThreads(run.id, end, self._look_once)
+        self.load = RunLoad(run, cluster, end, self.threads)
         self._end = end
         self._store = end.store
         self._timer = end.timer
         self._polls = end.polls
         self._rules = end.rules
-        self._turn = threading.Lock()  # who has it looks and acts; the polls' thread never waits for it
         self._lock = threading.RLock()  # guards the fields that follow
-        self._wake = threading.Event()
-        self._tasks: deque[Callable[[], None]] = deque()  # for the watch thread
-        self._due = math.inf  # the next look, monotonic seconds
-        self._next_look: ScheduledCall | None = None
         self._unheard_since = math.inf  # the first of the looks in vain, by Timer.awake_s()
         self._polled_at = monotonic_s()  # the last look that was answered
-        self.is_quiet = False  # its load has stopped; the final numbers are being read
         self.pushed: Snapshot | None = None  # the newest numbers of the hooks
-        self._end_work: Callable[[], None] | None = None
-        self._end_wanted = threading.Event()
-        self.started = monotonic_s()
-        self.deadline: float | None = None  # monotonic seconds
-        self.over = threading.Event()  # the run is final, or being stopped
         self.final = threading.Event()  # the run is final, and that is on disk
         self.stop_outcome = StopOutcome()
-        self.scheduled: list[ScheduledCall] = []
-        self.was_sent = False  # the start was sent to Locust
-        self.sent_at = -math.inf  # when, epoch seconds; -inf: by an earlier process, or by another user
         self.has_hooks = False
         self.kept = threading.Event()  # its details are kept, and its cluster is free
         self.calls_back = False  # its hooks have called back
         self.start_seen = False  # Locust said that the test began
         self.users_seen = False  # a user or a request was seen
-        self.max_workers = 0  # that were seen at once
-        self.workers_asked: float = math.inf  # their number when it was changed by hand
         self.last_users = 0  # the users that ran when they were last counted
-        self.target = load_target(run, time.time())
         self.last: Reading | None = None
         self.last_requests = 0
         self.was_repeat = False  # the last reading was one of Locust's cache that was read before
         self.pushed_at = -math.inf  # when the newest push was made, epoch seconds
         self.boot_id = ""
-        self.rebalanced_at = -math.inf
-        self.certain_at = -math.inf  # before, a change of users that was not answered may still come
-        self.rebalance_due = False  # workers came or went
-        self.scaled = False  # their number was changed by hand
         self.failures: tuple[Failure, ...] = ()  # of the last reading
         self.reported: Snapshot | None = None  # complete final numbers, from the hooks
         self.was_reported = threading.Event()
         self.judge = ThresholdWatch(run.thresholds)
-
-    @property
-    def age_s(self) -> float:
-        return monotonic_s() - self.started
-
-    @property
-    def wanted_for_s(self) -> float:
-        """How long all users should be there; negative while they are started."""
-        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
-
-    def remaining_s(self) -> float | None:
-        return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
 
     @property
     def poll_age_s(self) -> float:
@@ -11913,114 +12004,19 @@ class RunMonitor:
         """For how long all looks have been in vain, in seconds; 0 when the last one was answered."""
         return max(0.0, self._timer.awake_s() - self._unheard_since)
 
-    @property
-    def overdue_s(self) -> float:
-        """Seconds for which the load has been running beyond its deadline."""
-        if self.deadline is None or self.is_quiet:
-            return 0.0
-        return max(0.0, monotonic_s() - self.deadline)
-
-    # ---- threads
-
-    def start_threads(self, first: Callable[[], None] | None = None) -> None:
-        """Have both threads before anything is sent to Locust; NotReady when they cannot be had.
-        first: what the watch thread does before it watches."""
-        name = self.run_id[:8]
-        try:
-            start_thread(f"end {name}", self._step(self._end_when_told))
-            if first:
-                self.post(first)
-            start_thread(f"watch {name}", self._step(self._watch))
-        except NotReady:
-            self.close()
-            raise
-
-    def _step(self, work: Callable[[], None]) -> Callable[[], None]:
-        return functools.partial(self._end.run_step, self.run_id, work)
-
-    def post(self, task: Callable[[], None]) -> None:
-        """Have the watch thread do something that may wait for Locust."""
-        self._tasks.append(task)
-        self._wake.set()
-
-    def end_with(self, work: Callable[[], None]) -> None:
-        """Have the end thread do `work`, now; the first one counts."""
-        with self._lock:
-            self._end_work = self._end_work or work
-        self.stop_watching()
-        self._end_wanted.set()
-
-    def stop_watching(self) -> None:
-        self.over.set()
-        self._wake.set()
-        for scheduled in (*self.scheduled, self._next_look):
-            if scheduled is not None:
-                scheduled.cancel()
-
-    def close(self) -> None:
-        """Let both threads go: the run is final, or was not started."""
-        self.stop_watching()
-        self._end_wanted.set()
-
-    def _end_when_told(self) -> None:
-        self._end_wanted.wait()
-        if self._end_work is not None:
-            self._end_work()
-
-    LOST_LOOK_S = 10.0  # a look that is overdue for longer is made by the watch thread, whatever became of it
-
-    def _watch(self) -> None:
-        while not self.over.is_set():
-            if self._tasks:
-                task = self._tasks.popleft()
-                with self._turn:
-                    task()
-                continue
-            wait_s = self._due + self.LOST_LOOK_S - monotonic_s()
-            if wait_s <= 0:
-                self.post(self._look_once)
-                continue
-            self._wake.wait(None if wait_s == math.inf else wait_s)
-            self._wake.clear()
-
     # ---- from the start on
 
     def arm(self, run: Run, remaining_s: float | None) -> None:
         """Watch a Running run from now on, and stop it when its time is over."""
-        with self._lock:
-            self.started = monotonic_s()
-            self.deadline = None if remaining_s is None else self.started + remaining_s
-        self._look_at(self.started + min(1.0, self._rules.poll_interval_s))
-        if self.deadline is not None:
-            self._schedule(self.deadline, functools.partial(self._end.begin_stop, run.id, "duration"))
-        elapsed_s = time.time() - (run.started_at or time.time())
-        for start_s in stage_starts(run):
-            if start_s > elapsed_s:
-                at = self.started + start_s - elapsed_s
-                self._schedule(at, functools.partial(self.post, self.begin_stage))
-        proof_at = self.started + self._rules.start_timeout_s
-        self._schedule(proof_at, functools.partial(self.post, self._check_proof))
-
-    def _schedule(self, due: float, action: Callable[[], object]) -> None:
-        """Call `action` at a point in time (monotonic seconds) unless the run is over before."""
-
-        def guarded() -> None:
-            try:
-                action()
-            except Exception as error:  # noqa: BLE001 - the edge: a deadline that was missed ends the run
-                log_unforeseen("timer", error, run=self.run_id)
-                self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
-
-        self.scheduled.append(self._timer.at(due, guarded))
-
-    def set_deadline(self, remaining_s: float | None) -> None:
-        """What is left of its time, for the start that is about to be sent."""
-        self.deadline = None if remaining_s is None else monotonic_s() + remaining_s
+        self.load.begin(run, remaining_s)
+        self._look_at(self.load.started + min(1.0, self._rules.poll_interval_s))
+        proof_at = self.load.started + self._rules.start_timeout_s
+        self.threads.schedule(proof_at, functools.partial(self.threads.post, self._check_proof))
 
     def adopted(self, run: Run, requests: int) -> None:
         """What is known of a run that an earlier process started."""
+        self.load.was_sent = True
         with self._lock:
-            self.was_sent = True
             self.last_requests = requests
             self.users_seen = requests > 0
             self.start_seen = self.users_seen or time.time() - (run.started_at or 0) > 3
@@ -12063,55 +12059,44 @@ class RunMonitor:
 
     def _look_at(self, due: float) -> None:
         """Look at the cluster at a point in time (monotonic seconds)."""
-        self._due = due
-        if not self.over.is_set():
-            self._next_look = self._polls.at(due, self._look_is_due)
+        self.threads.look_at(due, self._ask)
 
     def _look_again(self) -> None:
         """Look again after the interval."""
-        self._look_at(max(self._due + self._interval_s(), monotonic_s()))
-
-    def _broken(self, error: Exception) -> None:
-        """The edge of what the polls' thread does for the run: what no one foresaw ends it as Failed."""
-        log_unforeseen("polls", error, run=self.run_id)
-        self.end_with(functools.partial(self._end.fail_unforeseen, self.run_id, error))
-
-    def _look_is_due(self) -> None:
-        try:
-            self._ask()
-        except Exception as error:  # noqa: BLE001 - the edge
-            self._broken(error)
+        self._look_at(max(self.threads.look_due + self._interval_s(), monotonic_s()))
 
     def _ask(self) -> None:
         """In the polls' thread: ask for numbers, or have the watch thread look where these are not enough."""
         run = self._store.find(self.run_id)
-        if self.over.is_set() or run is None or run.status is not RunStatus.RUNNING:
+        if self.threads.over.is_set() or run is None or run.status is not RunStatus.RUNNING:
             return
         client = self.cluster.client
         needs_state = not self.users_seen or (self._lease_needs_us(run) and not client.has_no_hooks)
-        if needs_state or self._tasks or self._turn.locked():
-            self.post(self._look_once)
+        if needs_state or self.threads.is_busy():
+            self.threads.post(self._look_once)
             return
         otherwise = functools.partial(self._poll_failed, self._timer.awake_s())
-        self._polls.ask(client, self._look_timeout_s, self._polled, otherwise, self._broken)
+        self._polls.ask(client, self._rules.look_timeout_s, self._polled, otherwise, self.threads.broken_poll)
 
     def _poll_failed(self, asked_at: float, error: LocustTimeout | None) -> None:
         """In the polls' thread: there is no answer in time, or a blocking call must find out more."""
-        self.post(self._look_once if error is None else functools.partial(self._look_failed, asked_at, error))
+        self.threads.post(
+            self._look_once if error is None else functools.partial(self._look_failed, asked_at, error)
+        )
 
     def _polled(self, headers: dict[str, str], body: bytes, asked_at: float) -> None:
         """In the polls' thread: record numbers of a run still running; all else is looked at once more by
         the watch thread, which may wait for Locust."""
         run = self._store.find(self.run_id)
-        if self.over.is_set() or run is None:
+        if self.threads.over.is_set() or run is None:
             return
-        if not self._turn.acquire(blocking=False):
-            self.post(self._look_once)
+        if not self.threads.turn.acquire(blocking=False):
+            self.threads.post(self._look_once)
             return
         try:
             reading = self.cluster.polled(headers, body, asked_at)
             if not reading.is_loaded or self._is_over(run, reading):
-                self.post(self._look_once)
+                self.threads.post(self._look_once)
                 return
             self._heard()
             if not self._is_from_before(reading):
@@ -12119,9 +12104,9 @@ class RunMonitor:
                 self._record_reading(run, reading)
             self._look_again()
         except LocustError:
-            self.post(self._look_once)
+            self.threads.post(self._look_once)
         finally:
-            self._turn.release()
+            self.threads.turn.release()
 
     def _heard(self) -> None:
         self._unheard_since = math.inf
@@ -12130,7 +12115,7 @@ class RunMonitor:
     def _look_once(self) -> None:
         run = self._store.find(self.run_id)
         if run is None or run.status is not RunStatus.RUNNING:
-            self._due = math.inf
+            self.threads.look_due = math.inf
             return
         asked_at = self._timer.awake_s()
         try:
@@ -12154,7 +12139,7 @@ class RunMonitor:
     def _interval_s(self) -> float:
         """Until the next look: short at first, so that a run of some seconds has a picture too."""
         interval = self._rules.poll_interval_s
-        if self.age_s < FIRST_LOOKS_S:
+        if self.load.age_s < FIRST_LOOKS_S:
             interval = min(interval, FIRST_LOOK_INTERVAL_S if self.users_seen else 1.0)
         if self.was_repeat:
             interval = min(interval, REPEAT_LOOK_S)  # Locust's cache is about to be over
@@ -12164,7 +12149,7 @@ class RunMonitor:
         """One look: the uncached state first where it matters, then the numbers."""
         cluster, reading = self.cluster, None
         if not self.users_seen or self._lease_needs_us(run):
-            state = cluster.read_state(self._look_timeout_s)
+            state = cluster.read_state(self._rules.look_timeout_s)
             if state.hooks:
                 self.record_start(state)
                 if self._is_over(run, state):
@@ -12174,8 +12159,8 @@ class RunMonitor:
                     return
             else:
                 reading = state  # of the statistics: read again at once, they would be the same
-        reading = reading or cluster.read_stats(self._look_timeout_s)
-        if self.over.is_set() or self._is_from_before(reading):
+        reading = reading or cluster.read_stats(self._rules.look_timeout_s)
+        if self.threads.over.is_set() or self._is_from_before(reading):
             return
         self.record_start(reading)
         if self._is_over(run, reading):
@@ -12185,15 +12170,10 @@ class RunMonitor:
             return  # not begun, or just ended or restarted: its numbers need not be this test's
         self._record_reading(run, reading)
 
-    @property
-    def _look_timeout_s(self) -> float:
-        """A look must not outlast the silence after which a cluster is lost."""
-        return min(LOOK_S, max(2.0, self._rules.lost_after_s))
-
     def _is_from_before(self, reading: Reading) -> bool:
         """Made before the start, as far as is known: Locust's cache may hold the test before. Without
         hooks that cache said idle before the start, so that a loaded state in it is a newer one."""
-        if reading.made_after >= self.sent_at:
+        if reading.made_after >= self.load.sent_at:
             return False
         return self.has_hooks or not reading.is_loaded
 
@@ -12205,13 +12185,13 @@ class RunMonitor:
         if reading.is_of_another(run.id):
             return True  # another test has taken its place
         is_idle = not reading.is_loaded and reading.state in IDLE_STATES
-        return self.start_seen and self.age_s > 2 and is_idle
+        return self.start_seen and self.load.age_s > 2 and is_idle
 
     def _confirm_end(self, run: Run, first: Reading) -> None:
         """No decision on one cached reading: look again when the cache must be new."""
-        if self.over.wait(0.0 if first.requests < self.last_requests else STATS_CACHE_S + 0.3):
+        if self.threads.over.wait(0.0 if first.requests < self.last_requests else STATS_CACHE_S + 0.3):
             return
-        second = self.cluster.read_state(self._look_timeout_s)
+        second = self.cluster.read_state(self._rules.look_timeout_s)
         if self._is_over(run, second):
             self._ended_by_locust(second)
 
@@ -12220,19 +12200,11 @@ class RunMonitor:
         if self.was_repeat:
             return  # nothing new: what is the same in two readings of one cache is not stable for that
         with self._lock:
-            workers_before, before = self.max_workers, self.last
-            seen = min(len(reading.live_workers), self.workers_asked)  # some may still be about to go
-            self.max_workers = max(self.max_workers, int(seen))
+            before = self.last
             self.last, self.failures = reading, reading.failures
-        for code, sentence in watch_warnings(
-            self.target, before, reading, self.max_workers, self.wanted_for_s
-        ):
-            self._end.warn(run.id, code, sentence)
         if reading.snapshot and reading.snapshot.requests is not None:
             self._record_numbers(run, reading, reading.snapshot)
-        if before is not None and not self._is_all_well(reading):
-            self.post(functools.partial(self._mind_users, run, before, reading, workers_before))
-        self._replace_lost(reading)
+        self.load.record_reading(run, before, reading)
 
     def _record_numbers(self, run: Run, reading: Reading, snapshot: Snapshot) -> None:
         """Keep a reading's numbers, unless they may be older than those of a push and are fewer: a cached
@@ -12262,7 +12234,7 @@ class RunMonitor:
         if cluster.problem is None:
             log("cluster does not answer", cluster=cluster.id, run=run.id, why=error.message)
         cluster.problem = error.message
-        why = cluster.launched.why_restarted(self.started) if cluster.launched else None
+        why = cluster.launched.why_restarted(self.load.started) if cluster.launched else None
         if why:  # nothing of the test is left
             self._end.fail(run.id, f"cluster {cluster.id} ended: {why}", stop_reason="lost")
             return
@@ -12289,7 +12261,7 @@ class RunMonitor:
                 )
         except LocustError as error:
             why = error.message
-        if self.users_seen or self.start_seen or self.over.is_set():
+        if self.users_seen or self.start_seen or self.threads.over.is_set():
             return
         timeout_s = self._rules.start_timeout_s
         self._end.fail(self.run_id, f"no user was started within {timeout_s:g} s: {why}", cleanup=True)
@@ -12305,7 +12277,7 @@ class RunMonitor:
                 f"Locust of cluster {self.cluster.id} was restarted under the run; the numbers are "
                 "those before"
             )
-            why = self.cluster.launched.why_restarted(self.started) if self.cluster.launched else None
+            why = self.cluster.launched.why_restarted(self.load.started) if self.cluster.launched else None
             reason += f": {why}" if why else ""
             if reading.distributed and not reading.live_workers:
                 reason += ". Workers of the old master may load the target for another minute"
@@ -12316,7 +12288,86 @@ class RunMonitor:
             return
         self._end.claim_end(self, "locust")
 
+
+class RunLoad:
+    """The load of one active run: how many users it should have and until when, what Locust was last asked
+    for, and the workers that carry it. Stages, changes by hand, and workers that come or go make it ask
+    Locust again."""
+
+    def __init__(self, run: Run, cluster: Cluster, end: RunStopper, threads: RunThreads):
+        self.run_id = run.id
+        self.cluster = cluster
+        self._end = end
+        self._store = end.store
+        self._timer = end.timer
+        self._rules = end.rules
+        self._threads = threads
+        self._lock = threading.Lock()  # guards the numbers of workers
+        self.max_workers = 0  # that were seen at once
+        self.workers_asked: float = math.inf  # their number when it was changed by hand
+        self.scaled = False  # their number was changed by hand
+        self.target = load_target(run, time.time())
+        self.started = monotonic_s()
+        self.deadline: float | None = None  # monotonic seconds
+        self.is_quiet = False  # it has stopped; the final numbers are being read
+        self.was_sent = False  # the start was sent to Locust
+        self.sent_at = -math.inf  # when, epoch seconds; -inf: by an earlier process, or by another user
+        self.rebalanced_at = -math.inf
+        self.certain_at = -math.inf  # before, a change of users that was not answered may still come
+        self.rebalance_due = False  # workers came or went
+
+    # ---- until when
+
+    @property
+    def age_s(self) -> float:
+        return monotonic_s() - self.started
+
+    @property
+    def wanted_for_s(self) -> float:
+        """How long all users should be there; negative while they are started."""
+        return time.time() - self.target.since - self.target.users / (self.target.spawn_rate or 1)
+
+    def remaining_s(self) -> float | None:
+        return None if self.deadline is None else max(0.0, self.deadline - monotonic_s())
+
+    @property
+    def overdue_s(self) -> float:
+        """Seconds for which the load has been running beyond its deadline."""
+        if self.deadline is None or self.is_quiet:
+            return 0.0
+        return max(0.0, monotonic_s() - self.deadline)
+
+    def set_deadline(self, remaining_s: float | None) -> None:
+        """What is left of its time, for the start that is about to be sent."""
+        self.deadline = None if remaining_s is None else monotonic_s() + remaining_s
+
+    def begin(self, run: Run, remaining_s: float | None) -> None:
+        """The run is Running: begin its stages in time, and stop it when its time is over."""
+        self.started = monotonic_s()
+        self.set_deadline(remaining_s)
+        if self.deadline is not None:
+            self._threads.schedule(self.deadline, functools.partial(self._end.begin_stop, run.id, "duration"))
+        elapsed_s = time.time() - (run.started_at or time.time())
+        for start_s in stage_starts(run):
+            if start_s > elapsed_s:
+                at = self.started + start_s - elapsed_s
+                self._threads.schedule(at, functools.partial(self._threads.post, self.begin_stage))
+
     # ---- users and workers
+
+    def record_reading(self, run: Run, before: Reading | None, reading: Reading) -> None:
+        """Warn of what a new reading says of users and workers, and have done what is due."""
+        with self._lock:
+            workers_before = self.max_workers
+            seen = min(len(reading.live_workers), self.workers_asked)  # some may still be about to go
+            self.max_workers = max(self.max_workers, int(seen))
+        for code, sentence in watch_warnings(
+            self.target, before, reading, self.max_workers, self.wanted_for_s
+        ):
+            self._end.warn(run.id, code, sentence)
+        if before is not None and not self._is_all_well(reading):
+            self._threads.post(functools.partial(self._mind_users, run, before, reading, workers_before))
+        self._replace_lost(reading)
 
     def _is_all_well(self, reading: Reading) -> bool:
         """As many users as wanted run, and no worker waits for its share."""
@@ -12367,7 +12418,7 @@ class RunMonitor:
     def _changed_by_hand(self, reading: Reading) -> bool:
         """Fewer users than asked may be a cluster that cannot; the hooks know what was asked."""
         try:
-            state = self.cluster.read_state(self._look_timeout_s)
+            state = self.cluster.read_state(self._rules.look_timeout_s)
         except LocustError:
             return False
         return state.target_users is not None and state.target_users == reading.users
@@ -12403,10 +12454,10 @@ class RunMonitor:
         """Whether Locust runs the test: of a cached state only one from after the start counts."""
         while True:
             age_s = self.age_s
-            reading = self.cluster.read_state(self._look_timeout_s)
+            reading = self.cluster.read_state(self._rules.look_timeout_s)
             if reading.is_loaded or not reading.cached or age_s > STATS_CACHE_S + 0.5:
                 return reading.is_loaded
-            if self.over.wait(0.3):
+            if self._threads.over.wait(0.3):
                 return False
 
     def change_users(self, users: int, spawn_rate: float | None, by: str) -> LoadChange | None:
@@ -12428,8 +12479,8 @@ class RunMonitor:
             log("stage begins", run=run.id, users=target.users, spawn_rate=target.spawn_rate)
         except LocustError as error:
             if tries < len(RETRY_STEPS_S):
-                again = functools.partial(self.post, functools.partial(self.begin_stage, tries + 1))
-                self._schedule(monotonic_s() + RETRY_STEPS_S[tries], again)
+                again = functools.partial(self._threads.post, functools.partial(self.begin_stage, tries + 1))
+                self._threads.schedule(monotonic_s() + RETRY_STEPS_S[tries], again)
                 return
             words = f"a stage of {target.users} users could not begin: {error.message}"
             self._end.warn(run.id, "users_not_reached", words)
@@ -12554,11 +12605,12 @@ class RunCounts:
 
     def record_quiet(self, run: Run | None, monitor: RunMonitor) -> None:
         """The load of a run has stopped; how late that is, where its duration was to end it."""
-        monitor.is_quiet = True
+        monitor.load.is_quiet = True
         if run is None or run.stop_reason != "duration" or run.deadline_at is None:
             return
         by_clock_s = time.time() - run.deadline_at  # of one that was overdue when this process began
-        late_s = by_clock_s if monitor.deadline is None else monotonic_s() - monitor.deadline
+        deadline = monitor.load.deadline
+        late_s = by_clock_s if deadline is None else monotonic_s() - deadline
         with self._lock:
             self.lateness.record(max(0.0, late_s))
 
@@ -12728,7 +12780,7 @@ class RunStopper:
     def fail_unforeseen(self, run_id: str, error: Exception) -> None:
         """End a run after an exception that no one foresaw; again until that succeeds."""
         monitor = self.monitors.get(run_id)
-        may_be_loaded = monitor is None or monitor.was_sent
+        may_be_loaded = monitor is None or monitor.load.was_sent
         try:
             reason = f"an error inside Load Manager: {error!r:.300}; its log has the trace"
             run = self.store.find(run_id)
@@ -12757,19 +12809,20 @@ class RunStopper:
             self.store.transition(run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
         except (Conflict, NotFound):
             return None
-        monitor.end_with(functools.partial(self.carry_out_stop, monitor))
+        monitor.threads.end_with(functools.partial(self.carry_out_stop, monitor))
         return monitor
 
     def claim_end(self, monitor: RunMonitor, reason: str, failure: str | None = None) -> bool:
         """Locust ended the test: Running becomes Stopping, and the end thread concludes, as Failed
         where there is a `failure`. False when the run is not Running."""
-        is_on_time = monitor.deadline is not None and monotonic_s() > monitor.deadline - ON_TIME_S
+        deadline = monitor.load.deadline
+        is_on_time = deadline is not None and monotonic_s() > deadline - ON_TIME_S
         reason = "duration" if is_on_time and reason == "locust" else reason
         try:
             self.store.transition(monitor.run_id, RunStatus.STOPPING, durable=False, stop_reason=reason)
         except (Conflict, NotFound):
             return False
-        monitor.end_with(functools.partial(self._finish, monitor, time.time(), failure))
+        monitor.threads.end_with(functools.partial(self._finish, monitor, time.time(), failure))
         return True
 
     def is_over(self, monitor: RunMonitor) -> bool:
@@ -12853,7 +12906,7 @@ class RunStopper:
     def _look_for_late_load(self, monitor: RunMonitor) -> None:
         """A change of users that Locust did not answer may be carried out after the stop, which
         would begin the test again: have its load looked for as long."""
-        certain_s = monitor.certain_at - monotonic_s()
+        certain_s = monitor.load.certain_at - monotonic_s()
         if certain_s > 0:
             self.load.add_cleanup(monitor.run_id, monitor.cluster, certain_s)
 
@@ -12951,7 +13004,7 @@ class RunStopper:
         if run is None or run.is_final:
             return
         began = monitor.users_seen or final is None or (final.requests or 0) > 0
-        if run.stop_reason == "locust" and not began and monitor.age_s < self.rules.start_timeout_s:
+        if run.stop_reason == "locust" and not began and monitor.load.age_s < self.rules.start_timeout_s:
             reason = "Locust ended the test without starting a user: is a host set? See its log"
             self._end_as_failed(run.id, reason, {}, final)
             return
@@ -12975,9 +13028,9 @@ class RunStopper:
             self.warn(run.id, "ended_early", words)
 
     def _record_users_never_reached(self, run: Run, monitor: RunMonitor) -> None:
-        last, target = monitor.last, monitor.target
+        last, target = monitor.last, monitor.load.target
         is_ours = target.users == load_target(run, time.time()).users  # changed by no one in Locust's page
-        if last and is_ours and monitor.wanted_for_s > 5 and last.users < target.users:
+        if last and is_ours and monitor.load.wanted_for_s > 5 and last.users < target.users:
             words = f"{last.users} of {target.users} users were running at the last reading"
             self.warn(run.id, "users_not_reached", words)
 
@@ -13039,7 +13092,7 @@ class RunStopper:
             monitor.final.set()
             monitor.kept.set()
             monitor.stop_outcome.settle()
-            monitor.close()
+            monitor.threads.close()
         self.load.on_free()
 
     def warn(self, run_id: str, code: str, message: str) -> None:
@@ -13154,7 +13207,7 @@ class RunStarter:
         monitor = RunMonitor(run, cluster, self._stopper)
         self._stopper.monitors[run.id] = monitor
         try:
-            monitor.start_threads(first)
+            monitor.threads.start(first)
         except BaseException:
             self.drop_monitor(run.id)
             raise
@@ -13170,7 +13223,7 @@ class RunStarter:
         """Forget the monitor of a run that was not started."""
         monitor = self._stopper.monitors.pop(run_id, None)
         if monitor:
-            monitor.close()
+            monitor.threads.close()
 
     def start(
         self, cluster: Cluster, run: Run, monitor: RunMonitor, idempotency: tuple[str, str] | None = None
@@ -13188,10 +13241,11 @@ class RunStarter:
                 run = self._store.add(run, idempotency)
             elif not self._leaves_queue(run):
                 raise Conflict(f"run {run.id} was cancelled")
-            monitor.set_deadline(run.duration_s)
-            monitor.was_sent, monitor.sent_at = True, time.time()
+            load = monitor.load
+            load.set_deadline(run.duration_s)
+            load.was_sent, load.sent_at = True, time.time()
             monitor.has_hooks = reading.hooks
-            form = swarm_form(run, cluster, monitor.target, monitor.remaining_s(), self._rules)
+            form = swarm_form(run, cluster, load.target, load.remaining_s(), self._rules)
             cluster.client.swarm(form)
         finally:
             cluster.operation.release()
@@ -13400,7 +13454,7 @@ class RunAdopter:
         elif run.status is RunStatus.PENDING:
             self._reconcile_pending(run, monitor)
         elif run.status is RunStatus.STOPPING:
-            monitor.end_with(functools.partial(self._stopper.resume_stop, monitor))
+            monitor.threads.end_with(functools.partial(self._stopper.resume_stop, monitor))
         elif run.deadline_at is not None and run.deadline_at <= time.time():
             if self._stopper.is_over(monitor):
                 self._stopper.claim_end(monitor, "duration")
@@ -13417,7 +13471,7 @@ class RunAdopter:
             remaining = min(run.deadline_at - time.time(), float(run.duration_s))
         monitor.arm(run, remaining)
         if run.plan.stages:
-            monitor.post(monitor.begin_stage)  # a stage may have begun meanwhile
+            monitor.threads.post(monitor.load.begin_stage)  # a stage may have begun meanwhile
         log("run adopted", run=run.id, cluster=run.cluster_id, remaining_s=remaining)
 
     def _reconcile_pending(self, run: Run, monitor: RunMonitor) -> None:
@@ -13513,7 +13567,7 @@ class LocustReports:
         except NotReady:
             self._starter.give_back(cluster, run.id)
             raise
-        monitor.was_sent = monitor.start_seen = True
+        monitor.load.was_sent = monitor.start_seen = True
         monitor.arm(run, None)
         log("run registered from Locust's page", run=run.id, cluster=cluster.id)
         return run.id, True
@@ -13633,7 +13687,7 @@ class Orchestrator:
 
     def _users_of(self, run_id: str) -> int:
         monitor = self._monitors.get(run_id)
-        return monitor.target.users if monitor else 0
+        return monitor.load.target.users if monitor else 0
 
     # ---- start and end of the program
 
@@ -13770,7 +13824,7 @@ class Orchestrator:
 
     def _was_sent(self, run_id: str) -> bool:
         monitor = self._monitors.get(run_id)
-        return monitor is not None and monitor.was_sent
+        return monitor is not None and monitor.load.was_sent
 
     def _kept_as_failed(
         self, cluster: Cluster, run: Run, error: LocustError, idempotency: tuple[str, str] | None
@@ -13876,7 +13930,7 @@ class Orchestrator:
         why = self.pool.over_users(run, users)
         if why:
             raise Forbidden(f"targetUsers: {why}", {"targetUsers": why})
-        change = monitor.change_users(users, spawn_rate, by)
+        change = monitor.load.change_users(users, spawn_rate, by)
         if change is None:
             raise Conflict(f"run {run_id} is about to end; its users are not changed any more")
         self.store.update(run_id, load_changes=(*self.store.get(run_id).load_changes, change))
@@ -13958,7 +14012,7 @@ class Orchestrator:
         """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
         monitor = self._monitors.get(self.pool.active_run_id(cluster) or "")
         if monitor:  # first: a worker that goes at once is not lost
-            monitor.workers_scaled(workers)
+            monitor.load.workers_scaled(workers)
         self._scaling.scale(cluster, workers)
 
     def read_logs(self, cluster: Cluster, lines: int) -> list[dict[str, Any]]:
@@ -18893,7 +18947,7 @@ def _failure_ratio(one: ActiveRun) -> float | None:
 
 
 def _target_users(one: ActiveRun) -> int:
-    return one.monitor.target.users if one.monitor else one.run.target_users
+    return one.monitor.load.target.users if one.monitor else one.run.target_users
 
 
 def _response_quantiles(row: Snapshot | EndpointStats) -> dict[str, float | None]:
@@ -19250,7 +19304,7 @@ METRICS = (
     Metric(
         "loadmanager_run_overdue_seconds", "gauge",
         "For how long the load has been running beyond its deadline", RUN_LABELS,
-        _of_monitors(lambda one: one.overdue_s),
+        _of_monitors(lambda one: one.load.overdue_s),
         (Panel(_HEALTH, "Load beyond its deadline", "s", "@", "{{cluster}} {{run}}"),),
         (
             Alert(

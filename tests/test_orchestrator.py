@@ -347,7 +347,7 @@ lm.DatabaseWriter.save = save_but_once
     [
         "raise_once(lm.RunMonitor, '_look')",
         "raise_once(lm.RunMonitor, '_record_reading')",
-        "lm.RunMonitor._is_all_well = lambda *_: False\nraise_once(lm.RunMonitor, '_mind_users')",
+        "lm.RunLoad._is_all_well = lambda *_: False\nraise_once(lm.RunLoad, '_mind_users')",
         "raise_once(lm.RunMonitor, '_ask')",
         "raise_once(lm.RunMonitor, '_polled')",
         "raise_once(lm.PollLoop, '_receive')",

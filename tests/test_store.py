@@ -1189,8 +1189,8 @@ def test_clock_set_back_shortens_no_run_and_lengthens_none(open_store, monkeypat
     engine = lm.Orchestrator(config, store, timer)
     adopter = engine._adopter
     adopter._adopt(run, adopter._take_over(run))
-    assert engine._monitors[run.id].remaining_s() <= 60
-    engine._monitors[run.id].over.set()
+    assert engine._monitors[run.id].load.remaining_s() <= 60
+    engine._monitors[run.id].threads.over.set()
 
 
 def test_program_runs_on_postgresql_and_finds_its_runs_again(load_manager, fake_locust, postgres_url):
