@@ -12748,9 +12748,60 @@ class LoadStopper:
         log("load of an ended run is stopped", cluster=one.cluster_id, run=one.run_id)
 
 
+class RunDetails:
+    """What is known of a run beyond its numbers: failures, exceptions and Locust's own report."""
+
+    def __init__(self, store: Store, monitors: dict[str, RunMonitor]):
+        self._store = store
+        self._monitors = monitors
+
+    def keep(self, monitor: RunMonitor) -> None:
+        """Keep what Locust knows beyond numbers, before its next test clears it."""
+        client, run_id = monitor.cluster.client, monitor.run_id
+        failures = self._read(run_id, client.read_failures) or monitor.failures
+        exceptions = self._read(run_id, client.read_exceptions) or ()
+        report = self._read(run_id, client.read_report)
+        kept = dump_json(failures_to_json(failures, exceptions)).encode()
+        self._store.keep_attachment(run_id, FAILURES, kept)
+        if report:
+            self._store.keep_attachment(run_id, LOCUST_REPORT, report)
+
+    def _read(self, run_id: str, read: Callable[[], Any]) -> Any:
+        """What `read` gives, or None: an end must not depend on it, whatever goes wrong is logged."""
+        try:
+            return read()
+        except LocustError as error:
+            log("details not kept", run=run_id, why=error.message)
+        except Exception as error:  # noqa: BLE001 - see above
+            log_unforeseen("details", error, run=run_id)
+        return None
+
+    def failures(self, run: Run) -> dict[str, Any]:
+        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
+        self.wait_for(run)
+        kept = self._store.history.attachment(run.id, FAILURES)
+        if kept is not None:
+            return json.loads(kept)
+        monitor = self._monitors.get(run.id)
+        if monitor is None:
+            return failures_to_json((), ())
+        client = monitor.cluster.client
+        if not run.is_final:
+            return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
+        # Keeping them takes longer than we wait: whatever Locust answers, a final run has an answer.
+        failures = self._read(run.id, client.read_failures) or monitor.failures
+        return failures_to_json(failures, self._read(run.id, client.read_exceptions) or ())
+
+    def wait_for(self, run: Run) -> None:
+        """Wait (bounded) for what is kept about a run that has just ended."""
+        monitor = self._monitors.get(run.id)
+        if monitor and run.is_final:
+            monitor.kept.wait(DETAILS_WAIT_S)
+
+
 class RunStopper:
     """Ends runs: stops their load with retries until its users are gone, reads the final numbers,
-    concludes, keeps the details; and cleans up load whose run has ended without that."""
+    concludes; and cleans up load whose run has ended without that."""
 
     REPORT_WAIT_S = 2.0  # for the final numbers of hooks that have called back before
     FAIL_AGAIN_S = 3.0
@@ -12763,6 +12814,7 @@ class RunStopper:
         self.polls = PollLoop()
         self._judge = judge
         self.monitors: dict[str, RunMonitor] = {}  # of active runs
+        self.details = RunDetails(store, self.monitors)
         self.counts = RunCounts()
         self.load = LoadStopper(store, timer, pool)
 
@@ -12899,7 +12951,7 @@ class RunStopper:
             self._conclude(monitor, final, quiet_at)
         monitor.final.set()
         monitor.stop_outcome.settle()
-        self._keep_details(monitor)
+        self.details.keep(monitor)
         self._look_for_late_load(monitor)
         self._let_go(monitor.run_id)
 
@@ -13098,51 +13150,6 @@ class RunStopper:
     def warn(self, run_id: str, code: str, message: str) -> None:
         if self.store.add_warning(run_id, code, message, time.time()):
             log("warning", run=run_id, code=code, message=message)
-
-    # ---- details
-
-    def _keep_details(self, monitor: RunMonitor) -> None:
-        """Keep what Locust knows beyond numbers, before its next test clears it."""
-        client, run_id = monitor.cluster.client, monitor.run_id
-        failures = self._detail(run_id, client.read_failures) or monitor.failures
-        exceptions = self._detail(run_id, client.read_exceptions) or ()
-        report = self._detail(run_id, client.read_report)
-        kept = dump_json(failures_to_json(failures, exceptions)).encode()
-        self.store.keep_attachment(run_id, FAILURES, kept)
-        if report:
-            self.store.keep_attachment(run_id, LOCUST_REPORT, report)
-
-    def _detail(self, run_id: str, read: Callable[[], Any]) -> Any:
-        """What `read` gives, or None: an end must not depend on it, whatever goes wrong is logged."""
-        try:
-            return read()
-        except LocustError as error:
-            log("details not kept", run=run_id, why=error.message)
-        except Exception as error:  # noqa: BLE001 - see above
-            log_unforeseen("details", error, run=run_id)
-        return None
-
-    def failures(self, run: Run) -> dict[str, Any]:
-        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
-        self.wait_for_details(run)
-        kept = self.store.history.attachment(run.id, FAILURES)
-        if kept is not None:
-            return json.loads(kept)
-        monitor = self.monitors.get(run.id)
-        if monitor is None:
-            return failures_to_json((), ())
-        client = monitor.cluster.client
-        if not run.is_final:
-            return failures_to_json(client.read_failures() or monitor.failures, client.read_exceptions())
-        # Keeping them takes longer than we wait: whatever Locust answers, a final run has an answer.
-        failures = self._detail(run.id, client.read_failures) or monitor.failures
-        return failures_to_json(failures, self._detail(run.id, client.read_exceptions) or ())
-
-    def wait_for_details(self, run: Run) -> None:
-        """Wait (bounded) for what is kept about a run that has just ended."""
-        monitor = self.monitors.get(run.id)
-        if monitor and run.is_final:
-            monitor.kept.wait(DETAILS_WAIT_S)
 
 
 # ---- starting runs -----------------------------------------------------------
@@ -13434,8 +13441,8 @@ class RunAdopter:
         cluster = self._pool.find(run.cluster_id)
         if cluster is None:
             words = (
-                f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand; it is stopped "
-                "when the cluster comes back"
+                f"cluster {run.cluster_id} is gone from the configuration: stop its load by hand; it is "
+                "stopped when the cluster comes back"
             )
             self._stopper.fail(run.id, words, cleanup=True, certain_s=START_SETTLES_S)
             return None
@@ -13669,6 +13676,7 @@ class Orchestrator:
         self.reports = LocustReports(self._starter, self._stopper)
         self._monitors = self._stopper.monitors
         self.counts = self._stopper.counts
+        self.details = self._stopper.details
         self._stopper.load.on_free = self._dispatch_queue
         self._stopper.polls.start()
         self.pool.users_of = self._users_of
@@ -13999,14 +14007,6 @@ class Orchestrator:
         return Conflict(f"run {run.id} {words}", status=run.status.value)
 
     # ---- what is there
-
-    def failures(self, run: Run) -> dict[str, Any]:
-        """Failures and exceptions of a run: kept ones of a run that is over, else Locust's of now."""
-        return self._stopper.failures(run)
-
-    def wait_for_details(self, run: Run) -> None:
-        """Wait (bounded) for what is kept about a run that has just ended."""
-        self._stopper.wait_for_details(run)
 
     def scale_cluster(self, cluster: Cluster, workers: int) -> None:
         """Change a cluster's number of workers now; Conflict, InvalidInput or LocustError when it fails."""
@@ -21109,7 +21109,7 @@ def get_export(api: Api, request: Request) -> Response:
         document,
         api.store.history.samples(run.id),
         api.store.history.histogram_records(run.id),
-        api.orchestrator.failures(run),
+        api.orchestrator.details.failures(run),
     )
     return api.file_response(request, "export.json", JSON_TYPE, "".join(parts))
 
@@ -21168,7 +21168,7 @@ def get_histograms(api: Api, request: Request) -> Response:
 
 
 def get_failures(api: Api, request: Request) -> Response:
-    return json_response(api.orchestrator.failures(api.visible_run(request)))
+    return json_response(api.orchestrator.details.failures(api.visible_run(request)))
 
 
 def post_annotation(api: Api, request: Request) -> Response:
@@ -21215,7 +21215,7 @@ def get_requests_csv(api: Api, request: Request) -> Response:
 
 def get_locust_report(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
-    api.orchestrator.wait_for_details(run)
+    api.orchestrator.details.wait_for(run)
     report = api.store.history.attachment(run.id, LOCUST_REPORT)
     if report is None:
         raise NotFound("Locust's own report was not kept: it is read when a run ends, if Locust answers then")
@@ -22742,7 +22742,7 @@ class Api:
         """What a report is made of: the run as the API's JSON, its history, its failures."""
         run = self.visible_run(request)
         try:
-            failures = self.orchestrator.failures(run)
+            failures = self.orchestrator.details.failures(run)
         except LocustError as error:
             failures = {**failures_to_json((), ()), "problem": error.message}
         return (

@@ -397,7 +397,7 @@ def test_former_leader_that_was_frozen_commands_and_writes_nothing(member, fake,
 def test_load_that_a_frozen_leader_begins_after_a_take_over_is_stopped(
     member, fake_locust, empty_postgres, hooks
 ):
-    """It stood still while it sent the start. The one that took over looks for such load, but not for ever."""
+    """It stood still while it sent the start. The one that took over looks for such load, not for ever."""
     fake = fake_locust(hooks=hooks)
     with StartHeldUp(urlsplit(fake.url).port) as way:
         leader = member(f"http://127.0.0.1:{way.port}")
