@@ -6319,6 +6319,7 @@ class PostgresDatabase:
     LOCK_ID = 0x4C4D4752  # any number that no one else uses: "LMGR"
     ANSWER_S = 4.0  # a statement that takes longer is given up: packets may be dropped without a word
     READ_S = 15.0  # likewise one that reads a history
+    SILENCE_S = 15.0  # a process that may be followed by a standby says something so often
     OPENING_S = 600.0  # likewise one that brings old tables to a new version
     # Both ends notice a peer that is gone: the server must give the lock back.
     PATIENCE: dict[str, Any] = {
@@ -6386,7 +6387,7 @@ class PostgresDatabase:
                 continue
             self._connection.close()
             raise DatabaseInUse(f"database {self.shown}: is in use by another Load Manager")
-        self.execute(f"SET statement_timeout = {self._patience_s(self.READ_S) * 1000:.0f}")
+        self._limit_session()
         self.backend = self.query(
             "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
         )[0]
@@ -6550,7 +6551,15 @@ class PostgresDatabase:
     def opened(self) -> None:
         """What it holds could be read, and we lead."""
         self._is_open = self.is_leading = True
-        self.execute(f"SET statement_timeout = {self.READ_S * 1000:.0f}")
+        self._limit_session()
+
+    def _limit_session(self) -> None:
+        """Have the server end what takes too long, and, where a standby waits for the lock, the session of a
+        process that is frozen: its system would answer for it for ever."""
+        self.execute(f"SET statement_timeout = {self._patience_s(self.READ_S) * 1000:.0f}")
+        if self.address and self._is_open and self._connection.info.server_version >= 140000:
+            for name in ("idle_session_timeout", "idle_in_transaction_session_timeout"):
+                self.execute(f"SET {name} = {self.SILENCE_S * 1000:.0f}")
 
     def _patience_s(self, seconds: float) -> float:
         return seconds if self._is_open else self.OPENING_S
@@ -13407,6 +13416,16 @@ class RunAdopter:
         for monitor in overdue:
             monitor.final.wait(max(0.0, give_up_at - monotonic_s()))
 
+    def fail_unserved(self) -> None:
+        """End runs that wait for a cluster which the configuration does not have any more."""
+        for run in self._store.active_runs():
+            try:
+                self._pool.serving(run.tenant_id, run.env_id)
+            except InvalidInput:
+                if run.queued and self._pool.leave_queue(run.id):
+                    words = "the clusters it waited for are gone from the configuration"
+                    self._stopper.fail(run.id, words)
+
     def _clock_moved_s(self) -> float:
         moved_s = self._store.lead.clock_moved_s
         if abs(moved_s) < CLOCKS_DIFFER_S:
@@ -13703,7 +13722,7 @@ class Orchestrator:
         """Settle what an earlier process left, and start what is due; waits (bounded) for overdue stops
         only."""
         self._adopter.adopt_all()
-        self._fail_unserved()
+        self._adopter.fail_unserved()
         self._retention.forget_old()
         self.timer.in_thread(0.0, "thinning", self._retention.thin_old)
         self._dispatch_queue()
@@ -13748,18 +13767,8 @@ class Orchestrator:
         known = self.pool.clusters
         self.pool.reconfigure(config)
         self._stopper.load.clean_up_all(known)
-        self._fail_unserved()
+        self._adopter.fail_unserved()
         self._dispatch_queue()
-
-    def _fail_unserved(self) -> None:
-        """End runs that wait for a cluster which the configuration does not have any more."""
-        for run in self.store.active_runs():
-            try:
-                self.pool.serving(run.tenant_id, run.env_id)
-            except InvalidInput:
-                if run.queued and self.pool.leave_queue(run.id):
-                    words = "the clusters it waited for are gone from the configuration"
-                    self._stopper.fail(run.id, words)
 
     # ---- creating
 

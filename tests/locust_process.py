@@ -9,10 +9,12 @@ that dies early shows its log."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -49,9 +51,13 @@ HOOK_VARIABLES = (
 
 
 def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One below those that the system gives to outgoing connections: of these one could take it before it is
+    listened at."""
+    while True:
+        port = secrets.randbelow(20_000) + 12_000
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class LocustCluster:

@@ -150,7 +150,7 @@ def test_start_that_a_kill_interrupted_leaves_no_load(load_manager, fake_locust,
     fake.faults.clear()
     lm.restart()
     assert is_carried_out.wait(10), "the start is not carried out"
-    eventually(lambda: fake.users == 0, 5, what="its load is stopped")
+    eventually(lambda: fake.users == 0, 15, what="its load is stopped")
     (run,) = lm.get("/v1/tests").json
     assert run["status"] == "Failed" and "before the start was confirmed" in run["failureReason"]
     holds_for(lambda: fake.users == 0, 1)

@@ -393,6 +393,21 @@ def test_former_leader_that_was_frozen_commands_and_writes_nothing(member, fake,
     assert standby.run(run_id)["stopReason"] == "duration"
 
 
+def test_standby_leads_when_the_leader_is_frozen(member, fake):
+    """Its connection stays open, as its system answers for it."""
+    leader, standby = both(member, fake.url)
+    run_id = leader.create(durationSeconds=600).json["id"]
+    leader.wait_for(run_id, "Running")
+    os.kill(leader.process.pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: status_of(standby) == "leading", 30, what="the standby leads")
+        assert standby.run(run_id)["status"] == "Running"
+    finally:
+        os.kill(leader.process.pid, signal.SIGCONT)
+    assert leader.process.wait(15) == loadmanager.EXIT_LEAD_LOST, leader.log()
+    assert standby.run(run_id)["status"] == "Running" and not fake.stops
+
+
 @pytest.mark.parametrize("hooks", [True, False])
 def test_load_that_a_frozen_leader_begins_after_a_take_over_is_stopped(
     member, fake_locust, empty_postgres, hooks
