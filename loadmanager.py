@@ -6915,7 +6915,7 @@ class Numbers:
     def json(self) -> bytes:
         found = self._json
         if found is None:
-            assert self.snapshot is not None, "a final run's numbers have their JSON"
+            assert self.snapshot is not None, "these numbers are on disk only"
             found = self._json = storable_json(snapshot_to_json(self.snapshot))
         return found
 
@@ -6928,9 +6928,14 @@ class Numbers:
         found.pop("requestStats", None)
         return found
 
-    def compact(self) -> None:
-        self.json()
+    def compact(self) -> int:
+        """Be as small as can be, of a final run; the bytes it takes then."""
+        size = len(self.json())
         self.snapshot = None
+        return size
+
+
+ON_DISK = Numbers(None, "final")  # stands for numbers of final runs that only the database has
 
 
 class RunState(NamedTuple):
@@ -7223,7 +7228,10 @@ class _RowWriter:
             many(insert_into("samples", rows=some), rows)
 
     def _write_runs(self, batch: _Batch) -> None:
-        later = "ON CONFLICT (id) DO UPDATE SET record = excluded.record, metrics = excluded.metrics"
+        later = (
+            "ON CONFLICT (id) DO UPDATE SET record = excluded.record,"
+            " metrics = COALESCE(excluded.metrics, runs.metrics)"
+        )
         self._database.execute_many(
             insert_into("runs", later), [state.row() for state in batch.runs.values()]
         )
@@ -7681,10 +7689,10 @@ class StoredRun:
 
     __slots__ = ("run", "shown", "numbers", "final_numbers", "numbers_at", "head", "clock_shift_s")
 
-    def __init__(self, run: Run, metrics: bytes | None = None, is_durable: bool = True):
+    def __init__(self, run: Run, numbers: Numbers | None = None, is_durable: bool = True):
         self.run = run
         self.shown: Run | None = run if is_durable else None
-        self.numbers = Numbers(None, "", metrics) if metrics else None
+        self.numbers = numbers
         self.final_numbers: Numbers | None = None  # not shown yet
         self.numbers_at = -math.inf
         self.head: bytes | None = None
@@ -7692,7 +7700,8 @@ class StoredRun:
 
     def state(self, run: Run) -> RunState:
         """What is to be kept of `run`, a new state of it, with the numbers of now."""
-        return RunState(run, self.final_numbers or self.numbers)
+        numbers = self.final_numbers or self.numbers
+        return RunState(run, None if numbers is ON_DISK else numbers)
 
     def change(self, run: Run) -> None:
         """Take a change; one of a final run is shown by show() when it is durable."""
@@ -7708,27 +7717,22 @@ class StoredRun:
         if run.is_final:
             self.numbers = self.final_numbers or self.numbers
             self.final_numbers = None
-            if self.numbers:
-                self.numbers.compact()
 
-    def to_json(self) -> bytes:
-        return b"".join(self.json_parts())
-
-    def json_parts(self) -> tuple[bytes, ...]:
+    def json_parts(self, numbers: Numbers | None) -> tuple[bytes, ...]:
         """The answer in pieces, so that a list of 10,000 is copied once."""
-        head, numbers = self.head, self.numbers
+        head = self.head
         if head is None:
             assert self.shown is not None
             head = self.head = storable_json(run_to_json(self.shown))[:-1]
         return (head, b',"lastMetrics":', numbers.json(), b"}") if numbers else (head, b"}")
 
-    def brief(self) -> bytes:
-        """As to_json(), without the endpoints' rows."""
+    def brief(self, numbers: Numbers | None) -> tuple[bytes, ...]:
+        """The answer without the endpoints' rows."""
         assert self.shown is not None
         document = run_to_json(self.shown)
-        if self.numbers is not None:
-            document["lastMetrics"] = self.numbers.brief()
-        return storable_json(document)
+        if numbers is not None:
+            document["lastMetrics"] = numbers.brief()
+        return (storable_json(document),)
 
 
 def _decoded_histograms(rows: Iterable[tuple[float, int, str]]) -> Iterator[HistogramPoint]:
@@ -8045,6 +8049,9 @@ class RunIndex:
             del self._places[place]
         return record
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def newest_first(self) -> Iterator[StoredRun]:
         return reversed(self._records.values())
 
@@ -8061,6 +8068,123 @@ class RunIndex:
             return list(self._records.values())
         found = [record for place in places for record in self._places[place].values()]
         return found if len(places) < 2 else sorted(found, key=lambda record: record.run.seq)
+
+
+class FinalNumbers:
+    """The numbers of final runs: of the newest, and of those that were just asked for, in memory; of the
+    others, when there are many runs or many endpoints, in the database alone, which is asked for them.
+    `numbers` of a record changes under the store's lock."""
+
+    MEMORY_BYTES = 62 * 1024 * 1024  # of all final runs together
+    RUN_BYTES = 1300  # what a run takes without its numbers
+    MIN_BYTES = 2 * 1024 * 1024  # for numbers, however many runs there are
+    READ_AT_ONCE = 250  # runs: their numbers may be 150 KiB each, and other reads and writes wait
+
+    def __init__(self, writer: DatabaseWriter, lock: threading.RLock, runs: RunIndex):
+        self._writer = writer
+        self._lock = lock
+        self._runs = runs
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # of those in memory; first to go first
+        self._bytes = 0
+
+    @property
+    def _room(self) -> int:
+        return max(self.MIN_BYTES, self.MEMORY_BYTES - self.RUN_BYTES * len(self._runs))
+
+    def load(self, database: Database) -> None:
+        """Have the numbers of the runs that are not final, and of the newest that are, as far as there is
+        room."""
+        wanted = (record for record in self._runs.newest_first() if record.numbers is ON_DISK)
+        newest = [record.run.id for record in sorted(wanted, key=lambda record: record.run.is_final)]
+        for start in range(0, len(newest), self.READ_AT_ONCE):
+            if self._bytes >= self._room:
+                break
+            some = newest[start : start + self.READ_AT_ONCE]
+            self._have(some, self._read_some(some, database))
+        self._sizes = OrderedDict(reversed(self._sizes.items()))
+        self._make_room()
+
+    def keep(self, record: StoredRun) -> None:
+        """The run has become final, and this is on disk."""
+        self._count(record)
+        self._make_room()
+
+    def _count(self, record: StoredRun) -> None:
+        numbers, run_id = record.numbers, record.run.id
+        self.forget(run_id)
+        if numbers is not None and numbers is not ON_DISK:
+            size = self._sizes[run_id] = numbers.compact()
+            self._bytes += size
+
+    def forget(self, run_id: str) -> None:
+        """The run is gone."""
+        self._bytes -= self._sizes.pop(run_id, 0)
+
+    def _make_room(self) -> None:
+        while self._bytes > self._room and self._sizes:
+            run_id, size = self._sizes.popitem(last=False)
+            self._bytes -= size
+            record = self._runs.find(run_id)
+            if record is not None:
+                record.numbers = ON_DISK
+
+    def are_in_memory(self, run_id: str) -> bool:
+        """Whether a run can be shown without the database; asked by any thread."""
+        record = self._runs.find(run_id)
+        return record is None or record.numbers is not ON_DISK
+
+    def recall(self, runs: list[Run]) -> None:
+        """Have the numbers of some runs in memory, as they are soon asked for; NotReady."""
+        self.answers(self._records(runs), lambda record, numbers: None)
+
+    def documents(self, runs: list[Run], make: Callable[..., tuple[bytes, ...]]) -> dict[str, dict[str, Any]]:
+        """The answers of those of the runs that are still there, as `make` makes them; NotReady."""
+        records = self._records(runs)
+        answers = self.answers(records, make)
+        return {
+            one.run.id: json.loads(b"".join(answer)) for one, answer in zip(records, answers, strict=True)
+        }
+
+    def _records(self, runs: list[Run]) -> list[StoredRun]:
+        found = (self._runs.find(run.id) for run in runs)
+        return [record for record in found if record is not None and record.shown is not None]
+
+    def answers(
+        self, records: list[StoredRun], make: Callable[[StoredRun, Numbers | None], Any]
+    ) -> list[Any]:
+        """What `make` makes, under the lock, of each run and its numbers; NotReady when the database is
+        needed for that and does not answer. The numbers of a page are then kept in memory; those of
+        thousands would only drive out others."""
+        read: dict[str, Numbers | None] = {}
+        while True:
+            with self._lock:
+                missing = [one.run.id for one in records if one.numbers is ON_DISK and one.run.id not in read]
+                if not missing:
+                    made = [
+                        make(one, read.get(one.run.id) if one.numbers is ON_DISK else one.numbers)
+                        for one in records
+                    ]
+                    if len(read) <= self.READ_AT_ONCE:
+                        self._have(list(read), read)
+                        self._make_room()
+                    return made
+            read.update(dict.fromkeys(missing))  # one that is deleted meanwhile has none
+            for start in range(0, len(missing), self.READ_AT_ONCE):
+                some = missing[start : start + self.READ_AT_ONCE]
+                read.update(self._writer.read(functools.partial(self._read_some, some)))
+
+    def _read_some(self, run_ids: list[str], database: Database) -> dict[str, Numbers | None]:
+        places = ", ".join("?" * len(run_ids))
+        rows = database.query(f"SELECT id, metrics FROM runs WHERE id IN ({places})", tuple(run_ids))
+        return {run_id: Numbers(None, "final", text.encode()) for run_id, text in rows if text}
+
+    def _have(self, run_ids: list[str], read: dict[str, Numbers | None]) -> None:
+        for run_id in run_ids:
+            record, numbers = self._runs.find(run_id), read.get(run_id)
+            if record is not None and record.numbers is ON_DISK and numbers is not None:
+                record.numbers = numbers
+                if record.run.is_final:
+                    self._count(record)
 
 
 class RunClock:
@@ -8328,6 +8452,7 @@ class Store:
         self.lead = Lead(database, self._writer)
         self.history = RunHistory(self._writer)
         self.comparer = Comparer(self)
+        self.numbers = FinalNumbers(self._writer, self._lock, self._runs)
         self.baselines = Baselines(self._writer, self._lock, self._runs)
         self.idempotency = IdempotencyKeys(self._writer, self._lock)
         self.cleanups = CleanUpsDue(self._writer, self._lock)
@@ -8359,14 +8484,14 @@ class Store:
         # Row by row: all rows at once would double the memory that 10,000 runs take; so would their
         # order, for which the database would keep all of them.
         found = []
-        for record, metrics in database.execute("SELECT record, metrics FROM runs"):
-            run = run_from_record(record)
-            found.append(StoredRun(run, metrics.encode() if metrics else None))
+        for record, has_numbers in database.execute("SELECT record, metrics IS NOT NULL FROM runs"):
+            found.append(StoredRun(run_from_record(record), ON_DISK if has_numbers else None))
         for stored in sorted(found, key=lambda one: one.run.seq):
             self._runs.put(stored)
             self._next_seq = stored.run.seq + 1
             if not stored.run.is_final:
                 self._clock.go_on_after_newest_sample(database, stored)
+        self.numbers.load(database)
 
     # ---- reading -----------------------------------------------------------
 
@@ -8379,14 +8504,12 @@ class Store:
         return record.run if record else None
 
     def run_json(self, run_id: str) -> bytes:
-        """The run's answer as JSON bytes, or NotFound."""
-        with self._lock:
-            return self._runs.get_shown(run_id).to_json()
+        """The run's answer as JSON bytes, or NotFound; NotReady when its numbers cannot be read."""
+        return b"".join(*self.numbers.answers([self._runs.get_shown(run_id)], StoredRun.json_parts))
 
     def brief(self, run_id: str) -> bytes:
-        """As to_json(), without the endpoints' rows."""
-        with self._lock:
-            return self._runs.get_shown(run_id).brief()
+        """As run_json(), without the endpoints' rows."""
+        return b"".join(*self.numbers.answers([self._runs.get_shown(run_id)], StoredRun.brief))
 
     def newest_sample(self, run_id: str) -> Sample | None:
         """The newest numbers of a run that is going on; None when there are none."""
@@ -8400,8 +8523,7 @@ class Store:
     def newest_numbers(self, run_id: str) -> Snapshot | None:
         """The newest numbers of a run with its endpoints, whatever process saw them; None when there are
         none."""
-        with self._lock:
-            numbers = self._runs.get(run_id).numbers
+        [numbers] = self.numbers.answers([self._runs.get(run_id)], lambda record, numbers: numbers)
         if numbers is None or numbers.snapshot is not None:
             return numbers.snapshot if numbers else None
         return check_metrics({"lastMetrics": json.loads(numbers.json())}, "lastMetrics", math.inf)
@@ -8428,8 +8550,7 @@ class Store:
                     break
         is_more = limit is not None and len(found) > limit
         found = found[:limit]
-        with self._lock:
-            page = [(record.brief(),) if brief else record.json_parts() for record in found]
+        page = self.numbers.answers(found, StoredRun.brief if brief else StoredRun.json_parts)
         return page, found[-1].run.seq if is_more else None
 
     def active_runs(self) -> list[Run]:
@@ -8604,6 +8725,7 @@ class Store:
     def annotate(self, run_id: str, annotation: Annotation) -> None:
         """Mark a point in time of a run, also of a final one: the one thing a person may still add
         to it. Conflict when it has MAX_ANNOTATIONS."""
+        self.numbers.recall([self.get(run_id)])  # who follows the run gets it with its numbers
         with self._lock:
             record = self._runs.get(run_id)
             if len(record.run.annotations) >= MAX_ANNOTATIONS:
@@ -8644,6 +8766,7 @@ class Store:
 
     def record_thinned(self, run_id: str, step_s: int) -> None:
         """Have a run say that its history has a sample per so many seconds only."""
+        self.numbers.recall([self.get(run_id)])
         with self._lock:
             record = self._runs.get(run_id)
             self._save(record, replace(record.run, history_step_s=step_s))
@@ -8692,6 +8815,7 @@ class Store:
                 record.show(run)
                 if run.is_final:
                     self._runs.settle(run.id)
+                    self.numbers.keep(record)
                 self._tell(run)
 
     def _drop(self, *run_ids: str) -> None:
@@ -8699,6 +8823,7 @@ class Store:
             self.idempotency.forget(run_ids)
             for run_id in run_ids:
                 record = self._runs.remove(run_id)
+                self.numbers.forget(run_id)
                 self._writer.forget(run_id)
                 if record:
                     self._tell(record.run)  # who then does not find the run knows that it is gone
@@ -8829,7 +8954,9 @@ class Comparer:
 
     def history(self, run: Run, limit: int = HISTORY_RUNS) -> list[ComparedRun]:
         """The comparable runs before a run, with their figures, oldest first."""
-        return [self.compared(other) for other in self.comparable_runs(run, limit)]
+        runs = self.comparable_runs(run, limit)
+        self._store.numbers.recall(runs)
+        return [self.compared(other) for other in runs]
 
     def against(
         self, reference: list[Run], candidate: Run, tolerances: dict[str, Tolerance] | None = None,
@@ -17412,6 +17539,7 @@ class Request:
         "env_id",
         "run_id",
         "note",
+        "waits",
         "whole_at",
         "_id",
     )
@@ -17425,6 +17553,7 @@ class Request:
         self.body: bytes | bytearray = b""
         self.query: dict[str, Any] = {}
         self.tenant_id = self.env_id = self.run_id = self.note = ""
+        self.waits: bool = route.waits  # its handler waits for Locust or the disk: it gets a thread
         self.whole_at = 0.0  # of time.perf_counter(): its last byte was there
         self._id = ""
 
@@ -17932,7 +18061,7 @@ class Connection:
         request.whole_at = time.perf_counter()
         body, self.body = self.body, None
         request.body = body if body and self.reserved else bytes(body or b"")  # a big one is not copied
-        if not request.route.waits and not self.reserved:
+        if not request.waits and not self.reserved:
             self.answer(request, self.loop.api.respond(request))
             return
         self.busy = True
@@ -18178,10 +18307,10 @@ class Workers:
         """Requests that threads work on, or that wait for one."""
         return sum(pool.jobs for pool in (self.waiting, self.reserved, self.big))
 
-    def pool_for(self, route: Any) -> WorkerPool:
-        if route.reserved:
+    def pool_for(self, request: Request) -> WorkerPool:
+        if request.route.reserved:
             return self.reserved
-        return self.waiting if route.waits else self.big
+        return self.waiting if request.waits else self.big
 
 
 class ConnectionLoop(threading.Thread):
@@ -18381,7 +18510,7 @@ class ConnectionLoop(threading.Thread):
             request.body = b""
             self.call(functools.partial(self._answered, connection, request, response))
 
-        if not self._workers.pool_for(request.route).submit(work):
+        if not self._workers.pool_for(request).submit(work):
             refusal = NotReady("too many requests are waiting", retry_after_s=1)
             self._answered(connection, request, error_response(refusal))
 
@@ -18745,6 +18874,8 @@ class EventFeed:
     # ---- one event's bytes -------------------------------------------------
 
     def _run_event(self, run_id: str, seq: int, brief: bool = False) -> bytes:
+        if not self._store.numbers.are_in_memory(run_id):
+            return self._event(b"reset", b"{}", seq)  # who reads again waits for them, the loop does not
         try:
             document = self._store.brief(run_id) if brief else self._store.run_json(run_id)
         except NotFound:
@@ -20889,6 +21020,7 @@ class Route:
     access: str
     summary: str
     waits: bool = True
+    shows_run: bool = False  # with its numbers: it waits all the same when they are on disk only
     reserved: bool = False  # served even when all threads are taken
     is_large: bool = False  # its answer may hold a whole history: few are made at once
     query: dict[str, Check] = field(default_factory=dict)
@@ -21127,11 +21259,12 @@ def get_scenario_csv(api: Api, request: Request) -> Response:
     run = api.visible_run(request)
     place = (run.tenant_id, run.env_id, run.scenario_id)
     runs = [
-        json.loads(api.store.run_json(other.id))
+        other
         for other in api.store.list_runs()
         if (other.tenant_id, other.env_id, other.scenario_id) == place and other.status is RunStatus.FINISHED
     ]
-    text = scenario_csv(runs[MAX_SCENARIO_RUNS - 1 :: -1])
+    documents = api.store.numbers.documents(runs[:MAX_SCENARIO_RUNS], StoredRun.json_parts)
+    text = scenario_csv(list(documents.values())[::-1])
     return api.file_response(request, "scenario.csv", "text/csv; charset=utf-8", text)
 
 
@@ -21314,8 +21447,9 @@ def get_trends(api: Api, request: Request) -> Response:
     runs = runs[: query.get("limit", 100)]
     names = ("scenarioId", "createdAt", "startedAt", "finishedAt", "targetUsers", "verdict", "trust")
     points: list[dict[str, Any]] = []
+    documents = api.store.numbers.documents(runs, StoredRun.brief)
     for run in reversed(runs):
-        document = json.loads(api.store.brief(run.id)) if api.store.find(run.id) else {}
+        document = documents.get(run.id, {})
         facts = {name: document.get(name) for name in names}
         value = (document.get("lastMetrics") or {}).get(metric)
         points.append({"runId": run.id, **facts, "value": value, "normal": None})
@@ -21455,7 +21589,9 @@ def get_events(api: Api, request: Request) -> Response:
 
 
 def get_run_events(api: Api, request: Request) -> Response:
-    return api.event_stream(request, api.visible_run(request).id)
+    run = api.visible_run(request)
+    api.store.numbers.recall([run])
+    return api.event_stream(request, run.id)
 
 
 def get_session(api: Api, request: Request) -> Response:
@@ -21780,7 +21916,7 @@ ROUTES = (
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs",
         tool="list_runs"),
     Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False,
-        answer="Run", tool="show_run"),
+        shows_run=True, answer="Run", tool="show_run"),
     Route("DELETE", "/v1/tests/{id}", delete_test, "operator",
         "Delete a Finished or Failed run and its history", success=204, errors=(409, 503), tool="delete_run"),
     Route("POST", "/v1/tests/{id}/stop", post_stop, "operator",
@@ -21856,7 +21992,8 @@ ROUTES = (
         query=DOWNLOAD_QUERY, media=HTML_TYPE, errors=(503,),
     ),
     Route("GET", "/v1/tests/{id}/events", get_run_events, "viewer",
-        "Changes of one run as Server-Sent Events", waits=False, media=EVENT_TYPE, errors=(503,)),
+        "Changes of one run as Server-Sent Events", waits=False, shows_run=True, media=EVENT_TYPE,
+        errors=(503,)),
     Route("GET", "/v1/events", get_events, "viewer", "Changes of all runs as Server-Sent Events", waits=False,
         media=EVENT_TYPE, errors=(503,)),
     Route("POST", "/v1/stop-all", post_stop_all, "operator",
@@ -22557,7 +22694,10 @@ class Api:
             self.store.lead.check()
         if head.content_length:
             self._check_body_head(head, route)
-        return Request(head, route, params, principal, address)
+        request = Request(head, route, params, principal, address)
+        if route.shows_run:
+            request.waits = not self.store.numbers.are_in_memory(params["id"])
+        return request
 
     def _check_body_head(self, head: RequestHead, route: Route) -> None:
         """TooLarge or UnsupportedMediaType before a byte of the body is read."""
