@@ -202,7 +202,7 @@ def test_help_of_every_command_has_an_example_that_parses(command, capsys):
     assert ended.value.code == 0
     shown = re.search(r"example:\n  python loadmanager.py (.+)", capsys.readouterr().out).group(1)
     words = shlex.split(shown.partition(" > ")[0])
-    options = loadmanager.command_parser().parse_args(words)
+    options = loadmanager.command_parser(words).parse_args(words)
     assert options.function is command.function
 
 
