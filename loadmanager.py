@@ -9711,7 +9711,7 @@ class LocustClient:
         is_anothers = any(run.cluster_id == self.config.id for run in active)
         if reading.run_id != run_id if reading.hooks and reading.is_loaded else is_anothers:
             return
-        self._send_stop()
+        self._send_stop(run_id)
         log("load that began too late is stopped", run=run_id, cluster=self.config.id)
 
     def read_logs(self, lines: int) -> list[dict[str, Any]]:
@@ -9741,21 +9741,26 @@ class LocustClient:
                 _choices(options) if isinstance(options, dict) else None,
             )
 
-    def stop(self) -> None:
-        """Stop the test; returns when Locust says that users are gone."""
+    def stop(self, run_id: str) -> bool:
+        """Stop the test of a run; returns when Locust says that users are gone. False when its hooks say
+        that another run's test runs there, as when this stop was long on its way: it goes on."""
         self.require_lead()
-        self._send_stop()
+        return self._send_stop(run_id)
 
-    def _send_stop(self) -> None:
+    def _send_stop(self, run_id: str) -> bool:
+        path = f"/stop?run_id={quote(run_id, safe='')}"
         for _ in range(2):
-            status, headers, body = self._call(self._stop_method, "/stop", {}, LOCUST_STOP_S)
+            status, headers, body = self._call(self._stop_method, path, {}, LOCUST_STOP_S)
             # 2.20 wraps its own 405 in a 500.
             if status != 405 and not (status == 500 and body[:3] == b"405"):
                 break
             self._stop_method = "GET" if self._stop_method == "POST" else "POST"
+        if status == 409 and b"loadmanager_other_run" in body:
+            return False
         answer = self._decoded("/stop", status, headers, body)
         if answer.get("success") is not True:
             raise LocustRefused(f"Locust refused to stop: {_printable(answer.get('message') or answer)}")
+        return True
 
     def version(self) -> tuple[int, ...]:
         """(2, 47, 0); () when it cannot be found out. There is no API for it before the hooks: the page
@@ -12781,7 +12786,8 @@ class LoadStopper:
         with cluster.operation:
             if not self.store.lead.is_ours and self._is_anothers(cluster, run_id):
                 return
-            cluster.client.stop()
+            if not cluster.client.stop(run_id):
+                return
             cluster.seen()
             cluster.stopped_at = monotonic_s()
             try:
@@ -12791,7 +12797,7 @@ class LoadStopper:
                 # nothing. Only a new start makes it stoppable (2.47.0).
                 cure = {"user_count": 1, "spawn_rate": 1, "run_id": run_id}
                 cluster.client.swarm({**cure, "lm_stop_after": "10", "lm_lease": ""})
-                cluster.client.stop()
+                cluster.client.stop(run_id)
                 self._wait_until_quiet(cluster)
             cluster.stopped_at = monotonic_s()
 

@@ -966,6 +966,7 @@ class Hooks:
                 _quietly(self.counts.stamp, response)
             return response
 
+        self._refuse_late_stops(web_ui, (base_path or "").rstrip("/") + "/stop")
         swarm_path = (base_path or "").rstrip("/") + "/swarm"
 
         @web_ui.app.before_request
@@ -980,6 +981,19 @@ class Hooks:
             elif self._running() is None:
                 # what the form does not name is as at Locust's start, not as in the test before
                 self.options.restore()
+
+    def _refuse_late_stops(self, web_ui: WebUI, stop_path: str) -> None:
+        """A stop that names its run, and that was long on its way, does not end the next one's test."""
+        import flask
+
+        @web_ui.app.before_request
+        def refuse_stop_of_another_run() -> flask.typing.ResponseReturnValue | None:
+            named = flask.request.args.get("run_id", "")
+            run = self._running() if flask.request.path == stop_path and named else None
+            if run is None or run.id in ("", named):
+                return None
+            words = f"not stopped: run {run.id} is running, and not {named}"
+            return flask.jsonify(success=False, message=words, loadmanager_other_run=run.id), 409
 
     def _knows_token(self, given: str) -> bool:
         wanted = self.settings.token

@@ -150,6 +150,11 @@ class CampaignLocust(FakeLocust):
         elif self.hooks:
             self._soon(lambda: self._post("test-start", {"runId": load.run_id, "hooks": 1}))
 
+    def runs_another(self, run_id: str) -> bool:
+        with self._lock:
+            load = self.load
+            return load is not None and load.ended is None and load.run_id not in ("", run_id)
+
     def end_test(self) -> None:
         """What /stop does: it answers when the users are gone."""
         with self._lock:

@@ -97,6 +97,10 @@ class FakeLocust:
         self.state, self.users = "running", int(form["user_count"])
         self.run_id = form.get("run_id", "")
 
+    def runs_another(self, run_id: str) -> bool:
+        """Whether a stop that names this run finds another one's test."""
+        return bool(run_id) and self.run_id not in ("", run_id)
+
     def end_test(self) -> None:
         if self.stops_are_ignored > 0:
             self.stops_are_ignored -= 1
@@ -222,10 +226,12 @@ class FakeHandler(BaseHTTPRequestHandler):
         self._handle()
 
     def _handle(self) -> None:
-        fake, path = self.fake, self.path.partition("?")[0]
+        fake = self.fake
+        path, _, query = self.path.partition("?")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         form = {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True).items()}
         fake.calls.append(Call(self.command, path, form, dict(self.headers)))
+        self.named_run = parse_qs(query).get("run_id", [""])[0]
         self.form = form  # for faults that go on to the good answer
         fault = fake.faults.get(path) or fake.faults.get("*")
         if fault is not None:
@@ -242,6 +248,8 @@ class FakeHandler(BaseHTTPRequestHandler):
             self.send_json({"success": True, "message": "Swarming started", "host": "http://t"})
         elif path == "/stop" and self.command != fake.stop_method:
             self.send_text(405, "<h1>Method Not Allowed</h1>", "text/html")
+        elif path == "/stop" and fake.hooks and fake.runs_another(self.named_run):
+            self.send_text(409, json.dumps({"loadmanager_other_run": "another"}), "application/json")
         elif path == "/stop":
             fake.end_test()
             fake.reached(path, "after")

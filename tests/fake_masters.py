@@ -97,7 +97,7 @@ class Fakes(threading.Thread):
             self.swarmed_at[port] = now
             self.stopped_at.pop(port, None)
             return _json({"success": True, "message": "Swarming started"})
-        if path == "/stop":
+        if path.startswith("/stop?"):
             self.stopped_at.setdefault(port, now)
             self.users[port] = 0
             return _json({"success": True})

@@ -56,8 +56,11 @@ class CommandProxy(TcpProxy):
     def saw(self, received: bytes) -> None:
         for line in received.split(b"\r\n"):
             words = line.split(b" ")
-            if len(words) == 3 and words[2].startswith(b"HTTP/1") and words[1] in (b"/swarm", b"/stop"):
-                self._note(words[1].decode().strip("/"))
+            command = (
+                words[1].partition(b"?")[0] if len(words) == 3 and words[2].startswith(b"HTTP/1") else b""
+            )
+            if command in (b"/swarm", b"/stop"):
+                self._note(command.decode().strip("/"))
 
 
 class Member(LoadManager):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 import time
+import urllib.error
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from locust_process import LocustCluster
 from target import Target
 from waiting import eventually, holds_for
+
+import loadmanager
 
 LOCUST_DIRECTORY = Path(__file__).resolve().parent.parent / "locust"
 TOKEN = "callback-token-of-this-test"
@@ -657,6 +660,25 @@ def test_state_route_tells_what_runs_here(master, control_plane, target):
     master.post("/stop")
     assert (state_of(master)["runId"], state_of(master)["lastRunId"]) == ("", "run-seen")
     assert state_of(master)["state"] == "stopped", "not cached, unlike Locust's own"
+
+
+def test_stop_that_names_another_run_is_refused(master, control_plane, target):
+    """A stop that hung in a network, or was sent by a Load Manager that has ended, comes too late."""
+    start_run(master, target, "run-now")
+    wait_for_load(master)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        master.post("/stop?run_id=run-before")
+    assert refused.value.code == 409 and b"run-now" in refused.value.read()
+    assert state_of(master)["state"] == "running"
+    client = client_of(master)
+    assert client.stop("run-before") is False and state_of(master)["runId"] == "run-now"
+    assert client.stop("run-now") is True and state_of(master)["runId"] == ""
+    assert client.stop("run-before") is True, "nothing runs: there is nothing to refuse"
+
+
+def client_of(master):
+    config = loadmanager.ClusterConfig(id="c", tenant_id="t", env_id="e", base_url=master.base_url)
+    return loadmanager.LocustClient(config, "", "", loadmanager.Timer())
 
 
 def test_state_says_stopping_until_the_run_has_ended(master, control_plane, target):
