@@ -9632,13 +9632,13 @@ class LocustClient:
                 f"{self._where('/stats/requests')} has no state and stats: is it a Locust master?"
             )
         with self._parsing("/stats/requests"):
-            return self._dated(_reading_of_stats(document, time.time()), headers, body, asked_at)
+            reported = _reported_by_hooks(headers.get(STATS_HEADER, ""))
+            return _reading_of_stats(document, reported, *self._dated(reported, body, asked_at))
 
-    def _dated(self, reading: Reading, headers: dict[str, str], body: bytes, asked_at: float) -> Reading:
-        """The reading with the time at which Locust made it, from the hooks or as far as it is known."""
-        assert reading.snapshot is not None
+    def _dated(self, reported: dict[str, Any], body: bytes, asked_at: float) -> tuple[float, float, bool]:
+        """When Locust made an answer (epoch seconds), by the hooks or as far as it is known; how long before
+        that it may have been; and whether it came before."""
         answered_at = monotonic_s()
-        reported = _reported_by_hooks(headers.get(STATS_HEADER, ""))
         age_s = measure_or_none(reported.get("age"))
         if age_s is None:
             answer: object = hashlib.sha256(body).digest()
@@ -9646,15 +9646,7 @@ class LocustClient:
         else:
             *_, is_repeat = self._stats_times.record(reported.get("madeAt"), asked_at, answered_at)
             made, uncertainty_s = answered_at - age_s, answered_at - asked_at
-        made_at = time.time() - (monotonic_s() - made)
-        snapshot = with_counts(reading.snapshot._replace(taken_at=made_at), reported)
-        return replace(
-            reading,
-            snapshot=snapshot,
-            made_at=made_at,
-            uncertainty_s=uncertainty_s,
-            is_cached_repeat=is_repeat,
-        )
+        return time.time() - (monotonic_s() - made), uncertainty_s, is_repeat
 
     def read_final(self, timeout_s: float = LOCUST_CALL_S) -> Snapshot:
         """The whole test's numbers as Locust's own CSV has them: not cached, not cut."""
@@ -10059,8 +10051,11 @@ def _reported_by_hooks(header: str) -> dict[str, Any]:
     return reported if isinstance(reported, dict) else {}
 
 
-def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
-    snapshot = _snapshot_of_stats(document, now)
+def _reading_of_stats(
+    document: dict[str, Any], reported: dict[str, Any], made_at: float, uncertainty_s: float, is_repeat: bool
+) -> Reading:
+    """The statistics that Locust made at a time (see Reading), with what the hooks reported of them."""
+    snapshot = with_counts(_snapshot_of_stats(document, made_at), reported)
     return Reading(
         state=storable_text(document["state"], MAX_TEXT),
         users=_whole(document.get("user_count")),
@@ -10070,6 +10065,9 @@ def _reading_of_stats(document: dict[str, Any], now: float) -> Reading:
         cached=True,
         snapshot=snapshot,
         failures=_most_frequent_failures(map(_failure_of_stats, _objects_in(document.get("errors")))),
+        made_at=made_at,
+        uncertainty_s=uncertainty_s,
+        is_cached_repeat=is_repeat,
     )
 
 
