@@ -22,7 +22,7 @@ import loadmanager_hooks
 from locust import HttpUser, constant, task
 
 class Shopper(HttpUser):
-    wait_time = constant(0.2)  # little to do: what is measured is not the machine
+    wait_time = constant(0.5)  # little to do: what is measured is not the machine
 
     @task
     def browse(self):
@@ -354,8 +354,8 @@ def finished(lm, **more):
         "tenantId": "acme",
         "envId": "dev",
         "scenarioId": "shop",
-        "targetUsers": 6,
-        "spawnRate": 6,
+        "targetUsers": 12,
+        "spawnRate": 12,
         "durationSeconds": 6,
         **more,
     }
