@@ -7007,6 +7007,11 @@ class _Batch:
     def has_rows(self) -> bool:
         return any(getattr(self, name) for name in self.ROWS)
 
+    @property
+    def is_read_after(self) -> bool:
+        """Whether someone reads what there is when it is written."""
+        return any(ticket.read for ticket in self.tickets)
+
     def forget(self, run_id: str) -> None:
         """Nothing of a run that is deleted is written any more."""
         self.runs.pop(run_id, None)
@@ -7264,6 +7269,61 @@ def _finite_sample(sample: Sample) -> Sample:
     return sample._replace(**empty)
 
 
+class _PushedSamples:
+    """Which of the numbers that hooks push are kept as samples, by run: all that come no faster than
+    SAMPLE_STEP_S, and SAMPLE_BURST more. Of what comes faster the last and the extremes of a while are: a
+    token of one tenant would else fill the disk of all. Used under the writer's lock."""
+
+    AT_ONCE = len(EXTREMES) + 2  # so many are kept of those of a while
+    MAX_HELD = 5000
+
+    def __init__(self) -> None:
+        self._paid_until: dict[
+            str, float
+        ] = {}  # monotonic: at SAMPLE_STEP_S each, a run's samples last until then
+        self._held: dict[str, list[Sample]] = {}  # what came too fast
+
+    def take(self, sample: Sample) -> bool:
+        """Whether a sample is to be kept now; else it is among those that are due() later."""
+        run_id, now = sample.run_id, monotonic_s()
+        held = self._held.get(run_id) if self._held else None
+        paid_until = max(self._paid_until.get(run_id, now), now)
+        if held is None and paid_until <= now + SAMPLE_BURST * SAMPLE_STEP_S:
+            self._paid_until[run_id] = paid_until + SAMPLE_STEP_S
+            return True
+        if held is None:
+            self._held[run_id] = [sample]
+            return False
+        held.append(sample)
+        if len(held) > self.MAX_HELD:
+            held[:] = downsample(held, self.AT_ONCE)
+        return False
+
+    def due(self, of_all: bool) -> list[Sample]:
+        """What is to be kept by now; of_all: of all runs, as nothing is written after this, or someone
+        reads what there is."""
+        found: list[Sample] = []
+        if not self._paid_until:
+            return found
+        now = monotonic_s()
+        latest = now + SAMPLE_BURST * SAMPLE_STEP_S
+        for run_id in list(self._held):
+            if of_all or self._paid_until[run_id] <= latest:
+                kept = self.end(run_id)
+                self._paid_until[run_id] = min(self._paid_until[run_id], latest) + len(kept) * SAMPLE_STEP_S
+                found += kept
+        self._paid_until = {run_id: until for run_id, until in self._paid_until.items() if until > now}
+        return found
+
+    def end(self, run_id: str) -> list[Sample]:
+        """What is to be kept of a run, which may be over."""
+        return downsample(self._held.pop(run_id, []), self.AT_ONCE)
+
+
+SAMPLE_STEP_S = 0.05  # pushed samples of a run are not kept more often...
+SAMPLE_BURST = 100  # ...but for so many: of hooks that were not heard for a while
+
+
 class DatabaseWriter(threading.Thread):
     """The only thread that writes, and that no error ends. What the database does not take is kept
     and tried again every second, so a full disk loses nothing once there is room; a row that it
@@ -7288,6 +7348,7 @@ class DatabaseWriter(threading.Thread):
         self._audit_file = audit_file
         self._changed = threading.Condition()
         self._batch = _Batch()
+        self._pushed = _PushedSamples()
         self._in_hand: _Batch | None = None
         self._in_doubt: _Batch | None = None  # its COMMIT was sent and not answered
         self._number = 0  # of the newest transaction
@@ -7318,6 +7379,8 @@ class DatabaseWriter(threading.Thread):
     def save(self, state: RunState) -> None:
         with self._changed:
             self._next().runs[state.run.id] = state
+            if state.run.is_final:
+                self._batch.samples += self._pushed.end(state.run.id)
 
     def when_durable(self, then: Callable[[], None]) -> None:
         """Call `then` in the writer's thread when all that was saved before is on disk."""
@@ -7360,6 +7423,7 @@ class DatabaseWriter(threading.Thread):
     def forget(self, run_id: str) -> None:
         with self._changed:
             self._next().forget(run_id)
+            self._pushed.end(run_id)
             self._batch.gone[run_id] = None
 
     def add_sample(
@@ -7371,7 +7435,8 @@ class DatabaseWriter(threading.Thread):
             batch = self._batch
             if batch.since == math.inf:
                 batch.since = monotonic_s()
-            batch.samples.append(sample)
+            if sample.source != "push" or self._pushed.take(sample):
+                batch.samples.append(sample)
             if state is not None:
                 batch.runs[sample.run_id] = state
             if point is not None:
@@ -7492,6 +7557,7 @@ class DatabaseWriter(threading.Thread):
         with self._changed:
             if not self._batch.tickets and not self._closing:
                 self._changed.wait(self.LAZY_S)
+            self._batch.samples += self._pushed.due(of_all=self._closing or self._batch.is_read_after)
             self._in_hand, self._batch = self._batch, _Batch()
             return self._closing
 
@@ -28208,6 +28274,10 @@ environment. The history of those that stay thins: a sample per 10 s after a wee
 steps. Then the run says `historyStepSeconds`. Its final figures, verdict and what it is compared by stay
 as they were, sums stay exact; active runs and baselines are left alone. `make year` measures it: a year
 of hourly runs takes less than 1 GiB.
+
+Of what hooks push, a run's history takes 20 samples per second, and 100 more at once. Of what comes faster
+it has the extremes and the last of each half second, so that no token fills the disk: `lastMetrics`,
+thresholds and event streams have every push, and the last one of a run is always kept.
 """
 
 

@@ -127,7 +127,7 @@ def beside_others(program: Program, file: Path, what: str, path: str) -> None:
 
 
 def callback_figures() -> None:
-    head("callbacks: requests/s, median and 99th percentile; each sample is kept in the history")
+    head("callbacks: requests/s, median and 99th percentile; `lastMetrics` has the last one")
     if not has_wrk():
         row("callbacks per second", "skipped: needs wrk (apt-get install wrk)")
         return

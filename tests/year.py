@@ -88,7 +88,7 @@ def kept_run(store: lm.Store, started_at: float, random_: random.Random, seconds
     store.transition(run.id, lm.RunStatus.RUNNING, durable=False, started_at=started_at)
     newest = None
     for newest in snapshots(started_at, seconds, random_):
-        store.add_snapshot(run.id, newest, "push")
+        store.add_snapshot(run.id, newest, "poll")
     store.transition(run.id, lm.RunStatus.STOPPING, durable=False, stop_reason="duration")
     return store.transition(run.id, lm.RunStatus.FINISHED, newest, finished_at=started_at + seconds)
 
