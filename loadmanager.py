@@ -5638,7 +5638,8 @@ def thin_to_step(samples: list[Sample], step_s: float) -> list[Sample]:
 # 10. DATABASE - tables and migrations, in SQLite or PostgreSQL
 # ============================================================================
 
-# Reads are answered from a dict under Store._lock, which is held for memory only. One
+# Reads are answered from a dict under Store._lock, which is held for memory only; the
+# numbers of old runs are read from here (FinalNumbers), as a run's history is. One
 # writer thread speaks SQL: it writes what changed in batches, one commit for all who
 # wait (a commit for each sample: 4,200 rows/s; in batches: 38,000). Lifecycle changes
 # wait for their commit before they are answered; samples do not. A new run, and that a
@@ -9049,7 +9050,10 @@ class Comparer:
                 else f"not enough runs to tell: 0 of {ENOUGH_RUNS}"
             )
             return no_comparison(asked, f"not compared: {why}")
-        return comparison_summary(asked, self.against(reference, run, document=document))
+        try:
+            return comparison_summary(asked, self.against(reference, run, document=document))
+        except NotReady as error:  # numbers of the others are in the database only
+            return no_comparison(asked, f"not compared: {error.message}")
 
     def _reference(self, run: Run, asked: str) -> list[Run]:
         if asked == "history":
@@ -21984,9 +21988,9 @@ ROUTES = (
     Route("POST", "/v1/tests", post_test, "operator", "Create and start a run", body=CREATE_KEYS,
         answer="Run", success=201, errors=STARTING, tool="start_run"),
     Route("GET", "/v1/tests", get_tests, "viewer", "List runs, newest first", query=LIST_QUERY, answer="Runs",
-        tool="list_runs"),
+        errors=(503,), tool="list_runs"),
     Route("GET", "/v1/tests/{id}", get_test, "viewer", "One run with its newest numbers", waits=False,
-        shows_run=True, answer="Run", tool="show_run"),
+        shows_run=True, answer="Run", errors=(503,), tool="show_run"),
     Route("DELETE", "/v1/tests/{id}", delete_test, "operator",
         "Delete a Finished or Failed run and its history", success=204, errors=(409, 503), tool="delete_run"),
     Route("POST", "/v1/tests/{id}/stop", post_stop, "operator",
@@ -22026,11 +22030,13 @@ ROUTES = (
         "The run as Markdown, for a merge request", is_large=True, query=DOWNLOAD_QUERY,
         media=MARKDOWN_TYPE, errors=(503,), tool="report"),
     Route("GET", "/v1/tests/{id}/junit.xml", get_junit, "viewer",
-        "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE),
+        "The verdict as JUnit XML, a test case for each threshold", query=DOWNLOAD_QUERY, media=XML_TYPE,
+        errors=(503,)),
     Route("GET", "/v1/tests/{id}/summary.md", get_summary, "viewer",
-        "The verdict as Markdown, for the summary of a CI job", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE),
+        "The verdict as Markdown, for the summary of a CI job", query=DOWNLOAD_QUERY, media=MARKDOWN_TYPE,
+        errors=(503,)),
     Route("GET", "/v1/tests/compare", get_comparison, "viewer", "Two runs compared", query=COMPARE_QUERY,
-        answer="Comparison", errors=(404,), tool="compare_runs"),
+        answer="Comparison", errors=(404, 503), tool="compare_runs"),
     Route("GET", "/v1/tests/{id}/export", get_export, "viewer", "A final run with all samples as one file",
         is_large=True, query=DOWNLOAD_QUERY, answer="Export", errors=(409, 503)),
     Route(
@@ -22042,7 +22048,7 @@ ROUTES = (
             for name in (*EXPORT_KEYS, *LOCUST_CSV_KEYS) if name != "format"},
     ),
     Route("GET", "/v1/trends", get_trends, "viewer", "One figure over the Finished runs, oldest first",
-        query=TRENDS_QUERY, answer="Trend"),
+        query=TRENDS_QUERY, answer="Trend", errors=(503,)),
     Route("GET", BASELINE_PATH, get_baseline, "viewer", "The run that others are compared with", waits=False,
         answer="Baseline"),
     Route("PUT", BASELINE_PATH, put_baseline, "operator", "Name a Finished run as baseline",
@@ -22053,9 +22059,9 @@ ROUTES = (
         is_large=True, query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/scenario.csv", get_scenario_csv, "viewer",
         "The Finished runs of the run's scenario, a row each, as Apache Otava reads them",
-        query=DOWNLOAD_QUERY, media=CSV_TYPE),
+        query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route("GET", "/v1/tests/{id}/requests.csv", get_requests_csv, "viewer", "The endpoints as CSV",
-        query=DOWNLOAD_QUERY, media=CSV_TYPE),
+        query=DOWNLOAD_QUERY, media=CSV_TYPE, errors=(503,)),
     Route(
         "GET", "/v1/tests/{id}/locust-report.html", get_locust_report, "viewer",
         "Locust's own report, kept when the run ended",

@@ -269,7 +269,7 @@ def test_two_retries_of_one_key_after_a_conflict_make_one_run():
     go_on = [threading.Event(), threading.Event(), threading.Event()]
 
     class Stub:
-        def recall_key(self, key, now):
+        def recall(self, key, now):
             return kept.get(key)
 
         def create(self, run_request, name, idempotency):
@@ -284,7 +284,8 @@ def test_two_retries_of_one_key_after_a_conflict_make_one_run():
             kept[idempotency[0]] = (idempotency[1], f"run-{number}")
             return SimpleNamespace(id=f"run-{number}")
 
-    api.store = api.orchestrator = Stub()
+    api.orchestrator = Stub()
+    api.store = SimpleNamespace(idempotency=api.orchestrator)
     api.run_response = lambda run_id, status, replayed=False: run_id
     answers = []
 

@@ -105,6 +105,25 @@ def test_a_run_without_numbers_has_none_and_needs_no_database(open_store):  # no
     assert in_memory(again, [run]) == [True] and "lastMetrics" not in json.loads(again.run_json(run.id))
 
 
+@pytest.mark.usefixtures("little_room")
+def test_a_run_that_ends_while_the_database_is_away_is_not_compared(open_store, monkeypatch):  # noqa: F811
+    store = open_store()
+    first, *_ = [ended(store, number) for number in range(1000, 1004)]
+    store.baselines.name(lm.Baseline("acme", "dev", "browse", first.id, 11.0, "me"))
+    candidate = ended(store, 1005, compare_with="baseline")
+    document = json.loads(store.run_json(candidate.id))
+    assert store.comparer.judgement(candidate, document)["baseline"]
+    other = ended(store, 1006, compare_with="baseline")
+    assert in_memory(store, [first]) == [False]
+
+    def away(*args, **kwargs):
+        raise lm.NotReady("the database did not answer in time")
+
+    monkeypatch.setattr(store._writer, "read", away)
+    judged = store.comparer.judgement(other, json.loads(store.run_json(other.id)))
+    assert judged["judgement"] == lm.CANNOT_TELL and "did not answer in time" in judged["message"]
+
+
 # ---- over HTTP ---------------------------------------------------------------
 
 
