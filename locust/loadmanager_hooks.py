@@ -584,6 +584,7 @@ class Run:
         self._hooks = hooks
         self._environment = hooks.environment
         self.id = arguments["run_id"] or settings.run_id  # "": external, until the control plane gave an id
+        self.is_named = bool(arguments["run_id"])  # by its start, so that Load Manager knows it by this id
         self.tenant_id = arguments["tenant_id"] or settings.tenant_id
         self.env_id = arguments["env_id"] or settings.env_id
         # W3C Trace Context of whoever asked for the run; our calls carry it back
@@ -990,7 +991,7 @@ class Hooks:
         def refuse_stop_of_another_run() -> flask.typing.ResponseReturnValue | None:
             named = flask.request.args.get("run_id", "")
             run = self._running() if flask.request.path == stop_path and named else None
-            if run is None or run.id in ("", named):
+            if run is None or not run.is_named or run.id == named:
                 return None
             words = f"not stopped: run {run.id} is running, and not {named}"
             return flask.jsonify(success=False, message=words, loadmanager_other_run=run.id), 409

@@ -675,6 +675,10 @@ def test_stop_that_names_another_run_is_refused(master, control_plane, target):
     assert client.stop("run-now") is True and state_of(master)["runId"] == ""
     assert client.stop("run-before") is True, "nothing runs: there is nothing to refuse"
 
+    master.swarm(4, 50, host=target.url)  # in Locust's page: its id is none that a start brought
+    wait_for_load(master)
+    assert client.stop("run-before") is True and state_of(master)["state"] == "stopped"
+
 
 def client_of(master):
     config = loadmanager.ClusterConfig(id="c", tenant_id="t", env_id="e", base_url=master.base_url)
