@@ -31,42 +31,43 @@ PART III STATE: all that is remembered, in memory and on disk
 11. WRITER          the one thread that writes to the database
 12. STORE           every run in memory, written through to the database
 
-PART IV  LOCUST: all that is said to Locust, and its processes
-13. LOCUST CLIENT   every call to a Locust master
-14. LAUNCHER        Locust clusters started on this machine, and their guard
+PART IV  LOCUST: how other programs are asked, all that is said to Locust, and its processes
+13. HTTP CLIENT     requests to other programs, bounded as a whole in time and in size
+14. LOCUST CLIENT   every call to a Locust master
+15. LAUNCHER        Locust clusters started on this machine, and their guard
 
 PART V   RUNS: what starts, watches, stops and reports
-15. RUN RULES       pure decisions about a run and a cluster: is it idle, what load, what to warn of
-16. CLUSTER POOL    who has which cluster, the queue, sleep and scale
-17. RUN MONITOR     what is known of an active run, and how it is judged
-18. RUN STOPPER     stops load until users are gone, and concludes runs
-19. RUN STARTER     brings a cluster up, starts the test, proves that it began
-20. ORCHESTRATOR    creates, stops, adopts and ends runs, by the four above
-21. SCHEDULES       runs that start by themselves, at points in local time
-22. NOTIFICATIONS   what is reported to people and programs, at least once
+16. RUN RULES       pure decisions about a run and a cluster: is it idle, what load, what to warn of
+17. CLUSTER POOL    who has which cluster, the queue, sleep and scale
+18. RUN MONITOR     what is known of an active run, and how it is judged
+19. RUN STOPPER     stops load until users are gone, and concludes runs
+20. RUN STARTER     brings a cluster up, starts the test, proves that it began
+21. ORCHESTRATOR    creates, stops, adopts and ends runs, by the four above
+22. SCHEDULES       runs that start by themselves, at points in local time
+23. NOTIFICATIONS   what is reported to people and programs, at least once
 
 PART VI  FACE: what clients, browsers and shells meet
-23. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
-24. EXCHANGE        a run as a file to transfer: export, import, files of a headless Locust
-25. HTTP SERVER     connections, strict parsing, one loop for what is in memory
-26. EVENTS          changes of runs, reported to event streams
-27. METRICS         figures for Prometheus, and the dashboards and alerts made of them
-28. ACCESS          who a token says the caller is, and how much they may ask
-29. SIGN ON         tokens and sign-ins of an identity provider
-30. SESSIONS        browsers that signed in, and what they must prove
-31. HTTP API        routes, authentication, handlers
-32. STANDBY         which of several Load Managers leads, and what the others answer
-33. SERVICE         the whole program put together, and its configuration checked
-34. TERMINAL        text, tables and a live view that any terminal can show
-35. API CLIENT      which server a command talks to, and requests to it
-36. ASSISTANTS      the API's routes as tools of the Model Context Protocol
-37. COMMANDS        what each command does
-38. PRINTED RUNS    how commands show runs, figures and comparisons
-39. DOCTOR          what an installation lacks, and what to do about it
-40. INSTALL         puts the program, its launcher, unit and first configuration below a folder
-41. REFERENCE       all that can be asked, set and read, as Markdown and at /docs
-42. COMMAND LINE    which commands there are, what they take, and where the program begins
-43. DASHBOARD PAGE  what a browser gets at / and at /docs
+24. REPORTS         a run as a page, as Markdown, as CSV, as JUnit
+25. EXCHANGE        a run as a file to transfer: export, import, files of a headless Locust
+26. HTTP SERVER     connections, strict parsing, one loop for what is in memory
+27. EVENTS          changes of runs, reported to event streams
+28. METRICS         figures for Prometheus, and the dashboards and alerts made of them
+29. ACCESS          who a token says the caller is, and how much they may ask
+30. SIGN ON         tokens and sign-ins of an identity provider
+31. SESSIONS        browsers that signed in, and what they must prove
+32. HTTP API        routes, authentication, handlers
+33. STANDBY         which of several Load Managers leads, and what the others answer
+34. SERVICE         the whole program put together, and its configuration checked
+35. TERMINAL        text, tables and a live view that any terminal can show
+36. API CLIENT      which server a command talks to, and requests to it
+37. ASSISTANTS      the API's routes as tools of the Model Context Protocol
+38. COMMANDS        what each command does
+39. PRINTED RUNS    how commands show runs, figures and comparisons
+40. DOCTOR          what an installation lacks, and what to do about it
+41. INSTALL         puts the program, its launcher, unit and first configuration below a folder
+42. REFERENCE       all that can be asked, set and read, as Markdown and at /docs
+43. COMMAND LINE    which commands there are, what they take, and where the program begins
+44. DASHBOARD PAGE  what a browser gets at / and at /docs
 
 Threads. An exception that no one foresaw never ends one unseen: log_unforeseen() logs it with its
 trace and counts it, `/health` reports the count, and then what the last column says happens.
@@ -9421,11 +9422,253 @@ class DatabaseCopy:
 
 
 # ============================================================================
-# PART IV: LOCUST - all that is said to Locust, and its processes
+# PART IV: LOCUST - how other programs are asked, all that is said to Locust, and its processes
 # ============================================================================
 
 # ============================================================================
-# 13. LOCUST CLIENT - every call to a Locust master
+# 13. HTTP CLIENT - requests to other programs, bounded as a whole in time and in size
+# ============================================================================
+
+# Locust masters and receivers of notifications are asked by HttpConnection. Its time is that of the
+# whole, as timeouts of the library count for each recv only. No redirect is followed: a token must
+# not travel to other hosts. Two send and read by themselves: PollLoop, one selector over all masters,
+# and StandbyFront, which passes bodies of any size and event streams on as they come.
+
+
+class HttpAnswer(NamedTuple):
+    """What another program answered."""
+
+    status: int
+    headers: dict[str, str]  # their names in lower case
+    body: bytes
+
+
+HTTP_ERRORS = (OSError, http.client.HTTPException, ValueError)  # what is raised where there is no answer
+LOOK_UP_S = 5.0
+MAX_ANSWER_HEAD_BYTES = 65536
+
+
+def seconds_left(give_up_at: float) -> float:
+    left_s = give_up_at - monotonic_s()
+    if left_s <= 0:
+        raise TimeoutError("not within its time")
+    return left_s
+
+
+def look_up(host: str, give_up_at: float) -> list[str]:
+    """The addresses of a host. getaddrinfo knows no time limit, so a name is looked up in a thread that may
+    be left behind."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host.partition("%")[0])
+        return [host]
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(
+                [str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+            )
+        except (OSError, UnicodeError) as error:
+            found.append(error)
+
+    wait_s = min(seconds_left(give_up_at), LOOK_UP_S)
+    try:
+        start_thread("dns", ask).join(wait_s)
+    except NotReady as error:
+        raise OSError(error.message) from None
+    if not found:
+        raise OSError(f"the name {host} could not be looked up within {wait_s:g} s")
+    if isinstance(found[0], Exception):
+        why = getattr(found[0], "strerror", None) or found[0]
+        raise socket.gaierror(0, f"the name {host} is not known ({why})")
+    return found[0]
+
+
+def tls_context(ca_file: str | None = None, trusts_all: bool = False) -> Any:
+    """How another program is spoken to over TLS; ca_file: whose certificates count besides."""
+    import ssl
+
+    context = ssl.create_default_context(cafile=ca_file)
+    if trusts_all:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def connect(base_url: str, give_up_at: float, tls: Any = None, address: str | None = None) -> HttpConnection:
+    """A new connection to the program at a URL; address: where its host was found already."""
+    url = urlsplit(base_url)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    address = address or look_up(host, give_up_at)[0]
+    sock = socket.create_connection((address, port), seconds_left(give_up_at))
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if url.scheme == "https":
+            sock.settimeout(seconds_left(give_up_at))
+            sock = (tls or tls_context()).wrap_socket(sock, server_hostname=host)
+    except BaseException:
+        sock.close()
+        raise
+    return HttpConnection(base_url, sock)
+
+
+def request_bytes(method: str, url: str, headers: dict[str, str], body: bytes = b"") -> bytes:
+    """Head and body of a request in one piece; ValueError when something would break out of its line."""
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    host = parts.netloc.rpartition("@")[2]
+    lines = [
+        f"{method} {target} HTTP/1.1",
+        f"Host: {host if host.isascii() else host.encode('idna').decode()}",
+    ]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body or method != "GET":
+        lines.append(f"Content-Length: {len(body)}")
+    if " " in target or not all(map(str.isprintable, lines)):
+        raise ValueError("a path with spaces, or a header with control characters")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
+
+
+class AnswerHead(NamedTuple):
+    """The head of an answer that says its length, on a connection that is kept."""
+
+    status: int
+    headers: dict[str, str]
+    begin: int  # of the body
+    end: int
+
+
+STATUS_LINE = re.compile(r"HTTP/1\.1 (?!204|304)([2-5][0-9][0-9])(?: |$)")  # of an answer with a body
+
+
+def plain_head(raw: bytes | bytearray, most_bytes: int) -> AnswerHead | None:
+    """The head of what was received, None while it is not whole; ValueError for one of another kind."""
+    end = raw.find(b"\r\n\r\n", 0, MAX_ANSWER_HEAD_BYTES)
+    if end < 0:
+        if len(raw) >= MAX_ANSWER_HEAD_BYTES:
+            raise ValueError("a head without an end")
+        return None
+    first, *lines = raw[:end].decode("latin-1").split("\r\n")
+    status = STATUS_LINE.match(first)
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name = name.lower()
+        if not colon or name in headers or name != name.strip():
+            raise ValueError("a duplicate header, or a line that is none")
+        headers[name] = value.strip()
+    length = headers.get("content-length", "")
+    if not status or not (length.isascii() and length.isdecimal()):
+        raise ValueError("not an answer that says its length")
+    if "transfer-encoding" in headers or headers.get("connection", "keep-alive").lower() != "keep-alive":
+        raise ValueError("not an answer in one piece on a kept connection")
+    if int(length[:12]) > most_bytes:
+        raise ValueError("too long")
+    return AnswerHead(int(status[1]), headers, end + 4, end + 4 + int(length[:12]))
+
+
+class HttpConnection:
+    """A connection to another program, for one exchange at a time."""
+
+    def __init__(self, base_url: str, sock: socket.socket):
+        self.base_url = base_url
+        self.sock = sock
+        self.may_be_kept = False  # for another exchange
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def exchange(self, request: bytes, give_up_at: float, most_bytes: int) -> HttpAnswer:
+        """Send a request in one piece and read its answer; one byte more than `most_bytes` of a longer body.
+        HTTP_ERRORS without an answer. The library reads only what is not plain: e-mail's parser, and head
+        and body in two writes, cost a create 0.3 ms."""
+        self.may_be_kept = False
+        unsent = memoryview(request)
+        while unsent:
+            self.sock.settimeout(seconds_left(give_up_at))
+            unsent = unsent[self.sock.send(unsent) :]
+        incoming, received, head = _Incoming(self.sock, give_up_at), bytearray(), None
+        while part := incoming.receive():
+            received += part
+            try:
+                head = head or plain_head(received, most_bytes)
+            except ValueError:
+                break
+            if head and len(received) >= head.end:
+                self.may_be_kept = len(received) == head.end
+                return HttpAnswer(head.status, head.headers, bytes(received[head.begin : head.end]))
+        return self._read_by_library(incoming, bytes(received), most_bytes)
+
+    def _read_by_library(self, incoming: _Incoming, received: bytes, most_bytes: int) -> HttpAnswer:
+        incoming.again = received
+        response = http.client.HTTPResponse(incoming)  # type: ignore[arg-type]  # like a socket
+        response.begin()
+        body = response.read(most_bytes + 1)
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        self.may_be_kept = response.isclosed() and not response.will_close
+        return HttpAnswer(response.status, headers, body)
+
+
+class _Incoming(io.RawIOBase):
+    """What comes on a socket until a point in time; for http.client, what has come already comes again."""
+
+    def __init__(self, sock: socket.socket, give_up_at: float):
+        self._sock = sock
+        self._give_up_at = give_up_at
+        self.again = b""
+
+    def receive(self, most_bytes: int = 262144) -> bytes:
+        self._sock.settimeout(seconds_left(self._give_up_at))
+        return self._sock.recv(most_bytes)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.again[: len(buffer)] or self.receive(len(buffer))
+        self.again = self.again[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def ask_once(
+    method: str,
+    url: str,
+    headers: dict[str, str],
+    body: bytes,
+    give_up_at: float,
+    most_bytes: int,
+    tls: Any = None,
+    address: str | None = None,
+) -> HttpAnswer:
+    """One exchange on a connection of its own, as exchange() and connect()."""
+    own = {"User-Agent": f"loadmanager/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"}
+    with contextlib.closing(connect(url, give_up_at, tls, address)) as connection:
+        return connection.exchange(request_bytes(method, url, own | headers, body), give_up_at, most_bytes)
+
+
+def network_words(error: Exception) -> str:
+    name = type(error).__name__
+    if name == "SSLCertVerificationError":
+        return f"its certificate is not trusted: {getattr(error, 'verify_message', error)}"
+    if name.startswith("SSL"):
+        reason = str(getattr(error, "reason", "") or error)
+        plain = "WRONG_VERSION_NUMBER" in reason or "HTTP_REQUEST" in reason or "RECORD_LAYER" in reason
+        return "it speaks plain HTTP, not https" if plain else f"TLS failed: {reason}"
+    if isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)):
+        return "closed the connection without an answer"
+    if isinstance(error, ConnectionRefusedError):
+        return "refused the connection: is the master running?"
+    if isinstance(error, http.client.HTTPException):
+        return f"answered what is not HTTP ({name})"
+    return str(getattr(error, "strerror", None) or error) or name
+
+
+# ============================================================================
+# 14. LOCUST CLIENT - every call to a Locust master
 # ============================================================================
 
 
@@ -9434,9 +9677,7 @@ def timestamp_or_none(value: Any) -> float | None:
     return value if _is_measure(value) and value is not None and value <= LAST_TIMESTAMP_S else None
 
 
-# Locust's field names end here; a Reading or Snapshot comes out. Every call is bounded
-# in time as a whole (a timer shuts the socket, as timeouts of the library count for each
-# recv only) and in size. No redirect is followed: a token must not travel to other hosts.
+# Locust's field names end here; a Reading or Snapshot comes out.
 
 
 HOOKS_PATH = "/loadmanager/state"  # a route that our hooks add to the master's web server
@@ -9484,170 +9725,53 @@ class MasterConnections:
         self._folder = folder
         self.base_url = config.base_url or ""
         self._lock = threading.Lock()  # guards what follows
-        self._kept: list[http.client.HTTPConnection] = []
+        self._kept: list[HttpConnection] = []
         self._addresses: tuple[str, float] | None = None
 
     def moved_to(self, base_url: str) -> None:
         with self._lock:
-            self.base_url = base_url
+            self.base_url, self._addresses = base_url, None
             self._kept.clear()
 
-    def take(self) -> http.client.HTTPConnection | None:
+    def take(self) -> HttpConnection | None:
         """A connection that Locust has not closed meanwhile, or None."""
         while True:
             with self._lock:
                 if not self._kept:
                     return None
                 connection = self._kept.pop()
-            if connection.sock is not None and not _readable(connection.sock):
+            if not _readable(connection.sock):
                 return connection
             connection.close()
 
-    def keep(self, connection: http.client.HTTPConnection) -> None:
+    def keep(self, connection: HttpConnection) -> None:
         with self._lock:
-            if len(self._kept) < self.MAX_KEPT and connection.host in self.base_url:
+            if len(self._kept) < self.MAX_KEPT and connection.base_url == self.base_url:
                 self._kept.append(connection)
                 return
         connection.close()
 
-    def new(self, timeout_s: float) -> http.client.HTTPConnection:
-        parts = urlsplit(self.base_url)
-        if not parts.hostname:
+    def new(self, give_up_at: float) -> HttpConnection:
+        base_url, host = self.base_url, urlsplit(self.base_url).hostname
+        if not host:
             raise OSError("the cluster is not up yet")
-        if parts.scheme == "https":
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout_s, context=self._tls_context
-            )
-        else:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
-        # the library's own seam; bounds name look-ups
-        connection._create_connection = self._connect  # type: ignore[attr-defined]
-        return connection
+        tls = self._tls_context if base_url.startswith("https:") else None
+        return connect(base_url, give_up_at, tls, self._address(host, give_up_at))
 
     @functools.cached_property
     def _tls_context(self) -> Any:
-        import ssl
-
         tls = self._tls
-        context = ssl.create_default_context(cafile=tls.ca_file and os.path.join(self._folder, tls.ca_file))
-        if tls.insecure_skip_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
+        return tls_context(tls.ca_file and os.path.join(self._folder, tls.ca_file), tls.insecure_skip_verify)
 
-    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        return socket.create_connection((self._address(address[0], timeout), address[1]), timeout, source)
-
-    def _address(self, host: str, timeout_s: float) -> str:
-        """The host's address. getaddrinfo knows no time limit, so a name is looked up in a
-        thread that may be left behind; an answer is cached for a minute."""
-        if re.fullmatch(r"[0-9.]+|.*:.*", host):
-            return host
+    def _address(self, host: str, give_up_at: float) -> str:
+        """The host's address, as it was found within the last minute."""
         with self._lock:
             if self._addresses and self._addresses[1] > monotonic_s():
                 return self._addresses[0]
-        found: list[Any] = []
-
-        def look_up() -> None:
-            try:
-                found.append(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-            except OSError as error:
-                found.append(error)
-
-        try:
-            start_thread("dns", look_up).join(min(timeout_s, 5.0))
-        except NotReady as error:
-            raise OSError(error.message) from None
-        if not found:
-            raise OSError(f"the name {host} could not be looked up within {min(timeout_s, 5.0):g} s")
-        if isinstance(found[0], OSError):
-            raise OSError(f"the name {host} is not known ({found[0].strerror})")
+        found = look_up(host, give_up_at)[0]
         with self._lock:
-            self._addresses = (found[0], monotonic_s() + 60)
-        return found[0]
-
-
-class MasterAnswer(NamedTuple):
-    """What a master answered."""
-
-    status: int
-    headers: dict[str, str]  # their names in lower case
-    body: bytes
-
-
-MAX_ANSWER_HEAD_BYTES = 65536
-
-
-def plain_answer(raw: bytes) -> MasterAnswer | None:
-    """An answer whose length is given, None while it is not whole; ValueError for one of another kind."""
-    end = raw.find(b"\r\n\r\n", 0, MAX_ANSWER_HEAD_BYTES)
-    if end < 0:
-        if len(raw) >= MAX_ANSWER_HEAD_BYTES:
-            raise ValueError("a head without an end")
-        return None
-    first, *lines = raw[:end].decode("latin-1").split("\r\n")
-    status = STATUS_LINE.match(first)
-    headers: dict[str, str] = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        name = name.lower()
-        if not colon or name in headers or name != name.strip():
-            raise ValueError("a duplicate header, or a line that is none")
-        headers[name] = value.strip()
-    length = headers.get("content-length", "")
-    if not status or not (length.isascii() and length.isdecimal()):
-        raise ValueError("not an answer that says its length")
-    if "transfer-encoding" in headers or headers.get("connection", "keep-alive").lower() != "keep-alive":
-        raise ValueError("not an answer in one piece on a kept connection")
-    whole = end + 4 + int(length[:12])
-    if whole > LOCUST_ANSWER_BYTES or len(raw) > whole:
-        raise ValueError("too long, or longer than it says")
-    return MasterAnswer(int(status[1]), headers, raw[end + 4 :]) if len(raw) == whole else None
-
-
-STATUS_LINE = re.compile(r"HTTP/1\.1 (?!204|304)([2-5][0-9][0-9])(?: |$)")  # of an answer with a body
-
-
-def exchange(sock: socket.socket, request: bytes) -> tuple[MasterAnswer, bool]:
-    """Send a request in one piece and read its answer, and whether the connection may be kept. The library
-    reads only what is not plain: e-mail's parser, and head and body in two writes, cost a create 0.3 ms."""
-    sock.sendall(request)
-    received = b""
-    while part := sock.recv(262144):
-        received += part
-        try:
-            answer = plain_answer(received)
-        except ValueError:
-            break
-        if answer is not None:
-            return answer, True
-    response = http.client.HTTPResponse(_ReadAgain(received, sock))  # type: ignore[arg-type]  # like a socket
-    response.begin()
-    body = response.read(LOCUST_ANSWER_BYTES + 1)
-    headers = {name.lower(): value for name, value in response.getheaders()}
-    may_be_kept = response.isclosed() and not response.will_close
-    return MasterAnswer(response.status, headers, body), may_be_kept
-
-
-class _ReadAgain(io.RawIOBase):
-    """What was received on a socket, and then what still comes, for http.client."""
-
-    def __init__(self, received: bytes, sock: socket.socket):
-        self._received = received
-        self._sock = sock
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._received:
-            return self._sock.recv_into(buffer)
-        part, self._received = self._received[: len(buffer)], self._received[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
+            self._addresses = (found, monotonic_s() + 60)
+        return found
 
 
 class LocustClient:
@@ -9656,10 +9780,9 @@ class LocustClient:
     lead: LeadProof | None = None  # where another Load Manager may take over
     HOOKS_ABSENT_S = 30.0  # how long a 404 of the hooks' route is cached
 
-    def __init__(self, config: ClusterConfig, callback_token: str, folder: str, timer: Timer):
+    def __init__(self, config: ClusterConfig, callback_token: str, folder: str):
         self.config = config
         self.callback_token = callback_token
-        self._timer = timer
         self.connections = MasterConnections(config, folder)
         self._cookie = ""
         self._stop_method = "POST"  # since 2.47.0; GET before
@@ -9901,7 +10024,7 @@ class LocustClient:
             what = type(error).__name__
             raise LocustBadAnswer(f"{self._where(path)} sent what cannot be read ({what})") from None
 
-    def _call(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> MasterAnswer:
+    def _call(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> HttpAnswer:
         """One request; signs in once when Locust asks for it."""
         status, headers, body = self._send(method, path, form, timeout_s)
         if 300 <= status < 400:
@@ -9917,7 +10040,7 @@ class LocustClient:
                     else "redirects are not followed"
                 )
                 raise LocustRefused(f"{self._where(path)} redirects to {_printable(location)}; {hint}")
-        return MasterAnswer(status, headers, body)
+        return HttpAnswer(status, headers, body)
 
     def _sign_in(self, timeout_s: float) -> None:
         """Log in as a browser would: the login page names the form's address."""
@@ -9935,72 +10058,41 @@ class LocustClient:
             )
         self._cookie = cookie
 
-    def _send(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> MasterAnswer:
+    def _send(self, method: str, path: str, form: dict[str, Any] | None, timeout_s: float) -> HttpAnswer:
         """One exchange on a kept or new connection, bounded as a whole by `timeout_s`."""
-        expired = threading.Event()
-        connection = self.connections.take()
-        sent = False
-        holder: list[http.client.HTTPConnection] = [connection] if connection else []
-
-        def expire() -> None:
-            expired.set()
-            for held in holder:
-                _shut(held.sock)
-
-        alarm = self._timer.after(timeout_s, expire)
+        give_up_at = monotonic_s() + timeout_s
+        connection, sent = self.connections.take(), False
         try:
-            if connection is None:
-                connection = self.connections.new(timeout_s)
-                holder.append(connection)
-                connection.connect()
-            if expired.is_set():
-                raise TimeoutError
-            connection.sock.settimeout(timeout_s)  # the polls' thread may have used it
+            connection = connection or self.connections.new(give_up_at)
             body = urlencode(form, doseq=True) if form is not None and method == "POST" else None
             request = self.request_bytes(method, path, body)
             sent = True
-            answer, may_be_kept = exchange(connection.sock, request)
-            if expired.is_set():
-                raise TimeoutError
+            answer = connection.exchange(request, give_up_at, LOCUST_ANSWER_BYTES)
             if len(answer.body) > LOCUST_ANSWER_BYTES:
                 raise LocustBadAnswer(
                     f"{self._where(path)} answered more than {LOCUST_ANSWER_BYTES >> 20} MiB"
                 )
-            if may_be_kept:
+            if connection.may_be_kept:
                 self.connections.keep(connection)
                 connection = None
             return answer
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._explained(error, path, expired.is_set(), sent, timeout_s) from None
+        except HTTP_ERRORS as error:
+            raise self._explained(error, path, sent, timeout_s) from None
         finally:
-            alarm.cancel()
             if connection is not None:
                 connection.close()
 
-    def _explained(
-        self, error: Exception, path: str, expired: bool, sent: bool, timeout_s: float
-    ) -> LocustError:
+    def _explained(self, error: Exception, path: str, sent: bool, timeout_s: float) -> LocustError:
         """What a network error means to the person who reads it."""
         where = self._where(path)
-        if isinstance(error, LocustError):
-            return error
-        if expired or isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError):
             failure: LocustError = LocustTimeout(f"{where} did not answer within {timeout_s:g} s")
         else:
-            failure = LocustUnreachable(f"{where}: {_network_words(error)}")
+            failure = LocustUnreachable(f"{where}: {network_words(error)}")
         failure.maybe_taken = sent
         return failure
 
     def request_bytes(self, method: str, path: str, body: str | None = None) -> bytes:
-        """Head and body of a request in one piece; ValueError when a header would break out of its line."""
-        parts = urlsplit(self.base_url)
-        lines = [f"{method} {parts.path}{path} HTTP/1.1", f"Host: {parts.netloc}"]
-        lines += [f"{name}: {value}" for name, value in self._headers(path, body).items()]
-        if not all(map(str.isprintable, lines)):
-            raise ValueError("a header with control characters")
-        return ("\r\n".join(lines) + "\r\n\r\n" + (body or "")).encode("latin-1")
-
-    def _headers(self, path: str, body: str | None) -> dict[str, str]:
         headers = {
             "Accept": "application/json", "Accept-Encoding": "identity", "Connection": "keep-alive",
         }  # fmt: skip
@@ -10008,18 +10100,17 @@ class LocustClient:
             headers["X-Locust-Token"] = self.callback_token  # renews the lease of the test
         if body is not None:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
-            headers["Content-Length"] = str(len(body))  # it is urlencoded: ASCII
         if self.config.auth_token:
             headers["Authorization"] = f"Bearer {self.config.auth_token}"
         if self._cookie:
             headers["Cookie"] = self._cookie
-        return headers
+        return request_bytes(method, self.base_url + path, headers, (body or "").encode())
 
     # ---- for the polls' thread, which sends and reads by itself
 
     NOT_PLAIN_S = 60.0  # how long a client that answered in another way is left to the blocking calls
 
-    def plain_connection(self) -> http.client.HTTPConnection | None:
+    def plain_connection(self) -> HttpConnection | None:
         """A kept connection without TLS, for one poll; None: a blocking call is needed."""
         if monotonic_s() < self._not_plain_until or not self.base_url.startswith("http://"):
             return None
@@ -10046,15 +10137,6 @@ def _url_path(url: str) -> str:
         return ""
 
 
-def _shut(sock: socket.socket | None) -> None:
-    """End whatever waits on the socket, in whichever thread."""
-    try:
-        if sock is not None:
-            sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
-
-
 def _readable(sock: socket.socket) -> bool:
     """On an idle connection: the other side closed it (or sent what no one asked for)."""
     import select
@@ -10065,23 +10147,6 @@ def _readable(sock: socket.socket) -> bool:
         return bool(poll.poll(0))
     except (OSError, ValueError, AttributeError):
         return True
-
-
-def _network_words(error: Exception) -> str:
-    name = type(error).__name__
-    if name == "SSLCertVerificationError":
-        return f"its certificate is not trusted: {getattr(error, 'verify_message', error)}"
-    if name.startswith("SSL"):
-        reason = str(getattr(error, "reason", "") or error)
-        plain = "WRONG_VERSION_NUMBER" in reason or "HTTP_REQUEST" in reason or "RECORD_LAYER" in reason
-        return "it speaks plain HTTP, not https" if plain else f"TLS failed: {reason}"
-    if isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)):
-        return "closed the connection without an answer"
-    if isinstance(error, ConnectionRefusedError):
-        return "refused the connection: is the master running?"
-    if isinstance(error, http.client.HTTPException):
-        return f"answered what is not HTTP ({name})"
-    return str(getattr(error, "strerror", None) or error) or name
 
 
 def _version_numbers(text: str) -> tuple[int, ...]:
@@ -10411,7 +10476,7 @@ class Poll:
     def __init__(
         self,
         client: LocustClient,
-        connection: http.client.HTTPConnection,
+        connection: HttpConnection,
         timeout_s: float,
         then: Callable[[dict[str, str], bytes, float], None],
         otherwise: Callable[[LocustTimeout | None], None],
@@ -10558,8 +10623,8 @@ class PollLoop(threading.Thread):
         try:
             if not received:
                 raise OSError("closed without an answer")
-            answer = plain_answer(poll.received)
-            if answer is not None and answer.status != 200:
+            head = plain_head(poll.received, LOCUST_ANSWER_BYTES)
+            if head is not None and (head.status != 200 or len(poll.received) > head.end):
                 raise ValueError("a blocking call finds out what is the matter")
         except ValueError:
             poll.client.is_not_plain()
@@ -10568,8 +10633,8 @@ class PollLoop(threading.Thread):
         except OSError:
             self._end(poll).otherwise(None)
             return
-        if answer is not None:
-            self._end(poll, keep=True).then(answer.headers, answer.body, poll.asked_at)
+        if head is not None and len(poll.received) == head.end:
+            self._end(poll, keep=True).then(head.headers, poll.received[head.begin :], poll.asked_at)
 
     def _end(self, poll: Poll, keep: bool = False) -> Poll:
         self._polls.discard(poll)
@@ -10593,7 +10658,7 @@ class PollLoop(threading.Thread):
 
 
 # ============================================================================
-# 14. LAUNCHER - Locust clusters started on this machine, and their guard
+# 15. LAUNCHER - Locust clusters started on this machine, and their guard
 # ============================================================================
 
 # Each launched cluster has a guard: a small process of ours that starts the master and
@@ -11164,7 +11229,7 @@ def _die_with_parent() -> None:
 # ============================================================================
 
 # ============================================================================
-# 15. RUN RULES - pure decisions about a run and a cluster: is it idle, what load, what to warn of
+# 16. RUN RULES - pure decisions about a run and a cluster: is it idle, what load, what to warn of
 # ============================================================================
 
 
@@ -11391,7 +11456,7 @@ def reset_suspected(final: Snapshot, last: Snapshot | None, started_at: float) -
 
 
 # ============================================================================
-# 16. CLUSTER POOL - who has which cluster, the queue, sleep and scale
+# 17. CLUSTER POOL - who has which cluster, the queue, sleep and scale
 # ============================================================================
 
 # Seven classes. ClusterPool knows who has which cluster. RunStarter starts a test, RunMonitor
@@ -11553,10 +11618,10 @@ class ClusterPool:
     def _cluster(self, item: ClusterConfig) -> Cluster:
         folder, token = self._config.folder, self._callback_token(item)
         if not item.is_launched:
-            return Cluster(item, LocustClient(item, token, folder, self._timer), None, self._timer)
+            return Cluster(item, LocustClient(item, token, folder), None, self._timer)
         signed_in = replace(item, auth_token=item.auth_token or secrets.token_urlsafe(32))
         launched = LaunchedCluster(signed_in, folder, token)
-        return Cluster(item, LocustClient(signed_in, token, folder, self._timer), launched, self._timer)
+        return Cluster(item, LocustClient(signed_in, token, folder), launched, self._timer)
 
     def _callback_token(self, item: ClusterConfig) -> str:
         """The secret of a cluster's callbacks: its own, for one that we launch a random one, else
@@ -11620,7 +11685,7 @@ class ClusterPool:
         token = self._callback_token(item)
         if cluster.config != item or cluster.client.callback_token != token:
             cluster.config = item
-            cluster.client = LocustClient(item, token, self._config.folder, self._timer)
+            cluster.client = LocustClient(item, token, self._config.folder)
 
     def _let_go(self, cluster_id: str) -> None:
         """Replace or drop a cluster that another configuration has changed, once nothing uses it."""
@@ -12014,7 +12079,7 @@ class ClusterScaling:
 
 
 # ============================================================================
-# 17. RUN MONITOR - what is known of an active run, and how it is judged
+# 18. RUN MONITOR - what is known of an active run, and how it is judged
 # ============================================================================
 
 
@@ -12825,7 +12890,7 @@ class RunCounts:
 
 
 # ============================================================================
-# 18. RUN STOPPER - stops load until users are gone, and concludes runs
+# 19. RUN STOPPER - stops load until users are gone, and concludes runs
 # ============================================================================
 
 ON_TIME_S = 1.5  # an end so much before the deadline is that of the duration
@@ -13366,7 +13431,7 @@ class RunStopper:
 
 
 # ============================================================================
-# 19. RUN STARTER - brings a cluster up, starts the test, proves that it began
+# 20. RUN STARTER - brings a cluster up, starts the test, proves that it began
 # ============================================================================
 
 RUN_TIME_CANCELLED_SINCE = (2, 47)  # before, an old run_time timer kills the next test
@@ -13580,7 +13645,7 @@ class RunStarter:
 
 
 # ============================================================================
-# 20. ORCHESTRATOR - creates, stops, adopts and ends runs, by the four above
+# 21. ORCHESTRATOR - creates, stops, adopts and ends runs, by the four above
 # ============================================================================
 
 
@@ -14315,7 +14380,7 @@ def _cluster_to_json(cluster: Cluster, answer: Reading | str) -> dict[str, Any]:
 
 
 # ============================================================================
-# 21. SCHEDULES - runs that start by themselves, at points in local time
+# 22. SCHEDULES - runs that start by themselves, at points in local time
 # ============================================================================
 
 # A time is taken once: the run's Idempotency-Key is made of the schedule and the time,
@@ -15221,7 +15286,7 @@ class Repeater:
 
 
 # ============================================================================
-# 22. NOTIFICATIONS - what is reported to people and programs, at least once
+# 23. NOTIFICATIONS - what is reported to people and programs, at least once
 # ============================================================================
 
 # A delivery is written in the commit of the transition it reports, and is tried by a thread
@@ -15389,7 +15454,6 @@ class Channel:
         import email.message
         import email.utils
         import smtplib
-        import ssl
 
         config, smtp = self.config, self.config.smtp
         message = email.message.EmailMessage()
@@ -15401,9 +15465,7 @@ class Channel:
             f"<{delivery.id}@{config.sender.rpartition('@')[2].strip('>') or 'loadmanager'}>"
         )
         message.set_content(message_text(delivery))
-        context = ssl.create_default_context(
-            cafile=os.path.join(self._folder, smtp.ca_file) if smtp.ca_file else None
-        )
+        context = tls_context(os.path.join(self._folder, smtp.ca_file) if smtp.ca_file else None)
         if smtp.security == "tls":
             connection: smtplib.SMTP = smtplib.SMTP_SSL(
                 smtp.host, smtp.port, timeout=DELIVERY_CALL_S, context=context
@@ -15477,41 +15539,20 @@ def post_to(
 ) -> tuple[int, bytes]:
     """Status and the answer's beginning. The address that is connected to is the one that was
     checked; redirects are not followed, as they could lead anywhere."""
-    import ssl
-
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    address = allowed_address(parts.hostname or "", port, allow_private)
     give_up_at = monotonic_s() + DELIVERY_CALL_S
-    sock: Any = socket.create_connection(address, timeout=DELIVERY_CALL_S)
+    address = allowed_address(urlsplit(url).hostname or "", allow_private, give_up_at)
+    headers = {"Content-Type": JSON_TYPE, **headers}
     try:
-        if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
-        connection = http.client.HTTPConnection(parts.hostname or "", port, timeout=DELIVERY_CALL_S)
-        connection.sock = sock
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request(
-            method,
-            target,
-            body,
-            {"Content-Type": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **headers},
-        )
-        sock.settimeout(max(0.1, give_up_at - monotonic_s()))
-        response = connection.getresponse()
-        return response.status, response.read(limit)
-    except http.client.HTTPException as error:
+        answer = ask_once(method, url, headers, body, give_up_at, limit, address=address)
+    except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"answered no HTTP: {error!r}") from None
-    finally:
-        sock.close()
+    return answer.status, answer.body[:limit]
 
 
-def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int]:
+def allowed_address(host: str, allow_private: bool, give_up_at: float) -> str:
     """An address of the host that may be called; OSError when all are of this machine or of a
     private network, which a webhook of someone else's must not reach."""
-    try:
-        found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    except (socket.gaierror, UnicodeError) as error:
-        raise OSError(f"{host} cannot be found: {getattr(error, 'strerror', None) or error}") from None
+    found = look_up(host, give_up_at)
     good = [
         address
         for address in found
@@ -15519,7 +15560,7 @@ def allowed_address(host: str, port: int, allow_private: bool) -> tuple[str, int
     ]
     if not good:
         raise OSError(f"{host} is a private address ({found[0]}); allowed only with allowPrivateAddresses")
-    return good[0], port
+    return good[0]
 
 
 class Notifier:
@@ -15811,7 +15852,7 @@ def _mail_problems(item: NotificationConfig, where: str) -> Iterator[str]:
 # ============================================================================
 
 # ============================================================================
-# 23. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
+# 24. REPORTS - a run as a page, as Markdown, as CSV, as JUnit
 # ============================================================================
 
 # Pure: the run as the API's JSON, its samples and failures go in, text comes out. Names come
@@ -16551,7 +16592,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 # ============================================================================
-# 24. EXCHANGE - a run as a file to transfer: export, import, files of a headless Locust
+# 25. EXCHANGE - a run as a file to transfer: export, import, files of a headless Locust
 # ============================================================================
 
 # A run leaves an air-gapped network as one JSON file and is compared elsewhere. What comes
@@ -17395,7 +17436,7 @@ def _sample_of_history(row: dict[str, Any], run_id: str, is_current: bool) -> Sa
 
 
 # ============================================================================
-# 25. HTTP SERVER - connections, strict parsing, one loop for what is in memory
+# 26. HTTP SERVER - connections, strict parsing, one loop for what is in memory
 # ============================================================================
 
 # ThreadingHTTPServer accepts; its process_request parks the connection in one selector
@@ -18602,7 +18643,7 @@ class ConnectionLoop(threading.Thread):
             log(
                 "TLS handshake failed",
                 address=address,
-                why=getattr(error, "reason", None) or _network_words(error),
+                why=getattr(error, "reason", None) or network_words(error),
             )
 
     def _sweep(self) -> None:
@@ -18698,7 +18739,7 @@ class ApiServer(ThreadingHTTPServer):
 
 
 # ============================================================================
-# 26. EVENTS - changes of runs, reported to event streams
+# 27. EVENTS - changes of runs, reported to event streams
 # ============================================================================
 
 # The store reports a change under its lock; on_change() only writes down which run. A round in
@@ -18969,7 +19010,7 @@ class EventFeed:
 
 
 # ============================================================================
-# 27. METRICS - figures for Prometheus, and the dashboards and alerts made of them
+# 28. METRICS - figures for Prometheus, and the dashboards and alerts made of them
 # ============================================================================
 
 # One table, METRICS: GET /metrics, the dashboards and alert rules of `grafana` and the README's list
@@ -20124,7 +20165,7 @@ def grafana_files() -> dict[str, str]:
 
 
 # ============================================================================
-# 28. ACCESS - who a token says the caller is, and how much they may ask
+# 29. ACCESS - who a token says the caller is, and how much they may ask
 # ============================================================================
 
 # Tokens are kept and compared as hashes, all of them for each try, so that neither the
@@ -20363,7 +20404,7 @@ def _is_within(address: str, networks: tuple[Any, ...]) -> bool:
 
 
 # ============================================================================
-# 29. SIGN ON - tokens and sign-ins of an identity provider
+# 30. SIGN ON - tokens and sign-ins of an identity provider
 # ============================================================================
 
 # JSON Web Tokens (RFC 7519, 8725) and OpenID Connect. The configuration says which
@@ -20416,7 +20457,7 @@ def fetch_json(
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ProviderFailed(
             f"the identity provider cannot be asked at {where}: "
-            f"{_network_words(getattr(error, 'reason', error))}"
+            f"{network_words(getattr(error, 'reason', error))}"
         ) from None
     except InvalidInput:
         document = None
@@ -20891,7 +20932,7 @@ def secure_mark(server: ServerConfig) -> str:
 
 
 # ============================================================================
-# 30. SESSIONS - browsers that signed in, and what they must prove
+# 31. SESSIONS - browsers that signed in, and what they must prove
 # ============================================================================
 
 # A browser sends its cookie with whatever any page makes it send. So a cookie alone only
@@ -21072,7 +21113,7 @@ def check_csrf(head: RequestHead, session: Session) -> None:
 
 
 # ============================================================================
-# 31. HTTP API - routes, authentication, handlers
+# 32. HTTP API - routes, authentication, handlers
 # ============================================================================
 
 NO_SUCH_PATH = "there is no such path"
@@ -23069,7 +23110,7 @@ def _options_route(allow: str) -> Route:
 
 
 # ============================================================================
-# 32. STANDBY - which of several Load Managers leads, and what the others answer
+# 33. STANDBY - which of several Load Managers leads, and what the others answer
 # ============================================================================
 
 # One leads: it has the advisory lock of PostgresDatabase and its epoch, which each transaction checks.
@@ -23405,7 +23446,7 @@ class StandbyRequest(BaseHTTPRequestHandler):
 
 
 # ============================================================================
-# 33. SERVICE - the whole program put together, and its configuration checked
+# 34. SERVICE - the whole program put together, and its configuration checked
 # ============================================================================
 
 
@@ -23857,7 +23898,7 @@ def _print_problems(error: ConfigError) -> int:
 
 
 # ============================================================================
-# 34. TERMINAL - text, tables and a live view that any terminal can show
+# 35. TERMINAL - text, tables and a live view that any terminal can show
 # ============================================================================
 
 # Names come from users and from Locust: printable() lets none of them move the cursor,
@@ -24089,7 +24130,7 @@ def clock_words(seconds: float) -> str:
 
 
 # ============================================================================
-# 35. API CLIENT - which server a command talks to, and requests to it
+# 36. API CLIENT - which server a command talks to, and requests to it
 # ============================================================================
 
 # Commands are clients like any other: they know the API and the configuration file, and
@@ -24409,11 +24450,11 @@ def _client_words(error: Exception) -> str:
         return "refused the connection: is Load Manager running there? (--url, LOADMANAGER_URL)"
     if isinstance(error, socket.gaierror):
         return f"cannot be found: {error.strerror}; check the host name (--url, LOADMANAGER_URL)"
-    return f"cannot be reached: {one_line(_network_words(error))}"
+    return f"cannot be reached: {one_line(network_words(error))}"
 
 
 # ============================================================================
-# 36. ASSISTANTS - the API's routes as tools of the Model Context Protocol
+# 37. ASSISTANTS - the API's routes as tools of the Model Context Protocol
 # ============================================================================
 # JSON-RPC 2.0, a message a line, over stdin and stdout (https://modelcontextprotocol.io). A tool is a
 # route of ROUTES, called with the caller's own token: the API decides what is allowed, as for anyone.
@@ -24846,7 +24887,7 @@ def _error_json(error: RpcError, message_id: Any) -> dict[str, Any]:
 
 
 # ============================================================================
-# 37. COMMANDS - what each command does
+# 38. COMMANDS - what each command does
 # ============================================================================
 
 # Each command is a line of COMMANDS: help, completion and the README come from it. With
@@ -26167,7 +26208,7 @@ def follow_only(options: Any, quiet: bool) -> int:
 
 
 # ============================================================================
-# 38. PRINTED RUNS - how commands show runs, figures and comparisons
+# 39. PRINTED RUNS - how commands show runs, figures and comparisons
 # ============================================================================
 
 STATUS_COLOURS = {
@@ -26557,7 +26598,7 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
 
 
 # ============================================================================
-# 39. DOCTOR - what an installation lacks, and what to do about it
+# 40. DOCTOR - what an installation lacks, and what to do about it
 # ============================================================================
 
 DOCTOR_CALL_S = 3.0  # one call to a Locust master
@@ -26972,11 +27013,9 @@ def integrity_finding(file: str) -> Finding:
 
 def asked_findings(config: Config) -> list[Finding]:
     """Ask the port and all clusters at once; who has not answered in time has a finding too."""
-    timer = Timer()
-    timer.start()
     asks: dict[str, Callable[[], list[Finding]]] = {"port": lambda: [port_finding(config.server)]}
     for item in config.clusters:
-        client = LocustClient(item, "", config.folder, timer)
+        client = LocustClient(item, "", config.folder)
         asks[f"cluster {item.id}"] = functools.partial(cluster_findings, item, client, config.folder)
     answers: dict[str, list[Finding]] = {}
     until = time.monotonic() + DOCTOR_ASKS_S
@@ -26986,7 +27025,6 @@ def asked_findings(config: Config) -> list[Finding]:
             threads.append(start_thread("doctor", functools.partial(_record_answer, answers, *one)))
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    timer.close()
     late = f"did not answer all within {DOCTOR_ASKS_S:g} s"
     return [
         one
@@ -27099,24 +27137,14 @@ def port_finding(server: ServerConfig) -> Finding:
 
 def taken_port_finding(server: ServerConfig, where: str) -> Finding:
     """Ask who listens there, without a token."""
-    import ssl
-
-    host, timeout_s = host_to_call(server.host).strip("[]"), DOCTOR_CALL_S
-    if server.tls:
-        trusting = ssl._create_unverified_context()  # it gets nothing of ours
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, server.port, timeout=timeout_s, context=trusting
-        )
-    else:
-        connection = http.client.HTTPConnection(host, server.port, timeout=timeout_s)
+    url = f"{'https' if server.tls else 'http'}://{host_to_call(server.host)}:{server.port}/health"
+    trusting = tls_context(trusts_all=True) if server.tls else None  # it gets nothing of ours
     try:
-        connection.request("GET", "/health")
-        document = json.loads(connection.getresponse().read(65536))
+        answer = ask_once("GET", url, {}, b"", monotonic_s() + DOCTOR_CALL_S, 65536, trusting)
+        document = json.loads(answer.body)
         status = document.get("status") if isinstance(document, dict) else None
-    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+    except (*HTTP_ERRORS, RecursionError):
         status = None
-    finally:
-        connection.close()
     if status == "healthy":
         return Finding("ok", "port", f"a Load Manager answers at {where}")
     if status == "unhealthy":
@@ -27133,7 +27161,7 @@ def taken_port_finding(server: ServerConfig, where: str) -> Finding:
 
 
 # ============================================================================
-# 40. INSTALL - puts the program, its launcher, unit and first configuration below a folder
+# 41. INSTALL - puts the program, its launcher, unit and first configuration below a folder
 # ============================================================================
 
 FORMER_SUFFIX, NEW_SUFFIX = ".former", ".new"
@@ -27446,7 +27474,7 @@ def _next_steps(prefix: str, is_upgrade: bool) -> Iterator[str]:
 
 
 # ============================================================================
-# 41. REFERENCE - all that can be asked, set and read, as Markdown and at /docs
+# 42. REFERENCE - all that can be asked, set and read, as Markdown and at /docs
 # ============================================================================
 
 
@@ -28288,7 +28316,7 @@ thresholds and event streams have every push, and the last one of a run is alway
 
 
 # ============================================================================
-# 42. COMMAND LINE - which commands there are, what they take, and where the program begins
+# 43. COMMAND LINE - which commands there are, what they take, and where the program begins
 # ============================================================================
 
 
@@ -28958,7 +28986,7 @@ def give_back_compiler_memory(arguments: list[str]) -> None:
 
 
 # ============================================================================
-# 43. DASHBOARD PAGE - what a browser gets at / and at /docs
+# 44. DASHBOARD PAGE - what a browser gets at / and at /docs
 # ============================================================================
 
 # A client like any other: no data inside; it reads the JSON API and the event streams,

@@ -24,11 +24,8 @@ FAILURES_HEAD = "Method,Name,Error,Occurrences,First Seen,Last Seen"
 @pytest.fixture
 def client(fake_locust: Callable[..., FakeLocust]) -> Iterator[tuple[loadmanager.LocustClient, FakeLocust]]:
     fake = fake_locust(hooks=False)
-    timer = loadmanager.Timer()
-    timer.start()
     config = loadmanager.ClusterConfig(id="one", tenant_id="acme", env_id="dev", base_url=fake.url)
-    yield loadmanager.LocustClient(config, "", ".", timer), fake
-    timer.close()
+    yield loadmanager.LocustClient(config, "", "."), fake
 
 
 def answers(text: str, content_type: str = "application/json") -> Callable[[FakeHandler], None]:

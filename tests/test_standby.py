@@ -306,7 +306,7 @@ def test_workers_are_not_scaled_without_proof_of_the_lead(monkeypatch, tmp_path)
     )
     config = loadmanager.checked_config(str(tmp_path / "config.json"))
     timer = loadmanager.Timer()
-    client = loadmanager.LocustClient(config.clusters[0], "", str(tmp_path), timer)
+    client = loadmanager.LocustClient(config.clusters[0], "", str(tmp_path))
     cluster = loadmanager.Cluster(config.clusters[0], client, None, timer)
     with pytest.raises(loadmanager.LocustUnreachable, match="no proof"):
         cluster.scale(2)
