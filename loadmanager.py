@@ -9429,8 +9429,9 @@ class DatabaseCopy:
 # 13. HTTP CLIENT - requests to other programs, bounded as a whole in time and in size
 # ============================================================================
 
-# Locust masters and receivers of notifications are asked by HttpConnection. Its time is that of the
-# whole, as timeouts of the library count for each recv only. No redirect is followed: a token must
+# Locust masters, receivers of notifications, the identity provider and the server of a command are
+# asked by HttpConnection. Its time is that of the whole, as timeouts of the library count for each
+# recv only. No redirect is followed: a token must
 # not travel to other hosts. Two send and read by themselves: PollLoop, one selector over all masters,
 # and StandbyFront, which passes bodies of any size and event streams on as they come.
 
@@ -9451,7 +9452,7 @@ MAX_ANSWER_HEAD_BYTES = 65536
 def seconds_left(give_up_at: float) -> float:
     left_s = give_up_at - monotonic_s()
     if left_s <= 0:
-        raise TimeoutError("not within its time")
+        raise TimeoutError
     return left_s
 
 
@@ -9495,14 +9496,51 @@ def tls_context(ca_file: str | None = None, trusts_all: bool = False) -> Any:
     return context
 
 
-def connect(base_url: str, give_up_at: float, tls: Any = None, address: str | None = None) -> HttpConnection:
-    """A new connection to the program at a URL; address: where its host was found already."""
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for a URL (HTTPS_PROXY, NO_PROXY); none for this machine."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return None if is_loopback(host) or proxy_bypass(host) else getproxies().get(parts.scheme)
+
+
+def _open_tunnel(sock: socket.socket, to: str, proxy: SplitResult, give_up_at: float) -> None:
+    """Have a proxy pass on what is sent from now on."""
+    lines = [f"CONNECT {to} HTTP/1.1", f"Host: {to}"]
+    if proxy.username:
+        user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        lines.append(f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}")
+    sock.settimeout(seconds_left(give_up_at))
+    sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+    incoming, answer = _Incoming(sock, give_up_at), b""
+    while not answer.endswith(b"\r\n\r\n"):
+        part = incoming.receive(1)  # what comes after it is the other program's
+        if not part or len(answer) > MAX_ANSWER_HEAD_BYTES:
+            raise OSError("the proxy did not answer as one")
+        answer += part
+    if not re.match(rb"HTTP/1\.[01] 2[0-9][0-9]\b", answer):
+        raise OSError(f"the proxy answered {answer[:80].splitlines()[0].decode('latin-1')!r}")
+
+
+def connect(
+    base_url: str,
+    give_up_at: float,
+    tls: Any = None,
+    address: str | None = None,
+    proxy: str | None = None,
+) -> HttpConnection:
+    """A new connection to the program at a URL; address: where its host was found already; proxy: through
+    whose tunnel."""
     url = urlsplit(base_url)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    address = address or look_up(host, give_up_at)[0]
-    sock = socket.create_connection((address, port), seconds_left(give_up_at))
+    way = url if not proxy else urlsplit(proxy if "//" in proxy else f"http://{proxy}")
+    addresses = [address] if address else look_up(way.hostname or "", give_up_at)
+    sock = _reach(addresses, (way.port or 80) if proxy else port, give_up_at)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if proxy:
+            _open_tunnel(sock, f"{host_to_call(host)}:{port}", way, give_up_at)
         if url.scheme == "https":
             sock.settimeout(seconds_left(give_up_at))
             sock = (tls or tls_context()).wrap_socket(sock, server_hostname=host)
@@ -9510,6 +9548,14 @@ def connect(base_url: str, give_up_at: float, tls: Any = None, address: str | No
         sock.close()
         raise
     return HttpConnection(base_url, sock)
+
+
+def _reach(addresses: list[str], port: int, give_up_at: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one."""
+    for left, address in zip(range(len(addresses), 1, -1), addresses, strict=False):
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), seconds_left(give_up_at) / left)
+    return socket.create_connection((addresses[-1], port), seconds_left(give_up_at))
 
 
 def request_bytes(method: str, url: str, headers: dict[str, str], body: bytes = b"") -> bytes:
@@ -9524,8 +9570,8 @@ def request_bytes(method: str, url: str, headers: dict[str, str], body: bytes = 
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if body or method != "GET":
         lines.append(f"Content-Length: {len(body)}")
-    if " " in target or not all(map(str.isprintable, lines)):
-        raise ValueError("a path with spaces, or a header with control characters")
+    if " " in target or not target.isascii() or not all(map(str.isprintable, lines)):
+        raise ValueError("a path that is not quoted, or a header with control characters")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
 
 
@@ -9578,16 +9624,20 @@ class HttpConnection:
     def close(self) -> None:
         self.sock.close()
 
-    def exchange(self, request: bytes, give_up_at: float, most_bytes: int) -> HttpAnswer:
+    def exchange(
+        self, request: bytes, give_up_at: float, most_bytes: int, bytes_per_s: float = math.inf
+    ) -> HttpAnswer:
         """Send a request in one piece and read its answer; one byte more than `most_bytes` of a longer body.
-        HTTP_ERRORS without an answer. The library reads only what is not plain: e-mail's parser, and head
-        and body in two writes, cost a create 0.3 ms."""
+        HTTP_ERRORS without an answer. bytes_per_s: a network may be so slow, what it carries takes longer.
+        The library reads only what is not plain: e-mail's parser, and head and body in two writes, cost a
+        create 0.3 ms."""
         self.may_be_kept = False
         unsent = memoryview(request)
         while unsent:
-            self.sock.settimeout(seconds_left(give_up_at))
+            self.sock.settimeout(seconds_left(give_up_at + (len(request) - len(unsent)) / bytes_per_s))
             unsent = unsent[self.sock.send(unsent) :]
-        incoming, received, head = _Incoming(self.sock, give_up_at), bytearray(), None
+        incoming = _Incoming(self.sock, give_up_at + len(request) / bytes_per_s, bytes_per_s)
+        received, head = bytearray(), None
         while part := incoming.receive():
             received += part
             try:
@@ -9612,14 +9662,17 @@ class HttpConnection:
 class _Incoming(io.RawIOBase):
     """What comes on a socket until a point in time; for http.client, what has come already comes again."""
 
-    def __init__(self, sock: socket.socket, give_up_at: float):
+    def __init__(self, sock: socket.socket, give_up_at: float, bytes_per_s: float = math.inf):
         self._sock = sock
         self._give_up_at = give_up_at
+        self._bytes_per_s = bytes_per_s
         self.again = b""
 
     def receive(self, most_bytes: int = 262144) -> bytes:
         self._sock.settimeout(seconds_left(self._give_up_at))
-        return self._sock.recv(most_bytes)
+        part = self._sock.recv(most_bytes)
+        self._give_up_at += len(part) / self._bytes_per_s
+        return part
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -9643,10 +9696,11 @@ def ask_once(
     most_bytes: int,
     tls: Any = None,
     address: str | None = None,
+    proxy: str | None = None,
 ) -> HttpAnswer:
     """One exchange on a connection of its own, as exchange() and connect()."""
     own = {"User-Agent": f"loadmanager/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"}
-    with contextlib.closing(connect(url, give_up_at, tls, address)) as connection:
+    with contextlib.closing(connect(url, give_up_at, tls, address, proxy)) as connection:
         return connection.exchange(request_bytes(method, url, own | headers, body), give_up_at, most_bytes)
 
 
@@ -9660,6 +9714,8 @@ def network_words(error: Exception) -> str:
         return "it speaks plain HTTP, not https" if plain else f"TLS failed: {reason}"
     if isinstance(error, (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)):
         return "closed the connection without an answer"
+    if isinstance(error, TimeoutError):
+        return "did not answer in time"
     if isinstance(error, ConnectionRefusedError):
         return "refused the connection: is the master running?"
     if isinstance(error, http.client.HTTPException):
@@ -9752,11 +9808,11 @@ class MasterConnections:
         connection.close()
 
     def new(self, give_up_at: float) -> HttpConnection:
-        base_url, host = self.base_url, urlsplit(self.base_url).hostname
-        if not host:
+        base_url, url = self.base_url, urlsplit(self.base_url)
+        if not url.hostname:
             raise OSError("the cluster is not up yet")
-        tls = self._tls_context if base_url.startswith("https:") else None
-        return connect(base_url, give_up_at, tls, self._address(host, give_up_at))
+        tls = self._tls_context if url.scheme == "https" else None
+        return connect(base_url, give_up_at, tls, self._address(url.hostname, give_up_at))
 
     @functools.cached_property
     def _tls_context(self) -> Any:
@@ -20435,32 +20491,24 @@ def fetch_json(
 ) -> dict[str, Any]:
     """The JSON object at an identity provider's URL; ProviderFailed otherwise. No redirect is
     followed: what we send must not travel on."""
-    import urllib.error
-    import urllib.request
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
     where = url.partition("?")[0]
-    near = [urllib.request.ProxyHandler({})] if is_loopback(urlsplit(url).hostname or "") else []
-    body = None if form is None else urlencode(form).encode()
-    request = urllib.request.Request(
-        url, body, {"Accept": JSON_TYPE, "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
-    )
+    body = b"" if form is None else urlencode(form).encode()
+    kind = {"Content-Type": "application/x-www-form-urlencoded"} if form is not None else {}
+    headers, method = {"Accept": JSON_TYPE, **kind, **(headers or {})}, "GET" if form is None else "POST"
+    give_up_at = monotonic_s() + PROVIDER_CALL_S
     try:
-        with urllib.request.build_opener(NoRedirect, *near).open(request, timeout=PROVIDER_CALL_S) as answer:
-            raw = answer.read(PROVIDER_ANSWER_BYTES + 1)
-        document = parse_json(raw, unique_keys=False) if len(raw) <= PROVIDER_ANSWER_BYTES else None
-    except urllib.error.HTTPError as error:
-        raise ProviderFailed(f"the identity provider answered {where} with HTTP {error.code}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        answer = ask_once(method, url, headers, body, give_up_at, PROVIDER_ANSWER_BYTES, proxy=proxy_of(url))
+        is_good = 200 <= answer.status < 300
+        is_short = len(answer.body) <= PROVIDER_ANSWER_BYTES
+        document = parse_json(answer.body, unique_keys=False) if is_good and is_short else None
+    except HTTP_ERRORS as error:
         raise ProviderFailed(
-            f"the identity provider cannot be asked at {where}: "
-            f"{network_words(getattr(error, 'reason', error))}"
+            f"the identity provider cannot be asked at {where}: {network_words(error)}"
         ) from None
     except InvalidInput:
         document = None
+    if not is_good:
+        raise ProviderFailed(f"the identity provider answered {where} with HTTP {answer.status}")
     if not isinstance(document, dict):
         raise ProviderFailed(f"the identity provider's answer at {where} is not a JSON object")
     return document
@@ -24260,7 +24308,7 @@ class ApiAnswer(NamedTuple):
     """A good answer of the server."""
 
     http_status: int
-    headers: Any  # http.client.HTTPMessage
+    headers: dict[str, str]  # their names in lower case
     body: bytes
 
     def json(self, *keys: str) -> dict[str, Any]:
@@ -24300,14 +24348,13 @@ class ApiClient:
     CONNECT_S = 5.0
     ANSWER_S = 20.0
     LOCUST_ANSWER_S = 150.0  # a create or a stop waits for Locust
+    SLOW_BYTES_PER_S = 16 * 1024
+    ANSWER_BYTES = 1024**3
 
     def __init__(self, server: ServerAddress):
         self._server = server
         self._token = server.token
-        parts = urlsplit(server.url)
-        self._is_https = parts.scheme == "https"
-        self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: HttpConnection | None = None
         self.clock_offset_s = 0.0  # the server's clock minus ours
 
     def close(self) -> None:
@@ -24332,7 +24379,7 @@ class ApiClient:
         is_kept = self._connection is not None
         try:
             answer = self._exchange(method, path, body, headers)
-        except (OSError, http.client.HTTPException) as error:
+        except HTTP_ERRORS as error:
             was_connected = self._connection is not None
             self.close()
             if is_kept and not isinstance(error, TimeoutError):
@@ -24355,42 +24402,29 @@ class ApiClient:
         return self._token != before
 
     def _exchange(self, method: str, path: str, body: Any, headers: dict[str, str] | None) -> ApiAnswer:
-        connection = self._connect()
+        if self._connection is None:
+            tls = self._tls_context() if urlsplit(self._server.url).scheme == "https" else None
+            self._connection = connect(self._server.url, monotonic_s() + self.CONNECT_S, tls)
         sent = {"Accept": "*/*", "User-Agent": f"loadmanager/{VERSION}", **(headers or {})}
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
         if body is not None:
             sent["Content-Type"] = JSON_TYPE
-        connection.sock.settimeout(self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
-        connection.request(
-            method, self._prefix + path, None if body is None else dump_json(body).encode(), sent
-        )
-        response = connection.getresponse()
-        answer = ApiAnswer(response.status, response.headers, response.read())
-        if response.will_close:
+        raw = b"" if body is None else dump_json(body).encode()
+        request = request_bytes(method, self._server.url + path, sent, raw)
+        give_up_at = monotonic_s() + (self.ANSWER_S if method == "GET" else self.LOCUST_ANSWER_S)
+        answer = self._connection.exchange(request, give_up_at, self.ANSWER_BYTES, self.SLOW_BYTES_PER_S)
+        if len(answer.body) > self.ANSWER_BYTES:
+            words = f"{self._server.url} answered more than {self.ANSWER_BYTES >> 30} GiB"
+            raise CommandError(words, EXIT_FAILED)
+        if not self._connection.may_be_kept:
             self.close()
-        self._record_clock(response.headers.get("Date"))
-        return answer
-
-    def _connect(self) -> http.client.HTTPConnection:
-        if self._connection is None:
-            if self._is_https:
-                context = self._tls_context()
-                connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                    self._host, self._port, timeout=self.CONNECT_S, context=context
-                )
-            else:
-                connection = http.client.HTTPConnection(self._host, self._port, timeout=self.CONNECT_S)
-            connection.connect()
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._connection = connection
-        return self._connection
+        self._record_clock(answer.headers.get("date"))
+        return ApiAnswer(*answer)
 
     def _tls_context(self) -> Any:
-        import ssl
-
         try:
-            context = ssl.create_default_context(cafile=self._server.ca_file)
+            context = tls_context(self._server.ca_file)
         except OSError as error:
             why = error.strerror or error
             raise CommandError(
@@ -24591,7 +24625,7 @@ def tools() -> dict[str, Tool]:
 
 def tool_result(answer: ApiAnswer) -> dict[str, Any]:
     """What an assistant gets of a good answer: a text to read, and the same as JSON."""
-    media = (answer.headers.get("Content-Type") or "").partition(";")[0]
+    media = answer.headers.get("content-type", "").partition(";")[0]
     if answer.http_status == 204:
         return _result("done", {"done": True})
     if media != JSON_TYPE:
@@ -24603,7 +24637,7 @@ def tool_result(answer: ApiAnswer) -> dict[str, Any]:
         )
     value = answer.any_json()
     document = value if isinstance(value, dict) else {"items": value}
-    cursor = re.search(r"[?&]cursor=([^&>]+)", answer.headers.get("Link") or "")
+    cursor = re.search(r"[?&]cursor=([^&>]+)", answer.headers.get("link", ""))
     if cursor:
         document["nextCursor"] = unquote(cursor.group(1))
     document = _short_enough(document)
@@ -25288,7 +25322,7 @@ def command_list(options: Any) -> int:
     screen.print(
         *paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns))
     )
-    if "next" in (answer.headers.get("Link") or ""):
+    if "next" in (answer.headers.get("link", "")):
         say(
             "there are more: give a larger --limit, at most 1000, or say which with --search, "
             "--status, --tenant, --env"

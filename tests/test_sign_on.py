@@ -4,11 +4,13 @@ dashboard."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -623,3 +625,75 @@ def test_person_signs_in_by_the_provider_in_a_browser(oidc_lm, provider):
         assert who.text == "sso:alice, operator"
         assert browser.driver.current_url.rstrip("#/") == oidc_lm.url
         assert browser.driver.find_element(By.ID, "stop-all").is_displayed()
+
+
+# ---- how a provider is asked ---------------------------------------------------------------
+
+
+@pytest.fixture
+def one_answer():
+    """Starts a server that has one connection: the URL of it, and what it was sent."""
+    servers: list[socket.socket] = []
+
+    def start(*answers: bytes, pause_s: float = 0.0) -> tuple[str, list[bytes]]:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+        sent: list[bytes] = []
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                for answer in answers:
+                    sent.append(connection.recv(65536))
+                    pieces = [answer[at : at + 1] for at in range(len(answer))] if pause_s else [answer]
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(pause_s)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"127.0.0.1:{server.getsockname()[1]}", sent
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+GOOD_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n" + b'{"keys": [1]}'
+
+
+def test_provider_is_asked_through_the_proxy_of_the_environment(one_answer, monkeypatch):
+    proxy, sent = one_answer(b"HTTP/1.1 200 Connection established\r\n\r\n", GOOD_ANSWER)
+    monkeypatch.setenv("http_proxy", f"http://me:pass%20word@{proxy}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert loadmanager.fetch_json("http://id.example/keys?a=1") == {"keys": [1]}
+    credentials = base64.b64encode(b"me:pass word").decode()
+    assert sent[0].startswith(b"CONNECT id.example:80 HTTP/1.1\r\nHost: id.example:80\r\n")
+    assert f"Proxy-Authorization: Basic {credentials}\r\n".encode() in sent[0]
+    assert sent[1].startswith(b"GET /keys?a=1 HTTP/1.1\r\nHost: id.example\r\n")
+    assert b"Proxy-Authorization" not in sent[1]
+
+
+def test_proxy_that_refuses_is_named(one_answer, monkeypatch):
+    proxy, _ = one_answer(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(loadmanager.ProviderFailed, match="the proxy answered .*407"):
+        loadmanager.fetch_json("http://id.example/keys")
+
+
+def test_provider_that_answers_byte_by_byte_is_given_up_after_its_time(one_answer, monkeypatch):
+    monkeypatch.setattr(loadmanager, "PROVIDER_CALL_S", 1.0)
+    url, _ = one_answer(GOOD_ANSWER, pause_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(loadmanager.ProviderFailed, match="did not answer in time"):
+        loadmanager.fetch_json(f"http://{url}/keys")
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("status", [302, 404])
+def test_provider_s_redirect_or_error_is_no_answer(one_answer, status):
+    url, _ = one_answer(f"HTTP/1.1 {status} No\r\nLocation: /b\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    with pytest.raises(loadmanager.ProviderFailed, match=f"HTTP {status}"):
+        loadmanager.fetch_json(f"http://{url}/keys")
