@@ -9984,7 +9984,7 @@ class LocustClient:
 
     def stop(self, run_id: str) -> bool:
         """Stop the test of a run; returns when Locust says that users are gone. False when its hooks say
-        that another run's test runs there, as when this stop was long on its way: it goes on."""
+        that another run's test runs there, as when this stop was long on its way: it is still running."""
         self.require_lead()
         return self._send_stop(run_id)
 

@@ -682,7 +682,7 @@ def test_stop_that_names_another_run_is_refused(master, control_plane, target):
 
 def client_of(master):
     config = loadmanager.ClusterConfig(id="c", tenant_id="t", env_id="e", base_url=master.base_url)
-    return loadmanager.LocustClient(config, "", "", loadmanager.Timer())
+    return loadmanager.LocustClient(config, "", "")
 
 
 def test_state_says_stopping_until_the_run_has_ended(master, control_plane, target):
