@@ -207,8 +207,8 @@ def test_whatever_is_answered_is_read_or_refused_as_a_locust_error(
     fake.faults["*"] = answers(text)
     calls = [
         locust.read_state, locust.read_stats, locust.read_final, locust.read_failures, locust.read_exceptions,
-        locust.read_report, locust.read_abilities, locust.version, lambda: locust.read_logs(10), lambda: locust.stop("r"),
-        lambda: locust.swarm({"user_count": 1}),
+        locust.read_report, locust.read_abilities, locust.version, lambda: locust.read_logs(10),
+        lambda: locust.stop("r"), lambda: locust.swarm({"user_count": 1}),
     ]  # fmt: skip
     for call in calls:
         try:
