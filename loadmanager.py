@@ -7284,6 +7284,7 @@ class _PushedSamples:
             str, float
         ] = {}  # monotonic: at SAMPLE_STEP_S each, a run's samples last until then
         self._held: dict[str, list[Sample]] = {}  # what came too fast
+        self._histograms_until: dict[str, float] = {}  # as _paid_until, at HISTOGRAMS_STEP_S each
 
     def take(self, sample: Sample) -> bool:
         """Whether a sample is to be kept now; else it is among those that are due() later."""
@@ -7301,6 +7302,16 @@ class _PushedSamples:
             held[:] = downsample(held, self.AT_ONCE)
         return False
 
+    def takes_histograms(self, sample: Sample) -> bool:
+        """Whether the histograms beside a sample may be kept: they are by the times that they say, which
+        may be any."""
+        run_id, now = sample.run_id, monotonic_s()
+        until = max(self._histograms_until.get(run_id, now), now)
+        is_too_often = sample.source == "push" and until > now + HISTOGRAMS_BURST * HISTOGRAMS_STEP_S
+        if not is_too_often:
+            self._histograms_until[run_id] = until + HISTOGRAMS_STEP_S
+        return not is_too_often
+
     def due(self, of_all: bool) -> list[Sample]:
         """What is to be kept by now; of_all: of all runs, as nothing is written after this, or someone
         reads what there is."""
@@ -7315,6 +7326,8 @@ class _PushedSamples:
                 self._paid_until[run_id] = min(self._paid_until[run_id], latest) + len(kept) * SAMPLE_STEP_S
                 found += kept
         self._paid_until = {run_id: until for run_id, until in self._paid_until.items() if until > now}
+        histograms_until = self._histograms_until.items()
+        self._histograms_until = {run_id: until for run_id, until in histograms_until if until > now}
         return found
 
     def end(self, run_id: str) -> list[Sample]:
@@ -7324,6 +7337,8 @@ class _PushedSamples:
 
 SAMPLE_STEP_S = 0.05  # pushed samples of a run are not kept more often...
 SAMPLE_BURST = 100  # ...but for so many: of hooks that were not heard for a while
+HISTOGRAMS_STEP_S = 0.3  # likewise their histograms, of which some are left out later: see HISTOGRAM_STEP_S
+HISTOGRAMS_BURST = 20
 
 
 class DatabaseWriter(threading.Thread):
@@ -7441,7 +7456,7 @@ class DatabaseWriter(threading.Thread):
                 batch.samples.append(sample)
             if state is not None:
                 batch.runs[sample.run_id] = state
-            if point is not None:
+            if point is not None and (is_last or self._pushed.takes_histograms(sample)):
                 batch.histograms.append((sample.run_id, point, is_last))
 
     # ---- waiting -----------------------------------------------------------
@@ -28345,7 +28360,8 @@ of hourly runs takes less than 1 GiB.
 
 Of what hooks push, a run's history takes 20 samples per second, and 100 more at once. Of what comes faster
 it has the extremes and the last of each half second, so that no token fills the disk: `lastMetrics`,
-thresholds and event streams have every push, and the last one of a run is always kept.
+thresholds and event streams have every push, and the last one of a run is always kept. Histograms of
+response times are kept once a second, whatever times the pushes say.
 """
 
 

@@ -133,3 +133,30 @@ def test_extremes_and_the_last_one_of_a_flood_are_kept(clock):
     assert not pushed.take(flood[1])
     clock.now += pushed.AT_ONCE * STEP_S
     assert pushed.due(False) == [flood[1]]
+
+
+def test_histograms_that_say_any_time_are_kept_some_times_a_second(clock):
+    """A flood whose numbers say that they are of one second after the other."""
+    pushed = loadmanager._PushedSamples()
+    flood = [pushed.takes_histograms(sample(n, source="push")) for n in range(1000)]
+    assert sum(flood) == loadmanager.HISTOGRAMS_BURST + 1
+    for second in range(100):
+        clock.now += 1
+        assert pushed.takes_histograms(sample(second, source="push")), "hooks that push every second"
+    assert all(pushed.takes_histograms(sample(n, source="poll")) for n in range(1000))
+
+
+def test_flood_of_histograms_keeps_some_a_second(served):
+    run_id, began, now = served.external_run(), time.monotonic(), time.time()
+    for number in range(300):
+        timestamp = loadmanager.utc_text(now - 1000 + number)
+        answer = served.push(run_id, number + 1, timestamp=timestamp, responseTimes={"5": number + 1})
+        assert answer == 200
+
+    def rows():
+        with closing(sqlite3.connect(served.folder / "lm.db", timeout=10)) as connection:
+            return connection.execute("SELECT COUNT(*) FROM histograms").fetchone()[0]
+
+    lasted_s = time.monotonic() - began
+    time.sleep(1)
+    assert 1 <= rows() <= loadmanager.HISTOGRAMS_BURST + lasted_s / loadmanager.HISTOGRAMS_STEP_S + 2
