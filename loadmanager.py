@@ -599,16 +599,18 @@ class LoadManagerError(Exception):
         self.extra = extra
 
 
-class InvalidInput(LoadManagerError):
+class FieldsRefused(LoadManagerError):
     """Something in the request is not allowed; `fields` names all of it at once."""
-
-    http_status, error = 400, "invalid input"
 
     def __init__(self, message: str, fields: dict[str, str] | None = None):
         super().__init__(message)
         self.fields = fields or {}
         if fields:
             self.extra["fields"] = fields
+
+
+class InvalidInput(FieldsRefused):
+    http_status, error = 400, "invalid input"
 
 
 class InvalidValue(ValueError):
@@ -619,16 +621,10 @@ class Unauthorized(LoadManagerError):
     http_status, error = 401, "unauthorized"
 
 
-class Forbidden(LoadManagerError):
-    """Not allowed to this caller; `fields` names what of the request is not."""
+class Forbidden(FieldsRefused):
+    """Not allowed to this caller."""
 
     http_status, error = 403, "forbidden"
-
-    def __init__(self, message: str, fields: dict[str, str] | None = None):
-        super().__init__(message)
-        self.fields = fields or {}
-        if fields:
-            self.extra["fields"] = fields
 
 
 class NotFound(LoadManagerError):
@@ -2274,8 +2270,9 @@ def _whole_config_problems(config: Config) -> Iterator[str]:
     yield from _token_problems(config)
     yield from _sign_on_problems(config)
     yield from _standby_problems(config)
-    yield from _twice("tenants", [(item.id,) for item in config.tenants])
-    yield from _twice("environments", [(item.tenant_id, item.id) for item in config.environments])
+    yield from repeated_id_problems("tenants", [(item.id,) for item in config.tenants])
+    environments: list[tuple[str, ...]] = [(item.tenant_id, item.id) for item in config.environments]
+    yield from repeated_id_problems("environments", environments)
     tls = config.server.tls
     for name, file in (
         (("certFile", tls.cert_file), ("keyFile", tls.key_file), ("clientCaFile", tls.client_ca_file))
@@ -2286,12 +2283,11 @@ def _whole_config_problems(config: Config) -> Iterator[str]:
             yield f"server.tls.{name}: {file} is not a file"
 
 
-def _twice(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
-    for index, item in enumerate(ids):
-        if item in ids[:index]:
-            yield (
-                f"{where}[{index}].id: {'/'.join(item)} is already {where}[{ids.index(item)}]; must be unique"
-            )
+def repeated_id_problems(where: str, ids: list[tuple[str, ...]]) -> Iterator[str]:
+    for index, one in enumerate(ids):
+        if one in ids[:index]:
+            first = ids.index(one)
+            yield f"{where}[{index}].id: {'/'.join(one)!r} is already {where}[{first}]; must be unique"
 
 
 def _token_problems(config: Config) -> Iterator[str]:
@@ -2391,15 +2387,9 @@ def _launcher_problems(cluster: ClusterConfig, where: str) -> Iterator[str]:
 
 
 def _cluster_problems(config: Config) -> Iterator[str]:
-    seen: dict[str, int] = {}
+    yield from repeated_id_problems("locustClusters", [(item.id,) for item in config.clusters])
     for index, cluster in enumerate(config.clusters):
         where = f"locustClusters[{index}]"
-        if cluster.id in seen:
-            yield (
-                f"{where}.id: {cluster.id!r} is already locustClusters[{seen[cluster.id]}]; must be "
-                "a unique id"
-            )
-        seen.setdefault(cluster.id, index)
         yield from _launcher_problems(cluster, where)
         if cluster.tls.ca_file and not os.path.isfile(os.path.join(config.folder, cluster.tls.ca_file)):
             yield f"{where}.tls.caFile: {cluster.tls.ca_file} is not a file"
@@ -5252,12 +5242,9 @@ def is_scenario_for(scenario: ScenarioConfig, tenant_id: str) -> bool:
 
 def scenario_problems(config: Config) -> Iterator[str]:
     """What is wrong in the configuration's scenarios beyond single keys."""
-    seen: set[str] = set()
+    yield from repeated_id_problems("scenarios", [(item.id,) for item in config.scenarios])
     for index, scenario in enumerate(config.scenarios):
         where = f"scenarios[{index}]"
-        if scenario.id in seen:
-            yield f"{where}.id: {scenario.id!r} is a duplicate; must be unique"
-        seen.add(scenario.id)
         if scenario.stages and (scenario.target_users or scenario.spawn_rate or scenario.duration_s):
             words = "replace targetUsers, spawnRate and durationSeconds; must be given without them"
             yield f"{where}.stages: {words}"
@@ -8844,7 +8831,7 @@ class Store:
             numbers = record.numbers = Numbers(snapshot, source)
             record.numbers_at = snapshot.taken_at
             self._keep_sample(run_id, snapshot, source, is_last, RunState(record.run, numbers))
-            self._tell(record.run)
+            self._report_change(record.run)
             return True
 
     def record_thinned(self, run_id: str, step_s: int) -> None:
@@ -8888,7 +8875,7 @@ class Store:
                 self._writer.when_durable(functools.partial(self._show, record, run))
             record.change(run)
         if not run.is_final:
-            self._tell(run)
+            self._report_change(run)
         return run
 
     def _show(self, record: StoredRun, run: Run) -> None:
@@ -8899,7 +8886,7 @@ class Store:
                 if run.is_final:
                     self._runs.settle(run.id)
                     self.numbers.keep(record)
-                self._tell(run)
+                self._report_change(run)
 
     def _drop(self, *run_ids: str) -> None:
         with self._lock:
@@ -8909,9 +8896,9 @@ class Store:
                 self.numbers.forget(run_id)
                 self._writer.forget(run_id)
                 if record:
-                    self._tell(record.run)  # who then does not find the run knows that it is gone
+                    self._report_change(record.run)  # who then does not find the run knows that it is gone
 
-    def _tell(self, run: Run) -> None:
+    def _report_change(self, run: Run) -> None:
         for listener in self.listeners:
             listener(run)
 
@@ -10851,7 +10838,7 @@ class LaunchedCluster:
             env=environment,
             start_new_session=True,  # Ctrl-C in our terminal is ours to handle
         )
-        _tell_guard(guard, {**plan, "workers": self.workers})
+        _send_to_guard(guard, {**plan, "workers": self.workers})
         return guard
 
     def _mind_guard(self, guard: Any, plan: dict[str, Any], environment: dict[str, str]) -> None:
@@ -10881,7 +10868,7 @@ class LaunchedCluster:
     def scale(self, workers: int) -> None:
         """Have so many workers from now on; OSError when the guard is gone."""
         with self._lock:
-            _tell_guard(self._guard, {"workers": workers})
+            _send_to_guard(self._guard, {"workers": workers})
             self.workers = workers
 
     def read_logs(self, lines: int) -> list[dict[str, Any]]:
@@ -10986,7 +10973,7 @@ def _is_named(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def _tell_guard(guard: Any, document: dict[str, Any]) -> None:
+def _send_to_guard(guard: Any, document: dict[str, Any]) -> None:
     """OSError when it is gone."""
     if guard is None:
         raise BrokenPipeError("the cluster is not running")
@@ -14804,13 +14791,10 @@ def read_schedule(
 def schedule_problems(config: Config, problems: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong in the configuration's schedules; problems: what is known to be wrong
     elsewhere, of which a schedule is not to blame."""
-    seen: set[str] = set()
+    yield from repeated_id_problems("schedules", [(item.id,) for item in config.schedules])
     wrong = {problem.partition(": ")[0] for problem in problems}
     for index, item in enumerate(config.schedules):
         where = f"schedules[{index}]"
-        if item.id in seen:
-            yield f"{where}.id: {item.id!r} is a duplicate; must be unique"
-        seen.add(item.id)
         is_scenario_wrong = any(
             isinstance(item.test, dict)
             and scenario.id == item.test.get("scenarioId")
@@ -15446,8 +15430,8 @@ class Channel:
 
     def wants(self, event: str, tenant_id: str, env_id: str, scenario_id: str) -> bool:
         config = self.config
-        is_told = event != "scheduleMissed" if config.type == "grafana" else event in config.on
-        return is_told and all(
+        is_wanted = event != "scheduleMissed" if config.type == "grafana" else event in config.on
+        return is_wanted and all(
             not allowed or name in allowed
             for allowed, name in (
                 (config.tenants, tenant_id),
@@ -15890,12 +15874,9 @@ def _printable_line(text: str) -> str:
 
 def notification_problems(config: Config) -> Iterator[str]:
     """What is wrong in the configuration's notifications beyond single keys."""
-    seen: set[str] = set()
+    yield from repeated_id_problems("notifications", [(item.id,) for item in config.notifications])
     for index, item in enumerate(config.notifications):
         where = f"notifications[{index}]"
-        if item.id in seen:
-            yield f"{where}.id: {item.id!r} is a duplicate; must be unique"
-        seen.add(item.id)
         if item.type == "email":
             yield from _mail_problems(item, where)
         elif not item.url:
@@ -18057,7 +18038,7 @@ class Connection:
         try:
             wanted = sock.handshake()
         except (OSError, ValueError) as error:
-            self.loop.tell_failed_handshake(self.address, error)
+            self.loop.log_failed_handshake(self.address, error)
             if getattr(error, "reason", None) == "HTTP_REQUEST":
                 answer = error_response(BadRequest("this port speaks https, and was sent plain HTTP"))
                 sock.send_plain(answer.to_bytes(request_id_of(None), False))
@@ -18510,7 +18491,7 @@ class ConnectionLoop(threading.Thread):
         self.traffic = HttpTraffic()
         self._tls = tls
         self._workers = workers
-        self._told_of_handshake_at = -math.inf
+        self._handshake_logged_at = -math.inf
         self.draining = False
         self._most_connections = most_connections
         self._selector = selectors.DefaultSelector()
@@ -18707,10 +18688,10 @@ class ConnectionLoop(threading.Thread):
         connection.answer(request, response)
         connection.advance()
 
-    def tell_failed_handshake(self, address: str, error: Exception) -> None:
+    def log_failed_handshake(self, address: str, error: Exception) -> None:
         """Log it, but not each of a flood."""
-        if monotonic_s() - self._told_of_handshake_at >= 1.0:
-            self._told_of_handshake_at = monotonic_s()
+        if monotonic_s() - self._handshake_logged_at >= 1.0:
+            self._handshake_logged_at = monotonic_s()
             log(
                 "TLS handshake failed",
                 address=address,
@@ -19002,10 +18983,10 @@ class EventFeed:
             self._round_is_due = False
             self._next_round_at = monotonic_s() + self.ROUND_S
         changed = [(run_id, self._remember(run_id, place)) for run_id, place in noted.items()]
-        self._tell_followers_of_all(changed)
+        self._notify_followers_of_all(changed)
         for run_id, change in changed:
             if run_id in self._streams:
-                self._one_by_one(self._tell_followers, run_id, change.seq)
+                self._one_by_one(self._notify_followers, run_id, change.seq)
 
     def _one_by_one(self, tell: Callable[..., Any], *about: Any) -> Any:
         """The edge around the telling of one run: an exception no one foresaw keeps it from no one else."""
@@ -19015,7 +18996,7 @@ class EventFeed:
             log_unforeseen("events", error)
             return None
 
-    def _tell_followers(self, run_id: str, seq: int) -> None:
+    def _notify_followers(self, run_id: str, seq: int) -> None:
         self._newest[run_id] = event = self._run_event(run_id, seq)
         sample = self._sample_event(run_id)
         for stream in list(self._streams[run_id]):
@@ -19030,7 +19011,7 @@ class EventFeed:
             self._forgotten_seq = self._changes.popitem(last=False)[1].seq
         return change
 
-    def _tell_followers_of_all(self, changed: list[tuple[str, Change]]) -> None:
+    def _notify_followers_of_all(self, changed: list[tuple[str, Change]]) -> None:
         streams = self._streams.get(None)
         if not streams:
             return
@@ -22982,9 +22963,9 @@ class Api:
             self.store.audit.add(self._entry(request, failure.http_status, failure.message))
         elif not self._reports_refusals:
             self._reports_refusals = True
-            self.orchestrator.timer.after(self.REFUSALS_REPORTED_S, self._tell_refusals)
+            self.orchestrator.timer.after(self.REFUSALS_REPORTED_S, self._report_refusals)
 
-    def _tell_refusals(self) -> None:
+    def _report_refusals(self) -> None:
         """One entry for all refusals that were too many to write."""
         self._reports_refusals = False
         count, addresses = self._refusals.take_skipped()
@@ -25331,12 +25312,8 @@ def command_list(options: Any) -> int:
     if options.json:
         print_json(answer.body)
         return EXIT_DONE
-    screen = open_screen(options)
-    runs = answer.json_list(*RUN_KEYS)
     now = time.time() + client.clock_offset_s
-    screen.print(
-        *paint_head(screen, table(LIST_COLUMNS, [list_row(run, now) for run in runs], screen.columns))
-    )
+    print_table(options, LIST_COLUMNS, [list_row(run, now) for run in answer.json_list(*RUN_KEYS)])
     if "next" in (answer.headers.get("link", "")):
         say(
             "there are more: give a larger --limit, at most 1000, or say which with --search, "
@@ -25402,18 +25379,8 @@ def command_clusters(options: Any) -> int:
     answer = open_client(options).get("/v1/clusters")
     if options.json:
         print_json(answer.body)
-        return EXIT_DONE
-    screen = open_screen(options)
-    screen.print(
-        *paint_head(
-            screen,
-            table(
-                CLUSTER_COLUMNS,
-                [cluster_row(cluster) for cluster in answer.json_list("id", "workers")],
-                screen.columns,
-            ),
-        )
-    )
+    else:
+        print_table(options, CLUSTER_COLUMNS, map(cluster_row, answer.json_list("id", "workers")))
     return EXIT_DONE
 
 
@@ -25441,8 +25408,7 @@ def command_sessions(options: Any) -> int:
         ]
         for one in sign_ins
     ]
-    screen = open_screen(options)
-    screen.print(*paint_head(screen, table(SIGN_IN_COLUMNS, rows, screen.columns)))
+    print_table(options, SIGN_IN_COLUMNS, rows)
     return EXIT_DONE
 
 
@@ -25489,18 +25455,8 @@ def command_scenarios(options: Any) -> int:
     answer = open_client(options).get("/v1/scenarios")
     if options.json:
         print_json(answer.body)
-        return EXIT_DONE
-    screen = open_screen(options)
-    screen.print(
-        *paint_head(
-            screen,
-            table(
-                SCENARIO_COLUMNS,
-                [scenario_row(scenario) for scenario in answer.json_list("id")],
-                screen.columns,
-            ),
-        )
-    )
+    else:
+        print_table(options, SCENARIO_COLUMNS, map(scenario_row, answer.json_list("id")))
     return EXIT_DONE
 
 
@@ -25511,7 +25467,7 @@ def command_users(options: Any) -> int:
     answer = client.request(
         "POST", run_path(run_id, "/users"), {name: value for name, value in body.items() if value is not None}
     )
-    return tell_done(options, answer, f"run {run_id} is changed to {options.users} users")
+    return print_done(options, answer, f"run {run_id} is changed to {options.users} users")
 
 
 SCHEDULE_COLUMNS = (
@@ -25544,26 +25500,25 @@ def command_schedules(options: Any) -> int:
         if options.json:
             print_json(answer.body)
         else:
-            screen = open_screen(options)
-            rows = [schedule_row(schedule) for schedule in answer.json_list("id", "next", "test", "paused")]
-            screen.print(*paint_head(screen, table(SCHEDULE_COLUMNS, rows, screen.columns)))
+            schedules = answer.json_list("id", "next", "test", "paused")
+            print_table(options, SCHEDULE_COLUMNS, map(schedule_row, schedules))
         return EXIT_DONE
     if options.action == "create":
         answer = client.request("POST", "/v1/schedules", schedule_body(options))
-        return tell_done(options, answer, f"schedule {answer.json('id')['id']} is created")
+        return print_done(options, answer, f"schedule {answer.json('id')['id']} is created")
     if not options.schedule:
         raise CommandError(f"schedules {options.action}: say which; see `{PROGRAM} schedules`", EXIT_USAGE)
     path = f"/v1/schedules/{quote(options.schedule, safe='')}"
     if options.action in ("pause", "resume"):
-        return tell_done(
+        return print_done(
             options,
             client.request("PATCH", path, {"paused": options.action == "pause"}),
             f"schedule {options.schedule}: {options.action}d",
         )
     if options.action == "delete":
-        return tell_done(options, client.request("DELETE", path), f"schedule {options.schedule} is deleted")
+        return print_done(options, client.request("DELETE", path), f"schedule {options.schedule} is deleted")
     answer = client.request("POST", f"{path}/run")
-    return tell_done(options, answer, started_line(answer.json(*RUN_KEYS)))
+    return print_done(options, answer, started_line(answer.json(*RUN_KEYS)))
 
 
 def schedule_body(options: Any) -> dict[str, Any]:
@@ -25588,7 +25543,7 @@ def command_scale(options: Any) -> int:
     answer = open_client(options).request(
         "POST", cluster_path(options.cluster, "scale"), {"workers": options.workers}
     )
-    return tell_done(
+    return print_done(
         options,
         answer,
         f"cluster {options.cluster} is scaled to {options.workers} worker{'s' * (options.workers != 1)}",
@@ -25614,14 +25569,14 @@ def command_stop(options: Any) -> int:
         return stop_all(options, client)
     run_id = find_run(client, options.run)
     answer = client.request("POST", run_path(run_id, "/stop"))
-    return tell_done(options, answer, f"run {run_id} is stopped")
+    return print_done(options, answer, f"run {run_id} is stopped")
 
 
 def stop_all(options: Any, client: ApiClient) -> int:
     """Stop every run that the token may touch; EXIT_FAILED when one is still running."""
     answer = client.request("POST", "/v1/stop-all", {})
     outcome = answer.json("stopped", "failed")
-    tell_done(
+    print_done(
         options,
         answer,
         f"{len(outcome['stopped'])} stopped" + "".join(f"\n  {run_id}" for run_id in outcome["stopped"]),
@@ -25663,10 +25618,10 @@ def command_token(options: Any) -> int:
 def command_delete(options: Any) -> int:
     client = open_client(options)
     run_id = find_run(client, options.run)
-    return tell_done(options, client.request("DELETE", run_path(run_id)), f"run {run_id} is deleted")
+    return print_done(options, client.request("DELETE", run_path(run_id)), f"run {run_id} is deleted")
 
 
-def tell_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
+def print_done(options: Any, answer: ApiAnswer, sentence: str) -> int:
     """Done, and said: the API's JSON where it is asked for and there is any."""
     if not options.json:
         open_screen(options).print(sentence)
@@ -25692,14 +25647,8 @@ def command_metrics(options: Any) -> int:
     if options.json:
         print_json(answer.body)
         return EXIT_DONE
-    screen = open_screen(options)
     document = answer.json("points", "total", "downsampled")
-    screen.print(
-        *paint_head(
-            screen,
-            table(METRICS_COLUMNS, [metrics_row(point) for point in document["points"]], screen.columns),
-        )
-    )
+    print_table(options, METRICS_COLUMNS, map(metrics_row, document["points"]))
     if document["downsampled"]:
         say(
             f"{len(document['points'])} of {document['total']} points; --max-points shows more, "
@@ -25902,8 +25851,8 @@ class Follower:
         self._every_s = options.every
         self._patience_s = options.patience
         self._gone_since: float | None = None
-        self._told_at = -math.inf
-        self._told_status = ""
+        self._printed_at = -math.inf
+        self._printed_status = ""
         self.answer: ApiAnswer | None = None  # the newest
         self.status = "started"
 
@@ -25971,8 +25920,8 @@ class Follower:
             else:
                 columns, rows = self._screen.size
                 self._screen.draw(live_lines(run, self._screen, now, columns - 1, rows - 1))
-        elif time.monotonic() - self._told_at >= self._every_s or self.status != self._told_status:
-            self._told_at, self._told_status = time.monotonic(), self.status
+        elif time.monotonic() - self._printed_at >= self._every_s or self.status != self._printed_status:
+            self._printed_at, self._printed_status = time.monotonic(), self.status
             self._screen.print(plain_line(run, now))
 
 
@@ -26121,11 +26070,11 @@ def start_and_follow(
         try:
             ctrl_c.release()
             if options.detach:
-                return tell_done(options, answer, started_line(run)), None
+                return print_done(options, answer, started_line(run)), None
             if not options.quiet:
                 screen.print(started_line(run))
             run = follower.until_final()
-            return tell_end(options, client, screen, run, follower.answer), run
+            return print_end(options, client, screen, run, follower.answer), run
         except KeyboardInterrupt:
             return stop_and_wait(options, client, screen, follower, run["id"]), None
 
@@ -26148,7 +26097,7 @@ def stop_and_wait(options: Any, client: ApiClient, screen: Screen, follower: Fol
         follower.notice(f"stopping run {run_id}; Ctrl-C again leaves at once")
         ask_to_stop(client, run_id)
         run = follower.until_final()
-        tell_end(options, client, screen, run, follower.answer)
+        print_end(options, client, screen, run, follower.answer)
     except KeyboardInterrupt:
         client.close()
         follower.notice(f"left; {follower.whereabouts()}")
@@ -26182,7 +26131,7 @@ def ask_to_stop(client: ApiClient, run_id: str) -> None:
         time.sleep(0.5)
 
 
-def tell_end(
+def print_end(
     options: Any, client: ApiClient, screen: Screen, run: dict[str, Any], answer: ApiAnswer | None
 ) -> int:
     """Report how a run ended, write the files that were asked for; the exit status."""
@@ -26247,7 +26196,7 @@ def follow_only(options: Any, quiet: bool) -> int:
     client, screen = open_client(options), open_screen(options)
     follower = Follower(client, find_run(client, options.run), screen, options)
     try:
-        return tell_end(options, client, screen, follower.until_final(), follower.answer)
+        return print_end(options, client, screen, follower.until_final(), follower.answer)
     except KeyboardInterrupt:
         follower.notice(f"left; {follower.whereabouts()}")
         return EXIT_INTERRUPTED
@@ -26291,8 +26240,16 @@ ENDPOINT_COLUMNS = (
 )  # fmt: skip
 
 
-def paint_head(screen: Screen, lines: list[str]) -> list[str]:
-    return [screen.paint(lines[0], "grey"), *lines[1:]]
+def painted_table(
+    screen: Screen, columns: tuple[Column, ...], rows: Iterable[list[str]], width: int | None
+) -> list[str]:
+    head, *lines = table(columns, list(rows), width)
+    return [screen.paint(head, "grey"), *lines]
+
+
+def print_table(options: Any, columns: tuple[Column, ...], rows: Iterable[list[str]]) -> None:
+    screen = open_screen(options)
+    screen.print(*painted_table(screen, columns, rows, screen.columns))
 
 
 def list_row(run: dict[str, Any], now: float) -> list[str]:
@@ -26386,7 +26343,7 @@ def endpoint_lines(
         if most is None or len(rows) <= most
         else sorted(rows, key=lambda row: -(row["numRequests"] or 0))[: max(0, most - 1)]
     )
-    lines = paint_head(screen, table(ENDPOINT_COLUMNS, [endpoint_row(row) for row in shown], columns))
+    lines = painted_table(screen, ENDPOINT_COLUMNS, map(endpoint_row, shown), columns)
     lines = [
         screen.paint(line, "red") if row is not None and row["numFailures"] else line
         for line, row in zip(lines, [None, *shown], strict=True)
@@ -26629,7 +26586,7 @@ def comparison_lines(comparison: dict[str, Any], screen: Screen) -> list[str]:
         against = newest if len(runs) == 1 else f"{len(runs)} runs, the newest {newest}"
         lines = [f"compared with {against}" + (f": {one_line(candidate)}" if candidate else "")]
     rows = [figure_row(one) for one in comparison.get("figures") or ()]
-    lines += paint_head(screen, table(CHANGE_COLUMNS, rows, screen.columns)) if rows else []
+    lines += painted_table(screen, CHANGE_COLUMNS, rows, screen.columns) if rows else []
     if comparison.get("figuresCut"):
         lines.append(f"and {comparison['figuresCut']} more figures")
     for name, colour in (("differences", "orange"), ("warnings", "orange"), ("regressions", "red")):

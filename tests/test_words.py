@@ -73,7 +73,7 @@ IN_NAMES = {
     r"^NotAllowed$": "InvalidValue",
     r"^busy_with$|^claimed_users$": "active_run_id, reserved_users",
     r"^in_background$": "start_thread",
-    r"^told$": "reported",
+    r"^told$|(^|_)(is_told|told_)|^_?tell_|^_tell$": "reported, notify_, report_, print_",
 }
 HONEST_NAMES = {
     "note": "what an audit entry says of its request",
