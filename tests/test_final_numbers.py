@@ -194,7 +194,8 @@ def test_streams_get_an_old_run_with_its_numbers(service):
         assert numbers_of(json.loads(changed.data)) == 1001
         with store._lock:  # its numbers leave before the round
             record = store._runs.get(runs[2].id)
-            store._tell(record.run)
+            for listener in store.listeners:
+                listener(record.run)
             store.numbers.forget(runs[2].id)
             record.numbers = lm.ON_DISK
         assert next(of_all).event == "reset", "who reads again gets what the loop does not wait for"
