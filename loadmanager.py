@@ -6918,6 +6918,13 @@ class Numbers:
         found.pop("requestStats", None)
         return found
 
+    @property
+    def endpoints(self) -> int:
+        """How many there are, or about how many: a measure of what it takes."""
+        if self.snapshot is not None:
+            return len(self.snapshot.endpoints or ())
+        return len(self._json or b"") // 300
+
     def compact(self) -> int:
         """Be as small as can be, of a final run; the bytes it takes then."""
         size = len(self.json())
@@ -7061,6 +7068,7 @@ class _RecentBatches:
 
     def add(self, number: int, batch: _Batch) -> None:
         weight = sum(len(getattr(batch, name)) * self.WEIGHTS.get(name, 1) for name in _Batch.ROWS)
+        weight += sum(state.numbers.endpoints for state in batch.runs.values() if state.numbers)
         self._kept.append((number, weight, replace(batch, when_durable=[], tickets=[])))
         self._weight += weight
         self.newest = number

@@ -576,6 +576,17 @@ def test_commit_without_an_answer_is_neither_lost_nor_done_twice(led):
     assert [one.requests for one in store.history.samples(run.id)] == [1, 2]
 
 
+def test_batches_that_are_kept_for_a_failover_take_bounded_memory():
+    """A run's numbers may have 500 endpoints, each a row."""
+    recent, big = lm._RecentBatches(), snapshot(7, 1001.0)._replace(endpoints=("endpoint",) * 500)
+    for number in range(1, 1001):
+        batch = lm._Batch()
+        batch.runs["r"] = lm.RunState(new_run(), lm.Numbers(big, "poll"))
+        recent.add(number, batch)
+    assert len(recent._kept) == recent.MAX_ROWS // 501
+    assert recent.is_complete_since(970) and not recent.is_complete_since(900)
+
+
 @pytest.mark.parametrize("copied", ["before the lead", "during the lead"])
 def test_what_a_lagging_copy_lacks_is_written_again(tmp_path, capfd, copied):
     """PostgreSQL fails over to a copy without the last commits: a client was told that they are on disk."""
