@@ -3088,8 +3088,11 @@ ENDPOINT_KEYS = {
     "p95ResponseTime": "p95_ms",
     "p99ResponseTime": "p99_ms",
 }
-SNAPSHOT_KEYS = {
-    "totalRps": "rps",
+ENDPOINT_TIMES = (  # in the order in which people are shown them
+    "medianResponseTime", "p95ResponseTime", "p99ResponseTime", "avgResponseTime", "minResponseTime",
+    "maxResponseTime",
+)  # fmt: skip
+TOTAL_KEYS = {  # of a snapshot and of a sample
     "totalRequests": "requests",
     "totalFailures": "failures",
     "errorRate": "error_percent",
@@ -3097,8 +3100,8 @@ SNAPSHOT_KEYS = {
     "p50ResponseMs": "p50_ms",
     "p95ResponseMs": "p95_ms",
     "p99ResponseMs": "p99_ms",
-    "currentUsers": "users",
 }
+SNAPSHOT_KEYS = {"totalRps": "rps", **TOTAL_KEYS, "currentUsers": "users"}
 
 
 def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
@@ -3252,13 +3255,7 @@ def histogram_to_json(histogram: Histogram) -> dict[str, Any]:
 SAMPLE_KEYS = {
     "totalRps": "rps",
     "failuresPerSec": "fails_per_s",
-    "totalRequests": "requests",
-    "totalFailures": "failures",
-    "errorRate": "error_percent",
-    "avgResponseMs": "avg_ms",
-    "p50ResponseMs": "p50_ms",
-    "p95ResponseMs": "p95_ms",
-    "p99ResponseMs": "p99_ms",
+    **TOTAL_KEYS,
     "currentP50Ms": "window_p50_ms",
     "currentP95Ms": "window_p95_ms",
     "currentUsers": "users",
@@ -4624,10 +4621,6 @@ class ComparedRun(NamedTuple):
 
     document: dict[str, Any]
     figures: RunFigures
-
-
-def compared_run(document: dict[str, Any], blocks: TimeBlocks | None = None) -> ComparedRun:
-    return ComparedRun(document, run_figures(document, blocks))
 
 
 class _Judge:
@@ -16210,17 +16203,7 @@ def _endpoint_cells(run: dict[str, Any]) -> Iterator[list[Any]]:
     """The rows of Locust's table, the total last."""
     metrics = run.get("lastMetrics") or {}
     for row in (metrics.get("requestStats") or {}).values():
-        times = [
-            row.get(name)
-            for name in (
-                "medianResponseTime",
-                "p95ResponseTime",
-                "p99ResponseTime",
-                "avgResponseTime",
-                "minResponseTime",
-                "maxResponseTime",
-            )
-        ]
+        times = [row.get(name) for name in ENDPOINT_TIMES]
         yield [
             row["method"],
             row["name"],
@@ -26325,20 +26308,12 @@ def metrics_row(point: dict[str, Any]) -> list[str]:
 
 
 def endpoint_row(row: dict[str, Any]) -> list[str]:
-    names = (
-        "medianResponseTime",
-        "p95ResponseTime",
-        "p99ResponseTime",
-        "avgResponseTime",
-        "minResponseTime",
-        "maxResponseTime",
-    )
     return [
         one_line(row["method"]),
         one_line(row["name"]),
         count_text(row["numRequests"]),
         count_text(row["numFailures"]),
-        *(count_text(row.get(name)) for name in names),
+        *(count_text(row.get(name)) for name in ENDPOINT_TIMES),
         decimal_text(row.get("requestsPerSec")),
     ]
 

@@ -96,7 +96,8 @@ def a_run(world: World, draw: random.Random, level: float, slower: dict[str, flo
             blocks.setdefault(("GET", name), []).append(part)
             parts.append(part)
         blocks[None].append(loadmanager.functools.reduce(loadmanager._sum, parts))
-    return loadmanager.compared_run(document_of(blocks, run_id), blocks)
+    document = document_of(blocks, run_id)
+    return loadmanager.ComparedRun(document, loadmanager.run_figures(document, blocks))
 
 
 def document_of(blocks: dict, run_id: str) -> dict:

@@ -65,7 +65,7 @@ def a_run(run_id="a", p95=200.0, errors=0, requests=2000, rps=100.0, endpoints=N
 
 
 def compared(run, blocks=None):
-    return loadmanager.compared_run(run, blocks)
+    return loadmanager.ComparedRun(run, loadmanager.run_figures(run, blocks))
 
 
 def history(count=5, **how):
