@@ -4116,7 +4116,9 @@ def verdict_of(
 
 class ThresholdWatch:
     """Holds the numbers of a going run against its thresholds. Used by the poller and by
-    pushes: `note` takes its own lock."""
+    pushes: record_sample() takes its own lock."""
+
+    STEP_S = 0.1  # between the samples that are kept; a window has a second at least
 
     def __init__(self, thresholds: tuple[Threshold, ...]):
         self.thresholds = thresholds
@@ -4137,7 +4139,7 @@ class ThresholdWatch:
             is_newest = not self.samples or snapshot.taken_at > self.samples[-1].at
             histograms = histograms_of(snapshot) if any(map(needs_histograms, self.thresholds)) else None
             if is_newest:
-                self.samples.append(sample_of("", snapshot, ""))
+                self._keep(sample_of("", snapshot, ""))
             while len(self.samples) > 1 and self.samples[1].at <= snapshot.taken_at - self._keep_s:
                 del self.samples[0]
             aborting = []
@@ -4155,6 +4157,13 @@ class ThresholdWatch:
                 if self._aborts(index, threshold, value, snapshot.taken_at):
                     aborting.append(threshold)
             return aborting[0] if aborting else None
+
+    def _keep(self, sample: Sample) -> None:
+        """The newest takes the place of the one before when they are close, as when a token floods."""
+        if len(self.samples) > 2 and sample.at - self.samples[-2].at < self.STEP_S:
+            self.samples[-1] = sample
+        else:
+            self.samples.append(sample)
 
     def _histogram_value(self, index: int, point: HistogramPoint, started_at: float) -> float | None:
         if index not in self._windows:

@@ -385,3 +385,11 @@ def test_a_pattern_of_many_stars_is_quick():
         == "failed"
     )
     assert time.monotonic() - began < 20  # one that tries all ways to match has not ended after days
+
+
+def test_a_flood_of_numbers_takes_no_more_memory_than_a_window_needs():
+    watch = ThresholdWatch((parse_threshold("totalRps < 1000 over 20s"),))
+    for number in range(20_000):
+        watch.record_sample(snapshot(1000.0 + number / 1000, number), 1000.0)
+    assert len(watch.samples) < 1000, "a token fills the memory"
+    assert watch.samples[-1].requests == 19_999 and watch.samples[0].at < 1001
