@@ -9733,7 +9733,7 @@ def network_words(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "did not answer in time"
     if isinstance(error, ConnectionRefusedError):
-        return "refused the connection: is the master running?"
+        return "refused the connection: is it running?"
     if isinstance(error, http.client.HTTPException):
         return f"answered what is not HTTP ({name})"
     return str(getattr(error, "strerror", None) or error) or name
