@@ -27229,7 +27229,7 @@ WantedBy=multi-user.target
 """
 
 FIRST_CONFIG = """\
-# Load Manager's configuration. Every key: README.md. After a change:
+# Load Manager's configuration. Every key: bin/loadmanager reference. After a change:
 #     {launcher} check -config {prefix}/config.yaml
 #     {launcher} reload -config {prefix}/config.yaml
 server:

@@ -206,9 +206,31 @@ def test_commands_and_keys_that_are_named_exist():
     assert set(re.findall(r"\bmake ([a-z]+)\b(?=[ `\n]*(?:`|#|[A-Z]+=))", text)) <= makes
 
 
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_the_pages_lead_somewhere():
     for page in [ROOT / "README.md", *ROOT.glob("*/README.md")]:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), (
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+            file, _, anchor = link.partition("#")
+            where = page.parent / file if file else page
+            assert where.exists() and (not anchor or anchor in anchors(where)), (
                 f"{page.relative_to(ROOT)} links to {link}, which is not there"
             )
+
+
+def test_sections_that_the_shipped_configuration_names_are_in_the_reference():
+    comments = re.findall(r"See (.*)", (ROOT / "config.yaml").read_text(encoding="utf-8"))
+    named = [re.fullmatch(r"(\w+) in the reference\b.*", comment) for comment in comments]
+    assert len(named) >= 3 and all(one and f"\n## {one[1]}\n" in REFERENCE for one in named), comments
+
+
+def test_smallest_configuration_of_the_example_is_good(tmp_path):
+    example = re.search(r"## Start\n.*?```yaml\n(.*?)```", README, re.S).group(1)
+    (tmp_path / "config.yaml").write_text(example)
+    command = [sys.executable, str(ROOT / "loadmanager.py"), "check"]
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert checked.returncode == 0 and "good; 1 cluster(s)" in checked.stdout, checked.stderr
