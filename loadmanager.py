@@ -7025,6 +7025,9 @@ class _Batch:
         """This one, which could not be written, together with what came since."""
         for run_id in later.gone:
             self.forget(run_id)
+        for run_id, state in later.runs.items():
+            if state.numbers is None and run_id in self.runs:  # they were on disk only, and are there no more
+                later.runs[run_id] = state._replace(numbers=self.runs[run_id].numbers)
         for name in (*self.ROWS, "when_durable"):
             mine, theirs = getattr(self, name), getattr(later, name)
             if isinstance(mine, dict):
@@ -8221,10 +8224,8 @@ class FinalNumbers:
     def documents(self, runs: list[Run], make: Callable[..., tuple[bytes, ...]]) -> dict[str, dict[str, Any]]:
         """The answers of those of the runs that are still there, as `make` makes them; NotReady."""
         records = self._records(runs)
-        answers = self.answers(records, make)
-        return {
-            one.run.id: json.loads(b"".join(answer)) for one, answer in zip(records, answers, strict=True)
-        }
+        answers = zip(records, self.answers(records, make), strict=True)
+        return {one.run.id: json.loads(b"".join(answer)) for one, answer in answers if answer is not None}
 
     def _records(self, runs: list[Run]) -> list[StoredRun]:
         found = (self._runs.find(run.id) for run in runs)
@@ -8234,17 +8235,14 @@ class FinalNumbers:
         self, records: list[StoredRun], make: Callable[[StoredRun, Numbers | None], Any]
     ) -> list[Any]:
         """What `make` makes, under the lock, of each run and its numbers; NotReady when the database is
-        needed for that and does not answer. The numbers of a page are then kept in memory; those of
-        thousands would only drive out others."""
+        needed for that and does not answer. None for a run that was deleted meanwhile with its numbers. The
+        numbers of a page are then kept in memory; those of thousands would only drive out others."""
         read: dict[str, Numbers | None] = {}
         while True:
             with self._lock:
                 missing = [one.run.id for one in records if one.numbers is ON_DISK and one.run.id not in read]
                 if not missing:
-                    made = [
-                        make(one, read.get(one.run.id) if one.numbers is ON_DISK else one.numbers)
-                        for one in records
-                    ]
+                    made = [self._made(one, read, make) for one in records]
                     if len(read) <= self.READ_AT_ONCE:
                         self._have(list(read), read)
                         self._make_room()
@@ -8253,6 +8251,12 @@ class FinalNumbers:
             for start in range(0, len(missing), self.READ_AT_ONCE):
                 some = missing[start : start + self.READ_AT_ONCE]
                 read.update(self._writer.read(functools.partial(self._read_some, some)))
+
+    def _made(self, record: StoredRun, read: dict[str, Numbers | None], make: Callable[..., Any]) -> Any:
+        if record.numbers is not ON_DISK:
+            return make(record, record.numbers)
+        is_there = self._runs.find(record.run.id) is record
+        return make(record, read.get(record.run.id)) if is_there else None
 
     def _read_some(self, run_ids: list[str], database: Database) -> dict[str, Numbers | None]:
         places = ", ".join("?" * len(run_ids))
@@ -8589,11 +8593,17 @@ class Store:
 
     def run_json(self, run_id: str) -> bytes:
         """The run's answer as JSON bytes, or NotFound; NotReady when its numbers cannot be read."""
-        return b"".join(*self.numbers.answers([self._runs.get_shown(run_id)], StoredRun.json_parts))
+        return self._answer(run_id, StoredRun.json_parts)
 
     def brief(self, run_id: str) -> bytes:
         """As run_json(), without the endpoints' rows."""
-        return b"".join(*self.numbers.answers([self._runs.get_shown(run_id)], StoredRun.brief))
+        return self._answer(run_id, StoredRun.brief)
+
+    def _answer(self, run_id: str, make: Callable[[StoredRun, Numbers | None], tuple[bytes, ...]]) -> bytes:
+        [answer] = self.numbers.answers([self._runs.get_shown(run_id)], make)
+        if answer is None:
+            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
+        return b"".join(answer)
 
     def newest_sample(self, run_id: str) -> Sample | None:
         """The newest numbers of a run that is going on; None when there are none."""
@@ -8635,7 +8645,8 @@ class Store:
         is_more = limit is not None and len(found) > limit
         found = found[:limit]
         page = self.numbers.answers(found, StoredRun.brief if brief else StoredRun.json_parts)
-        return page, found[-1].run.seq if is_more else None
+        shown = [answer for answer in page if answer is not None]
+        return shown, found[-1].run.seq if is_more else None
 
     def active_runs(self) -> list[Run]:
         with self._lock:

@@ -124,6 +124,46 @@ def test_a_run_that_ends_while_the_database_is_away_is_not_compared(open_store, 
     assert judged["judgement"] == lm.CANNOT_TELL and "did not answer in time" in judged["message"]
 
 
+@pytest.mark.usefixtures("little_room")
+def test_a_run_that_is_deleted_while_its_numbers_are_read_is_not_answered_without_them(open_store):  # noqa: F811
+    store = open_store()
+    runs = [ended(store, number) for number in range(1000, 1004)]
+    release, answers = threading.Event(), {}
+
+    def ask():
+        with pytest.raises(lm.NotFound):
+            store.run_json(runs[0].id)
+        answers["one"] = "NotFound"
+
+    waiting = [
+        threading.Thread(target=store.history.read, args=(lambda database: release.wait(20),)),
+        threading.Thread(target=ask),
+        threading.Thread(target=lambda: answers.update(all=listed(store, False))),
+        threading.Thread(
+            target=lambda: answers.update(some=store.numbers.documents(runs, lm.StoredRun.brief))
+        ),
+        threading.Thread(target=lm.RunRemoval(store).remove, args=(runs[0].id,)),
+    ]
+    for thread in waiting:
+        thread.start()
+        time.sleep(0.1)
+    release.set()
+    for thread in waiting:
+        thread.join()
+    assert answers["one"] == "NotFound"
+    assert [numbers_of(one) for one in answers["all"]] == [1003, 1002, 1001]
+    assert list(answers["some"]) == [run.id for run in runs[1:]]
+
+
+def test_a_database_that_goes_back_gets_the_numbers_that_a_later_state_of_the_run_has_not():
+    """They had left memory when the run was changed."""
+    run, recent = new_run(), lm._RecentBatches()
+    numbers = lm.Numbers(snapshot(1000), "final")
+    for number, of_state in enumerate((None, numbers, None), 1):
+        recent.add(number, lm._Batch(runs={run.id: lm.RunState(run, of_state)}))
+    assert recent.since(1, {}).runs[run.id].numbers is numbers
+
+
 # ---- over HTTP ---------------------------------------------------------------
 
 
