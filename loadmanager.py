@@ -6638,7 +6638,8 @@ class _SentStart:
 class LeadProof:
     """Proves that this Load Manager still leads, where a standby may take over: the database is asked, on a
     connection of its own, whether our other connection has the lock. Asked there it would wait behind
-    what is just written: with a database 200 ms away one batch takes longer than a proof is good for."""
+    what is just written: with a database 200 ms away one batch takes longer than a proof is good for.
+    What that other one answers proves it as well: a database may have no second connection for us."""
 
     EVERY_S = LEASE_S / 4
     SENDING_S = 11.0  # a little more than a call to Locust may take
@@ -6757,12 +6758,16 @@ class LeadProof:
             asked_for = (PostgresDatabase.LOCK_ID, *backend)
             has_lock = self._connection.execute(self.HAS_LOCK, asked_for).fetchone()[0]
         if has_lock:
-            with self._changed:
-                self._proved_at = asked_at
-                self._starts = [
-                    one for one in self._starts if one.answered_at is None or one.answered_at > asked_at
-                ]
-                self._changed.notify_all()
+            self.proved(asked_at)
+
+    def proved(self, asked_at: float) -> None:
+        """What was asked then (monotonic) was answered: we had the lock. Called by the writer, too."""
+        with self._changed:
+            self._proved_at = max(self._proved_at, asked_at)
+            self._starts = [
+                one for one in self._starts if one.answered_at is None or one.answered_at > asked_at
+            ]
+            self._changed.notify_all()
 
     def _log_silence(self, error: Exception) -> None:
         if not self._is_away:
@@ -7343,9 +7348,8 @@ HISTOGRAMS_BURST = 20
 
 
 class DatabaseWriter(threading.Thread):
-    """The only thread that writes, and that no error ends. What the database does not take is kept
-    and tried again every second, so a full disk loses nothing once there is room; a row that it
-    can never take is left out and logged. Meanwhile `problem` says why."""
+    """The only thread that writes, and that no error ends. What the database does not take is kept and tried
+    again each second, so a full disk loses nothing; a row that it can never take is left out and logged."""
 
     LAZY_S = 0.5  # how long samples that no one waits for may stay unwritten
     CHECK_S = 1.0  # how often the database is asked whether it is there when nothing is written
@@ -7380,6 +7384,7 @@ class DatabaseWriter(threading.Thread):
         self.rows_left_out = 0
         self.lost: str | None = None  # why we do not lead any more
         self.on_lost: Callable[[str], None] = end_without_lead
+        self.on_led: Callable[[float], None] = lambda asked_at: None  # answered by who has the lock
 
     # ---- what is to be written ---------------------------------------------
 
@@ -7463,8 +7468,7 @@ class DatabaseWriter(threading.Thread):
     # ---- waiting -----------------------------------------------------------
 
     def wait_durable(self, timeout_s: float | None = None, run_id: str | None = None) -> None:
-        """Return when all that was saved before is on disk; NotReady when it cannot be, or when
-        the row of this run could not be written."""
+        """Return when all that was saved before is on disk; NotReady when it or this run's row cannot be."""
         problem = self.lost or self._failure
         if problem is not None:
             raise NotReady(f"the database cannot be written: {problem}", retry_after_s=5)
@@ -7582,7 +7586,7 @@ class DatabaseWriter(threading.Thread):
     def _write_or_check(self, is_due: bool) -> None:
         if self._failure is not None:
             self._recover()
-        batch = self._in_hand
+        batch, asked_at = self._in_hand, monotonic_s()
         assert batch is not None
         if batch.has_rows:
             self._write(batch)
@@ -7590,6 +7594,7 @@ class DatabaseWriter(threading.Thread):
             self._database.check()
         if batch.has_rows or is_due:
             self._checked_at = monotonic_s()
+            self.on_led(asked_at)
         self._in_hand = _Batch(tickets=batch.tickets)  # the rest is done, and must not be done twice
         self._failure = self._busy_since = None
         self._call_all(batch.when_durable)
@@ -8063,6 +8068,7 @@ class Lead:
         self._proof = LeadProof(self._database)
         self._proof.begin()
         self._writer.on_lost = self._end
+        self._writer.on_led = self._proof.proved
         return self._proof
 
     def _end(self, why: str) -> None:
@@ -8230,6 +8236,15 @@ class FinalNumbers:
     def _records(self, runs: list[Run]) -> list[StoredRun]:
         found = (self._runs.find(run.id) for run in runs)
         return [record for record in found if record is not None and record.shown is not None]
+
+    def answer(
+        self, record: StoredRun, make: Callable[[StoredRun, Numbers | None], tuple[bytes, ...]]
+    ) -> bytes:
+        """As answers(), of one; NotFound when it was deleted meanwhile."""
+        [answer] = self.answers([record], make)
+        if answer is None:
+            raise NotFound(f"there is no run {record.run.id}")
+        return b"".join(answer)
 
     def answers(
         self, records: list[StoredRun], make: Callable[[StoredRun, Numbers | None], Any]
@@ -8593,17 +8608,11 @@ class Store:
 
     def run_json(self, run_id: str) -> bytes:
         """The run's answer as JSON bytes, or NotFound; NotReady when its numbers cannot be read."""
-        return self._answer(run_id, StoredRun.json_parts)
+        return self.numbers.answer(self._runs.get_shown(run_id), StoredRun.json_parts)
 
     def brief(self, run_id: str) -> bytes:
         """As run_json(), without the endpoints' rows."""
-        return self._answer(run_id, StoredRun.brief)
-
-    def _answer(self, run_id: str, make: Callable[[StoredRun, Numbers | None], tuple[bytes, ...]]) -> bytes:
-        [answer] = self.numbers.answers([self._runs.get_shown(run_id)], make)
-        if answer is None:
-            raise NotFound(f"there is no run {run_id[:MAX_TEXT]}")
-        return b"".join(answer)
+        return self.numbers.answer(self._runs.get_shown(run_id), StoredRun.brief)
 
     def newest_sample(self, run_id: str) -> Sample | None:
         """The newest numbers of a run that is going on; None when there are none."""
@@ -8645,8 +8654,7 @@ class Store:
         is_more = limit is not None and len(found) > limit
         found = found[:limit]
         page = self.numbers.answers(found, StoredRun.brief if brief else StoredRun.json_parts)
-        shown = [answer for answer in page if answer is not None]
-        return shown, found[-1].run.seq if is_more else None
+        return [one for one in page if one is not None], found[-1].run.seq if is_more else None
 
     def active_runs(self) -> list[Run]:
         with self._lock:

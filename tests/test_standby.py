@@ -90,6 +90,32 @@ def cut_leader(url):
         )
 
 
+def test_leader_leads_and_stops_on_time_where_the_database_has_no_second_connection(
+    load_manager, fake, empty_postgres
+):
+    port = find_free_port()
+    role = "CREATE ROLE one LOGIN; GRANT CREATE ON SCHEMA public TO one"
+    proof = "FROM pg_stat_activity WHERE application_name = 'loadmanager-lead'"
+    with psycopg.connect(empty_postgres, autocommit=True) as connection:
+        connection.execute(role)
+        try:
+            leader = load_manager(
+                cluster_config(fake.url),
+                server={"port": port},
+                storage={"url": empty_postgres.replace("lm@", "one@")},
+                standby={"enabled": True, "advertisedUrl": f"http://127.0.0.1:{port}"},
+            )
+            run_id = leader.create(durationSeconds=6).json["id"]
+            connection.execute("ALTER ROLE one CONNECTION LIMIT 1")
+            assert connection.execute(f"SELECT pg_terminate_backend(pid) {proof}").fetchall() == [(True,)]
+            holds_for(lambda: leader.get("/v1/tests").status == 200, 5)
+            run = leader.wait_for(run_id, "Finished")
+            assert run["finishedAtMs"] - run["startedAtMs"] < 7000, run
+            leader.end()
+        finally:
+            connection.execute("DROP OWNED BY one; DROP ROLE one")
+
+
 def test_standby_passes_reads_creates_and_stops_on(member, fake):
     leader, standby = both(member, fake.url)
     created = standby.create()
