@@ -2050,7 +2050,8 @@ def _read_config_file(path: str) -> Any:
             raw = file.read(4 * 1024 * 1024)
         text = raw.decode("utf-8-sig")
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from None
+        other = "; -config names another file" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}{other}"]) from None
     except UnicodeDecodeError:
         raise ConfigError([f"{path}: is not UTF-8 text"]) from None
     try:

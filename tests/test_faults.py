@@ -673,6 +673,7 @@ def test_missing_file_is_exit_2(tmp_path):
         timeout=20,
     )
     assert done.returncode == 2 and "none.yaml: cannot be read" in done.stderr
+    assert "; -config names another file" in done.stderr, "it does not say what to do"
 
 
 def test_values_come_from_environment_and_files(load_manager, tmp_path):
