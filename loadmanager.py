@@ -6323,6 +6323,7 @@ class PostgresDatabase:
     }
     SERVER_PATIENCE = "-c tcp_keepalives_idle=2 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
     CHUNK = 500  # rows that are sent at once
+    CLOCKS = "key IN ('leader_clock', 'leader_boot')"
 
     def __init__(self, url: str):
         try:
@@ -6425,15 +6426,21 @@ class PostgresDatabase:
 
     def _compare_clocks(self) -> None:
         """Keep by how much our clock is ahead of the database's, which is how it is compared with that of
-        the one who led before."""
+        the one who led before; and when our machine was booted by it, which is how it is on the same one, as
+        the database's clock may have been set."""
         asked_at = time.time()
         database_s = float(self.query("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
         ahead_s = (asked_at + time.time()) / 2 - database_s
-        before = self.query("SELECT value FROM meta WHERE key = 'leader_clock'")
-        self.clock_moved_s = ahead_s - float(before[0][0]) if before else 0.0
-        self.execute("DELETE FROM meta WHERE key = 'leader_clock'")
-        row = ("leader_clock", f"{ahead_s:.3f}")
-        self.execute("INSERT INTO meta (key, value) VALUES (?, ?)", row)
+        booted_at, boot = time.time() - monotonic_s(), _boot_id()
+        before = dict(self.query(f"SELECT key, value FROM meta WHERE {self.CLOCKS}"))
+        their_boot_at, _, their_boot = before.get("leader_boot", "").partition(" ")
+        if boot and boot == their_boot:
+            self.clock_moved_s = booted_at - float(their_boot_at)
+        else:
+            self.clock_moved_s = ahead_s - float(before.get("leader_clock", ahead_s))
+        self.execute(f"DELETE FROM meta WHERE {self.CLOCKS}")
+        kept = [("leader_clock", f"{ahead_s:.3f}"), ("leader_boot", f"{booted_at:.3f} {boot}")]
+        self.execute_many("INSERT INTO meta (key, value) VALUES (?, ?)", kept)
 
     def check(self) -> None:
         """LeadershipLost when another one leads; any error when the database does not answer."""
@@ -6585,6 +6592,15 @@ class PostgresDatabase:
     def close(self) -> None:
         self._deadline.close()
         self._connection.close()
+
+
+def _boot_id() -> str:
+    """What names this machine from its boot to the next; "" where the system does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _shut_down(connection: Any) -> None:

@@ -507,6 +507,20 @@ def test_run_ends_after_its_duration_whatever_the_clock_of_who_takes_over_says(
     assert 13 < (run["finishedAtMs"] - run["startedAtMs"]) / 1000 < 20
 
 
+def test_run_lasts_as_long_when_the_clock_of_the_database_was_set(load_manager, fake, empty_postgres):
+    lm = load_manager(cluster_config(fake.url), storage={"url": empty_postgres})
+    run_id = lm.create(durationSeconds=8).json["id"]
+    run = lm.wait_for(run_id, "Running")
+    lm.kill9()
+    with psycopg.connect(empty_postgres, autocommit=True) as connection:
+        moved = "UPDATE meta SET value = (value::float + 3600)::text WHERE key = 'leader_clock'"
+        assert connection.execute(moved).rowcount == 1
+    lm.restart()
+    assert lm.run(run_id)["startedAtMs"] == run["startedAtMs"] and not lm.run(run_id).get("warnings")
+    ended = lm.wait_for(run_id, "Finished")
+    assert 7.5 < (ended["finishedAtMs"] - run["startedAtMs"]) / 1000 < 11, ended
+
+
 def test_load_on_a_cluster_that_a_member_lacks_is_stopped_when_the_cluster_comes_back(member, fake):
     leader = member(fake.url)
     other = member(fake.url, cluster={"id": "another", "envId": "another"})
