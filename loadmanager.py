@@ -444,6 +444,9 @@ LOG_EVENTS: dict[str, LogEvent] = {
     ),
     "guard not started": _log_event("warning", "that failed", "cluster why"),
     # schedules and notifications
+    "schedule is due, and tried until its run can be kept": _log_event(
+        "warning", "the database is away", "schedule why"
+    ),
     "schedule missed": _log_event("warning", "a schedule did not start its run", "schedule why"),
     "schedule failed": _log_event("error", "unforeseen, of one schedule", "schedule error failures trace"),
     "schedule not looked at": _log_event(

@@ -1,6 +1,6 @@
 """A PostgreSQL server of its own, on a free port, as an unprivileged user when we are root.
 
-with PostgresServer(folder) as server: server.url()"""
+with PostgresServer() as server: server.url()"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from waiting import eventually
 
 
 class PostgresServer:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        # Not below the tests' folder: only root may enter that, and the server is not root's.
+        self.folder = Path(tempfile.mkdtemp(prefix="postgres-"))
         self.port = find_free_port()
         self._binaries = _binaries()
         self._as_user: dict[str, Any] = {}
@@ -30,19 +32,25 @@ class PostgresServer:
         """port: of a proxy before it."""
         return f"postgresql://{user}@127.0.0.1:{port or self.port}/postgres"
 
-    def copy_to(self, folder: Path) -> PostgresServer:
+    def copied(self) -> PostgresServer:
         """Another server with all that this one has committed: `with` it, it serves. What is written here
         later it lacks, as a standby that lagged."""
-        copy = PostgresServer(folder)
-        if os.getuid() == 0:
-            copy._give_to_nobody()
-        backup = [self._binaries / "pg_basebackup", "-D", folder / "data", "-c", "fast", "-d", self.url()]
-        subprocess.run(backup, check=True, capture_output=True, cwd=folder, **copy._as_user)
+        copy = PostgresServer()
+        copy._give_to_nobody()
+        backup = [
+            self._binaries / "pg_basebackup",
+            "-D",
+            copy.folder / "data",
+            "-c",
+            "fast",
+            "-d",
+            self.url(),
+        ]
+        subprocess.run(backup, check=True, capture_output=True, cwd=copy.folder, **copy._as_user)
         return copy
 
     def __enter__(self) -> PostgresServer:
-        if os.getuid() == 0:
-            self._give_to_nobody()
+        self._give_to_nobody()
         data = self.folder / "data"
         if not data.exists():
             self._make(data)
@@ -70,12 +78,13 @@ class PostgresServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _give_to_nobody(self) -> None:
+        """PostgreSQL refuses to be root's."""
+        if os.getuid() != 0:
+            return
         nobody = pwd.getpwnam("nobody")
-        for place in (self.folder, *list(self.folder.parents)[:3]):
-            if str(place).count("/") > 1:
-                place.chmod(0o755)
         os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
         self._as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid}
 

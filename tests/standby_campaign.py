@@ -147,8 +147,7 @@ class Campaign:
         return self._numbers
 
     def run(self) -> None:
-        (self.folder / "postgres").mkdir()
-        with PostgresServer(self.folder / "postgres") as self.postgres, Target() as target:
+        with PostgresServer() as self.postgres, Target() as target:
             self.locusts = [
                 LocustCluster(ROOT / "locust" / "locustfile.py", workers=1, extra_args=["--host", target.url])
                 for _ in range(CLUSTERS)

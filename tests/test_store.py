@@ -24,8 +24,8 @@ import loadmanager as lm
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory):
-    with PostgresServer(tmp_path_factory.mktemp("postgres")) as server:
+def postgres_url():
+    with PostgresServer() as server:
         yield server.url()
 
 
@@ -590,18 +590,15 @@ def test_batches_that_are_kept_for_a_failover_take_bounded_memory():
 @pytest.mark.parametrize("copied", ["before the lead", "during the lead"])
 def test_what_a_lagging_copy_lacks_is_written_again(tmp_path, capfd, copied):
     """PostgreSQL fails over to a copy without the last commits: a client was told that they are on disk."""
-    first_folder, copy_folder = tmp_path / "first", tmp_path / "copy"
-    first_folder.mkdir()
-    copy_folder.mkdir()
-    with PostgresServer(first_folder) as server, TcpProxy(server.port) as proxy:
+    with PostgresServer() as server, TcpProxy(server.port) as proxy:
         url = server.url(port=proxy.port)
         lm.Store(lm.open_database(url, "")).close()
-        copy = server.copy_to(copy_folder) if copied == "before the lead" else None
+        copy = server.copied() if copied == "before the lead" else None
         store = lm.Store(lm.open_database(url, ""), audit_file=str(tmp_path / "audit.log"))
         store.told = []
         store._writer.on_lost = store.told.append
         old = store.add(new_run())
-        copy = copy or server.copy_to(copy_folder)
+        copy = copy or server.copied()
         run = store.add(new_run(), ("key", "hash"))
         store.transition(run.id, lm.RunStatus.RUNNING, started_at=1.0)
         store.add_snapshot(run.id, snapshot(7, 1001.0), "poll")
