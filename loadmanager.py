@@ -2005,6 +2005,21 @@ def config_warnings(config: Config) -> Iterator[str]:
             "the Locust of one"
             " can end and forge runs of another; give each cluster a callbackToken of its own"
         )
+    for index, item in enumerate(config.notifications):
+        host = urlsplit(item.url or "").hostname or ""
+        if not item.allow_private and _is_private(host):
+            yield (
+                f"notifications[{index}].url: {host} is a private address: nothing is delivered to it "
+                "without allowPrivateAddresses: true"
+            )
+
+
+def _is_private(host: str) -> bool:
+    """Whether that can be seen of a host without a look at DNS."""
+    try:
+        return not ipaddress.ip_address(host.partition("%")[0]).is_global
+    except ValueError:
+        return host == "localhost"
 
 
 def _declared(section: type) -> list[dict[str, Any]]:
@@ -6302,6 +6317,16 @@ def _runs_of_copy(connection: Any, source: str) -> int:
 LEASE_S = 1.5  # s: with standby.enabled commands need a proof so young; who takes over waits for longer
 
 
+def require_psycopg() -> Any:
+    try:
+        import psycopg
+    except ImportError:
+        raise StartupError(
+            "storage.url: postgresql needs the package psycopg: pip install 'psycopg[binary]'"
+        ) from None
+    return psycopg
+
+
 class PostgresDatabase:
     """A PostgreSQL database, held by an advisory lock so that only one Load Manager leads on it.
 
@@ -6329,13 +6354,7 @@ class PostgresDatabase:
     CLOCKS = "key IN ('leader_clock', 'leader_boot')"
 
     def __init__(self, url: str):
-        try:
-            import psycopg
-        except ImportError:
-            raise StartupError(
-                "storage.url: postgresql needs the package psycopg: pip install 'psycopg[binary]'"
-            ) from None
-        self._psycopg = psycopg
+        psycopg = self._psycopg = require_psycopg()
         self.url = url
         self.errors: tuple[type[Exception], ...] = (psycopg.Error, OSError)
         self._epoch = ""  # number and a word of ours: no one else's can be the same
@@ -23558,6 +23577,8 @@ def start_problems(config: Config) -> Iterator[str]:
         checks.append(functools.partial(require_pyjwt, jwt_algorithms(security.jwt)))
     if security.oidc:
         checks.append(functools.partial(require_pyjwt, sign_on_algorithms(security.jwt)))
+    if config.storage.url.startswith("postgres"):
+        checks.append(require_psycopg)
     for check in checks:
         try:
             check()
@@ -24972,6 +24993,7 @@ EXITS = {
     EXIT_FAILED: "the run failed, or the server could not do what was asked",
     EXIT_USAGE: "usage or configuration: nothing was started",
     EXIT_UNREACHABLE: "the server cannot be reached, or does not allow it",
+    EXIT_LEAD_LOST: "of the server: another Load Manager leads on its database",
     EXIT_THRESHOLDS: "thresholds failed, a regression, or numbers that cannot be trusted (--require-trusted)",
     EXIT_INTERRUPTED: "Ctrl-C; `run` and `rerun` have asked the server to stop the run",
 }
@@ -30316,8 +30338,8 @@ const POLICIES = [
 const CRON_EXAMPLES = ["0 2 * * *", "0 2 * * mon-fri", "0 6 * * mon", "30 * * * *", "@hourly", "@daily",
   "@weekly", "@monthly"];
 const schedulePath = (id, rest) => "/v1/schedules/" + encodeURIComponent(id) + (rest || "");
-const scheduleName = (one) => one.description || one.test.scenarioId + " on " + one.tenantId + " / "
-  + one.envId;
+const scheduleName = (one) => one.description || (one.readOnly ? one.id + ": " : "")
+  + one.test.scenarioId + " on " + one.tenantId + " / " + one.envId;
 
 /** A time as a field of the browser wants it: local, without a zone. */
 function localInput(text) {

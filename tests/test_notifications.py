@@ -7,6 +7,7 @@ import base64
 import json
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
-from conftest import cluster_config, create_body
+from conftest import ROOT, base_config, cluster_config, create_body
 from locust_process import find_free_port
 from standardwebhooks.webhooks import Webhook
 from target import Target
@@ -516,3 +517,29 @@ def test_a_schedule_runs_real_locust_on_workers_that_were_not_there_and_tells_by
         assert "Subject: PASSED: browse on acme/dev" in content
         assert target.total >= body["data"]["lastMetrics"]["totalRequests"] > 0
         eventually(lambda: not descendants(lm.process.pid), 15, what="no process of Locust is left")
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed", "is_warned"),
+    [
+        ("http://127.0.0.1:9/hook", False, True),
+        ("http://localhost:9/hook", False, True),
+        ("http://[fd00::1]/hook", False, True),
+        ("http://127.0.0.1:9/hook", True, False),
+        ("https://hooks.example.com/hook", False, False),
+    ],
+)
+def test_check_warns_of_a_webhook_that_will_never_be_called(tmp_path, url, allowed, is_warned):
+    hook = {"id": "hook", "type": "webhook", "url": url, "allowPrivateAddresses": allowed}
+    config = base_config(cluster_config("http://127.0.0.1:9"), notifications=[hook])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [
+        sys.executable,
+        str(ROOT / "loadmanager.py"),
+        "check",
+        "-config",
+        str(tmp_path / "config.json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert ("notifications[0].url" in done.stdout + done.stderr) == is_warned, done.stdout + done.stderr
