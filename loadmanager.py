@@ -8352,6 +8352,12 @@ class RunClock:
         self.notice()
         return record.clock_shift_s
 
+    def forget_shift(self, run_id: str) -> None:
+        with self._lock:
+            record = self._runs.find(run_id)
+            if record is not None:
+                record.clock_shift_s = 0.0
+
     def in_run_time(self, record: StoredRun, snapshot: Snapshot) -> Snapshot:
         shift_s, taken_at = self.shift_s(record), snapshot.taken_at
         if not 0 <= taken_at < MAX_EPOCH_S:  # also NaN
@@ -8585,9 +8591,9 @@ class Store:
         # Guards the runs, the fields of their records, and what is remembered beside runs.
         self._lock = threading.RLock()
         self._runs = RunIndex()
-        self._clock = RunClock(self._runs, self._lock)
+        self.clock = RunClock(self._runs, self._lock)
         self._database = database
-        self._writer = DatabaseWriter(database, audit_file, each_second=self._clock.notice)
+        self._writer = DatabaseWriter(database, audit_file, each_second=self.clock.notice)
         self.lead = Lead(database, self._writer)
         self.history = RunHistory(self._writer)
         self.comparer = Comparer(self)
@@ -8632,7 +8638,7 @@ class Store:
             self._runs.put(stored)
             self._next_seq = stored.run.seq + 1
             if not stored.run.is_final:
-                self._clock.go_on_after_newest_sample(database, stored)
+                self.clock.go_on_after_newest_sample(database, stored)
         self.numbers.load(database)
 
     # ---- reading -----------------------------------------------------------
@@ -8806,10 +8812,10 @@ class Store:
             if to is RunStatus.RUNNING:
                 record.clock_shift_s = 0.0
             elif changes.get("finished_at") is not None:
-                changes["finished_at"] += self._clock.shift_s(record)
+                changes["finished_at"] += self.clock.shift_s(record)
             run = replace(run, status=to, **{"queued": False, "queue_position": None, **changes})
             if snapshot is not None:
-                snapshot = self._clock.in_run_time(record, snapshot)
+                snapshot = self.clock.in_run_time(record, snapshot)
             # First: when it raises, nothing is changed yet, and the one who tries again is notified.
             known = record.numbers.snapshot if record.numbers else None
             deliveries = self.outbox.of_transition(run, snapshot or known)
@@ -8896,7 +8902,7 @@ class Store:
             if record is None or record.run.is_final:
                 return False
             if record.clock_shift_s or not record.numbers_at <= snapshot.taken_at < MAX_EPOCH_S:
-                snapshot = self._clock.in_run_time(record, snapshot)
+                snapshot = self.clock.in_run_time(record, snapshot)
             if snapshot.taken_at < record.numbers_at:
                 self._keep_sample(run_id, snapshot, source, is_last)
                 return True
@@ -13835,6 +13841,7 @@ class RunAdopter:
         if not moved_s or run.started_at is None:
             return run
         changed = self._store.update(run.id, started_at=run.started_at + moved_s)
+        self._store.clock.forget_shift(run.id)  # its start is moved instead
         words = (
             f"the clock of the Load Manager that took over is {moved_s:+.1f} s off the one before; times "
             "before are shown as its clock has them"

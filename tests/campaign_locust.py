@@ -178,7 +178,7 @@ class CampaignLocust(FakeLocust):
     def _end(self, load: Load, how: str) -> None:
         load.ended, load.ended_by = time.monotonic(), how
         self.state, self.users = "stopped", 0
-        self.last_run_id, self.run_id = load.run_id or self.last_run_id, ""
+        self.last_run_id, self.run_id = load.run_id, ""  # as the hooks: "" after a test of Locust's page
         self._note(f"{self.name}: load of {load} ended by {how}")
 
     def restart(self) -> None:

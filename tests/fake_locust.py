@@ -105,8 +105,9 @@ class FakeLocust:
         if self.stops_are_ignored > 0:
             self.stops_are_ignored -= 1
             return
-        self.last_run_id, self.run_id = self.run_id or self.last_run_id, ""
-        self.state, self.users = "stopped", 0
+        if self.users:
+            self.last_run_id = self.run_id
+        self.run_id, self.state, self.users = "", "stopped", 0
 
     def restart(self) -> None:
         """As if the master process had been replaced."""
